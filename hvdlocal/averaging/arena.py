@@ -1,0 +1,157 @@
+"""One flat buffer for everything that the ranks average, so that an averaging is one collective and no copy.
+
+Layout of `Arena.flat`, float32, every part beginning at a multiple of 64 bytes:
+
+    [ parameters | averaged buffers | averaged moments | scalars | statistics vector | statistics scalars ]
+      `replica`, divided by the number of workers after the sum ──┘
+
+Parameters and buffers become views of it; `Tensor.data` is re-pointed, so module and optimizer keep their tensor objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+
+ALIGNMENT = 16
+"""In elements: 64 bytes, a cache line, and more than any vectorised kernel asks for."""
+
+
+class Scalar(IntEnum):
+    """Numbers that ride in every averaging; each is summed over the ranks."""
+
+    DISPLACEMENT = 0  # ‖w_k − w‖² since the last averaging, at the sampled coordinates
+    LOSS_SUM = 1
+    LOSS_COUNT = 2
+    PERIOD_HASH = 3
+    PERIOD_HASH_SQR = 4
+    NONFINITE = 5  # ranks whose replica is not finite
+    STOP = 6  # ranks that ask to stop
+
+
+class StatisticsScalar(IntEnum):
+    """Numbers that travel with the gradient statistics."""
+
+    SQR_NORM = 0  # Σ ‖g‖² of the rank's micro-batches
+    VALID = 1  # ranks whose gradient is finite
+
+
+class FlatViews:
+    """Places for a list of tensors in one flat float32 buffer, each with the strides of its tensor.
+
+    Args:
+        like: float32 tensors; their shapes and (as far as they are dense) their memory formats are kept.
+    """
+
+    def __init__(self, like: Sequence[torch.Tensor]) -> None:
+        self._shapes = [(t.shape, torch.empty_like(t, device="meta").stride()) for t in like]
+        self._starts: list[int] = []
+        self.numel = 0
+        for tensor in like:
+            self._starts.append(self.numel)
+            self.numel += _aligned(tensor.numel())
+
+    def of(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Views of `flat`, a contiguous tensor of `numel` elements."""
+        first = flat.storage_offset()
+        return [
+            flat.as_strided(shape, stride, first + start)
+            for (shape, stride), start in zip(self._shapes, self._starts, strict=True)
+        ]
+
+
+class Arena:
+    """The flat buffer of one replica, its parts, and the views that are the replica's parameters and buffers.
+
+    Args:
+        parameters: the tensors to average; moved into the arena.
+        buffers: module buffers to average; moved into the arena.
+        moments: how many optimizer moments per parameter to make room for.
+        statistics: length of the gradient statistics' vector; 0 for none, in which case its scalars are left out too.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], moments: int, statistics: int
+    ) -> None:
+        layout = FlatViews(parameters)
+        buffer_layout = FlatViews(buffers)
+        lengths = [layout.numel, buffer_layout.numel, moments * layout.numel, len(Scalar)]
+        if statistics:
+            lengths += [statistics, len(StatisticsScalar)]
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + _aligned(length))
+        device = parameters[0].device
+        self.flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
+
+        self.layout = layout
+        self.parameters = self.flat[: layout.numel]
+        self.buffers = self.flat[starts[1] : starts[1] + buffer_layout.numel]
+        moment_parts = self.flat[starts[2] : starts[2] + moments * layout.numel]
+        self.moments = [layout.of(part) for part in moment_parts.split(layout.numel)] if moments else []
+        self.replica = self.flat[: starts[3]]
+        self.scalars = self.flat[starts[3] : starts[3] + len(Scalar)]
+        self.without_statistics = self.flat[: starts[4]]
+        self.statistics = self.flat[starts[4] : starts[4] + statistics]
+        self.statistics_scalars = self.flat[starts[5] : starts[5] + len(StatisticsScalar)] if statistics else None
+        self.with_statistics_scalars = self.flat[starts[4] :]
+
+        self._tensors = [*parameters, *buffers]
+        self._views = [*layout.of(self.parameters), *buffer_layout.of(self.buffers)]
+        with torch.no_grad():
+            for tensor, view in zip(self._tensors, self._views, strict=True):
+                view.copy_(tensor)
+                tensor.data = view
+
+    def first_moved(self) -> int | None:
+        """The index of the first parameter (then buffer) that is no longer a view of the arena, None when all are."""
+        for i, (tensor, view) in enumerate(zip(self._tensors, self._views, strict=True)):
+            if tensor.data_ptr() != view.data_ptr():
+                return i
+        return None
+
+
+class CoordinateSample:
+    """A fixed random sample of a flat vector's coordinates: squared distances at the price of reading 16,384 numbers.
+
+    One coordinate is drawn from each of `size` equal stretches, so that every layer is met in its proportion. A vector that is
+    no longer than `size` is taken whole. Squared distances are scaled up to the whole vector: unbiased.
+    """
+
+    SIZE = 16384
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        size = min(self.SIZE, flat.numel())
+        generator = torch.Generator().manual_seed(0x5EED)
+        inside = torch.rand(size, generator=generator, dtype=torch.float64)
+        stretch = flat.numel() / size
+        where = ((torch.arange(size) + (inside if stretch > 1 else 0)) * stretch).long().clamp_(max=flat.numel() - 1)
+        self._flat = flat
+        self._where = where.to(flat.device)
+        self._scale = stretch
+        self._origin = self._read()
+
+    def distance(self) -> torch.Tensor:
+        """‖vector − origin‖² as a 0-dimensional tensor, estimated from the sample."""
+        return (self._read() - self._origin).square_().sum() * self._scale
+
+    def move_origin(self) -> None:
+        """Makes where the vector is now the point that distances are measured from."""
+        self._origin = self._read()
+
+    def state(self) -> torch.Tensor:
+        """The origin at the sampled coordinates."""
+        return self._origin.clone()
+
+    def load_state(self, origin: torch.Tensor) -> None:
+        """The reverse of `state`."""
+        self._origin.copy_(origin)
+
+    def _read(self) -> torch.Tensor:
+        return self._flat.index_select(0, self._where)
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT

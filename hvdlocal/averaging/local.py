@@ -1,0 +1,443 @@
+"""Local SGD: every rank steps its own replica; parameters are averaged with one collective every H steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar, StatisticsScalar
+from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
+from hvdlocal.averaging.gradients import GradientBuffer
+from hvdlocal.averaging.period import PeriodRule, RoundStart
+from hvdlocal.averaging.replica import ReplicaOptimizer, float_buffers, require_float32
+from hvdlocal.averaging.sketch import GradientSketch
+from hvdlocal.communicator import Communicator
+
+MOMENTUM_POLICIES = ("local", "average", "reset")
+
+
+class LocalOptimizer(ReplicaOptimizer):
+    """Makes any torch optimizer a Local SGD optimizer (Alg. 3): H local steps, then the average of all replicas.
+
+    To local SGD what `hvd.DistributedOptimizer` is to data parallelism::
+
+        hvdlocal.init()
+        optimizer = hvdlocal.LocalOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model,
+            period=hvdlocal.ConstantPeriod(8), scaling=hvdlocal.LocalAdaScale())
+        for x, y in loader:                      # a different part of the data on every rank
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()                     # a local step; at the end of a round also the average
+        optimizer.synchronize()                  # evaluate and save only after this
+
+    Every rank must call `step` the same number of times. All ranks start from rank 0's model. An averaging sends one float32
+    buffer in one collective, statistics included; nothing is copied or allocated for it.
+
+    What happens when: the period H is chosen before a round's first step and stays; the averaging follows the update of the
+    round's last step. With a budget, the last round is shortened to end on the step that uses it up. With `LocalAdaScale`, the
+    gain of a round comes from gradients of earlier rounds (`stale=True`) or of its own first step (`stale=False`).
+
+    Args:
+        optimizer: steps this rank's replica; its learning rates are the base rates γ. All of its parameters, float32.
+        model: the replica, on its device already. Do not move it afterwards.
+        period: the rule for H.
+        scaling: the rule for the gain; `NoScaling()` or None for none.
+        momentum: the optimizer's moments at an averaging: "local" keeps each rank's own (both papers' choice), "average" averages
+            them (SGD, Adam and AdamW), "reset" starts them anew.
+        buffers: batch-norm statistics: "average" with the parameters, "local", or "reestimate" by calling
+            `reestimate_buffers` before an evaluation.
+        accumulate: a, micro-batches (calls of `step`) per local step.
+        budget: S, scale-invariant iterations after which `finished` turns true; None for no end.
+        max_norm: clips the gradient of every local step to this norm, after the statistics were taken.
+        rate_for_period: which learning rate the period rule sees: "scaled" (gain·γ, what is applied) or "base" (γ).
+        communicator: by default that of `hvdlocal.init()`.
+
+    Raises:
+        ValueError: an argument cannot be used, with the reason; on all ranks.
+        DisagreementError: the ranks were given different settings; on all ranks.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        period: PeriodRule,
+        scaling: Scaling | None = None,
+        momentum: str = "local",
+        buffers: str = "average",
+        accumulate: int = 1,
+        budget: float | None = None,
+        max_norm: float | None = None,
+        rate_for_period: str = "scaled",
+        communicator: Communicator | None = None,
+    ) -> None:
+        scaling = scaling or NoScaling()
+        if not isinstance(period, PeriodRule):
+            raise ValueError(
+                f"period={period!r}: give a rule such as hvdlocal.ConstantPeriod(8) or hvdlocal.QSR(alpha=…, h_base=…)"
+            )
+        if isinstance(scaling, AdaScale):
+            raise ValueError(
+                "AdaScale knows no local steps: use LocalAdaScale(), or LocalAdaScale(c=0) for AdaScale's gain"
+            )
+        if momentum not in MOMENTUM_POLICIES:
+            raise ValueError(f"momentum={momentum!r}: choose one of {', '.join(MOMENTUM_POLICIES)}")
+        if rate_for_period not in ("scaled", "base"):
+            raise ValueError(f"rate_for_period={rate_for_period!r}: choose 'scaled' or 'base'")
+        super().__init__(
+            optimizer,
+            model,
+            scaling=scaling,
+            accumulate=accumulate,
+            buffers=buffers,
+            budget=budget,
+            max_norm=max_norm,
+            communicator=communicator,
+        )
+        if budget is None:
+            scaling.gain(self._moment(1))  # refuses a rule that needs the budget now, not at the first step
+        self.period_rule = period
+        self._momentum_policy = momentum
+        self._rate_for_period = rate_for_period
+        self._moment_names = averaged_moments(optimizer) if momentum == "average" else ()
+
+        averaged = float_buffers(model) if buffers == "average" else {}
+        require_float32(averaged, "buffer", "Convert it, or choose buffers='local'.")
+        numels = [p.numel() for p in self._parameters]
+        device = self._parameters[0].device
+        self._sketch: GradientSketch | None = None
+        vector = 0
+        if isinstance(scaling, LocalAdaScale) and self.communicator.size > 1:
+            if scaling.statistics == "sketch":
+                self._sketch = GradientSketch(numels, scaling.sketch_size, device)
+                vector = self._sketch.size
+            else:
+                vector = sum(numels)
+        self._arena = Arena(self._parameters, list(averaged.values()), len(self._moment_names), vector)
+        self._averaged_names = [*self._names, *averaged]
+        self._accumulated = None
+        if accumulate > 1:
+            flat = torch.zeros(self._arena.layout.numel, device=device)
+            self._accumulated = GradientBuffer(self._parameters, self._arena.layout, flat)
+
+        self._round = 0
+        self._steps_in_round = 0
+        self._period = 1
+        self._divergence: float | None = None
+        self._first_lr: float | None = None
+        self._first_loss: float | None = None
+        self._start_together(
+            {"period": repr(period), "momentum": momentum, "rate_for_period": rate_for_period},
+            self._arena.replica,
+            {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
+        )
+        self._sample = CoordinateSample(self._arena.parameters)
+
+    # -- what a training loop reads ----------------------------------------------------------------------------------
+
+    @property
+    def period(self) -> int:
+        """H of the round under way, or of the last one between two rounds; 1 before the first."""
+        return self._period
+
+    @property
+    def round(self) -> int:
+        """Rounds completed, which is also the number of averagings."""
+        return self._round
+
+    @property
+    def steps_in_round(self) -> int:
+        """Local steps taken since the last averaging."""
+        return self._steps_in_round
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether this rank's model is the average: only then evaluate or save it."""
+        return self._steps_in_round == 0
+
+    @property
+    def divergence(self) -> float | None:
+        """(1/K) Σ_k ‖w_k − w̄‖² just before the last averaging (Eq. 22); None before the first.
+
+        From a fixed sample of 16,384 coordinates when the model is larger.
+        """
+        return self._divergence
+
+    # -- what a training loop calls ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Ends the round now, if one is under way: afterwards the model is the average on every rank.
+
+        A collective: call it on all ranks at the same step. Micro-batches that are not yet a whole step are dropped.
+        """
+        if self._accumulated:
+            self._accumulated.drop()
+        if not self.in_sync:
+            self._average()
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def _take_gradient(self) -> None:
+        self._unscale()
+        if self._accumulated:
+            self._accumulated.collect()
+            if self._accumulated.micro_batches < self.accumulate:
+                return
+            self._accumulated.flat.div_(self.accumulate)
+            self._accumulated.give_back()
+        if self._steps_in_round == 0:
+            if self._arena.statistics_scalars is not None:
+                self._take_statistics()
+            self._period = self._next_period()
+        self._inner_step(self.scaling.gain(self._moment(self._period)))
+        self._steps_in_round += 1
+        if self._steps_in_round >= self._period:
+            self._average()
+
+    def _next_period(self) -> int:
+        lr = float(self.param_groups[0]["lr"])
+        if self._rate_for_period == "scaled":
+            # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
+            lr *= self.scaling.gain(self._moment(self._period))
+        if self._first_lr is None:
+            self._first_lr = lr
+        period = self.period_rule(RoundStart(lr, self._progress, self._loss, self._first_lr, self._first_loss))
+        while (within := self._steps_to_budget(period)) < period:
+            period = within  # and, as a shorter round may have a larger gain, look again
+        return period
+
+    def _steps_to_budget(self, period: int) -> int:
+        """Steps of a round of `period` steps until the budget is used up, at most `period`."""
+        if self.budget is None:
+            return period
+        progress = self._progress
+        for steps in range(1, period):
+            progress += self.scaling.gain(self._moment(period, progress))
+            if progress >= self.budget:
+                return steps
+        return period
+
+    # -- statistics --------------------------------------------------------------------------------------------------
+
+    def _take_statistics(self) -> None:
+        """Puts what this rank's first gradient of the round tells into the arena."""
+        assert isinstance(self.scaling, LocalAdaScale)
+        assert self._arena.statistics_scalars is not None
+        vector = self._arena.statistics
+        flat_gradients = [_flat_gradient(p) for p in self._parameters]
+        if self._sketch:
+            self._sketch.project(flat_gradients, vector)
+        else:
+            torch.cat(flat_gradients, out=vector)
+        sqr_norm = float(torch.dot(vector, vector))
+        valid = not self._overflowed and math.isfinite(sqr_norm)
+        if not valid:
+            vector.zero_()
+            sqr_norm = 0.0
+        self._arena.statistics_scalars.copy_(torch.tensor([sqr_norm, float(valid)]))
+        if not self.scaling.stale:
+            self._timed_sum(self._arena.with_statistics_scalars, "hvdlocal.statistics")
+            self._read_statistics(self._period)
+
+    def _read_statistics(self, period: int) -> None:
+        """Makes an estimate of the summed statistics. An overflow on any rank makes it void, on all ranks alike."""
+        assert self._arena.statistics_scalars is not None
+        workers = self.communicator.size
+        scalars = self._arena.statistics_scalars.tolist()
+        if scalars[StatisticsScalar.VALID] > workers - 0.5:
+            vector = self._arena.statistics
+            self._update_statistics(
+                scalars[StatisticsScalar.SQR_NORM],
+                float(torch.dot(vector, vector)),
+                gradients=workers,
+                micro_batches=self.accumulate,
+                theta_batches=workers * period * self.accumulate,
+            )
+
+    # -- the averaging -----------------------------------------------------------------------------------------------
+
+    def _average(self) -> None:
+        self._check_arena()
+        self._adopt_moments()
+        bad = self._write_scalars()
+        with_statistics = self._arena.statistics_scalars is not None and self._stale
+        if self.communicator.size > 1:
+            self._timed_sum(self._arena.flat if with_statistics else self._arena.without_statistics, "hvdlocal.average")
+        scalars = self._arena.scalars.tolist()
+        workers = self.communicator.size
+        healthy = workers - round(scalars[Scalar.NONFINITE])
+        if healthy:
+            self._arena.replica.mul_(1 / healthy)
+        self._check_period(scalars)
+        self._measure_divergence(scalars[Scalar.DISPLACEMENT], healthy)
+        if with_statistics:
+            self._read_statistics(self._period)
+        self._read_loss(scalars)
+        self._stop_requested = scalars[Scalar.STOP] > 0.5
+        if self._momentum_policy == "reset":
+            self.state.clear()
+        self._round += 1
+        self._steps_in_round = 0
+        if healthy < workers:
+            self._raise_nonfinite(
+                bad,
+                "the model is now the average of the other ranks."
+                if healthy
+                else "no rank holds a usable model any more.",
+            )
+
+    @property
+    def _stale(self) -> bool:
+        return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
+
+    def _write_scalars(self) -> bool:
+        """Fills in the numbers that ride along; a replica that is not finite takes its contribution back.
+
+        Returns:
+            Whether this rank's replica is not finite.
+        """
+        displacement = float(self._sample.distance())
+        loss_sum = float(self._loss_sum)
+        bad = not (math.isfinite(displacement) and math.isfinite(loss_sum))
+        if bad:
+            self._arena.flat.zero_()
+            displacement = loss_sum = 0.0
+        period_hash = self._period % 31  # small: the sum of its square is exact in float32 up to 18,000 ranks
+        values = {
+            Scalar.DISPLACEMENT: displacement,
+            Scalar.LOSS_SUM: loss_sum,
+            Scalar.LOSS_COUNT: 0 if bad else self._loss_count,
+            Scalar.PERIOD_HASH: period_hash,
+            Scalar.PERIOD_HASH_SQR: period_hash**2,
+            Scalar.NONFINITE: bad,
+            Scalar.STOP: self._stop,
+        }
+        self._arena.scalars.copy_(torch.tensor([float(values[scalar]) for scalar in Scalar]))
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        return bad
+
+    def _check_period(self, scalars: list[float]) -> None:
+        """Ranks with different H pair up the wrong averagings; the first one tells, since equal numbers have no variance."""
+        workers = self.communicator.size
+        if abs(workers * scalars[Scalar.PERIOD_HASH_SQR] - scalars[Scalar.PERIOD_HASH] ** 2) > 0.5:
+            periods = self.communicator.gather(self._period, "hvdlocal.periods")
+            raise RuntimeError(
+                f"the ranks chose different periods, {periods[:8]}: their learning rates differ. Drive the schedule by "
+                "optimizer.progress or by the step, never by a rank's own loss."
+            )
+
+    def _measure_divergence(self, sum_displacement: float, healthy: int) -> None:
+        """(1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began."""
+        if healthy:
+            self._divergence = max(sum_displacement / healthy - float(self._sample.distance()), 0.0)
+        self._sample.move_origin()
+
+    def _read_loss(self, scalars: list[float]) -> None:
+        count = scalars[Scalar.LOSS_COUNT]
+        if count:
+            self._loss = scalars[Scalar.LOSS_SUM] / count
+            if self._first_loss is None:
+                self._first_loss = self._loss
+        elif self.period_rule.uses_loss:
+            raise ValueError(
+                f"{type(self.period_rule).__name__} chooses the period from the training loss: call "
+                "optimizer.record_loss(loss) at every step"
+            )
+
+    def _adopt_moments(self) -> None:
+        """Moves the wrapped optimizer's moments into the arena; it updates them in place from then on."""
+        for name, views in zip(self._moment_names, self._arena.moments, strict=True):
+            for parameter, view in zip(self._parameters, views, strict=True):
+                moment = self.state[parameter].get(name) if parameter in self.state else None
+                if moment is None:
+                    view.zero_()
+                elif moment.data_ptr() != view.data_ptr():
+                    view.copy_(moment)
+                    self.state[parameter][name] = view
+
+    def _check_arena(self) -> None:
+        moved = self._arena.first_moved()
+        if moved is not None:
+            raise RuntimeError(
+                f"{self._averaged_names[moved]!r} no longer lies in hvdlocal's buffer: something replaced its memory after the "
+                "optimizer was built (model.to(…), .half(), or assigning .data). Build the LocalOptimizer last."
+            )
+        known = {id(p) for p in self._parameters}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and id(p) not in known:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} was frozen when the LocalOptimizer was built and trains now, "
+                        "so it is not averaged. Build the LocalOptimizer after unfreezing."
+                    )
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def _own_state(self) -> dict[str, Any]:
+        with_statistics = self._arena.statistics_scalars is not None
+        return {
+            **super()._own_state(),
+            "round": self._round,
+            "steps_in_round": self._steps_in_round,
+            "period": self._period,
+            "divergence": self._divergence,
+            "first_lr": self._first_lr,
+            "first_loss": self._first_loss,
+            "sample": self._sample.state(),
+            "round_statistics": self._arena.with_statistics_scalars.clone() if with_statistics else None,
+        }
+
+    def _check_state(self, own: dict[str, Any]) -> None:
+        if own["steps_in_round"] and own["num_workers"] != self.communicator.size:
+            raise ValueError(
+                f"this state was saved in the middle of a round of {own['num_workers']} ranks and cannot be continued by "
+                f"{self.communicator.size}: start as many ranks, or save after synchronize()"
+            )
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        super()._load_own_state(own)
+        self._round = own["round"]
+        self._steps_in_round = own["steps_in_round"]
+        self._period = own["period"]
+        self._divergence = own["divergence"]
+        self._first_lr = own["first_lr"]
+        self._first_loss = own["first_loss"]
+        self._sample.load_state(own["sample"])
+        statistics = own["round_statistics"]
+        if statistics is not None and statistics.shape == self._arena.with_statistics_scalars.shape:
+            self._arena.with_statistics_scalars.copy_(statistics)
+
+
+def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The names under which a torch optimizer keeps the moments that momentum="average" averages.
+
+    Raises:
+        ValueError: the optimizer is not one whose moments hvdlocal knows.
+    """
+    if isinstance(optimizer, torch.optim.SGD):
+        return ("momentum_buffer",) if any(group["momentum"] for group in optimizer.param_groups) else ()
+    if isinstance(optimizer, torch.optim.Adam):  # and AdamW, its subclass
+        amsgrad = any(group["amsgrad"] for group in optimizer.param_groups)
+        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
+    raise ValueError(
+        f"momentum='average' knows the moments of SGD, Adam and AdamW, not of {type(optimizer).__name__}: "
+        "choose 'local' or 'reset'"
+    )
+
+
+def _flat_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient as a vector in the parameter's memory order, without a copy when it has the parameter's strides."""
+    gradient = parameter.grad
+    if gradient is None:
+        return torch.zeros(parameter.numel(), device=parameter.device)
+    if gradient.is_sparse:
+        raise ValueError("sparse gradients are not supported: use Embedding(sparse=False)")
+    if gradient.stride() != parameter.stride():
+        gradient = torch.empty_strided(parameter.shape, parameter.stride(), device=parameter.device).copy_(gradient)
+    return gradient.as_strided((gradient.numel(),), (1,))

@@ -1,0 +1,438 @@
+"""What both optimizers share: one rank's replica of the model, stepped by an ordinary torch optimizer at a scaled rate."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hvdlocal.averaging.gain import Moment, Scaling
+from hvdlocal.averaging.gradients import GradientBuffer
+from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing, gradient_statistics
+from hvdlocal.communicator import Communicator, current, require_agreement
+
+STATE_VERSION = 1
+BUFFER_POLICIES = ("average", "local", "reestimate")
+
+
+class NonFiniteError(ArithmeticError):
+    """A rank's loss, gradient or replica became NaN or infinite; raised on all ranks at the same step."""
+
+
+class ReplicaOptimizer(torch.optim.Optimizer):
+    """The common part of `LocalOptimizer` and `SynchronousOptimizer`.
+
+    It is a `torch.optim.Optimizer` that shares `param_groups` and `state` with the optimizer it wraps: learning-rate schedulers
+    set the base learning rate γ in the groups, a step applies gain·γ, and the groups are left as they were.
+    """
+
+    _step_supports_amp_scaling = True
+    """GradScaler then calls `step` also after an overflow, so that no rank ever misses a collective. During the call this
+    object has two more attributes, `found_inf` and `grad_scale`."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        scaling: Scaling,
+        accumulate: int,
+        buffers: str,
+        budget: float | None,
+        max_norm: float | None,
+        communicator: Communicator | None,
+    ) -> None:
+        _check_arguments(optimizer, scaling, accumulate, buffers, budget, max_norm)
+        self.communicator = communicator or current()
+        self.optimizer = optimizer
+        self.model = model
+        self.scaling = scaling
+        self.accumulate = accumulate
+        self.budget = budget
+        self._max_norm = max_norm
+        self._buffer_policy = buffers
+        self._names, self._parameters = _trainable(optimizer, model)
+        self._constructed = False
+        super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._constructed = True
+        self._share()
+
+        self._progress = 0.0
+        self._gain = 1.0
+        self._smoothed = SmoothedStatistics()
+        self._loss_sum = torch.zeros((), device=self._parameters[0].device)
+        self._loss_count = 0
+        self._loss: float | None = None
+        self._overflowed = False
+        self._stop = False
+        self._stop_requested = False
+        self.seconds_averaging = 0.0
+
+    # -- what a training loop reads ----------------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> float:
+        """s, scale-invariant iterations done: the sum of the gains of all steps."""
+        return self._progress
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is used up; never without a budget."""
+        return self.budget is not None and self._progress >= self.budget
+
+    @property
+    def gain(self) -> float:
+        """ρ of the last step: the factor that was put on the base learning rate."""
+        return self._gain
+
+    @property
+    def grad_sqr(self) -> float | None:
+        """Moving average of G = ‖∇f‖²; None before the first estimate or when the scaling rule needs none."""
+        return self._smoothed.grad_sqr
+
+    @property
+    def grad_var(self) -> float | None:
+        """Moving average of σ², the variance of one worker's gradient of one micro-batch; None as for `grad_sqr`."""
+        return self._smoothed.grad_var
+
+    @property
+    def loss(self) -> float | None:
+        """Mean of the recorded losses of all workers between the last two collectives; None before."""
+        return self._loss
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches collected towards the next step; 0 right after a step."""
+        return self._accumulated.micro_batches if self._accumulated else 0
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether any rank had called `request_stop` by the last collective; the same on every rank."""
+        return self._stop_requested
+
+    # -- what a training loop calls ----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes in the gradient of one micro-batch; every `accumulate`-th call is an optimizer step.
+
+        Args:
+            closure: computes the loss and the gradients, called once.
+
+        Returns:
+            The closure's loss.
+
+        Raises:
+            NonFiniteError: on every rank, when one rank's numbers are no longer finite.
+            CommunicationError: another rank ended, or did not come.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._take_gradient()
+        return loss
+
+    def record_loss(self, loss: torch.Tensor | float) -> None:
+        """Notes a training loss: its mean over all workers rides in the next collective and becomes `.loss`.
+
+        AdaComm needs it, and with it a loss that is NaN or infinite on one rank stops all ranks.
+
+        Args:
+            loss: mean over the micro-batch, a 0-dimensional tensor (not copied from its device) or a number.
+        """
+        self._loss_sum += loss.detach() if isinstance(loss, torch.Tensor) else loss
+        self._loss_count += 1
+
+    def request_stop(self) -> None:
+        """Asks all ranks to stop, for example from a signal handler; see `stop_requested`."""
+        self._stop = True
+
+    def reestimate_buffers(self, batches: Iterable[Any]) -> None:
+        """Computes the batch-norm statistics of the present model anew, over `batches` of all ranks; a collective.
+
+        Args:
+            batches: this rank's inputs, or (inputs, …) tuples whose first element is the input; at least one.
+
+        Raises:
+            ValueError: no batch was given.
+        """
+        seen = 0
+
+        def counted() -> Iterator[Any]:
+            nonlocal seen
+            for batch in batches:
+                seen += 1
+                yield batch
+
+        torch.optim.swa_utils.update_bn(counted(), self.model, self._parameters[0].device)
+        if not seen:
+            raise ValueError("reestimate_buffers: no batch was given, so there is nothing to estimate from")
+        self._average_buffers()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: the averaged buffer is laid out once."""
+        if self._constructed:
+            raise ValueError(
+                f"parameters cannot be added to a {type(self).__name__}: give the wrapped optimizer all its parameter groups, "
+                "then wrap it"
+            )
+        super().add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state, and under "hvdlocal" this rank's own; different on every rank inside a round."""
+        return {**self.optimizer.state_dict(), "hvdlocal": self._own_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a `state_dict` of the same rank of a run with as many ranks.
+
+        Raises:
+            ValueError: the state is not one of this class, or of another number of ranks in the middle of a round.
+        """
+        own = state_dict.get("hvdlocal")
+        if own is None or own.get("class") != type(self).__name__:
+            raise ValueError(
+                f"this state is not that of a {type(self).__name__} (it is of {own['class'] if own else 'a bare optimizer'}): "
+                "load it into what saved it"
+            )
+        if own["version"] != STATE_VERSION:
+            raise ValueError(f"this state has version {own['version']}; this hvdlocal reads version {STATE_VERSION}")
+        self._check_state(own)
+        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "hvdlocal"})
+        self._share()
+        self._load_own_state(own)
+
+    # -- for the two optimizers --------------------------------------------------------------------------------------
+
+    _accumulated: GradientBuffer | None
+
+    def _take_gradient(self) -> None:
+        raise NotImplementedError
+
+    def _own_state(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "class": type(self).__name__,
+            "num_workers": self.communicator.size,
+            "progress": self._progress,
+            "gain": self._gain,
+            "statistics": self._smoothed.state_dict(),
+            "loss": self._loss,
+            "loss_sum": self._loss_sum.clone(),
+            "loss_count": self._loss_count,
+            "accumulated": self._accumulated.state() if self._accumulated else {},
+            "overflowed": self._overflowed,
+        }
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        self._progress = own["progress"]
+        self._gain = own["gain"]
+        self._smoothed.load_state_dict(own["statistics"])
+        self._loss = own["loss"]
+        self._loss_sum.copy_(own["loss_sum"])
+        self._loss_count = own["loss_count"]
+        if self._accumulated:
+            self._accumulated.load_state(own["accumulated"])
+        self._overflowed = own["overflowed"]
+
+    def _check_state(self, own: dict[str, Any]) -> None:
+        """Refuses a state that cannot be continued, before anything is changed."""
+
+    def _share(self) -> None:
+        """Shares groups and state with the wrapped optimizer, whose own load_state_dict replaces them."""
+        self.param_groups = self.optimizer.param_groups
+        self.state = self.optimizer.state
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._parameters if p.grad is not None]
+
+    def _unscale(self) -> None:
+        """Divides by GradScaler's factor, and notes an overflow of this micro-batch."""
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            return
+        self._overflowed |= bool(found_inf.item())
+        scale = getattr(self, "grad_scale", None)  # None when the loop has called unscale_ itself
+        if scale is not None and (gradients := self._gradients()):
+            torch._foreach_mul_(gradients, 1 / scale)
+
+    def _moment(self, period: int, progress: float | None = None) -> Moment:
+        return Moment(
+            num_workers=self.communicator.size,
+            accumulate=self.accumulate,
+            period=period,
+            progress=self._progress if progress is None else progress,
+            budget=self.budget,
+            grad_sqr=self.grad_sqr,
+            grad_var=self.grad_var,
+        )
+
+    def _update_statistics(
+        self, sum_sqr_norm: float, sqr_norm_of_sum: float, gradients: int, micro_batches: int, theta_batches: int
+    ) -> None:
+        """Takes in one estimate.
+
+        Args:
+            sum_sqr_norm: Σ ‖g_i‖² over `gradients` gradients, each the mean of `micro_batches` micro-batches.
+            sqr_norm_of_sum: ‖Σ g_i‖².
+            theta_batches: micro-batches of all workers since the last estimate, for the moving average's default.
+        """
+        grad_sqr, grad_var = gradient_statistics(sum_sqr_norm / gradients, sqr_norm_of_sum / gradients**2, gradients)
+        theta = getattr(self.scaling, "smoothing", None)
+        self._smoothed.update(
+            grad_sqr, grad_var * micro_batches, default_smoothing(theta_batches) if theta is None else theta
+        )
+
+    def _inner_step(self, gain: float) -> None:
+        """Steps the wrapped optimizer at gain times the groups' learning rates, unless a micro-batch overflowed."""
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
+        if not self._overflowed:
+            with self._scaled_lr(gain):
+                self.optimizer.step()
+        self._overflowed = False
+        self._gain = gain
+        self._progress += gain
+
+    @contextmanager
+    def _scaled_lr(self, gain: float) -> Iterator[None]:
+        base = [group["lr"] for group in self.param_groups]
+        try:
+            for group, lr in zip(self.param_groups, base, strict=True):
+                group["lr"] = lr * gain
+            yield
+        finally:
+            for group, lr in zip(self.param_groups, base, strict=True):
+                group["lr"] = lr
+
+    def _average_buffers(self) -> None:
+        """Averages the floating-point buffers outside of any arena; one collective, or none without such buffers."""
+        buffers = float_buffers(self.model)
+        if self.communicator.size == 1 or not buffers:
+            return
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers.values()])
+        self._timed_sum(flat, "hvdlocal.buffers")
+        flat.div_(self.communicator.size)
+        parts = flat.split([buffer.numel() for buffer in buffers.values()])
+        for buffer, part in zip(buffers.values(), parts, strict=True):
+            buffer.copy_(part.view(buffer.shape))
+
+    def _timed_sum(self, tensor: torch.Tensor, name: str) -> None:
+        start = time.perf_counter()
+        self.communicator.sum_(tensor, name)
+        self.seconds_averaging += time.perf_counter() - start
+
+    def _raise_nonfinite(self, mine: bool, what: str) -> None:
+        ranks = [rank for rank, bad in enumerate(self.communicator.gather(mine, "hvdlocal.nonfinite")) if bad]
+        listed = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+        raise NonFiniteError(
+            f"NaN or infinity on rank{'s' if len(ranks) != 1 else ''} {listed} of {self.communicator.size} at progress "
+            f"{self._progress:.1f} (gain {self._gain:.3g}): {what} Lower the learning rate, clip gradients (max_norm), "
+            "or look at the data of that rank."
+        )
+
+    def _start_together(self, settings: dict[str, Any], flat: torch.Tensor, in_flat: set[int]) -> None:
+        """Refuses ranks with different settings, then makes rank 0's model everyone's.
+
+        Args:
+            settings: more that must be equal, by name.
+            flat: holds the tensors `in_flat`, to be sent in one piece.
+            in_flat: ids of the parameters and buffers in `flat`.
+        """
+        tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        shapes = repr([(name, tuple(t.shape), str(t.dtype), t.stride()) for name, t in tensors.items()])
+        facts = {
+            "optimizer class": type(self).__name__,
+            "wrapped optimizer": type(self.optimizer).__name__,
+            "scaling": repr(self.scaling),
+            "accumulate": self.accumulate,
+            "budget": self.budget,
+            "buffers": self._buffer_policy,
+            "max_norm": self._max_norm,
+            "parameters to train": len(self._parameters),
+            "model (names, shapes, dtypes)": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+            "parameters with optimizer state": len(self.state),
+            "torch": torch.__version__,
+            **settings,
+        }
+        for i, group in enumerate(self.param_groups):
+            facts |= {f"param group {i} {key}": str(value) for key, value in group.items() if key != "params"}
+        require_agreement(self.communicator, facts, "hvdlocal.settings")
+        self.communicator.broadcast_(flat, "hvdlocal.start")
+        for name, tensor in tensors.items():
+            if id(tensor) not in in_flat and tensor.numel():
+                self.communicator.broadcast_(tensor, f"hvdlocal.start.{name}")
+
+
+def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's saved floating-point buffers (batch norm's running statistics), by name; each tensor once.
+
+    Buffers that are not saved with the model are constants that it computed itself and are left out, as are integers.
+    """
+    saved = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point() and name in saved}
+
+
+def require_float32(named: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
+    """Refuses tensors that cannot be averaged in one float32 buffer."""
+    for name, tensor in named.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{what} {name!r} is {tensor.dtype}; hvdlocal averages float32. {remedy}")
+
+
+def _trainable(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Parameter]]:
+    """The parameters to train, in the model's order; tied weights once, frozen ones left out."""
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    in_model = dict(model.named_parameters())
+    strangers = len(in_optimizer - {id(p) for p in in_model.values()})
+    if strangers:
+        raise ValueError(
+            f"{strangers} of the optimizer's {len(in_optimizer)} parameters are not the model's: build the optimizer from "
+            "model.parameters() of the same model, after moving the model to its device"
+        )
+    trained = {name: p for name, p in in_model.items() if id(p) in in_optimizer and p.requires_grad}
+    if not trained:
+        raise ValueError("the optimizer holds no parameter that requires a gradient: there is nothing to train")
+    for name, p in trained.items():
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(f"parameter {name!r} has no shape yet: run one batch through the model before wrapping")
+    require_float32(trained, "parameter", "Keep parameters in float32 and use torch.autocast for bfloat16 or float16.")
+    devices = {p.device for p in trained.values()}
+    if len(devices) > 1 or next(iter(devices)).type == "meta":
+        raise ValueError(
+            f"the parameters to train lie on {', '.join(sorted(map(str, devices)))}: a replica must lie on one device"
+        )
+    return list(trained), list(trained.values())
+
+
+def _check_arguments(
+    optimizer: torch.optim.Optimizer,
+    scaling: Scaling,
+    accumulate: int,
+    buffers: str,
+    budget: float | None,
+    max_norm: float | None,
+) -> None:
+    if isinstance(optimizer, ReplicaOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"give a torch.optim.Optimizer to wrap, not a {type(optimizer).__name__}")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times per step, which is not supported"
+        )
+    if not isinstance(scaling, Scaling):
+        raise ValueError(f"scaling={scaling!r}: give a rule such as hvdlocal.LocalAdaScale() or NoScaling()")
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate}: must be at least 1")
+    if buffers not in BUFFER_POLICIES:
+        raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFER_POLICIES)}")
+    if budget is not None and not (budget > 0 and math.isfinite(budget)):
+        raise ValueError(f"budget={budget}: a positive number of scale-invariant iterations, or None")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm={max_norm}: must be positive, or None")

@@ -1,0 +1,178 @@
+"""Data parallelism with accumulation: the baseline, and the home of AdaScale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from hvdlocal.averaging.arena import FlatViews
+from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
+from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
+from hvdlocal.averaging.replica import ReplicaOptimizer
+from hvdlocal.communicator import Communicator
+
+SQR_NORM, LOSS_SUM, LOSS_COUNT, OVERFLOW, STOP = range(5)
+NUM_SCALARS = 5
+
+
+class SynchronousOptimizer(ReplicaOptimizer):
+    """Makes any torch optimizer a data-parallel one: a step on the mean gradient of K workers × `accumulate` micro-batches.
+
+    ACC-LIN and ACC-ADA of Balles et al. (Alg. 2), and with `accumulate=1` and no scaling plain data parallelism. One
+    collective per step carries the gradients and, for AdaScale, each worker's Σ‖g_i‖². It follows the backward pass and does
+    not overlap with it. Loop, learning-rate schedulers and GradScaler as with `LocalOptimizer`; every rank must call `step` the
+    same number of times. A parameter without a gradient on a rank counts as one with gradient zero.
+
+    Args:
+        optimizer: steps the replica; its learning rates are the base rates γ.
+        model: the replica, on its device already.
+        accumulate: a, micro-batches (calls of `step`) per optimizer step.
+        scaling: `AdaScale()`, `LinearScaling()` or `NoScaling()`.
+        buffers: batch-norm statistics, each rank's own while training: "average" averages them in `synchronize`, "local" does
+            not, "reestimate" leaves them to `reestimate_buffers`.
+        budget, max_norm, communicator: as in `LocalOptimizer`; max_norm clips the mean gradient.
+
+    Raises:
+        ValueError: an argument cannot be used, with the reason; on all ranks.
+        DisagreementError: the ranks were given different settings; on all ranks.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: torch.nn.Module,
+        *,
+        accumulate: int = 1,
+        scaling: Scaling | None = None,
+        buffers: str = "average",
+        budget: float | None = None,
+        max_norm: float | None = None,
+        communicator: Communicator | None = None,
+    ) -> None:
+        scaling = scaling or NoScaling()
+        if isinstance(scaling, LocalAdaScale):
+            raise ValueError("LocalAdaScale is for local steps: use AdaScale() with a SynchronousOptimizer")
+        super().__init__(
+            optimizer,
+            model,
+            scaling=scaling,
+            accumulate=accumulate,
+            buffers=buffers,
+            budget=budget,
+            max_norm=max_norm,
+            communicator=communicator,
+        )
+        scaling.gain(self._moment(1))  # refuses a rule that needs a budget now, not at the first step
+        layout = FlatViews(self._parameters)
+        self._flat = torch.zeros(layout.numel + NUM_SCALARS, device=self._parameters[0].device)
+        self._scalars = self._flat[layout.numel :]
+        gradients = self._flat[: layout.numel]
+        self._accumulated: GradientBuffer = GradientBuffer(self._parameters, layout, gradients)
+        self._sqr_norm = torch.zeros_like(self._loss_sum)
+        self._steps = 0
+
+        views = layout.of(gradients)  # the gradients' place carries the parameters once
+        with torch.no_grad():
+            parameters: list[torch.Tensor] = list(self._parameters)
+            torch._foreach_copy_(views, parameters)
+            self._start_together({}, gradients, {id(p) for p in self._parameters})
+            torch._foreach_copy_(parameters, views)
+
+    @property
+    def period(self) -> int:
+        """1: the replicas are equal after every step."""
+        return 1
+
+    @property
+    def round(self) -> int:
+        """Steps taken; each is a round."""
+        return self._steps
+
+    @property
+    def steps_in_round(self) -> int:
+        """0: there are no local steps."""
+        return 0
+
+    @property
+    def in_sync(self) -> bool:
+        """True: the parameters are always equal. Batch-norm statistics are averaged by `synchronize`."""
+        return True
+
+    @property
+    def divergence(self) -> float:
+        """0: replicas do not diverge."""
+        return 0.0
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Averages the batch-norm statistics (buffers="average"), for evaluation. Drops micro-batches that are no whole step.
+
+        A collective: call it on all ranks at the same step.
+        """
+        self._drop()
+        if self._buffer_policy == "average":
+            self._average_buffers()
+
+    def _take_gradient(self) -> None:
+        self._unscale()
+        if self.scaling.uses_statistics and (gradients := self._gradients()):
+            self._sqr_norm += squared_norm(gradients)
+        self._accumulated.collect()
+        if self._accumulated.micro_batches < self.accumulate:
+            return
+        self._accumulated.fill_unseen()
+        bad = not self._overflowed and not math.isfinite(float(self._sqr_norm) + float(self._loss_sum))
+        self._reduce()
+        totals = self._scalars.tolist()
+        if totals[OVERFLOW] < 0.5 and not (math.isfinite(totals[SQR_NORM]) and math.isfinite(totals[LOSS_SUM])):
+            self._drop()
+            self._raise_nonfinite(bad, "the step was not taken; the model is that of the step before.")
+        if totals[LOSS_COUNT]:
+            self._loss = totals[LOSS_SUM] / totals[LOSS_COUNT]
+        self._stop_requested = totals[STOP] > 0.5
+        if totals[OVERFLOW] > 0.5:  # on any rank: GradScaler's rule is to skip the step, and all ranks skip it
+            self._drop()
+            return
+        self._step_on_sum(totals[SQR_NORM])
+
+    def _reduce(self) -> None:
+        values = [float(self._sqr_norm), float(self._loss_sum), self._loss_count, self._overflowed, self._stop]
+        self._scalars.copy_(torch.tensor([float(value) for value in values]))
+        self._sqr_norm.zero_()
+        self._loss_sum.zero_()
+        self._loss_count = 0
+        if self.communicator.size > 1:
+            self._timed_sum(self._flat, "hvdlocal.gradients")
+
+    def _step_on_sum(self, sum_sqr_norm: float) -> None:
+        """Takes the step on the mean of what now holds the sum of all workers' micro-batch gradients."""
+        micro_batches = self.communicator.size * self.accumulate
+        flat = self._accumulated.flat
+        if self.scaling.uses_statistics and micro_batches > 1:
+            self._update_statistics(
+                sum_sqr_norm,
+                float(torch.dot(flat, flat)),
+                gradients=micro_batches,
+                micro_batches=1,
+                theta_batches=micro_batches,
+            )
+        if micro_batches > 1:
+            flat.mul_(1 / micro_batches)
+        self._accumulated.give_back()
+        self._inner_step(self.scaling.gain(self._moment(1)))
+        self._steps += 1
+
+    def _drop(self) -> None:
+        self._accumulated.drop()
+        self._sqr_norm.zero_()
+        self._overflowed = False
+
+    def _own_state(self) -> dict[str, Any]:
+        return {**super()._own_state(), "steps": self._steps, "sqr_norm": self._sqr_norm.clone()}
+
+    def _load_own_state(self, own: dict[str, Any]) -> None:
+        super()._load_own_state(own)
+        self._steps = own["steps"]
+        self._sqr_norm.copy_(own["sqr_norm"])

@@ -1,0 +1,34 @@
+"""Refusing a difference between ranks before it becomes a hang."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hvdlocal.communicator.base import Communicator
+
+
+class DisagreementError(ValueError):
+    """The ranks were started with different settings."""
+
+
+def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name: str) -> None:
+    """Checks that every rank holds the same facts; a collective.
+
+    Args:
+        facts: what must be equal, by name; values are compared with `==`.
+        name: the collective's name.
+
+    Raises:
+        DisagreementError: on every rank, with the same message: which ranks differ from rank 0, and in what.
+    """
+    everyone = communicator.gather(dict(facts), name)
+    differences = [
+        f"{key}: rank {rank} has {theirs.get(key, '(nothing)')!r}, rank 0 has {everyone[0].get(key, '(nothing)')!r}"
+        for rank, theirs in enumerate(everyone)
+        for key in dict.fromkeys([*everyone[0], *theirs])
+        if key not in theirs or key not in everyone[0] or theirs[key] != everyone[0][key]
+    ]
+    if differences:
+        shown = differences[:5] + ([f"… and {len(differences) - 5} more"] if len(differences) > 5 else [])
+        raise DisagreementError("the ranks do not agree; make these the same everywhere: " + "; ".join(shown))

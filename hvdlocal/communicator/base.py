@@ -1,0 +1,160 @@
+"""What hvdlocal asks of a message-passing library: three collectives, and a wait that ends.
+
+Everything above this package talks to a `Communicator`; only the backends beside this file know Horovod or MPI.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+MAX_ELEMENTS = 2**31 - 1
+"""The most elements of one collective: MPI counts in C int. Longer tensors travel in pieces."""
+
+
+class CommunicationError(RuntimeError):
+    """A collective failed: another rank ended, or the ranks did not ask for the same thing."""
+
+
+class CollectiveTimeoutError(CommunicationError):
+    """A collective was not joined by every rank before the deadline."""
+
+
+class Pending(Protocol):
+    """A collective under way."""
+
+    def done(self) -> bool:
+        """Whether `finish` would return at once."""
+
+    def finish(self) -> Any:
+        """The result; raises what the backend raises when the collective failed."""
+
+
+@dataclass
+class Traffic:
+    """What this rank has handed to collectives since the start."""
+
+    collectives: int = 0
+    bytes: int = 0
+
+
+class Communicator(ABC):
+    """The ranks of one job and the collectives between them.
+
+    Every collective carries a constant name, must be called by all ranks in the same order, and ends: with a result, or
+    with an error that names the collective and the rank when `timeout_seconds` have passed.
+
+    Attributes:
+        backend: "horovod" or "mpi4py".
+        rank, size: this process among all processes of the job.
+        local_rank, local_size: this process among those on its node.
+        timeout_seconds: how long one collective may take, the wait for the slowest rank included.
+        traffic: collectives and bytes so far.
+    """
+
+    backend: str
+
+    def __init__(self, rank: int, size: int, local_rank: int, local_size: int, timeout_seconds: float) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.local_size = local_size
+        self.timeout_seconds = timeout_seconds
+        self.traffic = Traffic()
+
+    def sum_(self, tensor: torch.Tensor, name: str) -> None:
+        """Replaces `tensor` on every rank by its sum over the ranks, in place and without a copy.
+
+        Args:
+            tensor: contiguous; float32, float64, int32 or int64; the same shape and dtype on every rank.
+            name: what it is, the same on every rank and at every call ("hvdlocal.average").
+        """
+        if not tensor.is_contiguous():
+            raise ValueError(f"collective {name!r}: the tensor must be contiguous to be summed in place")
+        self._count(tensor)
+        if self.size == 1:
+            return
+        flat = tensor.detach().view(-1)
+        pieces = [flat] if flat.numel() <= MAX_ELEMENTS else list(flat.split(MAX_ELEMENTS))
+        names = [name] if len(pieces) == 1 else [f"{name}.{i}" for i in range(len(pieces))]
+        pending = [self._start_sum(piece, piece_name) for piece, piece_name in zip(pieces, names, strict=True)]
+        for one, piece_name in zip(pending, names, strict=True):
+            self._wait(one, piece_name)
+
+    def broadcast_(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        """Replaces `tensor`, of any shape, layout and dtype, on every rank by that of rank `root`, in place."""
+        self._count(tensor)
+        if self.size == 1:
+            return
+        flat = tensor.detach().contiguous().view(-1)
+        # Bits are only moved, so a dtype that the backends lack travels as the integer of its size.
+        stand_in = {torch.bool: torch.uint8, torch.bfloat16: torch.int16}.get(flat.dtype)
+        self._wait(self._start_broadcast(flat if stand_in is None else flat.view(stand_in), name, root), name)
+        if not tensor.is_contiguous():
+            tensor.detach().copy_(flat.view(tensor.shape))
+
+    def gather(self, value: Any, name: str) -> list[Any]:
+        """The picklable `value` of every rank, in the order of the ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        parts = self._gather_bytes(pickle.dumps(value), name)
+        self.traffic.collectives += 1
+        self.traffic.bytes += len(parts[self.rank])
+        return [pickle.loads(part) for part in parts]  # our own ranks wrote it
+
+    def barrier(self, name: str) -> None:
+        """Returns when every rank has called it."""
+        self.sum_(torch.zeros(1), name)
+
+    def describe(self) -> str:
+        """This process, for the beginning of a message: 'rank 3 of 8 on node17'."""
+        return f"rank {self.rank} of {self.size} on {socket.gethostname()}"
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Leaves the job. The communicator cannot be used afterwards."""
+
+    def abort(self, exit_code: int) -> None:
+        """Ends this process at once; the launcher then ends the others. For when no collective can succeed any more."""
+        os._exit(exit_code)
+
+    @abstractmethod
+    def _start_sum(self, flat: torch.Tensor, name: str) -> Pending: ...
+
+    @abstractmethod
+    def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Pending: ...
+
+    @abstractmethod
+    def _gather_bytes(self, data: bytes, name: str) -> list[bytes]: ...
+
+    def _count(self, tensor: torch.Tensor) -> None:
+        if self.size > 1:
+            self.traffic.collectives += 1
+            self.traffic.bytes += tensor.numel() * tensor.element_size()
+
+    def _wait(self, pending: Pending, name: str) -> Any:
+        """Polls and sleeps rather than blocks, so that signal handlers run, the core is free and the deadline holds."""
+        start = time.monotonic()
+        while not pending.done():
+            waited = time.monotonic() - start
+            if waited > self.timeout_seconds:
+                raise CollectiveTimeoutError(
+                    f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: at least one other rank has not "
+                    f"come to it. Look for a rank that died, hangs or took another branch; a longer limit is set with "
+                    f"HVDLOCAL_TIMEOUT_SECONDS (now {self.timeout_seconds:g})."
+                )
+            time.sleep(min(1e-3, max(5e-5, waited / 20)))
+        try:
+            return pending.finish()
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"{self.describe()}: the collective {name!r} failed, most often because another rank ended with an error "
+                f"of its own (look for the first message of the job): {error}"
+            ) from error

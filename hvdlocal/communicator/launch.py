@@ -1,0 +1,108 @@
+"""Which backend to use, and whether the launcher and the MPI library belong together."""
+
+from __future__ import annotations
+
+import os
+
+from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.horovod_backend import HorovodCommunicator
+from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
+
+BACKENDS = ("horovod", "mpi4py")
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+
+_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""How Open MPI, MPICH/Intel MPI/Cray and MVAPICH tell a process how many ranks were started."""
+
+_current: Communicator | None = None
+
+
+def init(backend: str | None = None, *, timeout_seconds: float | None = None) -> Communicator:
+    """Joins the ranks of this job. Call it once, before building the optimizer; a second call returns the same object.
+
+    Args:
+        backend: "horovod" or "mpi4py"; by default the environment variable HVDLOCAL_BACKEND, else Horovod.
+        timeout_seconds: how long one collective may take before it ends in an error; by default
+            HVDLOCAL_TIMEOUT_SECONDS, else half an hour.
+
+    Returns:
+        The communicator: `.rank`, `.size`, `.local_rank` and so on.
+
+    Raises:
+        ImportError: the backend is not installed; the message says how to get it.
+        RuntimeError: the launcher started several ranks that do not see each other.
+        ValueError: unknown backend, or another one is in use already.
+    """
+    global _current
+    if _current is not None:
+        if backend not in (None, _current.backend):
+            raise ValueError(f"hvdlocal.init({backend!r}): this process already uses {_current.backend!r}")
+        return _current
+    chosen = backend or os.environ.get("HVDLOCAL_BACKEND") or "horovod"
+    if timeout_seconds is None:
+        timeout_seconds = _timeout_from_environment()
+    if chosen == "horovod":
+        communicator = _horovod(timeout_seconds)
+    elif chosen == "mpi4py":
+        communicator = _mpi4py(timeout_seconds)
+    else:
+        raise ValueError(f"unknown backend {chosen!r}: choose one of {', '.join(BACKENDS)}")
+    _check_world(communicator.size, chosen)
+    _current = communicator
+    return communicator
+
+
+def current() -> Communicator:
+    """The communicator that `init` made.
+
+    Raises:
+        RuntimeError: `init` has not been called.
+    """
+    if _current is None:
+        raise RuntimeError("hvdlocal is not initialised: call hvdlocal.init() first, once, on every rank")
+    return _current
+
+
+def _horovod(timeout_seconds: float) -> Communicator:
+    try:
+        return HorovodCommunicator(timeout_seconds)
+    except ImportError as error:
+        raise ImportError(
+            f"Horovod cannot be used here ({type(error).__name__}: {error}). Build it for this torch and MPI with `make setup` "
+            "(see docs/install.md), or use plain MPI instead: HVDLOCAL_BACKEND=mpi4py."
+        ) from error
+
+
+def _mpi4py(timeout_seconds: float) -> Communicator:
+    try:
+        return Mpi4pyCommunicator(timeout_seconds)
+    except ImportError as error:
+        raise ImportError(
+            f"mpi4py cannot be used here ({error}). `pip install mpi4py`, and have the MPI library that started this job on "
+            "LD_LIBRARY_PATH."
+        ) from error
+
+
+def _timeout_from_environment() -> float:
+    text = os.environ.get("HVDLOCAL_TIMEOUT_SECONDS", str(DEFAULT_TIMEOUT_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"HVDLOCAL_TIMEOUT_SECONDS={text!r}: give a positive number of seconds")
+    return seconds
+
+
+def _check_world(size: int, backend: str) -> None:
+    """Refuses the classic silent mistake: K processes that each believe to be alone, because mpirun is another MPI's."""
+    for variable in _LAUNCHER_SIZES:
+        told = os.environ.get(variable)
+        if told and told.isdigit():
+            if int(told) != size:
+                raise RuntimeError(
+                    f"the launcher started {told} ranks ({variable}), but {backend} sees {size}: mpirun or srun belongs to "
+                    f"another MPI than the one that {backend} was built with. Use the mpirun of that MPI (`hvdlocal doctor` "
+                    "names it), or rebuild."
+                )
+            return

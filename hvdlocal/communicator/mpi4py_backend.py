@@ -1,0 +1,112 @@
+"""Plain MPI through mpi4py behind the communicator: needs no Horovod."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hvdlocal.communicator.base import Communicator
+
+
+class Mpi4pyCommunicator(Communicator):
+    """All ranks of `MPI.COMM_WORLD`. See `Communicator`.
+
+    One thread of its own makes the (blocking) MPI calls in the order in which they were asked for: the fastest allreduce
+    of an MPI is its blocking one, and the main thread stays able to see signals and deadlines. CUDA tensors are staged
+    through host memory, since not every MPI can read a GPU's.
+
+    Raises:
+        ImportError: mpi4py is not installed.
+        RuntimeError: MPI does not let a second thread make calls.
+    """
+
+    backend = "mpi4py"
+
+    def __init__(self, timeout_seconds: float) -> None:
+        from mpi4py import MPI
+
+        if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+            raise RuntimeError(
+                f"MPI was started with thread level {MPI.Query_thread()}, but hvdlocal needs MPI_THREAD_SERIALIZED (2) or "
+                "higher: do not lower mpi4py.rc.thread_level, and use an MPI built with thread support."
+            )
+        self._mpi = MPI
+        self._world = MPI.COMM_WORLD.Dup()
+        node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+        super().__init__(self._world.rank, self._world.size, node.rank, node.size, timeout_seconds)
+        node.Free()
+        self._calls: SimpleQueue[_Call | None] = SimpleQueue()
+        threading.Thread(target=self._serve, name="hvdlocal-mpi", daemon=True).start()
+        if self.size > 1:
+            # Without this, a rank that dies of an exception waits in MPI_Finalize for peers that wait for it.
+            sys.excepthook = self._abort_on_exception
+
+    def shutdown(self) -> None:
+        self._calls.put(None)
+
+    def abort(self, exit_code: int) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._mpi.COMM_WORLD.Abort(exit_code)
+
+    def _start_sum(self, flat: torch.Tensor, name: str) -> _Call:
+        return self._in_host_memory(
+            flat, lambda host: self._world.Allreduce(self._mpi.IN_PLACE, host, op=self._mpi.SUM)
+        )
+
+    def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> _Call:
+        return self._in_host_memory(flat, lambda host: self._world.Bcast(host, root=root))
+
+    def _gather_bytes(self, data: bytes, name: str) -> list[bytes]:
+        return self._wait(self._submit(lambda: self._world.allgather(data)), name)
+
+    def _in_host_memory(self, flat: torch.Tensor, collective: Callable[[Any], None]) -> _Call:
+        def work() -> None:
+            host = flat.cpu()  # the tensor itself when it is on the CPU already
+            collective(host.numpy())
+            if host is not flat:
+                flat.copy_(host)
+
+        return self._submit(work)
+
+    def _submit(self, work: Callable[[], Any]) -> _Call:
+        call = _Call(work)
+        self._calls.put(call)
+        return call
+
+    def _serve(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call.run()
+
+    def _abort_on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        traceback.print_exception(kind, error, trace)
+        print(f"{self.describe()}: uncaught {kind.__name__}; ending the job", file=sys.stderr)
+        self.abort(1)
+
+
+class _Call:
+    """One MPI call, made by the communicator's thread."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work = work
+        self._future: Future[Any] = Future()
+
+    def run(self) -> None:
+        try:
+            self._future.set_result(self._work())
+        except BaseException as error:
+            self._future.set_exception(error)
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def finish(self) -> Any:
+        return self._future.result()

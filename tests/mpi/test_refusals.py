@@ -1,0 +1,133 @@
+"""Mistakes: one clear sentence on every rank, before anything is lost or waits."""
+
+import pytest
+import torch
+from helpers import Slope, local, mean, sgd, slopes, step
+
+import hvdlocal
+
+
+def wrap(model, **settings):
+    return local(model, **settings)
+
+
+def half_model():
+    return Slope().bfloat16()
+
+
+def stranger(model):
+    return {"optimizer": sgd(Slope())}
+
+
+REFUSED = [
+    (lambda m: local(m, optimizer="sgd"), "torch.optim.Optimizer"),
+    (lambda m: local(m, optimizer=local(m)), "torch.optim.Optimizer"),
+    (lambda m: local(m, optimizer=sgd(Slope())), "1 of the optimizer's 1 parameters are not the model's"),
+    (lambda m: local(m, optimizer=torch.optim.LBFGS(m.parameters())), "several times per step"),
+    (lambda m: hvdlocal.LocalOptimizer(sgd(m), m, period=8), "ConstantPeriod"),
+    (lambda m: local(m, momentum="avg"), "choose one of local, average, reset"),
+    (lambda m: local(m, buffers="mean"), "choose one of average, local, reestimate"),
+    (lambda m: local(m, accumulate=0), "accumulate=0"),
+    (lambda m: local(m, budget=0), "budget=0"),
+    (lambda m: local(m, max_norm=0), "max_norm=0"),
+    (lambda m: local(m, rate_for_period="γ"), "rate_for_period"),
+    (lambda m: local(m, scaling="ada"), "LocalAdaScale"),
+    (lambda m: local(m, scaling=hvdlocal.AdaScale()), r"LocalAdaScale\(c=0\)"),
+    (lambda m: local(m, scaling=hvdlocal.LinearScaling()), "budget"),
+    (lambda m: hvdlocal.SynchronousOptimizer(sgd(m), m, scaling=hvdlocal.LocalAdaScale()), r"AdaScale\(\)"),
+    (lambda m: hvdlocal.SynchronousOptimizer(sgd(m), m, scaling=hvdlocal.LinearScaling()), "budget"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), REFUSED, ids=[message for _, message in REFUSED])
+def test_wrong_arguments(comm, make, message):
+    with pytest.raises(ValueError, match=message):
+        make(Slope())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_refused(comm, dtype):
+    with pytest.raises(ValueError, match=rf"parameter 'w' is {dtype}.*autocast"):
+        local(Slope().to(dtype))
+
+
+def test_models_that_cannot_be_averaged_are_refused(comm):
+    frozen = Slope().requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        local(frozen)
+    lazy = torch.nn.LazyLinear(3)
+    with pytest.raises(ValueError, match="no shape yet"):
+        local(lazy)
+    model = torch.nn.BatchNorm1d(3)
+    model.running_mean = model.running_mean.double()
+    with pytest.raises(ValueError, match=r"buffer 'running_mean' is torch.float64.*buffers='local'"):
+        local(model)
+    local(model, buffers="local")
+
+
+def test_a_setting_that_differs_is_named_on_every_rank(comm):
+    model = Slope()
+    last = comm.size - 1
+    period = 8 if comm.rank == last and last else 4
+    if comm.size == 1:
+        local(model, period)
+        return
+    with pytest.raises(hvdlocal.DisagreementError, match=rf"period: rank {last} has '.*8.*rank 0 has '.*4"):
+        local(model, period)
+
+
+def test_another_model_on_one_rank_is_found(comm):
+    model = Slope(numel=10 + comm.rank)
+    if comm.size == 1:
+        return
+    with pytest.raises(hvdlocal.DisagreementError, match=r"model \(names, shapes"):
+        local(model)
+
+
+def test_a_model_moved_after_wrapping_is_noticed(comm):
+    model = Slope()
+    optimizer = local(model)
+    model.w.data = model.w.data.clone()
+    with pytest.raises(RuntimeError, match=r"'w' no longer lies.*Build the LocalOptimizer last"):
+        step(optimizer, model, 1.0)
+
+
+def test_parameters_unfrozen_later_are_noticed(comm):
+    a, b = Slope(), Slope().requires_grad_(False)
+    model = torch.nn.ModuleList([a, b])
+    optimizer = local(model)
+    b.requires_grad_(True)
+    (a(1.0) + b(1.0)).backward()
+    with pytest.raises(RuntimeError, match="after unfreezing"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="cannot be added"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
+
+
+def test_sparse_gradients_are_refused(comm):
+    model = torch.nn.Embedding(10, 3, sparse=True)
+    optimizer = local(model, scaling=hvdlocal.LocalAdaScale())
+    model(torch.tensor([1, 2])).sum().backward()
+    if comm.size > 1:
+        with pytest.raises(ValueError, match="sparse=False"):
+            optimizer.step()
+
+
+def test_nan_on_one_rank_leaves_the_average_of_the_others(comm):
+    c = slopes(comm)
+    model = Slope()
+    optimizer = local(model, 2)
+    step(optimizer, model, c[comm.rank])
+    last = comm.size - 1
+    with pytest.raises(hvdlocal.NonFiniteError, match=rf"on rank {last} of {comm.size}"):
+        step(optimizer, model, float("nan") if comm.rank == last else c[comm.rank])
+    if comm.size > 1:
+        torch.testing.assert_close(model.w.detach(), torch.full((10,), 5 - 2 * mean(c[:-1])))
+
+
+def test_nan_everywhere_names_all_ranks(comm):
+    model = Slope()
+    optimizer = local(model, 1)
+    ranks = ", ".join(map(str, range(comm.size)))
+    with pytest.raises(hvdlocal.NonFiniteError, match=rf"{ranks} of {comm.size}.*no rank holds"):
+        step(optimizer, model, float("inf"))
