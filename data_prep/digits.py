@@ -1,0 +1,31 @@
+"""scikit-learn's handwritten digits: 1,797 images of 8x8 pixels in ten classes, bundled with scikit-learn.
+
+The set has no official split. The test split is every sixth image of each class (in the order of the source): 296
+images, 29 or 30 of each class, against 1,501 for training. Writers contribute to both, as the set does not say who
+wrote what.
+"""
+
+import numpy as np
+
+from data_prep.source import Source
+
+
+def load() -> Source:
+    """The digits as uint8: the original values 0..16 times 255/16, rounded.
+
+    Raises:
+        ValueError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the digits come with scikit-learn, which is not installed; pip install 'hvdlocal[digits]'"
+        ) from error
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+    test = np.zeros(len(images), bool)
+    for digit in range(10):
+        test[np.flatnonzero(digits.target == digit)[5::6]] = True
+    splits = {"train": (images[~test], digits.target[~test]), "test": (images[test], digits.target[test])}
+    return Source(tuple(str(digit) for digit in range(10)), splits)

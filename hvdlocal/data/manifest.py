@@ -1,0 +1,133 @@
+"""manifest.json: what a split of a data set consists of, and its fingerprint."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+FORMAT = "hvdlocal-shards"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard file.
+
+    Attributes:
+        file: file name, inside the split's directory.
+        num_samples: number of samples it holds.
+        bytes: size of the file.
+        sha256: ``Shard.sha256`` of its content (not of the file: another HDF5 release may lay the same content out
+        otherwise).
+    """
+
+    file: str
+    num_samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Content of a split's manifest.json.
+
+    Attributes:
+        split: name of the split, e.g. "train".
+        shape: (height, width, channels) of every image.
+        classes: class names; label i means classes[i].
+        seed: seed of the pre-shuffle.
+        mean, std: per channel, of the pixel values divided by 255 (population standard deviation).
+        shards: the shards, in order; sample 0 of the split is sample 0 of the first.
+    """
+
+    split: str
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    seed: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples over all shards."""
+        return sum(shard.num_samples for shard in self.shards)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 that identifies the data: the same wherever, whenever and by whatever HDF5 release written."""
+        content = self._content()
+        for shard in content["shards"]:
+            del shard["bytes"]
+        return _sha256_of_json(content)
+
+    def save(self, path: Path) -> None:
+        """Write the manifest as JSON to ``path``."""
+        content = self._content() | {"num_samples": self.num_samples, "fingerprint": self.fingerprint}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def _content(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION} | asdict(self)
+
+    @classmethod
+    def load(cls, path: Path) -> "Manifest":
+        """Read and check a manifest.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a manifest of this format and version, or does not match its own fingerprint.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist, so {path.parent} holds no finished data set; "
+                "write it with `python -m data_prep` or ShardWriter"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found = (content["format"], content["version"])
+            if found != (FORMAT, VERSION):
+                raise ValueError(f"it is of format {found[0]!r} version {found[1]!r}, not {FORMAT!r} version {VERSION}")
+            manifest = cls(
+                split=content["split"],
+                shape=tuple(content["shape"]),
+                classes=tuple(content["classes"]),
+                seed=content["seed"],
+                mean=tuple(content["mean"]),
+                std=tuple(content["std"]),
+                shards=tuple(ShardEntry(**shard) for shard in content["shards"]),
+            )
+            if manifest.fingerprint != content["fingerprint"]:
+                raise ValueError("its content does not match its fingerprint (edited by hand or damaged)")
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise ValueError(
+                f"{path} is not a usable manifest: {reason}; write the data set again with overwrite"
+            ) from error
+        return manifest
+
+
+def classes_sha256(classes: Sequence[str]) -> str:
+    """Hex sha256 of the class list, which every shard carries so that it cannot be read with another list."""
+    return _sha256_of_json(list(classes))
+
+
+def split_directory(directory: str | Path, split: str) -> Path:
+    """The directory of a split. Raises ValueError for a name that is not letters, digits, '_' and '-'."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", split):
+        raise ValueError(f"split name {split!r} may hold only letters, digits, '_' and '-'; for instance 'train'")
+    return Path(directory) / split
+
+
+def shard_name(split: str, number: int, num_shards: int) -> str:
+    """File name of shard ``number`` (from 0)."""
+    return f"{split}-{number:05d}-of-{num_shards:05d}.h5"
+
+
+def _sha256_of_json(content: Any) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
