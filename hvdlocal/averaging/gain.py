@@ -153,14 +153,15 @@ class LocalAdaScale(Scaling):
             (Alg. 1). False sends them at once: two collectives a round (Alg. 4, LOCAL-ADA-NOSTALE).
         statistics: "sketch" sends a random projection of the gradient (docs/decisions.md), "exact" the gradient itself, which
             doubles the payload.
-        sketch_size: length of the projection; the relative error of an estimate is about sqrt(2/sketch_size).
+        sketch_size: length of the projection; the relative error of an estimate is about sqrt(2/sketch_size). By default a
+            64th of the parameters, at least 1,024 (4 %) and at most 16,384 (1 %).
         smoothing: as in `AdaScale`.
     """
 
     c: float = 1.0
     stale: bool = True
     statistics: str = "sketch"
-    sketch_size: int = 16384
+    sketch_size: int | None = None
     smoothing: float | None = None
     uses_statistics = True
 
@@ -169,7 +170,7 @@ class LocalAdaScale(Scaling):
             raise ValueError(f"LocalAdaScale(c={self.c}): c must be ≥ 0")
         if self.statistics not in ("sketch", "exact"):
             raise ValueError(f"LocalAdaScale(statistics={self.statistics!r}): choose 'sketch' or 'exact'")
-        if self.sketch_size < 16:
+        if self.sketch_size is not None and self.sketch_size < 16:
             raise ValueError(f"LocalAdaScale(sketch_size={self.sketch_size}): at least 16")
         _check_smoothing(self.smoothing)
 

@@ -12,7 +12,7 @@ from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 from hvdlocal.averaging.replica import ReplicaOptimizer, float_buffers, require_float32
-from hvdlocal.averaging.sketch import GradientSketch
+from hvdlocal.averaging.sketch import GradientSketch, default_size
 from hvdlocal.communicator import Communicator
 
 MOMENTUM_POLICIES = ("local", "average", "reset")
@@ -113,7 +113,7 @@ class LocalOptimizer(ReplicaOptimizer):
         vector = 0
         if isinstance(scaling, LocalAdaScale) and self.communicator.size > 1:
             if scaling.statistics == "sketch":
-                self._sketch = GradientSketch(numels, scaling.sketch_size, device)
+                self._sketch = GradientSketch(numels, scaling.sketch_size or default_size(sum(numels)), device)
                 vector = self._sketch.size
             else:
                 vector = sum(numels)
@@ -200,13 +200,21 @@ class LocalOptimizer(ReplicaOptimizer):
             self._average()
 
     def _next_period(self) -> int:
-        lr = float(self.param_groups[0]["lr"])
-        if self._rate_for_period == "scaled":
-            # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
-            lr *= self.scaling.gain(self._moment(self._period))
+        # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
+        gain = self.scaling.gain(self._moment(self._period)) if self._rate_for_period == "scaled" else 1.0
+        lr = gain * float(self.param_groups[0]["lr"])
         if self._first_lr is None:
             self._first_lr = lr
-        period = self.period_rule(RoundStart(lr, self._progress, self._loss, self._first_lr, self._first_loss))
+        period = self.period_rule(
+            RoundStart(
+                lr=lr,
+                gain=gain,
+                progress=self._progress,
+                loss=self._loss,
+                first_lr=self._first_lr,
+                first_loss=self._first_loss,
+            )
+        )
         while (within := self._steps_to_budget(period)) < period:
             period = within  # and, as a shorter round may have a larger gain, look again
         return period

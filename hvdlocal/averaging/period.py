@@ -16,12 +16,14 @@ class RoundStart:
 
     Attributes:
         lr: η, the learning rate that the round's first step applies.
+        gain: how much of `lr` is the scaling rule's factor.
         progress: scale-invariant iterations done.
         loss: mean training loss of the last round over all workers; None before there is one.
         first_lr, first_loss: `lr` and `loss` of the first round that had both; None before.
     """
 
     lr: float
+    gain: float = 1.0
     progress: float = 0.0
     loss: float | None = None
     first_lr: float | None = None
@@ -100,7 +102,7 @@ class PowerRule(PeriodRule):
         exponent: of the rule.
         warmup: progress up to which the learning rate rises. Rounds that start there take the H that `warmup_lr` gives: a
             small η at the start must not mean a long round.
-        warmup_lr: η at the end of the warm-up; given together with `warmup`.
+        warmup_lr: the base learning rate at the end of the warm-up; given together with `warmup`.
     """
 
     coefficient: float
@@ -123,7 +125,9 @@ class PowerRule(PeriodRule):
             )
 
     def _period(self, start: RoundStart) -> int:
-        lr = self.warmup_lr if self.warmup_lr is not None and start.progress < self.warmup else start.lr
+        lr = start.lr
+        if self.warmup_lr is not None and start.progress < self.warmup:
+            lr = self.warmup_lr * start.gain
         if lr <= 0:
             if self.max_period is None:
                 raise ValueError(

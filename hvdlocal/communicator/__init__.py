@@ -1,6 +1,6 @@
 """The only package that knows Horovod or MPI. Everything above it sees a `Communicator`."""
 
-from hvdlocal.communicator.agreement import DisagreementError, require_agreement
+from hvdlocal.communicator.agreement import DisagreementError, SetupError, require_agreement, succeed_together
 from hvdlocal.communicator.base import CollectiveTimeoutError, CommunicationError, Communicator
 from hvdlocal.communicator.launch import current, init
 
@@ -9,7 +9,9 @@ __all__ = [
     "CommunicationError",
     "Communicator",
     "DisagreementError",
+    "SetupError",
     "current",
     "init",
     "require_agreement",
+    "succeed_together",
 ]

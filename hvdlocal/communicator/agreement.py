@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from hvdlocal.communicator.base import Communicator
+
+T = TypeVar("T")
+
+
+class SetupError(ValueError):
+    """A rank cannot start; raised on all ranks."""
 
 
 class DisagreementError(ValueError):
@@ -32,3 +38,27 @@ def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name
     if differences:
         shown = differences[:5] + ([f"… and {len(differences) - 5} more"] if len(differences) > 5 else [])
         raise DisagreementError("the ranks do not agree; make these the same everywhere: " + "; ".join(shown))
+
+
+def succeed_together(communicator: Communicator, work: Callable[[], T], name: str) -> T:
+    """Does `work`, which must not communicate, on every rank; a collective.
+
+    Args:
+        work: may fail with ValueError, OSError or ImportError, as for a missing file.
+        name: the collective's name.
+
+    Raises:
+        SetupError: on every rank, with the same message, when the work failed on any: what happened, and where.
+    """
+    failure = None
+    try:
+        result = work()
+    except (ValueError, OSError, ImportError) as error:
+        failure = error
+    failures = communicator.gather(str(failure) if failure else None, name)
+    failed = [rank for rank, message in enumerate(failures) if message]
+    if failed:
+        message = failures[failed[0]]
+        where = f" (rank {', '.join(map(str, failed[:8]))}{' …' if len(failed) > 8 else ''} of {communicator.size})"
+        raise SetupError(message if len(failed) == communicator.size else message + where) from failure
+    return result

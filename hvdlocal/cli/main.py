@@ -1,0 +1,87 @@
+"""`hvdlocal COMMAND …`: finds the command and turns its errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from hvdlocal.version import __version__
+
+COMMANDS = {
+    "train": "train a model: mpirun -np N hvdlocal train CONFIG.yaml",
+    "doctor": "check this installation",
+}
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_DIVERGED = 3
+EXIT_COMMUNICATION = 4
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        0; 2 after a user's mistake; 3 when training diverged; 4 when another rank failed; 1 for a bug, with a traceback.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["--version"]:
+        print(f"hvdlocal {__version__}")
+        return 0
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        _complain(f"no command {command!r}: choose one of {', '.join(COMMANDS)}")
+        return EXIT_USAGE
+    try:
+        return importlib.import_module(f"hvdlocal.cli.{command}").run(rest)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        return _explain(error)
+
+
+def _explain(error: Exception) -> int:
+    """Prints what went wrong.
+
+    Returns:
+        The exit code.
+    """
+    from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, current
+    from hvdlocal.training import DivergedError
+
+    if isinstance(error, CollectiveTimeoutError):
+        _complain(str(error))
+        current().abort(EXIT_COMMUNICATION)  # the other ranks cannot be reached: an orderly end would wait for them
+    if isinstance(error, CommunicationError):
+        _complain(str(error))
+        return EXIT_COMMUNICATION
+    if isinstance(error, DivergedError):
+        _complain(str(error))
+        return EXIT_DIVERGED
+    if isinstance(error, ValueError | OSError | ImportError):
+        _complain(str(error))
+        return EXIT_USAGE
+    traceback.print_exception(error)
+    try:
+        communicator = current()
+    except RuntimeError:
+        return EXIT_FAILED
+    if communicator.size > 1:
+        communicator.abort(EXIT_FAILED)
+    return EXIT_FAILED
+
+
+def _complain(message: str) -> None:
+    rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
+    print(f"hvdlocal{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+
+
+def _help() -> str:
+    lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: hvdlocal COMMAND …", "", *lines, "", "hvdlocal COMMAND --help says more."])

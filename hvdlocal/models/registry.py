@@ -1,0 +1,67 @@
+"""The names that a configuration may use for a model."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from torch import nn
+
+from hvdlocal.models.digits import digits_cnn
+from hvdlocal.models.resnet import resnet9, resnet9_narrow, resnet18_cifar
+from hvdlocal.models.torchvision_import import import_torchvision
+from hvdlocal.models.wide_resnet import wrn_28_2
+
+Builder = Callable[[int, tuple[int, int, int]], nn.Module]
+"""(num_classes, (height, width, channels)) → model on (N, channels, height, width) float inputs."""
+
+
+def _torchvision(name: str) -> Builder:
+    def build(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+        _require_rgb(name, shape)
+        return getattr(import_torchvision().models, name)(num_classes=num_classes)
+
+    return build
+
+
+def _vit_b_16(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    _require_rgb("vit_b_16", shape)
+    height, width, _ = shape
+    if height != width or height % 16:
+        raise ValueError(f"vit_b_16 needs square images whose side is a multiple of 16, not {height}×{width}")
+    return import_torchvision().models.vit_b_16(num_classes=num_classes, image_size=height)
+
+
+MODELS: dict[str, Builder] = {
+    "digits_cnn": digits_cnn,
+    "resnet9": resnet9,
+    "resnet9_narrow": resnet9_narrow,
+    "resnet18_cifar": resnet18_cifar,
+    "wrn_28_2": wrn_28_2,
+    "resnet50": _torchvision("resnet50"),
+    "resnet152": _torchvision("resnet152"),
+    "vit_b_16": _vit_b_16,
+}
+
+
+def build_model(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
+    """A freshly initialised model.
+
+    Args:
+        name: one of `MODELS`.
+        num_classes: length of its output.
+        shape: (height, width, channels) of the images.
+
+    Raises:
+        ValueError: no such model, or images that it cannot take.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no model {name!r}: {hint}choose one of {', '.join(MODELS)}")
+    return MODELS[name](num_classes, shape)
+
+
+def _require_rgb(name: str, shape: tuple[int, int, int]) -> None:
+    if shape[2] != 3:
+        raise ValueError(f"{name} needs images of 3 channels, not {shape[2]}")

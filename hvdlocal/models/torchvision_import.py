@@ -1,0 +1,34 @@
+"""Importing torchvision beside a torch for which its compiled operators do not load."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import torch
+
+_declared: list[torch.library.Library] = []  # an operator lives as long as the library object that declared it
+
+
+def import_torchvision() -> ModuleType:
+    """torchvision, also when its compiled operators do not load.
+
+    The wheels of the package index are CUDA builds: beside a CPU-only torch their operators are missing, and importing
+    torchvision fails because it describes two of them. Models and transforms use neither, so declaring them is enough.
+
+    Raises:
+        ImportError: torchvision is not installed.
+    """
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for name in [name for name in sys.modules if name == "torchvision" or name.startswith("torchvision.")]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+    return importlib.import_module("torchvision")

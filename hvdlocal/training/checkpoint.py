@@ -1,0 +1,52 @@
+"""Models on disk, and the last average that is known to be good."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+SNAPSHOT_SHARE = 0.01
+"""Share of the run's time that copies of the model may take."""
+
+
+def save_model(model: torch.nn.Module, path: Path) -> None:
+    """Writes the plain `state_dict` that the same model loads without hvdlocal; whole or not at all."""
+    _write(model.state_dict(), path)
+
+
+class LastGood:
+    """A copy of a recent average, for when the present model is lost to NaN; renewed as often as a hundredth of the time pays."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._next = 0.0
+        self._copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+    def offer(self) -> None:
+        """Copies the model, which is an average now, unless the last copy is recent or the model is not finite."""
+        start = time.perf_counter()
+        if start < self._next:
+            return
+        state = self._model.state_dict()
+        if all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
+            for name, tensor in state.items():
+                self._copy[name].copy_(tensor)
+        end = time.perf_counter()
+        self._next = end + (end - start) / SNAPSHOT_SHARE
+
+    def save(self, path: Path) -> None:
+        """Writes the copy like `save_model`."""
+        _write(self._copy, path)
+
+
+def _write(state: dict[str, torch.Tensor], path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        # Parameters are views of one large buffer, which would otherwise be written with each of them.
+        torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

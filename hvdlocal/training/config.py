@@ -1,0 +1,155 @@
+"""Everything a run can be told, as typed dataclasses; `hvdlocal train --help` is made from the texts below.
+
+`budget`, `progress` and "scale-invariant epochs" are explained in docs/method.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Preset = Literal["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
+
+
+@dataclass
+class DataConfig:
+    """The training images."""
+
+    path: str
+    """Directory of a data set in hvdlocal's format (python -m data_prep …)."""
+    train_split: str = "train"
+    test_split: str = "test"
+    batch_size: int = 128
+    """B: images per rank and micro-batch."""
+    crop_padding: int = 0
+    """Crop each training image at random after adding so many black pixels on every side; 0 for no crop."""
+    flip: bool = False
+    """Mirror each training image left to right, or not, at random."""
+    tail: Literal["carry", "drop"] = "carry"
+    """What happens to images that do not fill a batch of all ranks: carried into the next epoch, or dropped."""
+    prefetch: int = 2
+    """Batches prepared ahead."""
+
+
+@dataclass
+class ModelConfig:
+    """The network."""
+
+    name: str
+    """One of digits_cnn, resnet9, resnet9_narrow, resnet18_cifar, wrn_28_2, resnet50, resnet152, vit_b_16."""
+    channels_last: bool = False
+    """Keep convolutions in NHWC memory format."""
+    compile: bool = False
+    """Compile the forward pass with torch.compile."""
+
+
+@dataclass
+class OptimizerConfig:
+    """What each rank steps with."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    """γ, the base learning rate at its peak."""
+    momentum: float = 0.9
+    """Of SGD."""
+    nesterov: bool = False
+    """Of SGD."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: float = 0.0
+    max_norm: float | None = None
+    """Clip the gradient of every optimizer step to this norm."""
+
+
+@dataclass
+class ScheduleConfig:
+    """The base learning rate γ(s) as a function of the run's progress s, measured in scale-invariant epochs."""
+
+    name: Literal["constant", "cosine", "linear", "step"] = "cosine"
+    warmup_epochs: float = 0.0
+    """Rise linearly from final_lr to lr first."""
+    final_lr: float = 0.0
+    """Where warm-up starts and where cosine and linear end."""
+    step_epochs: float | None = None
+    """Of step: multiply by step_factor every so many epochs."""
+    step_factor: float = 0.1
+
+
+@dataclass
+class PeriodConfig:
+    """H, the local steps between two averagings. For acc-lin and acc-ada: the micro-batches of one step."""
+
+    rule: Literal["constant", "qsr", "power", "post-local", "adacomm"] = "constant"
+    period: int = 8
+    """H of constant and adacomm (its first), and of post-local after the switch."""
+    alpha: float | None = None
+    """α of qsr, or the coefficient of power: H = max(h_base, ⌊(alpha/η)^exponent⌋)."""
+    h_base: int | None = None
+    """Smallest H of qsr and power."""
+    exponent: float | None = None
+    """Of power."""
+    switch_epochs: float | None = None
+    """Of post-local: scale-invariant epochs before local steps begin."""
+    max_period: int | None = None
+    """H never exceeds it."""
+    rate: Literal["scaled", "base"] = "scaled"
+    """The η that qsr and power see: the rate that is applied, or the base rate."""
+
+
+@dataclass
+class MethodConfig:
+    """How the ranks work together."""
+
+    preset: Preset = "local-ada"
+    """sync is data parallelism, local is Local SGD without scaling; the others are the methods of Balles et al."""
+    period: PeriodConfig = field(default_factory=PeriodConfig)
+    accumulate: int = 1
+    """Micro-batches per optimizer step, for sync and the local presets."""
+    momentum: Literal["local", "average", "reset"] = "local"
+    """The optimizer's moments at an averaging."""
+    buffers: Literal["average", "local", "reestimate"] = "average"
+    """Batch-norm statistics."""
+    reestimate_batches: int = 16
+    """Batches per rank before an evaluation, with buffers: reestimate."""
+    statistics: Literal["sketch", "exact"] = "sketch"
+    """What local-ada sends to estimate the gradient's norm: a projection, or the gradient."""
+    sketch_size: int | None = None
+    """Length of the projection; by default a 64th of the parameters, between 1,024 and 16,384."""
+    c: float = 1.0
+    """Weight of the local steps' bias in local-ada's gain; 0 is AdaScale's gain."""
+    smoothing: float | None = None
+    """θ of the statistics' moving averages; by default max(1 − M/1000, 0) for M micro-batches between two estimates."""
+    linear_warmup: float = 0.05
+    """Share of the budget over which acc-lin and local-lin raise the gain from 1."""
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    data: DataConfig
+    model: ModelConfig
+    output: str
+    """Directory for everything that the run writes."""
+    epochs: float = 10.0
+    """Passes over the data at gain 1: the budget in scale-invariant epochs."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    seed: int = 0
+    """Of the initial weights, the order of the images and their augmentation."""
+    label_smoothing: float = 0.0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the forward pass (autocast); parameters stay float32."""
+    evaluate_every_epochs: float = 1.0
+    """Scale-invariant epochs between evaluations, each at the first averaging that is due."""
+    evaluation_batch_size: int = 500
+    log_every_seconds: float = 10.0
+    """Time between two lines on the terminal and in metrics.jsonl."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    """CPU threads of a rank; by default OMP_NUM_THREADS, else the cores of the node divided by its ranks."""
+    tensorboard: bool = False
+    """Also write event files for TensorBoard (pip install hvdlocal[tensorboard])."""
+    overwrite: bool = False
+    """Replace what an earlier run left in the output directory."""

@@ -1,0 +1,62 @@
+"""What a person sees of a run: a progress bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tqdm import tqdm
+
+from hvdlocal.communicator import Communicator
+
+
+class Console:
+    """Rank 0's voice; silent on the other ranks.
+
+    Args:
+        communicator: of the run.
+        total: progress at which the run ends.
+        unit: progress of one scale-invariant epoch.
+    """
+
+    def __init__(self, communicator: Communicator, total: float, unit: float) -> None:
+        self._speaks = communicator.rank == 0
+        self._bar = None
+        if self._speaks and _is_watched():
+            layout = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}] {postfix}"
+            self._bar = tqdm(total=total / unit, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
+        self._unit = unit
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        if self._bar is not None:
+            self._bar.write(text)
+        elif self._speaks:
+            print(text, flush=True)
+
+    def progress(self, progress: float, text: str, due: bool) -> None:
+        """Shows how far the run is: on the bar always, in a log only when a line is due."""
+        if self._bar is not None:
+            self._bar.n = progress / self._unit
+            self._bar.set_postfix_str(text, refresh=due)
+        elif due:
+            self.say(f"epoch {progress / self._unit:7.2f}  {text}")
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def _is_watched() -> bool:
+    """Whether a person looks on. Under mpirun every rank has a terminal of its own, so its launcher is asked."""
+    if not sys.stdout.isatty():
+        return False
+    launched = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"))
+    if not launched:
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith("/dev/pts/")
+    except OSError:
+        return False

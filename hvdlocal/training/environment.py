@@ -1,0 +1,104 @@
+"""Where a run takes place: device, threads, versions, and how it was started."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from hvdlocal.communicator import Communicator
+from hvdlocal.version import __version__
+
+_LAUNCH_VARIABLES = (
+    "HOROVOD_",
+    "HVDLOCAL_",
+    "OMP_",
+    "MKL_",
+    "SLURM_",
+    "OMPI_COMM_WORLD_",
+    "PMI_",
+    "NCCL_",
+    "CUDA_VISIBLE",
+)
+_SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+
+
+def choose_device(name: str, communicator: Communicator) -> torch.device:
+    """This rank's device: one GPU per local rank, or the CPU.
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or a node has more ranks than GPUs.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "device=cuda, but this torch finds no CUDA device: use device=cpu, or a CUDA build of torch on a GPU node"
+        )
+    devices = torch.cuda.device_count()
+    if devices > 1 and communicator.local_size > devices:
+        raise ValueError(
+            f"{communicator.local_size} ranks on {socket.gethostname()} for {devices} GPUs: start as many ranks as there are GPUs"
+        )
+    # A launcher that binds GPUs shows each rank its own one as number 0.
+    device = torch.device("cuda", communicator.local_rank % devices)
+    torch.cuda.set_device(device)
+    return device
+
+
+def set_threads(threads: int | None, communicator: Communicator) -> int:
+    """Sets torch's CPU threads, so that the ranks of a node do not fight for its cores.
+
+    Args:
+        threads: of this rank; None for OMP_NUM_THREADS, else the usable cores divided by the ranks of the node.
+        communicator: tells how many ranks share the node.
+
+    Returns:
+        How many.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads}: at least 1")
+    if threads is None and "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        bound = cores < (os.cpu_count() or cores)  # the launcher gave this rank cores of its own
+        threads = max(1, cores if bound else cores // communicator.local_size)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on every rank for the same numbers."""
+    found = {"hvdlocal": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    for package in ("horovod", "mpi4py", "torchvision", "numpy", "h5py"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe_run(communicator: Communicator, device: torch.device, threads: int) -> dict[str, Any]:
+    """Everything worth knowing about how this job was started; a collective."""
+    hosts = communicator.gather(socket.gethostname(), "hvdlocal.hosts")
+    variables = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_LAUNCH_VARIABLES) and not any(word in name for word in _SECRET_WORDS)
+    }
+    return {
+        "command": sys.argv,
+        "versions": versions(),
+        "backend": communicator.backend,
+        "ranks": communicator.size,
+        "hosts": hosts,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+        "environment": variables,
+    }

@@ -1,0 +1,150 @@
+"""From the names in a configuration to the two optimizers."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+import torch
+
+from hvdlocal.averaging import (
+    QSR,
+    AdaComm,
+    AdaScale,
+    ConstantPeriod,
+    LinearScaling,
+    LocalAdaScale,
+    LocalOptimizer,
+    NoScaling,
+    PeriodRule,
+    PostLocal,
+    PowerRule,
+    Scaling,
+    SynchronousOptimizer,
+)
+from hvdlocal.training.config import MethodConfig, OptimizerConfig, PeriodConfig, TrainConfig
+
+LOCAL_PRESETS = ("local", "local-lin", "local-ada", "local-ada-nostale")
+
+_RULE_SETTINGS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "qsr": ("alpha", "h_base"),
+    "power": ("alpha", "h_base", "exponent"),
+    "post-local": ("switch_epochs",),
+    "adacomm": (),
+}
+
+
+def build_scaling(method: MethodConfig) -> Scaling:
+    """The preset's rule for the gain."""
+    if method.preset in ("sync", "local"):
+        return NoScaling()
+    if method.preset in ("acc-lin", "local-lin"):
+        return LinearScaling(method.linear_warmup)
+    if method.preset == "acc-ada":
+        return AdaScale(method.smoothing)
+    return LocalAdaScale(
+        c=method.c,
+        stale=method.preset != "local-ada-nostale",
+        statistics=method.statistics,
+        sketch_size=method.sketch_size,
+        smoothing=method.smoothing,
+    )
+
+
+def micro_batches_per_step(method: MethodConfig) -> int:
+    """a: with acc-lin and acc-ada the period says how many, so that K and H mean the same for every method (Alg. 2)."""
+    if method.preset in ("acc-lin", "acc-ada"):
+        if method.accumulate != 1 or method.period.rule != "constant":
+            raise ValueError(
+                f"method.preset={method.preset} accumulates method.period.period micro-batches per step: use rule constant and "
+                "leave method.accumulate at 1"
+            )
+        return method.period.period
+    return method.accumulate
+
+
+def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: float) -> PeriodRule:
+    """The rule for H.
+
+    Args:
+        config: rule and its settings.
+        peak_lr: base learning rate at the end of the warm-up.
+        warmup: progress at which the warm-up ends.
+        epoch: progress of one scale-invariant epoch.
+
+    Raises:
+        ValueError: a setting of the rule is missing, or one of another rule is given.
+    """
+    needed = _RULE_SETTINGS[config.rule]
+    for name in ("alpha", "h_base", "exponent", "switch_epochs"):
+        value = getattr(config, name)
+        if name in needed and value is None:
+            raise ValueError(f"method.period.rule={config.rule} needs method.period.{name}")
+        if name not in needed and value is not None:
+            raise ValueError(f"method.period.{name}={value} has no meaning for rule {config.rule}: leave it out")
+    if config.rule == "constant":
+        return ConstantPeriod(config.period, max_period=config.max_period)
+    if config.rule == "adacomm":
+        return AdaComm(config.period, max_period=config.max_period)
+    if config.rule == "post-local":
+        assert config.switch_epochs is not None
+        return PostLocal(config.switch_epochs * epoch, config.period, max_period=config.max_period)
+    assert config.alpha is not None
+    assert config.h_base is not None
+    warmup_lr = peak_lr if warmup else None
+    if config.rule == "qsr":
+        return QSR(config.alpha, config.h_base, warmup=warmup, warmup_lr=warmup_lr, max_period=config.max_period)
+    assert config.exponent is not None
+    return PowerRule(
+        config.alpha, config.h_base, config.exponent, warmup=warmup, warmup_lr=warmup_lr, max_period=config.max_period
+    )
+
+
+def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The torch optimizer that steps one replica."""
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def build_optimizer(
+    config: TrainConfig, model: torch.nn.Module, budget: float, epoch: float
+) -> LocalOptimizer | SynchronousOptimizer:
+    """The optimizer of the configured method around the configured inner optimizer; a collective."""
+    method = config.method
+    inner = build_inner(config.optimizer, model)
+    scaling = build_scaling(method)
+    if method.preset in LOCAL_PRESETS:
+        warmup = config.schedule.warmup_epochs * epoch
+        return LocalOptimizer(
+            inner,
+            model,
+            period=build_period(method.period, config.optimizer.lr, warmup, epoch),
+            scaling=scaling,
+            momentum=method.momentum,
+            buffers=method.buffers,
+            accumulate=micro_batches_per_step(method),
+            budget=budget,
+            max_norm=config.optimizer.max_norm,
+            rate_for_period=method.period.rate,
+        )
+    return SynchronousOptimizer(
+        inner,
+        model,
+        accumulate=micro_batches_per_step(method),
+        scaling=scaling,
+        buffers=method.buffers,
+        budget=budget,
+        max_norm=config.optimizer.max_norm,
+    )
+
+
+def is_local(optimizer: LocalOptimizer | SynchronousOptimizer) -> TypeGuard[LocalOptimizer]:
+    """Whether it takes local steps."""
+    return isinstance(optimizer, LocalOptimizer)

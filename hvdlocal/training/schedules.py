@@ -1,0 +1,56 @@
+"""Base learning rates γ(s) as functions of progress s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from hvdlocal.training.config import ScheduleConfig
+
+Schedule = Callable[[float], float]
+"""Progress (scale-invariant iterations) → learning rate."""
+
+
+def build_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: float) -> Schedule:
+    """The schedule that a configuration describes.
+
+    Args:
+        config: shape and its settings, in scale-invariant epochs.
+        peak: γ, the learning rate after the warm-up.
+        budget: S, the progress at which the run ends.
+        epoch: progress of one scale-invariant epoch.
+
+    Raises:
+        ValueError: settings that contradict each other.
+    """
+    warmup = config.warmup_epochs * epoch
+    if not 0 <= warmup < budget:
+        raise ValueError(
+            f"schedule.warmup_epochs={config.warmup_epochs}: must be at least 0 and less than the run's {budget / epoch:g} epochs"
+        )
+    if not 0 <= config.final_lr <= peak:
+        raise ValueError(f"schedule.final_lr={config.final_lr}: must lie between 0 and optimizer.lr={peak}")
+    if (config.step_epochs is not None) != (config.name == "step"):
+        raise ValueError(
+            f"schedule.step_epochs={config.step_epochs} with schedule.name={config.name}: it belongs to step alone"
+        )
+    if config.step_epochs is not None and not config.step_epochs > 0:
+        raise ValueError(f"schedule.step_epochs={config.step_epochs}: must be positive")
+
+    def after_warmup(s: float) -> float:
+        """The share of the peak."""
+        done = min((s - warmup) / (budget - warmup), 1.0)
+        if config.name == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * done))
+        if config.name == "linear":
+            return 1 - done
+        return 1.0
+
+    def schedule(s: float) -> float:
+        if s < warmup:
+            return config.final_lr + (peak - config.final_lr) * s / warmup
+        if config.step_epochs is not None:
+            return peak * config.step_factor ** math.floor(s / (config.step_epochs * epoch))
+        return config.final_lr + (peak - config.final_lr) * after_warmup(s)
+
+    return schedule
