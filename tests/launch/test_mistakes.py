@@ -1,0 +1,157 @@
+"""What a user can do wrong: one sentence on every rank, in seconds, before training starts."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
+
+MISTAKES = [
+    (["--method.presett", "sync"], r"no key 'method.presett': did you mean 'method.preset'\?"),
+    (["--optimizer.lr", "fast"], r"optimizer.lr.*Got value: fast"),
+    (["--method.preset", "local-sgd"], r"method.preset.*Got value: local-sgd"),
+    (["--data.path", "/nowhere"], r"/nowhere"),
+    (["--model.name", "resnet5"], r"no model 'resnet5': did you mean 'resnet50'\?"),
+    (["--model.name", "resnet50"], r"3 channels, not 1"),
+    (["--epochs", "0"], r"epochs=0"),
+    (["--data.batch_size", "0"], r"batch_size"),
+    (["--method.period.period", "0"], r"period=0"),
+    (["--method.period.rule", "qsr"], r"rule=qsr needs method.period.alpha"),
+    (["--method.period.alpha", "0.1"], r"alpha=0.1 has no meaning for rule constant"),
+    (["--method.preset", "acc-ada", "--method.accumulate", "4"], r"leave method.accumulate at 1"),
+    (["--schedule.warmup_epochs", "99"], r"warmup_epochs=99"),
+    (["--threads", "0"], r"threads=0"),
+    (["--device", "cuda"], r"device=cuda"),
+    (["--output", "/proc/run"], r"/proc/run"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_wrong_settings(config, arguments, message):
+    if arguments == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("CUDA is there")
+    result = mpirun(2, *HVDLOCAL, "train", str(config), *arguments, timeout=60)
+    assert result.code == 2, result.err
+    assert "Traceback" not in result.err
+    said = [line for line in result.err.splitlines() if line.startswith("hvdlocal (rank")]
+    assert {line[:17] for line in said} == {"hvdlocal (rank 0)", "hvdlocal (rank 1)"}
+    assert all(re.search(message, line) for line in said), said
+
+
+def test_a_missing_and_a_malformed_file(tmp_path):
+    result = mpirun(1, *HVDLOCAL, "train", str(tmp_path / "no.yaml"))
+    assert result.code == 2
+    assert "no.yaml" in result.err
+    (tmp_path / "bad.yaml").write_text("data: [1, 2\n")
+    result = mpirun(1, *HVDLOCAL, "train", str(tmp_path / "bad.yaml"))
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    result = launch(*HVDLOCAL, "trian")
+    assert result.code == 2
+    assert "choose one of" in result.err
+
+
+def test_an_earlier_run_is_not_lost(config, tmp_path):
+    assert mpirun(2, *HVDLOCAL, "train", str(config), "--epochs", "1").code == 0
+    before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
+    result = mpirun(2, *HVDLOCAL, "train", str(config), "--epochs", "1")
+    assert result.code == 2
+    assert "holds an earlier run" in result.err
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+    assert mpirun(2, *HVDLOCAL, "train", str(config), "--epochs", "1", "--overwrite", "true").code == 0
+
+
+def on_rank(rank: int, then: str, otherwise: str) -> list[str]:
+    script = f'if [ "${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}" = {rank} ]; then {then}; else {otherwise}; fi'
+    return ["bash", "-c", script]
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+def test_a_setting_that_differs_on_one_rank(config, backend):
+    train = f"exec {' '.join(HVDLOCAL)} train {config}"
+    result = mpirun(3, *on_rank(1, f"{train} --optimizer.lr 0.5", train), HVDLOCAL_BACKEND=backend, timeout=60)
+    assert result.code == 2
+    for rank in range(3):
+        assert f"hvdlocal (rank {rank}): the ranks do not agree" in result.err
+    assert result.err.count("config optimizer.lr: rank 1 has 0.5, rank 0 has 0.02") == 3
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+def test_data_that_is_missing_on_one_rank(config, backend):
+    train = f"exec {' '.join(HVDLOCAL)} train {config}"
+    result = mpirun(2, *on_rank(1, f"{train} --data.path /elsewhere", train), HVDLOCAL_BACKEND=backend, timeout=60)
+    assert result.code == 2
+    assert result.err.count("(rank 1 of 2)") == 2
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+@pytest.mark.parametrize("preset", ["local-ada", "sync"])
+def test_a_run_that_diverges_leaves_its_last_good_model(config, tmp_path, preset, backend):
+    command = [*HVDLOCAL, "train", str(config), "--method.preset", preset, "--optimizer.lr", "1e25"]
+    result = mpirun(2, *command, HVDLOCAL_BACKEND=backend, timeout=60)
+    assert result.code == 3, result.err
+    assert "Traceback" not in result.err
+    assert result.err.count("NaN or infinity on rank") == 2
+    assert result.err.count("last_good.pt") == 2
+    state = torch.load(tmp_path / "out" / "last_good.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state.values() if tensor.is_floating_point())
+
+
+LIBRARY_SCRIPT = """
+import sys, time, torch, hvdlocal
+comm = hvdlocal.init(timeout_seconds=20)
+model = torch.nn.Linear(2, 2)
+optimizer = hvdlocal.LocalOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, period=hvdlocal.ConstantPeriod(2))
+print("ready", flush=True)
+for i in range(10_000):
+    optimizer.zero_grad()
+    model(torch.ones(1, 2)).sum().backward()
+    if i == 7 and comm.rank == 1 and sys.argv[1] == "raise":
+        raise KeyError("a bug of the user's script on rank 1")
+    if sys.argv[1] == "sleep":
+        time.sleep(0.05)
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+def test_an_exception_on_one_rank_ends_the_job(tmp_path, backend):
+    script = tmp_path / "script.py"
+    script.write_text(LIBRARY_SCRIPT)
+    result = mpirun(2, environment()["PATH"].split(":")[0] + "/python", str(script), "raise", HVDLOCAL_BACKEND=backend, timeout=60)
+    assert result.code != 0
+    assert "a bug of the user's script on rank 1" in result.err
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+def test_a_killed_rank_ends_the_job(tmp_path, backend):
+    script = tmp_path / "script.py"
+    script.write_text(LIBRARY_SCRIPT + "\n")
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    python = environment()["PATH"].split(":")[0] + "/python"
+    job = subprocess.Popen(
+        [*MPIRUN, "-np", "2", "bash", "-c", f"echo $$ > {pids}/${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}; exec {python} {script} sleep"],
+        cwd=ROOT,
+        env=environment(HVDLOCAL_BACKEND=backend),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert job.stdout is not None
+        assert job.stdout.readline().strip() == "ready"
+        time.sleep(1)
+        os.kill(int((pids / "1").read_text()), signal.SIGKILL)
+        job.wait(timeout=40)
+    finally:
+        if job.poll() is None:
+            os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+    assert job.returncode != 0
