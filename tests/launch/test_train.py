@@ -1,12 +1,14 @@
 """`hvdlocal train` under every launcher and with every method."""
 
 import json
+import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import HVDLOCAL, launch, mpirun
+from conftest import HVDLOCAL, ROOT, launch, mpirun
 
 from hvdlocal.models import build_model
 
@@ -128,3 +130,26 @@ def test_doctor_says_when_horovod_is_missing(tmp_path):
     assert "WRONG Horovod            ImportError: no Horovod here" in result.out
     assert "make setup" in result.out
     assert launch(*HVDLOCAL, "doctor", HVDLOCAL_BACKEND="mpi4py", **env).code == 0
+
+
+@pytest.mark.parametrize("script", ["digits_horovod.py", "digits_hvdlocal.py"])
+def test_examples(script):
+    result = mpirun(2, sys.executable, f"examples/{script}")
+    assert result.code == 0, result.err
+    accuracy = float(re.search(r"test accuracy ([\d.]+) %", result.out).group(1))
+    assert accuracy > 95
+
+
+def test_the_library_example_differs_in_what_the_readme_says():
+    """Three changes: initialise, wrap, synchronise before evaluating."""
+    horovod, hvdlocal = ((ROOT / "examples" / f"digits_{name}.py").read_text().splitlines() for name in ("horovod", "hvdlocal"))
+    new = [line for line in hvdlocal if line not in horovod and line.strip() and '"""' not in line and "print" not in line]
+    assert new == [
+        "mpirun -np 2 --bind-to none python examples/digits_hvdlocal.py",
+        "import hvdlocal",
+        "hvdlocal.init()",
+        "optimizer = hvdlocal.LocalOptimizer(",
+        "    optimizer, model, period=hvdlocal.ConstantPeriod(8), scaling=hvdlocal.LocalAdaScale()",
+        ")",
+        "optimizer.synchronize()",
+    ]
