@@ -32,7 +32,9 @@ def run(arguments: Sequence[str]) -> int:
         0 when hvdlocal can train here over at least one backend, else 1.
     """
     if arguments:
-        print("usage: hvdlocal doctor\n\nChecks versions, MPI, Horovod, GPUs, core binding, and a real allreduce of two ranks.")
+        print(
+            "usage: hvdlocal doctor\n\nChecks versions, MPI, Horovod, GPUs, core binding, and a real allreduce of two ranks."
+        )
         return 0 if arguments[0] in ("-h", "--help") else 2
     marks = {"ok": "  ok  ", "note": " note ", "wrong": " WRONG"}
     findings = []
@@ -81,9 +83,13 @@ def launcher() -> Iterator[Finding]:
     if mpirun:
         yield Finding("ok", "mpirun", f"{_first_line([mpirun, '--version'])} at {mpirun}")
     elif shutil.which("srun"):
-        yield Finding("ok", "srun", "no mpirun here; start ranks with srun --mpi=pmix (srun --mpi=list shows what there is)")
+        yield Finding(
+            "ok", "srun", "no mpirun here; start ranks with srun --mpi=pmix (srun --mpi=list shows what there is)"
+        )
     else:
-        yield Finding("wrong", "launcher", "neither mpirun nor srun on PATH", "load the site's MPI module, or run `make setup`")
+        yield Finding(
+            "wrong", "launcher", "neither mpirun nor srun on PATH", "load the site's MPI module, or run `make setup`"
+        )
 
 
 def mpi4py() -> Iterator[Finding]:
@@ -99,10 +105,17 @@ def mpi4py() -> Iterator[Finding]:
         yield Finding(level, "mpi4py", lines, remedy)
         return
     version, spare, library = lines[-1].split("|", 2)
-    levels = {"-2": "MPI_THREAD_SINGLE", "-1": "MPI_THREAD_FUNNELED", "0": "MPI_THREAD_SERIALIZED", "1": "MPI_THREAD_MULTIPLE"}
+    levels = {
+        "-2": "MPI_THREAD_SINGLE",
+        "-1": "MPI_THREAD_FUNNELED",
+        "0": "MPI_THREAD_SERIALIZED",
+        "1": "MPI_THREAD_MULTIPLE",
+    }
     found = f"{version} on {library.strip()}, {levels.get(spare, 'unknown thread level')}"
     if int(spare) < 0:
-        yield Finding("wrong", "mpi4py", found, "use an MPI built with thread support (MPI_THREAD_SERIALIZED or higher)")
+        yield Finding(
+            "wrong", "mpi4py", found, "use an MPI built with thread support (MPI_THREAD_SERIALIZED or higher)"
+        )
     else:
         yield Finding("ok", "mpi4py", found)
 
@@ -129,7 +142,9 @@ def horovod() -> Iterator[Finding]:
     if built_for and built_for != torch.__version__:
         yield Finding("note", "Horovod", found, f"this torch is {torch.__version__}: rebuild Horovod (make setup)")
     elif not mpi:
-        yield Finding("note", "Horovod", found, "built without MPI: only horovodrun starts it; rebuild with HOROVOD_WITH_MPI=1")
+        yield Finding(
+            "note", "Horovod", found, "built without MPI: only horovodrun starts it; rebuild with HOROVOD_WITH_MPI=1"
+        )
     else:
         yield Finding("ok", "Horovod", found)
     if torch.cuda.is_available() and not nccl:
@@ -145,7 +160,12 @@ def gpus() -> Iterator[Finding]:
         names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
         yield Finding("ok", "GPUs", f"{torch.cuda.device_count()} × {', '.join(names)}: start that many ranks per node")
     elif torch.version.cuda:
-        yield Finding("note", "GPUs", "none visible to a CUDA build of torch", "run on a GPU node, and look at CUDA_VISIBLE_DEVICES")
+        yield Finding(
+            "note",
+            "GPUs",
+            "none visible to a CUDA build of torch",
+            "run on a GPU node, and look at CUDA_VISIBLE_DEVICES",
+        )
     else:
         yield Finding("ok", "GPUs", "none: training on the CPU")
 
@@ -156,7 +176,7 @@ def cores() -> Iterator[Finding]:
     threads = os.environ.get("OMP_NUM_THREADS")
     found = f"{usable} of {total} usable; OMP_NUM_THREADS={threads or '(unset: cores divided by ranks)'}"
     if usable == 1 < total:
-        remedy = "this process is bound to one core, which Horovod's thread wants too: mpirun --bind-to none, or --map-by slot:PE=n"
+        remedy = "this process is bound to one core, which Horovod's thread wants too: mpirun --bind-to none"
         yield Finding("note", "cores", found, remedy)
     else:
         yield Finding("ok", "cores", found)
@@ -164,7 +184,9 @@ def cores() -> Iterator[Finding]:
     if cycle is None:
         yield Finding("ok", "Horovod's cycle", "5 ms (hvdlocal's default; HOROVOD_CYCLE_TIME changes it)")
     elif float(cycle) < 2:
-        remedy = "below about 2 ms Horovod's background thread can take a whole core from training; leave it unset for 5 ms"
+        remedy = (
+            "below about 2 ms Horovod's background thread can take a whole core from training; leave it unset for 5 ms"
+        )
         yield Finding("note", "Horovod's cycle", f"{cycle} ms", remedy)
     else:
         yield Finding("ok", "Horovod's cycle", f"{cycle} ms (from HOROVOD_CYCLE_TIME)")
@@ -209,7 +231,9 @@ def _trial(mpirun: str, backend: str) -> str | None:
     options = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in _first_line([mpirun, "--version"]) else []
     command = [mpirun, *options, "-np", "2", sys.executable, "-c", program]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         return f"no answer within {TRIAL_SECONDS} s"
     answers = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("hvdlocal-doctor")]
@@ -226,7 +250,9 @@ def _python(program: str) -> list[str] | str:
     """The lines that a program prints, or, as one string, why it failed. A process of its own: MPI can start only once."""
     command = [sys.executable, "-c", f"import sys; {program}"]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL
+        )
     except subprocess.TimeoutExpired:
         return f"no answer within {TRIAL_SECONDS} s"
     return result.stdout.splitlines() if result.returncode == 0 else _last_words(result.stderr)

@@ -26,6 +26,15 @@ class _Residual(nn.Module):
         return x + self.body(x)
 
 
+class _Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
 def _convolution(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
     layers = [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers, *([nn.MaxPool2d(2)] if pool else []))
@@ -43,6 +52,7 @@ def resnet9(num_classes: int, shape: tuple[int, int, int], width: int = 64) -> n
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),
+        _Scale(0.125),  # of the original: max-pooled features are large, and so would be the first losses
     )
 
 

@@ -122,7 +122,9 @@ for i in range(10_000):
 def test_an_exception_on_one_rank_ends_the_job(tmp_path, backend):
     script = tmp_path / "script.py"
     script.write_text(LIBRARY_SCRIPT)
-    result = mpirun(2, environment()["PATH"].split(":")[0] + "/python", str(script), "raise", HVDLOCAL_BACKEND=backend, timeout=60)
+    result = mpirun(
+        2, environment()["PATH"].split(":")[0] + "/python", str(script), "raise", HVDLOCAL_BACKEND=backend, timeout=60
+    )
     assert result.code != 0
     assert "a bug of the user's script on rank 1" in result.err
 
@@ -135,7 +137,14 @@ def test_a_killed_rank_ends_the_job(tmp_path, backend):
     pids.mkdir()
     python = environment()["PATH"].split(":")[0] + "/python"
     job = subprocess.Popen(
-        [*MPIRUN, "-np", "2", "bash", "-c", f"echo $$ > {pids}/${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}; exec {python} {script} sleep"],
+        [
+            *MPIRUN,
+            "-np",
+            "2",
+            "bash",
+            "-c",
+            f"echo $$ > {pids}/${{OMPI_COMM_WORLD_RANK:-$PMI_RANK}}; exec {python} {script} sleep",
+        ],
         cwd=ROOT,
         env=environment(HVDLOCAL_BACKEND=backend),
         stdin=subprocess.DEVNULL,

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -41,13 +42,25 @@ def test_every_preset_learns(config, tmp_path, preset):
 def test_metrics_hold_what_a_reader_needs(config, tmp_path):
     assert mpirun(2, *HVDLOCAL, "train", str(config), "--log_every_seconds", "0").code == 0
     steps, rounds = records(tmp_path / "out", "steps"), records(tmp_path / "out", "round")
-    needed = {"step", "progress", "epoch", "loss", "accuracy", "lr", "gain", "period", "grad_sqr", "grad_var", "divergence"}
+    needed = {
+        "step",
+        "progress",
+        "epoch",
+        "loss",
+        "accuracy",
+        "lr",
+        "gain",
+        "period",
+        "grad_sqr",
+        "grad_var",
+        "divergence",
+    }
     needed |= {"computing_seconds", "averaging_seconds", "waiting_for_data_seconds", "bytes_sent"}
     assert needed <= set(steps[-1])
     assert [r["round"] for r in rounds] == list(range(1, len(rounds) + 1))
     assert all(r["divergence"] > 0 and r["grad_var"] > 0 for r in rounds)
     sent = [r["bytes_sent"] for r in rounds]
-    assert len({after - before for before, after in zip(sent, sent[1:], strict=False)}) == 1, "the same in every round"
+    assert len({after - before for before, after in pairwise(sent)}) == 1, "the same in every round"
     spent = [steps[-1][f"{name}_seconds"] for name in ("computing", "averaging", "waiting_for_data", "evaluating")]
     assert sum(spent) == pytest.approx(steps[-1]["elapsed_seconds"])
     resolved = (tmp_path / "out" / "config.yaml").read_text()
@@ -103,8 +116,26 @@ def test_mpi4py_backend_needs_no_horovod(config, tmp_path):
         ["--method.preset", "local", "--method.period.rule", "post-local", "--method.period.switch_epochs", "3"],
         ["--method.period.rule", "adacomm", "--method.period.max_period", "16", "--method.accumulate", "2"],
         ["--method.buffers", "reestimate", "--method.momentum", "reset", "--method.statistics", "exact"],
-        ["--precision", "bfloat16", "--model.channels_last", "true", "--label_smoothing", "0.1", "--optimizer.max_norm", "5"],
-        ["--schedule.name", "step", "--schedule.step_epochs", "2", "--schedule.warmup_epochs", "1", "--data.flip", "true"],
+        [
+            "--precision",
+            "bfloat16",
+            "--model.channels_last",
+            "true",
+            "--label_smoothing",
+            "0.1",
+            "--optimizer.max_norm",
+            "5",
+        ],
+        [
+            "--schedule.name",
+            "step",
+            "--schedule.step_epochs",
+            "2",
+            "--schedule.warmup_epochs",
+            "1",
+            "--data.flip",
+            "true",
+        ],
     ],
     ids=["adamw", "qsr", "post-local", "adacomm-accumulate", "reestimate-reset-exact", "bfloat16", "step"],
 )
@@ -142,8 +173,12 @@ def test_examples(script):
 
 def test_the_library_example_differs_in_what_the_readme_says():
     """Three changes: initialise, wrap, synchronise before evaluating."""
-    horovod, hvdlocal = ((ROOT / "examples" / f"digits_{name}.py").read_text().splitlines() for name in ("horovod", "hvdlocal"))
-    new = [line for line in hvdlocal if line not in horovod and line.strip() and '"""' not in line and "print" not in line]
+    horovod, hvdlocal = (
+        (ROOT / "examples" / f"digits_{name}.py").read_text().splitlines() for name in ("horovod", "hvdlocal")
+    )
+    new = [
+        line for line in hvdlocal if line not in horovod and line.strip() and '"""' not in line and "print" not in line
+    ]
     assert new == [
         "mpirun -np 2 --bind-to none python examples/digits_hvdlocal.py",
         "import hvdlocal",
