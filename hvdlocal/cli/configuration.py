@@ -12,6 +12,8 @@ import jsonargparse
 
 from hvdlocal.training import TrainConfig
 
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help shows each field's text
+
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, str]:
     """The configuration that `CONFIG.yaml --section.key value …` describes; later arguments win.

@@ -23,8 +23,12 @@ class Console:
         self._speaks = communicator.rank == 0
         self._bar = None
         if self._speaks and _is_watched():
-            layout = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}] {postfix}"
-            self._bar = tqdm(total=total / unit, bar_format=layout, dynamic_ncols=True, file=sys.stdout)
+            layout = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}] {postfix}"
+            # The terminals that mpirun gives its ranks say that they have 0 columns and lines, and tqdm would draw nothing.
+            columns, lines = os.get_terminal_size(sys.stdout.fileno())
+            self._bar = tqdm(
+                total=total / unit, bar_format=layout, ncols=columns or 110, nrows=lines or 24, file=sys.stdout
+            )
         self._unit = unit
 
     def say(self, text: str) -> None:
@@ -37,8 +41,8 @@ class Console:
     def progress(self, progress: float, text: str, due: bool) -> None:
         """Shows how far the run is: on the bar always, in a log only when a line is due."""
         if self._bar is not None:
-            self._bar.n = progress / self._unit
-            self._bar.set_postfix_str(text, refresh=due)
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(progress / self._unit - self._bar.n)
         elif due:
             self.say(f"epoch {progress / self._unit:7.2f}  {text}")
 
