@@ -23,7 +23,7 @@ class Console:
         self._speaks = communicator.rank == 0
         self._bar = None
         if self._speaks and _is_watched():
-            layout = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}] {postfix}"
+            layout = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}{postfix}]"
             # The terminals that mpirun gives its ranks say that they have 0 columns and lines, and tqdm would draw nothing.
             columns, lines = os.get_terminal_size(sys.stdout.fileno())
             self._bar = tqdm(
@@ -42,7 +42,7 @@ class Console:
         """Shows how far the run is: on the bar always, in a log only when a line is due."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(progress / self._unit - self._bar.n)
+            self._bar.update(min(progress / self._unit, self._bar.total) - self._bar.n)
         elif due:
             self.say(f"epoch {progress / self._unit:7.2f}  {text}")
 
