@@ -126,6 +126,7 @@ class LocalOptimizer(ReplicaOptimizer):
 
         self._round = 0
         self._steps_in_round = 0
+        self._steps_since_statistics = 0
         self._period = 1
         self._divergence: float | None = None
         self._first_lr: float | None = None
@@ -177,6 +178,7 @@ class LocalOptimizer(ReplicaOptimizer):
         """
         if self._accumulated:
             self._accumulated.drop()
+            self._overflowed = False
         if not self.in_sync:
             self._average()
 
@@ -196,6 +198,7 @@ class LocalOptimizer(ReplicaOptimizer):
             self._period = self._next_period()
         self._inner_step(self.scaling.gain(self._moment(self._period)))
         self._steps_in_round += 1
+        self._steps_since_statistics += 1
         if self._steps_in_round >= self._period:
             self._average()
 
@@ -250,9 +253,9 @@ class LocalOptimizer(ReplicaOptimizer):
         self._arena.statistics_scalars.copy_(torch.tensor([sqr_norm, float(valid)]))
         if not self.scaling.stale:
             self._timed_sum(self._arena.with_statistics_scalars, "hvdlocal.statistics")
-            self._read_statistics(self._period)
+            self._read_statistics()
 
-    def _read_statistics(self, period: int) -> None:
+    def _read_statistics(self) -> None:
         """Makes an estimate of the summed statistics. An overflow on any rank makes it void, on all ranks alike."""
         assert self._arena.statistics_scalars is not None
         workers = self.communicator.size
@@ -264,8 +267,9 @@ class LocalOptimizer(ReplicaOptimizer):
                 float(torch.dot(vector, vector)),
                 gradients=workers,
                 micro_batches=self.accumulate,
-                theta_batches=workers * period * self.accumulate,
+                theta_batches=workers * self._steps_since_statistics * self.accumulate,
             )
+            self._steps_since_statistics = 0
 
     # -- the averaging -----------------------------------------------------------------------------------------------
 
@@ -284,7 +288,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._check_period(scalars)
         self._measure_divergence(scalars[Scalar.DISPLACEMENT], healthy)
         if with_statistics:
-            self._read_statistics(self._period)
+            self._read_statistics()
         self._read_loss(scalars)
         self._stop_requested = scalars[Scalar.STOP] > 0.5
         if self._momentum_policy == "reset":
@@ -393,6 +397,7 @@ class LocalOptimizer(ReplicaOptimizer):
             **super()._own_state(),
             "round": self._round,
             "steps_in_round": self._steps_in_round,
+            "steps_since_statistics": self._steps_since_statistics,
             "period": self._period,
             "divergence": self._divergence,
             "first_lr": self._first_lr,
@@ -412,6 +417,7 @@ class LocalOptimizer(ReplicaOptimizer):
         super()._load_own_state(own)
         self._round = own["round"]
         self._steps_in_round = own["steps_in_round"]
+        self._steps_since_statistics = own["steps_since_statistics"]
         self._period = own["period"]
         self._divergence = own["divergence"]
         self._first_lr = own["first_lr"]

@@ -31,8 +31,8 @@ def gradient_statistics(mean_sqr_norm: float, sqr_norm_of_mean: float, num_worke
 
 
 def default_smoothing(micro_batches: int) -> float:
-    """FairScale's θ = max(1 − M/1000, 0) for M micro-batches of all workers between two estimates."""
-    return max(1 - micro_batches / 1000, 0.0)
+    """FairScale's θ = max(1 − M/1000, 0) for M micro-batches of all workers between two estimates (at least one)."""
+    return max(1 - max(micro_batches, 1) / 1000, 0.0)
 
 
 @dataclass

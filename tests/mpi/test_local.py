@@ -157,6 +157,36 @@ def test_statistics_equal_brute_force_over_all_ranks(comm, stale, accumulate):
     assert optimizer.progress == pytest.approx(sum(gains))
 
 
+@pytest.mark.parametrize("stale", [True, False])
+def test_default_smoothing_counts_the_micro_batches_between_two_estimates(comm, stale):
+    """Rounds of 4 steps, cut to 1 by synchronize: θ = 1 − M/1000 with M the micro-batches really consumed by all workers."""
+    c = slopes(comm)
+    model = Slope()
+    scaling = hvdlocal.LocalAdaScale(stale=stale, statistics="exact")
+    optimizer = local(model, 4, optimizer=sgd(model, lr=1e-6), scaling=scaling)
+    for steps, factor in ((4, 1.0), (1, 3.0), (4, 0.0)):
+        for _ in range(steps):
+            step(optimizer, model, factor * c[comm.rank])
+        optimizer.synchronize()
+    if comm.size == 1:
+        return
+    variance = hvdlocal.gradient_statistics(10 * mean([x * x for x in c]), 10 * mean(c) ** 2, comm.size)[1]
+    # σ² is 1, 9 and 0 (1e-6) times this variance; M before the second and third estimate:
+    between = (1, 4) if stale else (4, 1)
+    before = (4, *between) if stale else (1, *between)  # before the first estimate at least one
+    thetas = [1 - comm.size * steps / 1000 for steps in before]
+    thetas[0] = thetas[0] if stale else 1 - 1 / 1000
+    debiased = _ema([variance, 9 * variance, 1e-6], thetas)
+    assert optimizer.grad_var == pytest.approx(debiased, rel=1e-4)
+
+
+def _ema(values, thetas):
+    weighted = weight = 0.0
+    for value, theta in zip(values, thetas, strict=True):
+        weighted, weight = theta * weighted + (1 - theta) * value, theta * weight + (1 - theta)
+    return weighted / weight
+
+
 def test_one_local_step_with_momentum_is_data_parallelism(comm):
     """K ranks, H = 1 and SGD with momentum and weight decay equal one process with batches of K·B."""
     settings = {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-2}
