@@ -25,8 +25,8 @@ class Scalar(IntEnum):
     DISPLACEMENT = 0  # ‖w_k − w‖² since the last averaging, at the sampled coordinates
     LOSS_SUM = 1
     LOSS_COUNT = 2
-    PERIOD_HASH = 3
-    PERIOD_HASH_SQR = 4
+    STEPS_HASH = 3
+    STEPS_HASH_SQR = 4
     NONFINITE = 5  # ranks whose replica is not finite
     STOP = 6  # ranks that ask to stop
 
@@ -98,19 +98,11 @@ class Arena:
         self.statistics_scalars = self.flat[starts[5] : starts[5] + len(StatisticsScalar)] if statistics else None
         self.with_statistics_scalars = self.flat[starts[4] :]
 
-        self._tensors = [*parameters, *buffers]
-        self._views = [*layout.of(self.parameters), *buffer_layout.of(self.buffers)]
+        self.views = [*layout.of(self.parameters), *buffer_layout.of(self.buffers)]
         with torch.no_grad():
-            for tensor, view in zip(self._tensors, self._views, strict=True):
+            for tensor, view in zip([*parameters, *buffers], self.views, strict=True):
                 view.copy_(tensor)
                 tensor.data = view
-
-    def first_moved(self) -> int | None:
-        """The index of the first parameter (then buffer) that is no longer a view of the arena, None when all are."""
-        for i, (tensor, view) in enumerate(zip(self._tensors, self._views, strict=True)):
-            if tensor.data_ptr() != view.data_ptr():
-                return i
-        return None
 
 
 class CoordinateSample:

@@ -74,6 +74,9 @@ class Scaling:
 
     uses_statistics = False
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({vars(self)})"  # the same on every rank, unlike Python's own
+
     def gain(self, now: Moment) -> float:
         """The factor on the base learning rate, which is also the progress that one step makes."""
         raise NotImplementedError

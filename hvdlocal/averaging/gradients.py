@@ -66,6 +66,8 @@ class GradientBuffer:
     def load_state(self, state: dict) -> None:
         """The reverse of `state`."""
         self.drop()
+        for parameter in self._parameters:
+            parameter.grad = None  # it may be a view of what is written below
         if state:
             self.micro_batches = state["micro_batches"]
             self._seen = list(state["seen"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar, StatisticsScalar
+from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.period import PeriodRule, RoundStart
@@ -40,13 +40,15 @@ class LocalOptimizer(ReplicaOptimizer):
     round's last step. With a budget, the last round is shortened to end on the step that uses it up. With `LocalAdaScale`, the
     gain of a round comes from gradients of earlier rounds (`stale=True`) or of its own first step (`stale=False`).
 
+    Parameters are views of one large buffer, and torch.save writes whole buffers: clone the tensors of a `state_dict` first.
+
     Args:
         optimizer: steps this rank's replica; its learning rates are the base rates γ. All of its parameters, float32.
         model: the replica, on its device already. Do not move it afterwards.
         period: the rule for H.
         scaling: the rule for the gain; `NoScaling()` or None for none.
         momentum: the optimizer's moments at an averaging: "local" keeps each rank's own (both papers' choice), "average" averages
-            them (SGD, Adam and AdamW), "reset" starts them anew.
+            them (SGD, Adam and AdamW; a rank on which a parameter has none yet counts as zero), "reset" starts them anew.
         buffers: batch-norm statistics: "average" with the parameters, "local", or "reestimate" by calling
             `reestimate_buffers` before an evaluation.
         accumulate: a, micro-batches (calls of `step`) per local step.
@@ -118,7 +120,7 @@ class LocalOptimizer(ReplicaOptimizer):
             else:
                 vector = sum(numels)
         self._arena = Arena(self._parameters, list(averaged.values()), len(self._moment_names), vector)
-        self._averaged_names = [*self._names, *averaged]
+        self._owners = [_owner(model, name) for name in [*self._names, *averaged]]
         self._accumulated = None
         if accumulate > 1:
             flat = torch.zeros(self._arena.layout.numel, device=device)
@@ -129,7 +131,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._steps_since_statistics = 0
         self._period = 1
         self._divergence: float | None = None
-        self._first_lr: float | None = None
+        self._max_lr = 0.0
         self._first_loss: float | None = None
         self._start_together(
             {"period": repr(period), "momentum": momentum, "rate_for_period": rate_for_period},
@@ -206,15 +208,14 @@ class LocalOptimizer(ReplicaOptimizer):
         # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
         gain = self.scaling.gain(self._moment(self._period)) if self._rate_for_period == "scaled" else 1.0
         lr = gain * float(self.param_groups[0]["lr"])
-        if self._first_lr is None:
-            self._first_lr = lr
+        self._max_lr = max(self._max_lr, lr)
         period = self.period_rule(
             RoundStart(
                 lr=lr,
                 gain=gain,
                 progress=self._progress,
                 loss=self._loss,
-                first_lr=self._first_lr,
+                max_lr=self._max_lr,
                 first_loss=self._first_loss,
             )
         )
@@ -229,7 +230,7 @@ class LocalOptimizer(ReplicaOptimizer):
         progress = self._progress
         for steps in range(1, period):
             progress += self.scaling.gain(self._moment(period, progress))
-            if progress >= self.budget:
+            if self._ends_at(progress):
                 return steps
         return period
 
@@ -256,15 +257,16 @@ class LocalOptimizer(ReplicaOptimizer):
             self._read_statistics()
 
     def _read_statistics(self) -> None:
-        """Makes an estimate of the summed statistics. An overflow on any rank makes it void, on all ranks alike."""
+        """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike."""
         assert self._arena.statistics_scalars is not None
         workers = self.communicator.size
-        scalars = self._arena.statistics_scalars.tolist()
-        if scalars[StatisticsScalar.VALID] > workers - 0.5:
-            vector = self._arena.statistics
+        vector = self._arena.statistics
+        sum_sqr_norm, valid = self._arena.statistics_scalars.tolist()
+        sqr_norm_of_sum = float(torch.dot(vector, vector))
+        if valid > workers - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
             self._update_statistics(
-                scalars[StatisticsScalar.SQR_NORM],
-                float(torch.dot(vector, vector)),
+                sum_sqr_norm,
+                sqr_norm_of_sum,
                 gradients=workers,
                 micro_batches=self.accumulate,
                 theta_batches=workers * self._steps_since_statistics * self.accumulate,
@@ -274,6 +276,7 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- the averaging -----------------------------------------------------------------------------------------------
 
     def _average(self) -> None:
+        self._check_parameters()
         self._check_arena()
         self._adopt_moments()
         bad = self._write_scalars()
@@ -285,16 +288,16 @@ class LocalOptimizer(ReplicaOptimizer):
         healthy = workers - round(scalars[Scalar.NONFINITE])
         if healthy:
             self._arena.replica.mul_(1 / healthy)
-        self._check_period(scalars)
+        self._check_steps(scalars)
         self._measure_divergence(scalars[Scalar.DISPLACEMENT], healthy)
         if with_statistics:
             self._read_statistics()
-        self._read_loss(scalars)
         self._stop_requested = scalars[Scalar.STOP] > 0.5
-        if self._momentum_policy == "reset":
+        if self._momentum_policy == "reset" or bad:
             self.state.clear()
         self._round += 1
         self._steps_in_round = 0
+        self._read_loss(scalars, complete=healthy == workers)
         if healthy < workers:
             self._raise_nonfinite(
                 bad,
@@ -315,17 +318,19 @@ class LocalOptimizer(ReplicaOptimizer):
         """
         displacement = float(self._sample.distance())
         loss_sum = float(self._loss_sum)
-        bad = not (math.isfinite(displacement) and math.isfinite(loss_sum))
+        # A norm reads everything once, which is what it takes to be sure; the collective reads and writes it several times.
+        size = float(torch.dot(self._arena.replica, self._arena.replica))
+        bad = not math.isfinite(size + displacement + loss_sum)
         if bad:
             self._arena.flat.zero_()
             displacement = loss_sum = 0.0
-        period_hash = self._period % 31  # small: the sum of its square is exact in float32 up to 18,000 ranks
+        steps_hash = self._steps_in_round % 31  # small: the sum of its square is exact in float32 up to 18,000 ranks
         values = {
             Scalar.DISPLACEMENT: displacement,
             Scalar.LOSS_SUM: loss_sum,
             Scalar.LOSS_COUNT: 0 if bad else self._loss_count,
-            Scalar.PERIOD_HASH: period_hash,
-            Scalar.PERIOD_HASH_SQR: period_hash**2,
+            Scalar.STEPS_HASH: steps_hash,
+            Scalar.STEPS_HASH_SQR: steps_hash**2,
             Scalar.NONFINITE: bad,
             Scalar.STOP: self._stop,
         }
@@ -334,13 +339,18 @@ class LocalOptimizer(ReplicaOptimizer):
         self._loss_count = 0
         return bad
 
-    def _check_period(self, scalars: list[float]) -> None:
-        """Ranks with different H pair up the wrong averagings; the first one tells, since equal numbers have no variance."""
+    def _check_steps(self, scalars: list[float]) -> None:
+        """Refuses ranks that took different numbers of steps, whose averagings would pair up wrongly from here on.
+
+        Equal numbers have no variance, so two scalars tell.
+        """
         workers = self.communicator.size
-        if abs(workers * scalars[Scalar.PERIOD_HASH_SQR] - scalars[Scalar.PERIOD_HASH] ** 2) > 0.5:
+        if abs(workers * scalars[Scalar.STEPS_HASH_SQR] - scalars[Scalar.STEPS_HASH] ** 2) > 0.5:
+            steps = self.communicator.gather(self._steps_in_round, "hvdlocal.steps")
             periods = self.communicator.gather(self._period, "hvdlocal.periods")
             raise RuntimeError(
-                f"the ranks chose different periods, {periods[:8]}: their learning rates differ. Drive the schedule by "
+                f"the ranks took different numbers of local steps in this round, {steps[:8]}, with the periods {periods[:8]}. "
+                "Every rank must call step equally often and see the same learning rate: drive the schedule by "
                 "optimizer.progress or by the step, never by a rank's own loss."
             )
 
@@ -350,13 +360,13 @@ class LocalOptimizer(ReplicaOptimizer):
             self._divergence = max(sum_displacement / healthy - float(self._sample.distance()), 0.0)
         self._sample.move_origin()
 
-    def _read_loss(self, scalars: list[float]) -> None:
+    def _read_loss(self, scalars: list[float], complete: bool) -> None:
         count = scalars[Scalar.LOSS_COUNT]
         if count:
             self._loss = scalars[Scalar.LOSS_SUM] / count
             if self._first_loss is None:
                 self._first_loss = self._loss
-        elif self.period_rule.uses_loss:
+        elif complete and self.period_rule.uses_loss:
             raise ValueError(
                 f"{type(self.period_rule).__name__} chooses the period from the training loss: call "
                 "optimizer.record_loss(loss) at every step"
@@ -374,20 +384,14 @@ class LocalOptimizer(ReplicaOptimizer):
                     self.state[parameter][name] = view
 
     def _check_arena(self) -> None:
-        moved = self._arena.first_moved()
-        if moved is not None:
-            raise RuntimeError(
-                f"{self._averaged_names[moved]!r} no longer lies in hvdlocal's buffer: something replaced its memory after the "
-                "optimizer was built (model.to(…), .half(), or assigning .data). Build the LocalOptimizer last."
-            )
-        known = {id(p) for p in self._parameters}
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.requires_grad and id(p) not in known:
-                    raise RuntimeError(
-                        f"a parameter of shape {tuple(p.shape)} was frozen when the LocalOptimizer was built and trains now, "
-                        "so it is not averaged. Build the LocalOptimizer after unfreezing."
-                    )
+        """Refuses a model whose parameters or buffers are no longer those in the arena."""
+        for (module, name), view in zip(self._owners, self._arena.views, strict=True):
+            if getattr(module, name).data_ptr() != view.data_ptr():
+                raise RuntimeError(
+                    f"{name!r} of a {type(module).__name__} no longer lies in hvdlocal's buffer: something replaced it after the "
+                    "optimizer was built (model.to(…), load_state_dict(assign=True), assigning a parameter, a buffer or .data). "
+                    "Build the LocalOptimizer last, and change buffers in place."
+                )
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -400,18 +404,11 @@ class LocalOptimizer(ReplicaOptimizer):
             "steps_since_statistics": self._steps_since_statistics,
             "period": self._period,
             "divergence": self._divergence,
-            "first_lr": self._first_lr,
+            "max_lr": self._max_lr,
             "first_loss": self._first_loss,
             "sample": self._sample.state(),
             "round_statistics": self._arena.with_statistics_scalars.clone() if with_statistics else None,
         }
-
-    def _check_state(self, own: dict[str, Any]) -> None:
-        if own["steps_in_round"] and own["num_workers"] != self.communicator.size:
-            raise ValueError(
-                f"this state was saved in the middle of a round of {own['num_workers']} ranks and cannot be continued by "
-                f"{self.communicator.size}: start as many ranks, or save after synchronize()"
-            )
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)
@@ -420,7 +417,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._steps_since_statistics = own["steps_since_statistics"]
         self._period = own["period"]
         self._divergence = own["divergence"]
-        self._first_lr = own["first_lr"]
+        self._max_lr = own["max_lr"]
         self._first_loss = own["first_loss"]
         self._sample.load_state(own["sample"])
         statistics = own["round_statistics"]
@@ -436,13 +433,19 @@ def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """
     if isinstance(optimizer, torch.optim.SGD):
         return ("momentum_buffer",) if any(group["momentum"] for group in optimizer.param_groups) else ()
-    if isinstance(optimizer, torch.optim.Adam):  # and AdamW, its subclass
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         amsgrad = any(group["amsgrad"] for group in optimizer.param_groups)
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
     raise ValueError(
         f"momentum='average' knows the moments of SGD, Adam and AdamW, not of {type(optimizer).__name__}: "
         "choose 'local' or 'reset'"
     )
+
+
+def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter or buffer, and its name there."""
+    path, _, own_name = name.rpartition(".")
+    return model.get_submodule(path), own_name
 
 
 def _flat_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

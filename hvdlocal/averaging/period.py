@@ -7,6 +7,7 @@ that the round's first step applies, s `progress`.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 
@@ -19,14 +20,15 @@ class RoundStart:
         gain: how much of `lr` is the scaling rule's factor.
         progress: scale-invariant iterations done.
         loss: mean training loss of the last round over all workers; None before there is one.
-        first_lr, first_loss: `lr` and `loss` of the first round that had both; None before.
+        max_lr: the largest `lr` of any round so far, this one included: after a warm-up, its peak.
+        first_loss: `loss` after the first round; None before.
     """
 
     lr: float
     gain: float = 1.0
     progress: float = 0.0
     loss: float | None = None
-    first_lr: float | None = None
+    max_lr: float | None = None
     first_loss: float | None = None
 
 
@@ -135,7 +137,12 @@ class PowerRule(PeriodRule):
                     "give the rule a max_period"
                 )
             return self.max_period
-        return max(self.h_base, math.floor((self.coefficient / lr) ** self.exponent))
+        try:
+            exact = (self.coefficient / lr) ** self.exponent
+        except OverflowError:
+            exact = math.inf
+        # A ratio that is a whole number on paper may come out a hair below it.
+        return max(self.h_base, math.floor(min(exact * (1 + 1e-12), sys.maxsize)))
 
 
 def QSR(  # noqa: N802  (a rule, used like the classes beside it)
@@ -157,7 +164,8 @@ def QSR(  # noqa: N802  (a rule, used like the classes beside it)
 class AdaComm(PeriodRule):
     """H = ⌈H_0 · sqrt(η_0 F / (η F_0))⌉ from the training loss F: shorter rounds as the loss falls (Wang & Joshi 2019).
 
-    Needs the losses: call `optimizer.record_loss(loss)` at every step.
+    η_0 is the largest rate so far, which with a warm-up is its peak. Needs the losses: call `optimizer.record_loss(loss)` at
+    every step.
 
     Args:
         first_period: H_0, the period of the first round.
@@ -172,14 +180,14 @@ class AdaComm(PeriodRule):
         _at_least_one("first_period", self.first_period)
 
     def _period(self, start: RoundStart) -> int:
-        if start.loss is None or start.first_loss is None or start.first_lr is None:
+        if start.loss is None or start.first_loss is None or start.max_lr is None:
             return self.first_period
         if start.lr <= 0 or start.first_loss <= 0 or start.loss < 0:
             raise ValueError(
                 f"AdaComm needs a positive learning rate and loss, but has lr={start.lr}, loss={start.loss}, "
                 f"first loss={start.first_loss}"
             )
-        ratio = start.first_lr * start.loss / (start.lr * start.first_loss)
+        ratio = start.max_lr * start.loss / (start.lr * start.first_loss)
         return math.ceil(self.first_period * math.sqrt(ratio))
 
 

@@ -84,7 +84,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     @property
     def finished(self) -> bool:
         """Whether the budget is used up; never without a budget."""
-        return self.budget is not None and self._progress >= self.budget
+        return self._ends_at(self._progress)
 
     @property
     def gain(self) -> float:
@@ -135,8 +135,14 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
-            self._take_gradient()
+        try:
+            with torch.no_grad():
+                self._take_gradient()
+        except BaseException:
+            # GradScaler takes its attributes away only after a step that succeeds, and would use them in the next one.
+            vars(self).pop("found_inf", None)
+            vars(self).pop("grad_scale", None)
+            raise
         return loss
 
     def record_loss(self, loss: torch.Tensor | float) -> None:
@@ -163,6 +169,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: no batch was given.
         """
+        if not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in self.model.modules()):
+            return
         seen = 0
 
         def counted() -> Iterator[Any]:
@@ -172,9 +180,12 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 yield batch
 
         torch.optim.swa_utils.update_bn(counted(), self.model, self._parameters[0].device)
-        if not seen:
-            raise ValueError("reestimate_buffers: no batch was given, so there is nothing to estimate from")
-        self._average_buffers()
+        without = self._average_buffers(faulty=not seen)
+        if without:
+            raise ValueError(
+                f"reestimate_buffers: {without} of {self.communicator.size} ranks gave no batch to estimate from; every rank "
+                "must give at least one"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the averaged buffer is laid out once."""
@@ -203,7 +214,18 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             )
         if own["version"] != STATE_VERSION:
             raise ValueError(f"this state has version {own['version']}; this hvdlocal reads version {STATE_VERSION}")
-        self._check_state(own)
+        elsewhere = own["rank"] != self.communicator.rank or own["num_workers"] != self.communicator.size
+        if elsewhere and (own["accumulated"] or own.get("steps_in_round")):
+            raise ValueError(
+                f"this state was saved in the middle of a round by rank {own['rank']} of {own['num_workers']} and cannot be "
+                f"continued by rank {self.communicator.rank} of {self.communicator.size}: load each rank's own, or save after "
+                "synchronize()"
+            )
+        if own["accumulated"] and own["accumulate"] != self.accumulate:
+            raise ValueError(
+                f"this state was saved in the middle of an accumulation of {own['accumulate']} micro-batches and cannot be "
+                f"continued with accumulate={self.accumulate}"
+            )
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "hvdlocal"})
         self._share()
         self._load_own_state(own)
@@ -220,6 +242,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             "version": STATE_VERSION,
             "class": type(self).__name__,
             "num_workers": self.communicator.size,
+            "rank": self.communicator.rank,
+            "accumulate": self.accumulate,
             "progress": self._progress,
             "gain": self._gain,
             "statistics": self._smoothed.state_dict(),
@@ -241,13 +265,30 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             self._accumulated.load_state(own["accumulated"])
         self._overflowed = own["overflowed"]
 
-    def _check_state(self, own: dict[str, Any]) -> None:
-        """Refuses a state that cannot be continued, before anything is changed."""
-
     def _share(self) -> None:
         """Shares groups and state with the wrapped optimizer, whose own load_state_dict replaces them."""
         self.param_groups = self.optimizer.param_groups
         self.state = self.optimizer.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            f"a {type(self).__name__} belongs to its process and cannot be copied or pickled: save its state_dict()"
+        )
+
+    def _ends_at(self, progress: float) -> bool:
+        """Whether the budget is used up there, rounding errors of the sum of gains aside."""
+        return self.budget is not None and progress >= self.budget * (1 - 1e-9)
+
+    def _check_parameters(self) -> None:
+        """Refuses parameters that came into training after the optimizer was built: nothing would keep them equal."""
+        known = {id(p) for p in self._parameters}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and id(p) not in known:
+                    raise RuntimeError(
+                        f"a parameter of shape {tuple(p.shape)} was frozen when the {type(self).__name__} was built and trains "
+                        "now, so it is not averaged. Build the optimizer after unfreezing."
+                    )
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]
@@ -257,7 +298,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         if found_inf is None:
             return
-        self._overflowed |= bool(found_inf.item())
+        self._overflowed |= bool(found_inf)  # 0, a plain number, when no parameter has a gradient
         scale = getattr(self, "grad_scale", None)  # None when the loop has called unscale_ itself
         if scale is not None and (gradients := self._gradients()):
             torch._foreach_mul_(gradients, 1 / scale)
@@ -311,17 +352,24 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             for group, lr in zip(self.param_groups, base, strict=True):
                 group["lr"] = lr
 
-    def _average_buffers(self) -> None:
-        """Averages the floating-point buffers outside of any arena; one collective, or none without such buffers."""
-        buffers = float_buffers(self.model)
-        if self.communicator.size == 1 or not buffers:
-            return
-        flat = torch.cat([buffer.reshape(-1) for buffer in buffers.values()])
-        self._timed_sum(flat, "hvdlocal.buffers")
-        flat.div_(self.communicator.size)
-        parts = flat.split([buffer.numel() for buffer in buffers.values()])
-        for buffer, part in zip(buffers.values(), parts, strict=True):
-            buffer.copy_(part.view(buffer.shape))
+    def _average_buffers(self, faulty: bool = False) -> int:
+        """Averages the floating-point buffers outside of any arena; one collective, or none without such buffers.
+
+        Returns:
+            On how many ranks something was `faulty`; the buffers are then left as they were.
+        """
+        buffers = list(float_buffers(self.model).values())
+        if not buffers:
+            return int(faulty)
+        notice = torch.tensor([float(faulty)], device=buffers[0].device)
+        flat = torch.cat([part.reshape(-1).double() for part in [*buffers, notice]])
+        if self.communicator.size > 1:
+            self._timed_sum(flat, "hvdlocal.buffers")
+        *parts, notice = flat.split([part.numel() for part in [*buffers, notice]])
+        if not notice.item():
+            for buffer, part in zip(buffers, parts, strict=True):
+                buffer.copy_(part.div_(self.communicator.size).view(buffer.shape))
+        return round(notice.item())
 
     def _timed_sum(self, tensor: torch.Tensor, name: str) -> None:
         start = time.perf_counter()
@@ -331,10 +379,14 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     def _raise_nonfinite(self, mine: bool, what: str) -> None:
         ranks = [rank for rank, bad in enumerate(self.communicator.gather(mine, "hvdlocal.nonfinite")) if bad]
         listed = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+        where = (
+            f"on rank{'s' if len(ranks) > 1 else ''} {listed} of {self.communicator.size}"
+            if ranks
+            else "in the sum of gradients"
+        )
         raise NonFiniteError(
-            f"NaN or infinity on rank{'s' if len(ranks) != 1 else ''} {listed} of {self.communicator.size} at progress "
-            f"{self._progress:.1f} (gain {self._gain:.3g}): {what} Lower the learning rate, clip gradients (max_norm), "
-            "or look at the data of that rank."
+            f"NaN or infinity {where} at progress {self._progress:.1f} (gain {self._gain:.3g}): {what} Lower the learning rate, "
+            "clip gradients (max_norm), or look at the data of that rank."
         )
 
     def _start_together(self, settings: dict[str, Any], flat: torch.Tensor, in_flat: set[int]) -> None:
@@ -375,8 +427,13 @@ def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
     Buffers that are not saved with the model are constants that it computed itself and are left out, as are integers.
     """
-    saved = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point() and name in saved}
+    found = {}
+    for name, buffer in model.named_buffers():
+        module, _, own_name = name.rpartition(".")
+        saved = own_name not in model.get_submodule(module)._non_persistent_buffers_set
+        if saved and buffer.is_floating_point():
+            found[name] = buffer
+    return found
 
 
 def require_float32(named: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:

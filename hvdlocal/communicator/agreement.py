@@ -22,7 +22,7 @@ def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name
     """Checks that every rank holds the same facts; a collective.
 
     Args:
-        facts: what must be equal, by name; values are compared with `==`.
+        facts: what must be equal, by name; values are compared by their `repr`.
         name: the collective's name.
 
     Raises:
@@ -33,7 +33,7 @@ def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name
         f"{key}: rank {rank} has {theirs.get(key, '(nothing)')!r}, rank 0 has {everyone[0].get(key, '(nothing)')!r}"
         for rank, theirs in enumerate(everyone)
         for key in dict.fromkeys([*everyone[0], *theirs])
-        if key not in theirs or key not in everyone[0] or theirs[key] != everyone[0][key]
+        if key not in theirs or key not in everyone[0] or repr(theirs[key]) != repr(everyone[0][key])
     ]
     if differences:
         shown = differences[:5] + ([f"… and {len(differences) - 5} more"] if len(differences) > 5 else [])
@@ -55,8 +55,8 @@ def succeed_together(communicator: Communicator, work: Callable[[], T], name: st
         result = work()
     except (ValueError, OSError, ImportError) as error:
         failure = error
-    failures = communicator.gather(str(failure) if failure else None, name)
-    failed = [rank for rank, message in enumerate(failures) if message]
+    failures = communicator.gather(None if failure is None else str(failure) or type(failure).__name__, name)
+    failed = [rank for rank, message in enumerate(failures) if message is not None]
     if failed:
         message = failures[failed[0]]
         where = f" (rank {', '.join(map(str, failed[:8]))}{' …' if len(failed) > 8 else ''} of {communicator.size})"

@@ -10,6 +10,8 @@ import pickle
 import socket
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,12 +83,11 @@ class Communicator(ABC):
         self._count(tensor)
         if self.size == 1:
             return
-        flat = tensor.detach().view(-1)
-        pieces = [flat] if flat.numel() <= MAX_ELEMENTS else list(flat.split(MAX_ELEMENTS))
-        names = [name] if len(pieces) == 1 else [f"{name}.{i}" for i in range(len(pieces))]
-        pending = [self._start_sum(piece, piece_name) for piece, piece_name in zip(pieces, names, strict=True)]
-        for one, piece_name in zip(pending, names, strict=True):
-            self._wait(one, piece_name)
+        pieces = _pieces(tensor.detach().view(-1), name)
+        with self._explained(name):
+            pending = [(self._start_sum(piece, piece_name), piece_name) for piece, piece_name in pieces]
+            for one, piece_name in pending:
+                self._wait(one, piece_name)
 
     def broadcast_(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Replaces `tensor`, of any shape, layout and dtype, on every rank by that of rank `root`, in place."""
@@ -94,9 +95,9 @@ class Communicator(ABC):
         if self.size == 1:
             return
         flat = tensor.detach().contiguous().view(-1)
-        # Bits are only moved, so a dtype that the backends lack travels as the integer of its size.
-        stand_in = {torch.bool: torch.uint8, torch.bfloat16: torch.int16}.get(flat.dtype)
-        self._wait(self._start_broadcast(flat if stand_in is None else flat.view(stand_in), name, root), name)
+        with self._explained(name):
+            for piece, piece_name in _pieces(flat.view(torch.uint8), name):  # only bits are moved, so any dtype will do
+                self._wait(self._start_broadcast(piece, piece_name, root), piece_name)
         if not tensor.is_contiguous():
             tensor.detach().copy_(flat.view(tensor.shape))
 
@@ -104,7 +105,8 @@ class Communicator(ABC):
         """The picklable `value` of every rank, in the order of the ranks, on every rank."""
         if self.size == 1:
             return [value]
-        parts = self._gather_bytes(pickle.dumps(value), name)
+        with self._explained(name):
+            parts = self._gather_bytes(pickle.dumps(value), name)
         self.traffic.collectives += 1
         self.traffic.bytes += len(parts[self.rank])
         return [pickle.loads(part) for part in parts]  # our own ranks wrote it
@@ -129,7 +131,7 @@ class Communicator(ABC):
     def _start_sum(self, flat: torch.Tensor, name: str) -> Pending: ...
 
     @abstractmethod
-    def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Pending: ...
+    def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Pending: ...  # flat is uint8
 
     @abstractmethod
     def _gather_bytes(self, data: bytes, name: str) -> list[bytes]: ...
@@ -150,11 +152,29 @@ class Communicator(ABC):
                     f"come to it. Look for a rank that died, hangs or took another branch; a longer limit is set with "
                     f"HVDLOCAL_TIMEOUT_SECONDS (now {self.timeout_seconds:g})."
                 )
+            if waited > 1:
+                self._check_peers()
             time.sleep(min(1e-3, max(5e-5, waited / 20)))
+        return pending.finish()
+
+    def _check_peers(self) -> None:  # noqa: B027  (nothing to check is a valid answer)
+        """Raises RuntimeError when the collective that has been waited for cannot complete any more."""
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
         try:
-            return pending.finish()
+            yield
+        except CommunicationError:
+            raise
         except RuntimeError as error:
             raise CommunicationError(
                 f"{self.describe()}: the collective {name!r} failed, most often because another rank ended with an error "
                 f"of its own (look for the first message of the job): {error}"
             ) from error
+
+
+def _pieces(flat: torch.Tensor, name: str) -> list[tuple[torch.Tensor, str]]:
+    """A vector in pieces that one collective can carry, each with its name."""
+    if flat.numel() <= MAX_ELEMENTS:
+        return [(flat, name)]
+    return [(piece, f"{name}.{i}") for i, piece in enumerate(flat.split(MAX_ELEMENTS))]

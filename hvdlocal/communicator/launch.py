@@ -11,8 +11,9 @@ from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
 BACKENDS = ("horovod", "mpi4py")
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 
-_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""How Open MPI, MPICH/Intel MPI/Cray and MVAPICH tell a process how many ranks were started."""
+_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+"""How Open MPI, MPICH/Intel MPI/Cray, MVAPICH and srun tell a process how many ranks were started. Slurm's comes last: below
+an mpirun that srun started it counts mpirun's daemons."""
 
 _current: Communicator | None = None
 

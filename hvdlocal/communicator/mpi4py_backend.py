@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -14,6 +16,8 @@ from typing import Any
 import torch
 
 from hvdlocal.communicator.base import Communicator
+
+DEPARTURE_GRACE_SECONDS = 3.0
 
 
 class Mpi4pyCommunicator(Communicator):
@@ -40,17 +44,36 @@ class Mpi4pyCommunicator(Communicator):
             )
         self._mpi = MPI
         self._world = MPI.COMM_WORLD.Dup()
+        self._departed = False
+        self._departure_seen = 0.0
         node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
         super().__init__(self._world.rank, self._world.size, node.rank, node.size, timeout_seconds)
         node.Free()
+        self._departures = MPI.COMM_WORLD.Dup()
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         threading.Thread(target=self._serve, name="hvdlocal-mpi", daemon=True).start()
         if self.size > 1:
             # Without this, a rank that dies of an exception waits in MPI_Finalize for peers that wait for it.
             sys.excepthook = self._abort_on_exception
+            # And one that ends otherwise (sys.exit) tells its peers, so that they do not wait for it either.
+            atexit.register(self._depart)
 
     def shutdown(self) -> None:
+        self._depart()
         self._calls.put(None)
+
+    def _depart(self) -> None:
+        if not self._departed:
+            self._departed = True
+            self._notices = [self._departures.Isend(b"", dest=peer) for peer in range(self.size) if peer != self.rank]
+
+    def _check_peers(self) -> None:
+        # A peer may leave for good reasons while the last collective still completes here: hence the seconds of grace.
+        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE or not self._departures.Iprobe():
+            return
+        self._departure_seen = self._departure_seen or time.monotonic()
+        if time.monotonic() - self._departure_seen > DEPARTURE_GRACE_SECONDS:
+            raise RuntimeError("another rank has left the job")
 
     def abort(self, exit_code: int) -> None:
         sys.stdout.flush()
@@ -69,6 +92,9 @@ class Mpi4pyCommunicator(Communicator):
         return self._wait(self._submit(lambda: self._world.allgather(data)), name)
 
     def _in_host_memory(self, flat: torch.Tensor, collective: Callable[[Any], None]) -> _Call:
+        if flat.is_cuda:
+            torch.cuda.current_stream(flat.device).synchronize()  # the copy below is made on another thread's stream
+
         def work() -> None:
             host = flat.cpu()  # the tensor itself when it is on the CPU already
             collective(host.numpy())

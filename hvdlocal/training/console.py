@@ -29,7 +29,7 @@ class Console:
             self._bar = tqdm(
                 total=total / unit, bar_format=layout, ncols=columns or 110, nrows=lines or 24, file=sys.stdout
             )
-        self._unit = unit
+        self._total, self._unit = total, unit
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -42,7 +42,7 @@ class Console:
         """Shows how far the run is: on the bar always, in a log only when a line is due."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(min(progress / self._unit, self._bar.total) - self._bar.n)
+            self._bar.update(min(progress, self._total) / self._unit - self._bar.n)
         elif due:
             self.say(f"epoch {progress / self._unit:7.2f}  {text}")
 

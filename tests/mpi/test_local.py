@@ -313,6 +313,105 @@ def test_adacomm_asks_for_the_loss(comm):
         optimizer.step()
 
 
+def test_adacomm_after_a_warmup_from_zero(comm):
+    """η₀ is the peak: while the rate rises, H is that of the loss alone; when it falls to a quarter, H doubles."""
+    model = Slope(numel=1, start=1.0)
+    optimizer = local(model, hvdlocal.AdaComm(4), optimizer=sgd(model, lr=1.0))
+    periods = []
+    for lr in (0.0, 1e-9, 2e-9, 2e-9, 0.5e-9):
+        optimizer.param_groups[0]["lr"] = lr
+        step(optimizer, model, 1.0)
+        periods.append(optimizer.period)
+        optimizer.synchronize()
+    assert periods == [4, 4, 4, 4, 8]
+
+
+def test_divergence_is_that_of_the_round(comm):
+    """The second round starts where the first ended: the same divergence, not the sum."""
+    c = slopes(comm)
+    model = Slope()
+    optimizer = local(model, 2)
+    for _ in range(2):
+        for _ in range(2):
+            step(optimizer, model, c[comm.rank])
+        variance = mean([(x - mean(c)) ** 2 for x in c])
+        assert optimizer.divergence == pytest.approx(10 * 4 * variance, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.6])
+def test_the_weight_of_the_bias_reaches_the_gain(comm, c):
+    slope = slopes(comm)
+    model = Slope()
+    optimizer = local(model, 8, optimizer=sgd(model, lr=1e-6), scaling=hvdlocal.LocalAdaScale(c=c))
+    for _ in range(9):
+        step(optimizer, model, slope[comm.rank])
+    if comm.size > 1:
+        assert optimizer.gain == pytest.approx(
+            hvdlocal.gain_ratio(optimizer.grad_sqr, optimizer.grad_var, comm.size, 8, c), rel=1e-6
+        )
+
+
+def test_the_last_round_is_as_long_as_its_own_gain_needs(comm):
+    """Cutting a round makes its gain larger, so that fewer steps may do: at its gain, no step is taken past the budget."""
+    c = slopes(comm)
+    for budget in range(20, 40):
+        model = Slope()
+        scaling = hvdlocal.LocalAdaScale(smoothing=0.0)
+        optimizer = local(model, 16, optimizer=sgd(model, lr=1e-6), scaling=scaling, budget=budget)
+        start = 0.0
+        while not optimizer.finished:
+            start = optimizer.progress if optimizer.in_sync else start
+            step(optimizer, model, c[comm.rank])
+        assert optimizer.in_sync
+        assert start + (optimizer.period - 1) * optimizer.gain < budget
+
+
+def test_the_last_round_under_a_rising_gain(comm):
+    """LinearScaling over half of the budget of 40: one round, as long as the gains 1 + (K−1)·s/20 take to add up to 40."""
+    model = Slope()
+    optimizer = local(model, 1000, scaling=hvdlocal.LinearScaling(warmup=0.5), budget=40)
+    progress, steps = 0.0, 0
+    while progress < 40 * (1 - 1e-9):
+        progress += 1 + (comm.size - 1) * min(1.0, progress / 20)
+        steps += 1
+    while not optimizer.finished:
+        step(optimizer, model, 0.0)
+    assert (optimizer.period, optimizer.round) == (steps, 1)
+
+
+def test_budgets_that_rounding_would_stretch(comm):
+    """7 epochs of 116/7 single-worker iterations are 116, although the product is a hair more."""
+    model = Slope()
+    optimizer = local(model, 4, budget=7 * (116 / 7) * (1 + 2e-16))
+    steps = 0
+    while not optimizer.finished:
+        step(optimizer, model, 0.0)
+        steps += 1
+    assert steps == 116
+
+
+def test_overflowing_statistics_are_void(comm):
+    """Each rank's Σ‖g‖² fits float32, their sum does not: no estimate, rather than NaN for ever."""
+    model = Slope(numel=1)
+    optimizer = local(model, 1, optimizer=sgd(model, lr=0.0), scaling=hvdlocal.LocalAdaScale())
+    optimizer.zero_grad()
+    model(1.5e19).backward()
+    optimizer.step()
+    assert optimizer.grad_var is None
+
+
+def test_dropped_micro_batches_leave_nothing(comm):
+    model = Slope()
+    optimizer = local(model, 1, accumulate=2)
+    step(optimizer, model, 100.0)
+    assert optimizer.micro_batches == 1
+    optimizer.synchronize()
+    assert optimizer.micro_batches == 0
+    step(optimizer, model, 1.0)
+    step(optimizer, model, 3.0)
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), 3.0))
+
+
 def test_synchronize_ends_the_round_early_and_only_then(comm):
     c = slopes(comm)
     model = Slope()
@@ -351,7 +450,7 @@ def test_different_periods_are_found_at_the_first_averaging(comm):
     if comm.size == 1:
         run()
         return
-    with pytest.raises(RuntimeError, match=r"different periods, \[4, 16"):
+    with pytest.raises(RuntimeError, match=r"the periods \[4, 16"):
         run()
 
 

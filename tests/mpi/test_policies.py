@@ -5,6 +5,7 @@ import torch
 from helpers import Slope, everywhere_equal, flat, local, mean, sgd, slopes, small_network, step
 
 import hvdlocal
+import hvdlocal.averaging
 
 
 def moment(optimizer, model, name):
@@ -100,8 +101,10 @@ def test_buffers_are_reestimated(comm):
     torch.testing.assert_close(model[0].running_mean, torch.full((3,), expected))
     torch.testing.assert_close(model[0].running_var, torch.full((3,), 2.0))
     assert model[0].momentum == 0.1
-    with pytest.raises(ValueError, match="no batch"):
-        optimizer.reestimate_buffers([])
+    with pytest.raises(ValueError, match=rf"1 of {comm.size} ranks gave no batch"):
+        optimizer.reestimate_buffers([] if comm.rank == 0 else [x])
+    plain = Slope()
+    local(plain, buffers="reestimate").reestimate_buffers(iter([]))  # nothing to estimate
 
 
 def test_parameter_groups_keep_their_rates(comm):
@@ -199,6 +202,79 @@ def test_grad_scaler_overflow_on_one_rank(comm, accumulate):
     torch.testing.assert_close(model.w.detach(), torch.full((4,), 5 - (1 + last / comm.size)))
     assert optimizer.grad_var is None, "statistics of an overflow are void on every rank"
     assert scaler.get_scale() == (2.0**9 if comm.rank == last else 2.0**10)
+
+
+def test_grad_scaler_when_one_rank_has_no_gradient(comm):
+    model = Slope(numel=4)
+    optimizer = local(model, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    if comm.rank == 0:
+        scaler.scale(model(1.0)).backward()
+    else:
+        scaler.scale(torch.zeros(1))
+    scaler.step(optimizer)
+    torch.testing.assert_close(model.w.detach(), torch.full((4,), 5 - 1 / comm.size))
+
+
+def test_grad_scaler_after_an_error(comm):
+    """What GradScaler left behind in a step that failed does not scale the next one."""
+    model = Slope(numel=4)
+    optimizer = local(model, 1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer.record_loss(float("nan"))
+    scaler.scale(model(1.0)).backward()
+    with pytest.raises(hvdlocal.NonFiniteError):
+        scaler.step(optimizer)
+    start = model.w.detach().clone()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer.zero_grad()
+    scaler.scale(model(1.0)).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(model.w.detach(), start - 1)
+
+
+def test_void_statistics_with_finite_gradients(comm):
+    """unscale_ by hand: the overflow was clipped away, but the gradient is not to be believed."""
+    model = Slope(numel=4)
+    optimizer = local(model, 1, scaling=hvdlocal.LocalAdaScale())
+    model(1.0).backward()
+    optimizer.found_inf = torch.tensor(float(comm.rank == 0))
+    optimizer.step()
+    assert optimizer.grad_var is None
+
+
+def test_buffers_behind_a_wrapper_that_renames_them(comm):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    model = torch.nn.Sequential(checkpoint_wrapper(torch.nn.BatchNorm1d(2, momentum=1.0)), torch.nn.Linear(2, 1))
+    optimizer = local(model, 1, optimizer=sgd(model, lr=0.0))
+    model(torch.tensor([[0.0], [2.0]]).expand(2, 2) + comm.rank).sum().backward()
+    optimizer.step()
+    (running_mean,) = (b for name, b in model.named_buffers() if name.endswith("running_mean"))
+    torch.testing.assert_close(running_mean, torch.full((2,), 1.0 + mean(range(comm.size))))
+
+
+def test_complex_and_other_buffers_start_equal(comm):
+    model = Slope()
+    model.register_buffer("phases", torch.full((3,), complex(comm.rank, 1)))
+    model.register_buffer("mask", torch.tensor([comm.rank == 0, False]))
+    local(model, buffers="local")
+    assert torch.equal(model.phases, torch.full((3,), complex(0, 1)))
+    assert model.mask.tolist() == [True, False]
+
+
+def test_a_rule_of_the_users_own(comm):
+    class Half(hvdlocal.averaging.Scaling):
+        def __init__(self):
+            self.factor = 0.5
+
+        def gain(self, now):
+            return self.factor
+
+    model = Slope()
+    optimizer = local(model, 1, scaling=Half())
+    step(optimizer, model, 1.0)
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), 4.5))
 
 
 def test_schedulers_set_the_base_rate(comm):

@@ -1,5 +1,7 @@
 """Mistakes: one clear sentence on every rank, before anything is lost or waits."""
 
+import copy
+
 import pytest
 import torch
 from helpers import Slope, local, mean, sgd, slopes, step
@@ -88,8 +90,54 @@ def test_a_model_moved_after_wrapping_is_noticed(comm):
     model = Slope()
     optimizer = local(model)
     model.w.data = model.w.data.clone()
-    with pytest.raises(RuntimeError, match=r"'w' no longer lies.*Build the LocalOptimizer last"):
+    with pytest.raises(RuntimeError, match=r"'w' of a Slope no longer lies.*Build the LocalOptimizer last"):
         step(optimizer, model, 1.0)
+
+
+def test_assigned_weights_and_rebound_buffers_are_noticed(comm):
+    model = Slope()
+    optimizer = local(model)
+    model.load_state_dict({"w": torch.zeros(10)}, assign=True)
+    model(1.0).backward()
+    with pytest.raises(RuntimeError, match="assign=True"):
+        optimizer.step()
+
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+    optimizer = local(model)
+    model(torch.ones(3, 2)).sum().backward()
+    model[0].running_mean = 0.9 * model[0].running_mean
+    with pytest.raises(RuntimeError, match="change buffers in place"):
+        optimizer.step()
+
+
+def test_parameters_unfrozen_later_are_noticed_when_synchronous(comm):
+    a, b = Slope(), Slope().requires_grad_(False)
+    model = torch.nn.ModuleList([a, b])
+    optimizer = hvdlocal.SynchronousOptimizer(sgd(model), model)
+    b.requires_grad_(True)
+    (a(1.0) + b(1.0)).backward()
+    with pytest.raises(RuntimeError, match="after unfreezing"):
+        optimizer.step()
+
+
+def test_uneven_numbers_of_steps_are_noticed(comm):
+    """The commonest mistake of a hand-made loader: one rank has a batch less."""
+    model = Slope()
+    optimizer = local(model, 8)
+    last = comm.size > 1 and comm.rank == comm.size - 1
+    for _ in range(3 if last else 4):
+        step(optimizer, model, 0.0)
+    if comm.size == 1:
+        optimizer.synchronize()
+        return
+    with pytest.raises(RuntimeError, match="call step equally often"):
+        optimizer.synchronize()
+
+
+def test_copies_are_refused(comm):
+    optimizer = local(Slope())
+    with pytest.raises(TypeError, match="state_dict"):
+        copy.deepcopy(optimizer)
 
 
 def test_parameters_unfrozen_later_are_noticed(comm):
@@ -123,6 +171,45 @@ def test_nan_on_one_rank_leaves_the_average_of_the_others(comm):
         step(optimizer, model, float("nan") if comm.rank == last else c[comm.rank])
     if comm.size > 1:
         torch.testing.assert_close(model.w.detach(), torch.full((10,), 5 - 2 * mean(c[:-1])))
+        healthy = c[:-1]
+        variance = mean([(x - mean(healthy)) ** 2 for x in healthy])
+        assert optimizer.divergence == pytest.approx(10 * 4 * variance, abs=1e-5)
+        assert optimizer.loss == pytest.approx(
+            mean([x * 10 * (5 - i * x) for i in range(2) for x in healthy]), rel=1e-6
+        )
+
+
+def test_a_single_nan_coordinate_of_many_is_found(comm):
+    """Beyond the sampled coordinates, and in the momentum that is averaged too."""
+    model = Slope(100_000)
+    optimizer = local(model, 1, optimizer=sgd(model, lr=0.1, momentum=0.9), momentum="average")
+    step(optimizer, model, 1.0)
+    model.w.sum().backward()
+    if comm.rank == 0:
+        model.w.grad[77_777] = float("nan")
+    with pytest.raises(hvdlocal.NonFiniteError, match=rf"on rank 0 of {comm.size}"):
+        optimizer.step()
+    assert comm.size == 1 or bool(model.w.isfinite().all())
+    optimizer.zero_grad()
+    if comm.size > 1:
+        step(optimizer, model, 1.0)  # and the run can go on: nothing of the NaN is left
+        assert bool(model.w.isfinite().all())
+
+
+def test_nan_gradient_without_recorded_loss_stops_the_synchronous_step(comm):
+    model = Slope(numel=4)
+    optimizer = hvdlocal.SynchronousOptimizer(sgd(model), model)
+    model(float("nan") if comm.rank == 0 else 1.0).backward()
+    with pytest.raises(hvdlocal.NonFiniteError, match="in the sum of gradients"):
+        optimizer.step()
+    assert torch.equal(model.w.detach(), torch.full((4,), 5.0))
+
+
+def test_adacomm_with_nan_everywhere_says_nan(comm):
+    model = Slope()
+    optimizer = local(model, hvdlocal.AdaComm(1))
+    with pytest.raises(hvdlocal.NonFiniteError, match="no rank holds"):
+        step(optimizer, model, float("inf"))
 
 
 def test_nan_everywhere_names_all_ranks(comm):

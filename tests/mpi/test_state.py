@@ -67,5 +67,28 @@ def test_states_that_do_not_fit_are_refused(comm):
     with pytest.raises(ValueError, match="bare optimizer"):
         optimizer.load_state_dict(sgd(model).state_dict())
     state["hvdlocal"]["num_workers"] = comm.size + 1
-    with pytest.raises(ValueError, match=f"middle of a round of {comm.size + 1} ranks"):
+    with pytest.raises(ValueError, match=rf"middle of a round by rank {comm.rank} of {comm.size + 1}"):
         optimizer.load_state_dict(state)
+    state["hvdlocal"] |= {"num_workers": comm.size, "rank": comm.rank + 1}
+    with pytest.raises(ValueError, match=rf"by rank {comm.rank + 1} of {comm.size} .*each rank's own"):
+        optimizer.load_state_dict(state)
+
+    accumulating = local(model, accumulate=4)
+    step(accumulating, model, 1.0)
+    with pytest.raises(ValueError, match="accumulation of 4 micro-batches"):
+        local(model, accumulate=2).load_state_dict(accumulating.state_dict())
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_loading_in_the_middle_of_an_accumulation(comm, set_to_none):
+    """The gradients of before are views of the buffer that the state is restored into."""
+    model = Slope()
+    optimizer = local(model, accumulate=2)
+    step(optimizer, model, 4.0)
+    state = optimizer.state_dict()
+    step(optimizer, model, 4.0)  # a step: w = 5 − 4
+    optimizer.load_state_dict(state)
+    optimizer.zero_grad(set_to_none=set_to_none)
+    model(2.0).backward()
+    optimizer.step()
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), 5.0 - 4 - 3))

@@ -127,3 +127,17 @@ def test_nan_on_one_rank_stops_all_before_the_step(comm):
     with pytest.raises(hvdlocal.NonFiniteError, match=rf"on rank {last} of {comm.size} .*step before"):
         step(optimizer, model, float("nan") if comm.rank == last else 1.0)
     torch.testing.assert_close(model.w.detach(), torch.full((4,), 4.0))
+
+
+def test_stop_clipping_and_dropped_micro_batches(comm):
+    model = Slope(numel=4)
+    optimizer = synchronous(model, accumulate=2, scaling=hvdlocal.AdaScale(), max_norm=1.0)
+    step(optimizer, model, 50.0)
+    optimizer.synchronize()  # drops it, with its norm
+    if comm.rank == comm.size - 1:
+        optimizer.request_stop()
+    step(optimizer, model, 100.0)
+    step(optimizer, model, 100.0)
+    assert optimizer.stop_requested
+    assert optimizer.grad_var == pytest.approx(1e-6), "equal gradients: nothing of the dropped one is left"
+    torch.testing.assert_close(model.w.detach(), torch.full((4,), 4.5))

@@ -55,12 +55,22 @@ def test_warmup_takes_the_period_that_follows_it():
 
 
 def test_power_rule_exponents_and_cap():
-    assert hvdlocal.PowerRule(0.3, 1, 1.0)(RoundStart(lr=0.1)) == math.floor(0.3 / 0.1)
-    assert hvdlocal.PowerRule(0.4, 1, 3.0)(RoundStart(lr=0.1)) == math.floor((0.4 / 0.1) ** 3)
+    assert hvdlocal.PowerRule(0.3, 1, 1.0)(RoundStart(lr=0.1)) == 3
+    assert hvdlocal.PowerRule(0.4, 1, 3.0)(RoundStart(lr=0.1)) == 64
     assert hvdlocal.QSR(alpha=1.0, h_base=2, max_period=50)(RoundStart(lr=0.001)) == 50
     assert hvdlocal.QSR(alpha=1.0, h_base=2, max_period=50)(RoundStart(lr=0.0)) == 50
     with pytest.raises(ValueError, match="max_period"):
         hvdlocal.QSR(alpha=1.0, h_base=2)(RoundStart(lr=0.0))
+
+
+def test_whole_ratios_are_not_rounded_down():
+    assert hvdlocal.QSR(alpha=0.6, h_base=1)(RoundStart(lr=0.2)) == 9
+    assert hvdlocal.QSR(alpha=1.0, h_base=1, max_period=7)(RoundStart(lr=1e-200)) == 7
+
+
+def test_during_warmup_the_gain_counts():
+    rule = hvdlocal.QSR(alpha=0.4, h_base=1, warmup=100, warmup_lr=0.1)
+    assert rule(RoundStart(lr=0.02, gain=2.0, progress=0)) == 4
 
 
 def test_post_local_switches_at_its_progress():
@@ -72,9 +82,9 @@ def test_adacomm():
     rule = hvdlocal.AdaComm(first_period=10, max_period=16)
     assert rule(RoundStart(lr=0.1)) == 10
     # loss fell to a quarter at the same rate: half the period; the rate fell to a quarter as well: the first period again
-    assert rule(RoundStart(lr=0.1, loss=0.5, first_lr=0.1, first_loss=2.0)) == 5
-    assert rule(RoundStart(lr=0.025, loss=0.5, first_lr=0.1, first_loss=2.0)) == 10
-    assert rule(RoundStart(lr=0.001, loss=2.0, first_lr=0.1, first_loss=2.0)) == 16
+    assert rule(RoundStart(lr=0.1, loss=0.5, max_lr=0.1, first_loss=2.0)) == 5
+    assert rule(RoundStart(lr=0.025, loss=0.5, max_lr=0.1, first_loss=2.0)) == 10
+    assert rule(RoundStart(lr=0.001, loss=2.0, max_lr=0.1, first_loss=2.0)) == 16
     with pytest.raises(ValueError, match="loss"):
         list(plan_rounds(rule, lambda step: 0.1, 10))
 

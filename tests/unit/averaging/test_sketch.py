@@ -64,6 +64,22 @@ def test_squared_norm_is_unbiased_and_within_its_error(size):
     assert errors.std() == pytest.approx(spread, rel=0.3)
 
 
+@pytest.mark.parametrize("size", [256, 1024])
+def test_correlated_rows_do_not_spoil_the_error(size):
+    """The gradient of a layer is close to low rank: here all rows are multiples of one vector, the worst case of all."""
+    torch.manual_seed(0)
+    row = torch.randn(size)
+    matrix = torch.outer(torch.randn(200).abs() + 0.5, row).flatten()
+    exact = float(matrix.double().square().sum())
+    errors = []
+    for seed in range(60):
+        out = torch.empty(size)
+        GradientSketch([matrix.numel()], size, CPU, seed).project([matrix], out)
+        errors.append(float(out.double().square().sum()) / exact - 1)
+    # eight of 200 rows share their column signs: sqrt(2 · 7/200) on top of sqrt(2/size)
+    assert float(torch.tensor(errors).square().mean().sqrt()) < 1.3 * math.sqrt(2 / size + 2 * 7 / 200)
+
+
 def test_all_ranks_draw_the_same_signs():
     torch.manual_seed(1)
     first = GradientSketch([1000, 10], 64, CPU)
