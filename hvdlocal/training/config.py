@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
 
 Preset = Literal["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
 
@@ -153,3 +153,76 @@ class TrainConfig:
     """Also write event files for TensorBoard (pip install hvdlocal[tensorboard])."""
     overwrite: bool = False
     """Replace what an earlier run left in the output directory."""
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Refuses numbers that no run can have; what depends on the data or the ranks is checked where it is used.
+
+    Raises:
+        ValueError: naming the setting, its value and what it may be.
+    """
+    checks = [
+        ("epochs", config.epochs, config.epochs > 0, "must be positive"),
+        ("evaluate_every_epochs", config.evaluate_every_epochs, config.evaluate_every_epochs > 0, "must be positive"),
+        ("evaluation_batch_size", config.evaluation_batch_size, config.evaluation_batch_size > 0, "at least 1"),
+        ("log_every_seconds", config.log_every_seconds, config.log_every_seconds >= 0, "must not be negative"),
+        ("label_smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "from 0 to below 1"),
+        ("threads", config.threads, config.threads is None or config.threads > 0, "at least 1"),
+        ("optimizer.lr", config.optimizer.lr, config.optimizer.lr > 0, "must be positive"),
+        (
+            "method.reestimate_batches",
+            config.method.reestimate_batches,
+            config.method.reestimate_batches > 0,
+            "at least 1",
+        ),
+    ]
+    for name, value, holds, rule in checks:
+        if not holds:
+            raise ValueError(f"{name}={value}: {rule}")
+
+
+def unused_settings(config: TrainConfig) -> list[str]:
+    """Settings that differ from their defaults and have no effect with the chosen preset, rule, optimizer and schedule.
+
+    They are not refused: comparing two presets should take one changed word. They are said at the start of a run.
+    """
+    method, period = config.method, config.method.period
+    local, adaptive = method.preset.startswith("local"), "-ada" in method.preset
+    accumulates = method.preset.startswith("acc-")
+    powers = local and period.rule in ("qsr", "power")
+    used = {
+        "optimizer.momentum": config.optimizer.name == "sgd",
+        "optimizer.nesterov": config.optimizer.name == "sgd",
+        "optimizer.betas": config.optimizer.name == "adamw",
+        "schedule.step_factor": config.schedule.name == "step",
+        "schedule.final_lr": config.schedule.name in ("cosine", "linear") or config.schedule.warmup_epochs > 0,
+        "method.momentum": local,
+        "method.period.rule": local,
+        "method.period.period": accumulates or (local and period.rule in ("constant", "post-local", "adacomm")),
+        "method.period.alpha": powers,
+        "method.period.h_base": powers,
+        "method.period.exponent": local and period.rule == "power",
+        "method.period.switch_epochs": local and period.rule == "post-local",
+        "method.period.max_period": local,
+        "method.period.rate": powers,
+        "method.accumulate": not accumulates,
+        "method.reestimate_batches": method.buffers == "reestimate",
+        "method.statistics": local and adaptive,
+        "method.sketch_size": local and adaptive and method.statistics == "sketch",
+        "method.c": local and adaptive,
+        "method.smoothing": adaptive,
+        "method.linear_warmup": method.preset.endswith("-lin"),
+    }
+    default = {"optimizer": OptimizerConfig(), "schedule": ScheduleConfig(), "method": MethodConfig()}
+    given, usual = _leaves(config), _leaves(default)
+    return [
+        f"{name}={given[name]}" for name, has_effect in used.items() if not has_effect and given[name] != usual[name]
+    ]
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    named = tree if isinstance(tree, dict) else {f.name: getattr(tree, f.name) for f in fields(tree)}
+    leaves: dict[str, Any] = {}
+    for name, value in named.items():
+        leaves |= _leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
+    return leaves

@@ -52,24 +52,27 @@ def choose_device(name: str, communicator: Communicator) -> torch.device:
 
 
 def set_threads(threads: int | None, communicator: Communicator) -> int:
-    """Sets torch's CPU threads, so that the ranks of a node do not fight for its cores.
+    """Sets torch's CPU threads, so that ranks do not fight for cores; a collective.
 
     Args:
-        threads: of this rank; None for OMP_NUM_THREADS, else the usable cores divided by the ranks of the node.
-        communicator: tells how many ranks share the node.
+        threads: of this rank; None for OMP_NUM_THREADS, else the usable cores divided by the ranks that share them.
+        communicator: tells which ranks share cores.
 
     Returns:
         How many.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads}: at least 1")
+    mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
+    everyone = communicator.gather(mine, "hvdlocal.cores")
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0))
-        bound = cores < (os.cpu_count() or cores)  # the launcher gave this rank cores of its own
-        threads = max(1, cores if bound else cores // communicator.local_size)
+        threads = max(1, len(mine[1]) // sharing(mine, everyone))
     if threads is not None:
         torch.set_num_threads(threads)
     return torch.get_num_threads()
+
+
+def sharing(mine: tuple[str, list[int]], everyone: list[tuple[str, list[int]]]) -> int:
+    """How many ranks (host, usable cores) use some of this rank's cores, itself included."""
+    return sum(host == mine[0] and not set(cores).isdisjoint(mine[1]) for host, cores in everyone)
 
 
 def versions() -> dict[str, str]:

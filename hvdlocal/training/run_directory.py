@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "model.pt", "last_good.pt")
+WRITTEN = ("config.yaml", "environment.json", "metrics.jsonl", "model.pt", "last_good.pt", "tensorboard")
 
 
-def claim(directory: Path, overwrite: bool) -> None:
-    """Makes the directory and checks that it can be written; rank 0 only.
+def check(directory: Path, overwrite: bool) -> None:
+    """Makes the directory and checks that it can be written, without touching what an earlier run left; rank 0 only.
 
     Raises:
         ValueError: an earlier run is in it and is not to be replaced.
@@ -25,8 +26,16 @@ def claim(directory: Path, overwrite: bool) -> None:
     probe = directory / ".writable"
     probe.touch()
     probe.unlink()
-    for name in left:
-        (directory / name).unlink()
+
+
+def clear(directory: Path) -> None:
+    """Removes what an earlier run left, once the new one is sure to start; rank 0 only."""
+    for name in WRITTEN:
+        path = directory / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def describe(directory: Path, config: str, environment: dict[str, Any]) -> None:

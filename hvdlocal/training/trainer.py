@@ -18,7 +18,7 @@ from hvdlocal.data import CropFlip, Loader, Normalize, ShardedDataset, evaluatio
 from hvdlocal.models import build_model
 from hvdlocal.training import run_directory
 from hvdlocal.training.checkpoint import LastGood, save_model
-from hvdlocal.training.config import TrainConfig
+from hvdlocal.training.config import TrainConfig, check_ranges, unused_settings
 from hvdlocal.training.console import Console
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
@@ -87,11 +87,13 @@ class Trainer:
         self.directory = Path(config.output)
         succeed_together(communicator, self._prepare, "hvdlocal.prepare")
         require_agreement(communicator, self._facts(), "hvdlocal.preflight")
+        self.threads = set_threads(config.threads, communicator)
+        self.unused = unused_settings(config)
         self.optimizer = build_optimizer(config, self.model, self.budget, self.epoch)
         self.forward: nn.Module = torch.compile(self.model) if config.model.compile else self.model  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        environment = describe_run(communicator, self.device, self.threads)
+        environment = describe_run(communicator, self.device, self.threads) | {"settings without effect": self.unused}
         self.metrics: Metrics = NoMetrics()
         succeed_together(communicator, lambda: self._open_records(config_text, environment), "hvdlocal.records")
         # Dropout and the like differ between ranks from here on; the weights above do not.
@@ -102,12 +104,8 @@ class Trainer:
     def _prepare(self) -> None:
         """Everything that can fail for a user's mistake and needs no other rank."""
         config, communicator = self.config, self.communicator
-        if not config.epochs > 0:
-            raise ValueError(f"epochs={config.epochs}: must be positive")
-        if not config.evaluate_every_epochs > 0:
-            raise ValueError(f"evaluate_every_epochs={config.evaluate_every_epochs}: must be positive")
+        check_ranges(config)
         self.device = choose_device(config.device, communicator)
-        self.threads = set_threads(config.threads, communicator)
         self.train_data = ShardedDataset(config.data.path, config.data.train_split)
         self.test_data = ShardedDataset(config.data.path, config.data.test_split)
         if self.train_data.shape != self.test_data.shape or self.train_data.classes != self.test_data.classes:
@@ -142,7 +140,7 @@ class Trainer:
         self.memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         if communicator.rank == 0:
-            run_directory.claim(self.directory, config.overwrite)
+            run_directory.check(self.directory, config.overwrite)
 
     def _facts(self) -> dict[str, Any]:
         facts = {f"config {key}": value for key, value in _flat(asdict(self.config)).items()}
@@ -154,6 +152,7 @@ class Trainer:
 
     def _open_records(self, config_text: str, environment: dict[str, Any]) -> None:
         if self.communicator.rank == 0:
+            run_directory.clear(self.directory)
             run_directory.describe(self.directory, config_text, environment)
             self.metrics = JsonLines(self.directory / "metrics.jsonl")
             if self.config.tensorboard:
@@ -190,6 +189,8 @@ class Trainer:
         next_line = config.log_every_seconds
         steps = 0
 
+        if self.unused:
+            console.say(f"note: without effect in this run: {', '.join(self.unused)}")
         batches = self.loader.endless()
         self.model.train()
         while not optimizer.finished and not optimizer.stop_requested:

@@ -17,7 +17,7 @@ MISTAKES = [
     (["--data.path", "/nowhere"], r"/nowhere"),
     (["--model.name", "resnet5"], r"no model 'resnet5': did you mean 'resnet50'\?"),
     (["--model.name", "resnet50"], r"3 channels, not 1"),
-    (["--epochs", "0"], r"epochs=0"),
+    (["--epochs", "0", "--overwrite", "true"], r"epochs=0"),
     (["--data.batch_size", "0"], r"batch_size"),
     (["--method.period.period", "0"], r"period=0"),
     (["--method.period.rule", "qsr"], r"rule=qsr needs method.period.alpha"),
@@ -62,6 +62,9 @@ def test_an_earlier_run_is_not_lost(config, tmp_path):
     assert result.code == 2
     assert "holds an earlier run" in result.err
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+    broken = ["--overwrite", "true", "--method.period.period", "0"]
+    assert mpirun(2, *HVDLOCAL, "train", str(config), *broken).code == 2
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before, "a run that cannot start replaces nothing"
     assert mpirun(2, *HVDLOCAL, "train", str(config), "--epochs", "1", "--overwrite", "true").code == 0
 
 
@@ -112,6 +115,8 @@ for i in range(10_000):
     model(torch.ones(1, 2)).sum().backward()
     if i == 7 and comm.rank == 1 and sys.argv[1] == "raise":
         raise KeyError("a bug of the user's script on rank 1")
+    if i == 7 and comm.rank == 1 and sys.argv[1] == "exit":
+        sys.exit(3)
     if sys.argv[1] == "sleep":
         time.sleep(0.05)
     optimizer.step()
@@ -127,6 +132,18 @@ def test_an_exception_on_one_rank_ends_the_job(tmp_path, backend):
     )
     assert result.code != 0
     assert "a bug of the user's script on rank 1" in result.err
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+def test_a_rank_that_leaves_ends_the_job(tmp_path, backend):
+    """sys.exit on one rank: no exception that a hook could see, and MPI_Finalize would wait for the others."""
+    script = tmp_path / "script.py"
+    script.write_text(LIBRARY_SCRIPT)
+    result = mpirun(
+        2, environment()["PATH"].split(":")[0] + "/python", str(script), "exit", HVDLOCAL_BACKEND=backend, timeout=60
+    )
+    assert result.code != 0
+    assert "'hvdlocal.average' failed" in result.err
 
 
 @pytest.mark.parametrize("backend", ["horovod", "mpi4py"])

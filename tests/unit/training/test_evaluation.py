@@ -1,0 +1,40 @@
+"""Counts and means of an evaluation, in closed form."""
+
+import pytest
+import torch
+
+from hvdlocal.training.evaluation import evaluate
+
+
+class TwoRanks:
+    """The other rank has the same totals."""
+
+    def sum_(self, tensor, name):
+        tensor *= 2
+
+
+class Table(torch.nn.Module):
+    """Logits that are the inputs."""
+
+    def forward(self, x):
+        assert not self.training
+        return x
+
+
+def test_means_over_unequal_batches():
+    # six classes; the label's rank among the logits is 1st, 2nd, 5th and 6th
+    logits = torch.tensor([6.0, 5.0, 4.0, 3.0, 2.0, 1.0]).repeat(4, 1)
+    labels = torch.tensor([0, 1, 4, 5])
+    batches = [(logits[:3], labels[:3]), (logits[3:], labels[3:])]
+    model = Table()
+    result = evaluate(model, batches, TwoRanks(), torch.device("cpu"))
+    assert result.samples == 8
+    assert result.accuracy == pytest.approx(1 / 4)
+    assert result.top5 == pytest.approx(3 / 4)
+    assert result.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, labels)))
+    assert model.training, "as it was"
+
+
+def test_no_top5_among_five_classes():
+    result = evaluate(Table(), [(torch.eye(5), torch.arange(5))], TwoRanks(), torch.device("cpu"))
+    assert (result.accuracy, result.top5) == (1.0, None)
