@@ -24,19 +24,22 @@ def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
     """The summary, for a person."""
     evaluation, seconds = summary.evaluation, summary.seconds
     top5 = "" if evaluation.top5 is None else f", top-5 {100 * evaluation.top5:.2f} %"
-    unit = "round" if config.method.preset.startswith("local") else "step"
+    if config.method.preset.startswith("local"):
+        taken = f"{summary.steps} local steps in {summary.rounds} rounds"
+    else:
+        taken = f"{summary.steps} steps ({summary.micro_batches} micro-batches per rank)"
     lines = [
         "",
         f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}"
         + (", stopped early" if summary.stopped_early else ""),
         f"  test accuracy   {100 * evaluation.accuracy:.2f} %{top5} of {evaluation.samples} images, loss {evaluation.loss:.4f}",
-        f"  training        {summary.steps} steps in {summary.rounds} {unit}s; {summary.data_epochs:.1f} epochs of data for "
+        f"  training        {taken}; {summary.data_epochs:.1f} epochs of data for "
         f"{summary.scale_invariant_epochs:.1f} scale-invariant epochs (mean gain {summary.progress / summary.steps:.2f})",
     ]
     if ranks > 1:
         lines.append(
             f"  communication   {summary.collectives} collectives, {summary.bytes_sent / 1e6:.1f} MB per rank; data parallelism "
-            f"at the same steps: {summary.data_parallel_bytes / 1e6:.1f} MB (saved {100 * summary.communication_saved:.1f} %)"
+            f"at the same steps: {summary.data_parallel_bytes / 1e6:.1f} MB (saved {max(100 * summary.communication_saved, 0):.1f} %)"
         )
     spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in seconds if name != "elapsed")
     lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}")

@@ -53,6 +53,7 @@ class Summary:
 
     evaluation: Evaluation
     steps: int
+    micro_batches: int
     rounds: int
     progress: float
     scale_invariant_epochs: float
@@ -374,6 +375,7 @@ class Trainer:
         return Summary(
             evaluation=evaluation,
             steps=steps,
+            micro_batches=micro_batches,
             rounds=optimizer.round,
             progress=optimizer.progress,
             scale_invariant_epochs=optimizer.progress / self.epoch,
