@@ -37,9 +37,10 @@ def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
         f"{summary.scale_invariant_epochs:.1f} scale-invariant epochs (mean gain {summary.progress / summary.steps:.2f})",
     ]
     if ranks > 1:
+        saved = max(summary.communication_saved, 0)
         lines.append(
             f"  communication   {summary.collectives} collectives, {summary.bytes_sent / 1e6:.1f} MB per rank; data parallelism "
-            f"at the same steps: {summary.data_parallel_bytes / 1e6:.1f} MB (saved {max(100 * summary.communication_saved, 0):.1f} %)"
+            f"at the same steps: {summary.data_parallel_bytes / 1e6:.1f} MB (saved {100 * saved:.1f} %)"
         )
     spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in seconds if name != "elapsed")
     lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}")
