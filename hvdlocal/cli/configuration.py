@@ -35,7 +35,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, str]:
         raise ValueError(_explain(str(error))) from error
     if not arguments:
         raise ValueError("no configuration: hvdlocal train CONFIG.yaml (see experiments/)")
-    text = parser.dump(namespace.clone(), skip_none=False)
+    text = parser.dump(namespace.clone(), skip_unset=False)
     del namespace["config"]
     return TrainConfig(**vars(parser.instantiate(namespace))), text
 

@@ -1,0 +1,110 @@
+"""Wrong settings of `hvdlocal train`: exit code 2 and one sentence with the value and the remedy, nothing written."""
+
+import numpy as np
+import pytest
+
+import hvdlocal
+from hvdlocal.cli import main
+from hvdlocal.communicator import Communicator
+
+
+class Solo(Communicator):
+    """A job of one rank, without MPI."""
+
+    backend = "none"
+
+    def __init__(self):
+        super().__init__(0, 1, 0, 1, timeout_seconds=1)
+
+    def shutdown(self):
+        pass
+
+    def _start_sum(self, flat, name):
+        raise AssertionError
+
+    _start_broadcast = _gather_bytes = _start_sum
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs `hvdlocal train` on a small data set with more arguments."""
+    for split, count in (("train", 24), ("test", 9)):
+        images = np.random.default_rng(0).integers(0, 255, (count, 8, 8, 1), dtype=np.uint8)
+        hvdlocal.ShardWriter(tmp_path / "data", split, classes=["a", "b"]).write(images, np.arange(count) % 2)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data: {{path: {tmp_path}/data, batch_size: 8}}\nmodel: {{name: digits_cnn}}\noutput: {tmp_path}/out\n"
+    )
+    monkeypatch.setattr(hvdlocal, "init", lambda: monkeypatch.solo)
+    monkeypatch.solo = Solo()
+    monkeypatch.setattr("hvdlocal.averaging.replica.current", lambda: monkeypatch.solo)
+    return lambda *arguments: main(["train", str(config), *arguments])
+
+
+MISTAKES = [
+    (["--method.presett", "sync"], "no key 'method.presett': did you mean 'method.preset'?"),
+    (["--optimizer.lr", "fast"], "Got value: fast"),
+    (["--method.preset", "local-sgd"], "Got value: local-sgd"),
+    (["--data.path", "/nowhere"], "/nowhere"),
+    (["--model.name", "resnet5"], "no model 'resnet5': did you mean 'resnet50'?"),
+    (["--model.name", "resnet50"], "3 channels, not 1"),
+    (["--epochs", "0"], "epochs=0"),
+    (["--data.batch_size", "0"], "batch_size"),
+    (["--method.period.period", "0"], "period=0"),
+    (["--method.period.rule", "qsr"], "rule=qsr needs method.period.alpha"),
+    (["--method.period.alpha", "0.1"], "alpha=0.1 has no meaning for rule constant"),
+    (["--method.preset", "acc-ada", "--method.accumulate", "4"], "leave method.accumulate at 1"),
+    (["--schedule.warmup_epochs", "99"], "warmup_epochs=99"),
+    (["--threads", "0"], "threads=0"),
+    (["--label_smoothing", "1.5"], "label_smoothing=1.5"),
+    (["--optimizer.lr", "-1"], "optimizer.lr=-1"),
+    (["--method.sketch_size", "4"], "sketch_size=4"),
+    (["--tensorboard", "maybe"], "maybe"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_wrong_settings(run, tmp_path, capsys, arguments, message):
+    assert run(*arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hvdlocal")
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_the_same_without_a_mistake(run, tmp_path, capsys):
+    assert run("--epochs", "1") == 0
+    assert (tmp_path / "out" / "model.pt").exists()
+    assert "local-ada on 1 rank" in capsys.readouterr().out
+
+
+def test_settings_without_effect_are_said(run, capsys):
+    assert run("--epochs", "1", "--method.preset", "sync", "--method.c", "0.5") == 0
+    assert "note: without effect in this run: method.c=0.5" in capsys.readouterr().out
+
+
+def test_unknown_keys_in_a_file(run, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: {name: digits_cnn, width: 3}\ndata: {path: x}\noutput: y\n")
+    assert run() == 2
+    assert "there is no key 'model.width'" in capsys.readouterr().err
+    (tmp_path / "run.yaml").write_text("model: {name: digits_cnn}\ndata: {path: x}\noutput: y\nepoch: 3\n")
+    assert run() == 2
+    assert "there is no key 'epoch': did you mean 'epochs'?" in capsys.readouterr().err
+
+
+def test_print_config_is_a_configuration(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run("--seed", "7", "--print_config")
+    assert exit_.value.code == 0
+    (tmp_path / "again.yaml").write_text(capsys.readouterr().out)
+    assert main(["train", str(tmp_path / "again.yaml"), "--epochs", "1"]) == 0
+    assert "seed: 7" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+def test_commands(capsys):
+    assert main(["trian"]) == 2
+    assert main([]) == 0
+    assert main(["--version"]) == 0
+    assert f"hvdlocal {hvdlocal.__version__}" in capsys.readouterr().out
+    assert main(["train"]) == 2
