@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
@@ -14,6 +15,10 @@ COMMANDS = {
     "train": "train a model: mpirun -np N hvdlocal train CONFIG.yaml",
     "doctor": "check this installation",
 }
+
+HEARING_SECONDS = 0.5
+"""mpirun ends all ranks as soon as one leaves with an error. Ranks that have not met yet wait so long before they leave, so that
+each can say what is wrong."""
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -52,7 +57,7 @@ def _explain(error: Exception) -> int:
     Returns:
         The exit code.
     """
-    from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, current
+    from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, DisagreementError, SetupError, current
     from hvdlocal.training import DivergedError
 
     if isinstance(error, CollectiveTimeoutError):
@@ -61,11 +66,13 @@ def _explain(error: Exception) -> int:
     if isinstance(error, CommunicationError):
         _complain(str(error))
         return EXIT_COMMUNICATION
-    if isinstance(error, DivergedError):
+    if isinstance(error, DivergedError | SetupError | DisagreementError):  # raised on all ranks
         _complain(str(error))
-        return EXIT_DIVERGED
+        current().barrier("hvdlocal.end")
+        return EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USAGE
     if isinstance(error, ValueError | OSError | ImportError):
         _complain(str(error) or type(error).__name__)
+        time.sleep(HEARING_SECONDS)
         return EXIT_USAGE
     traceback.print_exception(error)
     try:
