@@ -72,7 +72,8 @@ def _explain(error: Exception) -> int:
         return EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USAGE
     if isinstance(error, ValueError | OSError | ImportError):
         _complain(str(error) or type(error).__name__)
-        time.sleep(HEARING_SECONDS)
+        if _rank() is not None:
+            time.sleep(HEARING_SECONDS)
         return EXIT_USAGE
     traceback.print_exception(error)
     try:
@@ -85,9 +86,14 @@ def _explain(error: Exception) -> int:
 
 
 def _complain(message: str) -> None:
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-    rank = next((os.environ[name] for name in names if name in os.environ), None)
+    rank = _rank()
     print(f"hvdlocal{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+
+
+def _rank() -> str | None:
+    """What the launcher calls this process, if one started it; known before the ranks have met."""
+    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+    return next((os.environ[name] for name in names if name in os.environ), None)
 
 
 def _help() -> str:

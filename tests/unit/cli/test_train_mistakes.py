@@ -35,9 +35,7 @@ def run(tmp_path, monkeypatch):
     config.write_text(
         f"data: {{path: {tmp_path}/data, batch_size: 8}}\nmodel: {{name: digits_cnn}}\noutput: {tmp_path}/out\n"
     )
-    monkeypatch.setattr(hvdlocal, "init", lambda: monkeypatch.solo)
-    monkeypatch.solo = Solo()
-    monkeypatch.setattr("hvdlocal.averaging.replica.current", lambda: monkeypatch.solo)
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", Solo())
     return lambda *arguments: main(["train", str(config), *arguments])
 
 
