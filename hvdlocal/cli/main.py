@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import time
 import traceback
@@ -57,7 +56,14 @@ def _explain(error: Exception) -> int:
     Returns:
         The exit code.
     """
-    from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, DisagreementError, SetupError, current
+    from hvdlocal.communicator import (
+        CollectiveTimeoutError,
+        CommunicationError,
+        DisagreementError,
+        SetupError,
+        current,
+        launched_rank,
+    )
     from hvdlocal.training import DivergedError
 
     if isinstance(error, CollectiveTimeoutError):
@@ -72,7 +78,7 @@ def _explain(error: Exception) -> int:
         return EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USAGE
     if isinstance(error, ValueError | OSError | ImportError):
         _complain(str(error) or type(error).__name__)
-        if _rank() is not None:
+        if launched_rank() is not None:
             time.sleep(HEARING_SECONDS)
         return EXIT_USAGE
     traceback.print_exception(error)
@@ -86,14 +92,10 @@ def _explain(error: Exception) -> int:
 
 
 def _complain(message: str) -> None:
-    rank = _rank()
-    print(f"hvdlocal{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr, flush=True)
+    from hvdlocal.communicator import launched_rank
 
-
-def _rank() -> str | None:
-    """What the launcher calls this process, if one started it; known before the ranks have met."""
-    names = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
-    return next((os.environ[name] for name in names if name in os.environ), None)
+    rank = launched_rank()
+    print(f"hvdlocal{'' if rank is None else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)
 
 
 def _help() -> str:

@@ -2,7 +2,7 @@
 
 from hvdlocal.communicator.agreement import DisagreementError, SetupError, require_agreement, succeed_together
 from hvdlocal.communicator.base import CollectiveTimeoutError, CommunicationError, Communicator
-from hvdlocal.communicator.launch import current, init
+from hvdlocal.communicator.launch import current, init, launched_rank, launched_size
 
 __all__ = [
     "CollectiveTimeoutError",
@@ -12,6 +12,8 @@ __all__ = [
     "SetupError",
     "current",
     "init",
+    "launched_rank",
+    "launched_size",
     "require_agreement",
     "succeed_together",
 ]

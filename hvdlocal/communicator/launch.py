@@ -15,6 +15,8 @@ _LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "S
 """How Open MPI, MPICH/Intel MPI/Cray, MVAPICH and srun tell a process how many ranks were started. Slurm's comes last: below
 an mpirun that srun started it counts mpirun's daemons."""
 
+_LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+
 _current: Communicator | None = None
 
 
@@ -64,6 +66,16 @@ def current() -> Communicator:
     return _current
 
 
+def launched_size() -> int | None:
+    """How many ranks the launcher says it started; None when no launcher that is known did. Needs no `init`."""
+    return next((int(told) for name in _LAUNCHER_SIZES if (told := os.environ.get(name, "")).isdigit()), None)
+
+
+def launched_rank() -> int | None:
+    """What the launcher calls this process; None as for `launched_size`. Needs no `init`."""
+    return next((int(told) for name in _LAUNCHER_RANKS if (told := os.environ.get(name, "")).isdigit()), None)
+
+
 def _horovod(timeout_seconds: float) -> Communicator:
     try:
         return HorovodCommunicator(timeout_seconds)
@@ -97,13 +109,9 @@ def _timeout_from_environment() -> float:
 
 def _check_world(size: int, backend: str) -> None:
     """Refuses the classic silent mistake: K processes that each believe to be alone, because mpirun is another MPI's."""
-    for variable in _LAUNCHER_SIZES:
-        told = os.environ.get(variable)
-        if told and told.isdigit():
-            if int(told) != size:
-                raise RuntimeError(
-                    f"the launcher started {told} ranks ({variable}), but {backend} sees {size}: mpirun or srun belongs to "
-                    f"another MPI than the one that {backend} was built with. Use the mpirun of that MPI (`hvdlocal doctor` "
-                    "names it), or rebuild."
-                )
-            return
+    told = launched_size()
+    if told not in (None, size):
+        raise RuntimeError(
+            f"the launcher started {told} ranks, but {backend} sees {size}: mpirun or srun belongs to another MPI than the one "
+            f"that {backend} was built with. Use the mpirun of that MPI (`hvdlocal doctor` names it), or rebuild."
+        )

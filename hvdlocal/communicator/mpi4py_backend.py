@@ -113,8 +113,9 @@ class Mpi4pyCommunicator(Communicator):
             call.run()
 
     def _abort_on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        traceback.print_exception(kind, error, trace)
-        print(f"{self.describe()}: uncaught {kind.__name__}; ending the job", file=sys.stderr)
+        # To the process's own stderr: torch.distributed calls hooks with a buffer in its place, which would end with the process.
+        traceback.print_exception(kind, error, trace, file=sys.__stderr__)
+        print(f"{self.describe()}: uncaught {kind.__name__}; ending the job", file=sys.__stderr__)
         self.abort(1)
 
 

@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import Communicator, launched_rank
 
 
 class Console:
@@ -57,8 +57,7 @@ def _is_watched() -> bool:
     """Whether a person looks on. Under mpirun every rank has a terminal of its own, so its launcher is asked."""
     if not sys.stdout.isatty():
         return False
-    launched = any(name in os.environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"))
-    if not launched:
+    if launched_rank() is None:
         return True
     try:
         return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith("/dev/pts/")
