@@ -1,66 +1,249 @@
-"""``python -m data_prep {digits,cifar10} --output DIR`` writes a data set, ``python -m data_prep verify DIR`` checks
-one.
+"""``python -m data_prep DATA_SET --output DIR`` writes a data set, ``python -m data_prep verify DIR`` checks one; both
+also as the ranks of one job: ``mpirun -np N python -m data_prep …``.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import IO, Any
 
-from data_prep import cifar10, digits
+from data_prep import cifar10, cifar100, digits, imagenet, imagenet32, synthetic
+from data_prep.progress import ProgressBar
 from data_prep.source import Source
-from hvdlocal.data.writer import ShardWriter, verify
+from hvdlocal.communicator import CommunicationError, Communicator, init, launched_size
+from hvdlocal.data.team import Team
+from hvdlocal.data.writer import BadSamplesError, JpegShardWriter, ShardWriter, verify
+
+_SHARD_BYTES = 512 << 20  # few enough files for a parallel file system, enough of them to be copied side by side
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 after one sentence on stderr."""
-    arguments = _parser().parse_args(argv)
     try:
+        communicator = _join()
+    except (ImportError, RuntimeError, ValueError) as error:
+        print(f"data_prep: {error}", file=sys.stderr, flush=True)
+        return 2
+    warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data, which are not used
+    talks = communicator is None or communicator.rank == 0
+    try:
+        arguments = _parser(talks).parse_args(argv)
+        Team(communicator).agree(_settings(arguments), "data.command")
         if arguments.command == "verify":
-            for split, num_samples in verify(arguments.directory).items():
-                print(f"{split}: {num_samples} samples, all checksums agree")
+            _verify(arguments.directory, communicator, talks)
         else:
-            source = cifar10.load(arguments.source) if arguments.command == "cifar10" else digits.load()
-            _write(source, arguments)
+            _write(arguments, communicator, talks)
+    except KeyboardInterrupt:
+        if communicator is not None:
+            raise  # which ends the other ranks too
+        print("data_prep: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        return 130
+    except CommunicationError as error:  # it cannot be known whether rank 0 hears of it
+        print(f"data_prep: {error}", file=sys.stderr, flush=True)
+        return 2
     except (ValueError, OSError) as error:
-        print(f"data_prep: {error}", file=sys.stderr)
+        if talks:
+            print(f"data_prep: {error}", file=sys.stderr, flush=True)
+        if communicator is not None:
+            communicator.barrier("data.end")  # the launcher ends all as soon as one fails, and rank 0 must be heard
         return 2
     return 0
 
 
-def _write(source: Source, arguments: argparse.Namespace) -> None:
-    for split, (images, labels) in source.splits.items():
-        writer = ShardWriter(
-            arguments.output,
-            split,
-            classes=source.classes,
-            num_shards=arguments.shards,
-            seed=arguments.seed,
-            overwrite=arguments.overwrite,
+def _join() -> Communicator | None:
+    """The other ranks, if a launcher started any; a process by itself needs no MPI."""
+    return init("mpi4py") if (launched_size() or 1) > 1 else None
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    return {name: str(value) for name, value in vars(arguments).items() if name != "load"}
+
+
+def _verify(
+    directory: Path, communicator: Communicator | None, talks: bool, splits: Sequence[str] | None = None
+) -> None:
+    for split, num_samples in verify(directory, communicator=communicator, splits=splits).items():
+        if talks:
+            print(f"{split}: {num_samples} samples, all checksums agree", flush=True)
+
+
+def _write(arguments: argparse.Namespace, communicator: Communicator | None, talks: bool) -> None:
+    team = Team(communicator)
+    source: Source = arguments.load(arguments, team)
+    if talks:
+        for remark in source.remarks:
+            print(remark, file=sys.stderr, flush=True)
+    refusals = []
+    for split in source.splits:
+        try:
+            _write_split(source, split, arguments, communicator, talks)
+        except BadSamplesError as error:  # the other splits are tried too, so that one run tells all
+            refusals.append(error)
+    if refusals:
+        raise ValueError("; ".join(str(refusal) for refusal in refusals))
+    if arguments.verify:
+        _verify(arguments.output, communicator, talks, list(source.splits))
+
+
+def _write_split(
+    source: Source, split: str, arguments: argparse.Namespace, communicator: Communicator | None, talks: bool
+) -> None:
+    content = source.splits[split]
+    options: dict[str, Any] = {
+        "classes": source.classes,
+        "num_shards": _num_shards(content.size, len(content.labels)) if arguments.shards is None else arguments.shards,
+        "seed": arguments.seed,
+        "overwrite": arguments.overwrite,
+        "communicator": communicator,
+    }
+    with ProgressBar(split, len(content.labels), talks) as progress:
+        facts = {"identity": content.identity, "preparation": source.preparation}
+        writer: ShardWriter | JpegShardWriter
+        if source.kind == "images":
+            writer = ShardWriter(arguments.output, split, progress=progress, **options)
+            manifest = writer.write(content.samples, content.labels, **facts)  # type: ignore[arg-type]
+        else:
+            skip = getattr(arguments, "bad", "refuse") == "skip"
+            writer = JpegShardWriter(arguments.output, split, skip_bad=skip, progress=progress, **options)
+            manifest = writer.write(content.samples, content.labels, names=content.names, **facts)  # type: ignore[arg-type]
+    if talks:
+        left_out = manifest.preparation.get("left_out", 0)
+        print(
+            f"{writer.directory}: {manifest.num_samples} samples in {len(manifest.shards)} "
+            f"shard{'s' if len(manifest.shards) > 1 else ''}"
+            + (f" ({left_out} bad ones left out, see bad_files.txt)" if left_out else "")
+            + "".join(f", {count} {note}" for note, count in manifest.preparation.get("notes", {}).items())
+            + f", fingerprint {manifest.fingerprint}",
+            flush=True,
         )
-        manifest = writer.write(images, labels)
-        print(f"{writer.directory}: {manifest.num_samples} samples, fingerprint {manifest.fingerprint}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description="Write data sets as HDF5 shards.")
-    commands = parser.add_subparsers(dest="command", required=True)
+def _num_shards(num_bytes: int, num_samples: int) -> int:
+    return max(1, min(round(num_bytes / _SHARD_BYTES), num_samples))
 
-    writing = argparse.ArgumentParser(add_help=False)
+
+class _Parser(argparse.ArgumentParser):
+    """Says what it has to say on one rank only."""
+
+    talks = True
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:  # type: ignore[override]
+        if self.talks:
+            super()._print_message(message, file)
+
+
+def _parser(talks: bool) -> argparse.ArgumentParser:
+    _Parser.talks = talks
+    parser = _Parser(
+        prog="python -m data_prep",
+        description="Write data sets as HDF5 shards (docs/data-format.md). Under `mpirun -np N` the ranks share the work; "
+        "the files are the same for any N. A run that was killed is finished by the same command.",
+    )
+    commands: Any = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    writing = _Parser(add_help=False)
     writing.add_argument(
         "--output", type=Path, required=True, help="directory of the data set; a directory per split in it"
     )
-    writing.add_argument("--shards", type=int, default=1, help="files per split (default: %(default)s)")
+    writing.add_argument(
+        "--shards", type=int, help="files per split (default: one per 512 MiB; unrelated to the number of ranks)"
+    )
     writing.add_argument("--seed", type=int, default=0, help="seed of the shuffle on disk (default: %(default)s)")
     writing.add_argument("--overwrite", action="store_true", help="replace a different data set that is there")
+    writing.add_argument("--verify", action="store_true", help="read everything again at the end and compare checksums")
 
-    commands.add_parser("digits", parents=[writing], help="scikit-learn's handwritten digits, 8x8")
-    cifar = commands.add_parser("cifar10", parents=[writing], help="CIFAR-10, 32x32, from its unpacked archive")
-    cifar.add_argument("--source", type=Path, required=True, help="directory with data_batch_1.bin (or data_batch_1) …")
+    def add(name: str, what: str, load: Callable[[argparse.Namespace, Team], Source]) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, parents=[writing], help=what, description=what[:1].upper() + what[1:] + ".")
+        command.set_defaults(load=load)
+        return command
+
+    def source(command: argparse.ArgumentParser, what: str) -> None:
+        command.add_argument("--source", type=Path, required=True, metavar="DIR", help=what)
+
+    add("digits", "scikit-learn's handwritten digits, 8x8", lambda arguments, team: _local(team, digits.load))
+    command = add(
+        "cifar10",
+        "CIFAR-10, 32x32, from its unpacked archive, binary or Python version",
+        lambda arguments, team: _local(team, partial(cifar10.load, arguments.source)),
+    )
+    source(command, "directory with data_batch_1.bin (or data_batch_1) …")
+    command = add(
+        "cifar100",
+        "CIFAR-100, 32x32, from its unpacked archive, binary or Python version",
+        lambda arguments, team: _local(team, partial(cifar100.load, arguments.source, arguments.labels)),
+    )
+    source(command, "directory with train.bin (or train) …")
+    command.add_argument(
+        "--labels", choices=("fine", "coarse"), default="fine", help="100 classes or 20 (default: %(default)s)"
+    )
+    command = add(
+        "imagenet32",
+        "downsampled ImageNet (also 8x8, 16x16 and 64x64), from its unpacked pickles",
+        lambda arguments, team: _local(team, partial(imagenet32.load, arguments.source)),
+    )
+    source(command, "directory with train_data_batch_1 …, val_data and, for class names, map_clsloc.txt")
+    command = add(
+        "imagenet",
+        "ImageNet, or any other tree of JPEG and PNG files with a folder per class",
+        lambda arguments, team: imagenet.load(
+            arguments.source, arguments.splits, arguments.resize, arguments.quality, team
+        ),
+    )
+    source(command, "directory that holds train/<class>/… and val/<class>/…, or just <class>/…")
+    command.add_argument(
+        "--splits",
+        nargs="+",
+        default=(),
+        metavar="NAME[=FOLDER]",
+        help="splits and the folders of the source that hold them (default: those of train, val and test that there are; "
+        "else the source itself is train)",
+    )
+    command.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="reduce the short side of larger images to this and encode them anew (default: keep the files as they are)",
+    )
+    command.add_argument(
+        "--quality", type=int, default=90, help="JPEG quality with --resize, 1 to 100 (default: %(default)s)"
+    )
+    command.add_argument(
+        "--bad",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="files that cannot be decoded: refuse the data set after all have been tried, or leave them out; "
+        "<output>/<split>/bad_files.txt lists them either way (default: %(default)s)",
+    )
+    command = add(
+        "synthetic",
+        "images made of numbers: a pattern per class under noise, for trying things out",
+        lambda arguments, team: _local(
+            team,
+            partial(
+                synthetic.load, arguments.samples, arguments.classes, arguments.size, arguments.seed, arguments.jpeg
+            ),
+        ),
+    )
+    command.add_argument(
+        "--samples", type=int, default=10_000, help="to train on (default: %(default)s); a fifth to test"
+    )
+    command.add_argument("--classes", type=int, default=10, help="number of classes (default: %(default)s)")
+    command.add_argument("--size", type=int, default=32, help="height and width in pixels (default: %(default)s)")
+    command.add_argument(
+        "--jpeg", action="store_true", help="write JPEG files of different sizes instead of raw pixels"
+    )
 
     check = commands.add_parser("verify", help="compare all checksums of all splits")
     check.add_argument("directory", type=Path)
     return parser
+
+
+def _local(team: Team, load: Callable[[], Source]) -> Source:
+    """The source, which every rank opens for itself; if one cannot, none goes on."""
+    return team.together(load, "data.source")
 
 
 if __name__ == "__main__":

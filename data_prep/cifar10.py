@@ -4,26 +4,22 @@ Reads either of the two layouts of that page, unpacked: the binary version (data
 Python version (pickles data_batch_1 … test_batch). The source index counts through the batches in this order.
 """
 
-import io
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from data_prep.source import Source
+from data_prep.cifar import Batch, binary_batch, python_batch
+from data_prep.planar import PlanarImages
+from data_prep.source import Source, image_split
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
-_SAMPLES, _PIXELS = 10_000, 3 * 32 * 32  # per batch; per image, one colour plane after the other
-
-_Batch = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+_SAMPLES = 10_000  # per batch
 
 
 def load(source: Path) -> Source:
-    """Read CIFAR-10 from the directory that holds its batches.
+    """Open CIFAR-10 in the directory that holds its batches.
 
     Raises:
         FileNotFoundError: there is no such directory, or a batch is missing.
@@ -40,65 +36,18 @@ def load(source: Path) -> Source:
         )
     splits = {}
     for split, names in _BATCHES.items():
-        planes, labels = zip(*(read(source / (name + suffix)) for name in names), strict=True)
-        images = np.concatenate(planes).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        splits[split] = (images, np.concatenate(labels))
-    return Source(CLASSES, splits)
+        parts, labels = zip(*(read(source / (name + suffix)) for name in names), strict=True)
+        splits[split] = image_split(PlanarImages(parts, 32), np.concatenate(labels))
+    return Source(CLASSES, splits, preparation={"data_set": "cifar10"})
 
 
-def read_binary_batch(path: Path) -> _Batch:
+def read_binary_batch(path: Path) -> Batch:
     """Pixels (10000, 3072) and labels (10000,) of a batch of the binary version, both uint8."""
-    content = np.frombuffer(_bytes_of(path), np.uint8)
-    if content.size != _SAMPLES * (1 + _PIXELS):
-        raise ValueError(f"{path} has {content.size} bytes where {_SAMPLES * (1 + _PIXELS)} are due; download it again")
-    records = content.reshape(_SAMPLES, 1 + _PIXELS)
-    return records[:, 1:], records[:, 0]
+    return binary_batch(path, _SAMPLES, 1, 0)
 
 
-def read_python_batch(path: Path) -> _Batch:
+def read_python_batch(path: Path) -> Batch:
     """Pixels (10000, 3072) and labels (10000,) of a batch of the Python version, both uint8. No code in the pickle is
     run.
     """
-    try:
-        batch = _ArrayUnpickler(io.BytesIO(_bytes_of(path)), encoding="bytes").load()
-        data, labels = batch[b"data"], np.array(batch[b"labels"], np.uint8)
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise ValueError(f"{path} is not a batch of CIFAR-10's Python version ({error}); download it again") from error
-    if not isinstance(data, np.ndarray) or (data.dtype, data.shape, labels.shape) != (
-        np.uint8,
-        (_SAMPLES, _PIXELS),
-        (_SAMPLES,),
-    ):
-        raise ValueError(
-            f"{path} does not hold uint8 ({_SAMPLES}, {_PIXELS}) data with as many labels; download it again"
-        )
-    return data, labels
-
-
-def _bytes_of(path: Path) -> bytes:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; unpack the whole archive")
-    return path.read_bytes()
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds plain containers, strings, numbers and NumPy arrays, and refuses everything else: a pickle can name any
-    function.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module.replace("numpy._core", "numpy.core"), name) == ("numpy.core.multiarray", "_reconstruct"):
-            return _new_array
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 spells bytes in the old protocol
-            return _latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
-
-
-def _new_array(subtype: type, shape: tuple[int, ...], kind: bytes) -> np.ndarray:
-    return np.ndarray((0,), np.uint8)  # as NumPy's pickles begin; the array's own state follows
-
-
-def _latin1(text: str, encoding: str | bytes) -> bytes:
-    return text.encode("latin1")
+    return python_batch(path, _SAMPLES, b"labels", "CIFAR-10")

@@ -7,7 +7,7 @@ wrote what.
 
 import numpy as np
 
-from data_prep.source import Source
+from data_prep.source import Source, image_split
 
 
 def load() -> Source:
@@ -27,5 +27,8 @@ def load() -> Source:
     test = np.zeros(len(images), bool)
     for digit in range(10):
         test[np.flatnonzero(digits.target == digit)[5::6]] = True
-    splits = {"train": (images[~test], digits.target[~test]), "test": (images[test], digits.target[test])}
-    return Source(tuple(str(digit) for digit in range(10)), splits)
+    splits = {
+        "train": image_split(images[~test], digits.target[~test]),
+        "test": image_split(images[test], digits.target[test]),
+    }
+    return Source(tuple(str(digit) for digit in range(10)), splits, preparation={"data_set": "digits"})

@@ -1,19 +1,53 @@
-"""What a data set's module hands to the writer."""
+"""What a data set's module hands to the writers."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdlocal.data.writer import ImageSource, JpegSource
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a data set.
+
+    Attributes:
+        samples: equally sized images, or JPEG files.
+        labels: integers (N,).
+        size: bytes that the samples will take, or a fair guess; decides the number of shards.
+        names: what messages call the samples; only for JPEG files.
+        identity: see ``ShardWriter.write``.
+    """
+
+    samples: ImageSource | JpegSource
+    labels: NDArray[np.integer]
+    size: int
+    names: Sequence[str] | None = None
+    identity: str | None = None
+
 
 @dataclass(frozen=True)
 class Source:
-    """A data set in memory.
+    """A data set, read as it is written.
 
     Attributes:
         classes: class names; label i means classes[i].
-        splits: name of the split -> (uint8 images (N, H, W, C), integer labels (N,)).
+        splits: by name.
+        kind: of all splits, as in the manifest.
+        preparation: facts that the manifests shall record.
+        remarks: what the user should be told, one sentence each.
     """
 
     classes: tuple[str, ...]
-    splits: dict[str, tuple[NDArray[np.uint8], NDArray[np.integer]]]
+    splits: Mapping[str, Split]
+    kind: str = "images"
+    preparation: Mapping[str, Any] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+
+
+def image_split(images: ImageSource, labels: NDArray[np.integer], identity: str | None = None) -> Split:
+    """A split of equally sized images."""
+    return Split(images, labels, int(np.prod(images.shape)), identity=identity)

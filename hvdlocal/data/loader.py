@@ -1,37 +1,28 @@
 """Batches for one rank: from sample positions to tensors on the training device."""
 
+from __future__ import annotations
+
 import itertools
-import time
-from collections.abc import Generator, Iterable, Iterator
+import warnings
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
-from hvdlocal.data.augment import Transform
-from hvdlocal.data.dataset import ShardedDataset
 from hvdlocal.data.keys import sample_keys
-from hvdlocal.data.order import SampleSequence
-from hvdlocal.data.prefetch import prefetch
+from hvdlocal.data.order import OrderMode
+from hvdlocal.data.pipeline import Batch, Pipeline, Selection, Stats, resolve_device
+from hvdlocal.data.plan import Plan, Tail, check_batch, resolve_order
 
-Batch = tuple[Tensor, Tensor]
-
-_STATE_VERSION = 1
-
-
-@dataclass
-class _Stats:
-    wait_seconds: float = 0.0
-    bytes: int = 0
-    samples: int = 0
+if TYPE_CHECKING:
+    from hvdlocal.data.augment import Crop, Mix, Transform
+    from hvdlocal.data.dataset import StoredSamples
 
 
 class Loader:
-    """Batches of one rank, walking along the endless sequence perm_0 ++ perm_1 ++ … of a data set.
+    """Batches of one rank, walking along the endless sequence order_0 ++ order_1 ++ … of a data set.
 
     Every global batch is the next ``num_workers * batch_size`` samples of that sequence, and rank r takes every
     num_workers-th of them from the r-th on. So the global batches do not depend on the number of ranks, every rank
@@ -42,21 +33,30 @@ class Loader:
     cursor.
 
     A batch is ``(images, labels)``: what ``transform`` makes of the uint8 (batch_size, H, W, C) images (those
-    themselves without one), and int64 (batch_size,) labels, both on ``device``. The tensors are fresh: the loader
-    never writes to them again.
+    themselves without one), and int64 (batch_size,) labels, or what ``mix`` makes of both; on ``device``. The loader never
+    writes to tensors that somebody still holds.
 
     Args:
         dataset: the split to read.
         batch_size: samples per batch of this rank.
         rank: this rank's number, 0..num_workers-1.
         num_workers: K, the number of ranks that train: the word of the papers. It has nothing to do with loader
-            processes, of which there are none; one background thread works ahead.
+            processes, of which there are none; background threads work ahead.
         seed: seed of the order and of the augmentation; the same on every rank.
-        tail: "carry": batches run across the epoch edge, every sample comes exactly once per epoch. "drop": an epoch
-            leaves out the samples (other ones each time) that do not fill a global batch.
-        transform: see ``Transform``; on the CPU it runs in the background thread, on a GPU on the device.
+        order: "global": a random permutation every epoch. "block": a permutation that reads neighbouring samples together,
+            see ``hvdlocal.data.order.block_permutation``. "replacement": independent draws, so that an epoch is only a length.
+            "auto": "block" for a data set that is streamed, else "global".
+        tail: "carry": batches run across the epoch edge, every sample comes exactly once per epoch. "partial": so does it,
+            but an epoch ends at its edge, with a last global batch that is split among the ranks to within one sample; what
+            would not give every rank a sample joins the batch before, so no batch is empty.
+            "drop": an epoch leaves out the samples (other ones each time) that do not fill a global batch.
+        crop: which part of a JPEG is decoded, and at what size; needed for data sets of JPEGs, refused for others.
+        transform: see ``Transform``; on the CPU it runs in a background thread, on a GPU on the device.
+        mix: see ``Mix``; the labels become float (batch_size, num_classes).
         device: where the batches are wanted.
         prefetch: number of batches prepared ahead, at least 1.
+        threads: background threads that read, decode and (on the CPU) transform; by default this rank's cores, as its
+            affinity and OMP_NUM_THREADS have it, less one.
 
     Raises:
         ValueError: an argument is out of range, or with "drop" the data set does not fill one global batch.
@@ -64,41 +64,47 @@ class Loader:
 
     def __init__(
         self,
-        dataset: ShardedDataset,
+        dataset: StoredSamples,
         batch_size: int,
         *,
         rank: int = 0,
         num_workers: int = 1,
         seed: int = 0,
-        tail: Literal["carry", "drop"] = "carry",
+        order: OrderMode | Literal["auto"] = "auto",
+        tail: Tail = "carry",
+        crop: Crop | None = None,
         transform: Transform | None = None,
+        mix: Mix | None = None,
         device: str | torch.device = "cpu",
         prefetch: int = 2,
+        threads: int | None = None,
     ) -> None:
-        _check_batch(batch_size, rank, num_workers)
-        if tail not in ("carry", "drop"):
-            raise ValueError(f"tail is {tail!r}; choose 'carry' or 'drop'")
-        if prefetch < 1:
-            raise ValueError(f"prefetch is {prefetch}; at least one batch must be prepared ahead")
+        self._plan = Plan(
+            dataset,
+            batch_size,
+            rank=rank,
+            num_workers=num_workers,
+            seed=seed,
+            order=resolve_order(order, dataset),
+            tail=tail,
+        )
         self.dataset = dataset
         self.batch_size = batch_size
         self.rank = rank
         self.num_workers = num_workers
         self.seed = seed
         self.transform = transform
-        self.device = _resolve(device)
+        self.device = resolve_device(device)
         self.prefetch = prefetch
-        self.global_batch_size = num_workers * batch_size
-        n = len(dataset)
-        self.samples_per_epoch = n if tail == "carry" else n - n % self.global_batch_size
-        if self.samples_per_epoch == 0:
-            raise ValueError(
-                f"{n} samples do not fill a global batch of {self.global_batch_size}; "
-                "choose a smaller batch_size or tail='carry'"
-            )
-        self._sequence = SampleSequence(n, seed=seed, samples_per_epoch=self.samples_per_epoch)
+        self.global_batch_size = self._plan.global_batch_size
+        self.samples_per_epoch = self._plan.samples_per_epoch
+        window = -(-self._plan.order.window_samples // num_workers)
+        _warn_if_read_twice(dataset, window)
+        self._pipeline = Pipeline(
+            dataset, crop, transform, mix, self.device, prefetch, threads, read_ahead=max(window, 2 * batch_size)
+        )
         self._samples_consumed = 0
-        self._stats = _Stats()
+        self._stats = Stats()
         self._latest = object()
 
     @property
@@ -114,7 +120,7 @@ class Loader:
     @property
     def steps_per_epoch(self) -> float:
         """Batches per epoch, on average: with tail="carry" it is in general no whole number."""
-        return self.samples_per_epoch / self.global_batch_size
+        return self._plan.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches up to the next epoch edge."""
@@ -128,35 +134,25 @@ class Loader:
     def stats(self) -> dict[str, float]:
         """Cumulative counters of this rank, of batches handed out.
 
-        ``wait_seconds`` that the consumer waited for the background thread, ``bytes`` of images gathered, and
-        ``samples``.
+        ``wait_seconds`` that the consumer waited for the background threads, ``samples``, and ``bytes`` read; seconds that
+        the threads spent, added up over them: ``read_seconds`` for getting at the bytes (from a streamed data set that
+        includes waiting for the disk) and ``decode_seconds`` for decoding JPEGs; ``decode_rate``, in samples per second of
+        one thread.
         """
-        return asdict(self._stats)
+        return self._stats.as_dict()
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: the same on every rank, so one copy is enough."""
-        return {
-            "version": _STATE_VERSION,
-            "fingerprint": self.dataset.fingerprint,
-            "seed": self.seed,
-            "samples_per_epoch": self.samples_per_epoch,
-            "samples_consumed": self._samples_consumed,
-        }
+        return self._plan.state(self._samples_consumed)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where ``state`` was taken; iterations begun before are over. The number of workers may differ: the
         sample sequence goes on all the same, and with the same global batch size so do the global batches.
 
         Raises:
-            ValueError: the state belongs to other data, another seed or another length of an epoch.
+            ValueError: the state belongs to other data, another seed, order or tail, or another length of an epoch.
         """
-        for name, mine in self.state_dict().items():
-            if name != "samples_consumed" and state.get(name) != mine:
-                raise ValueError(
-                    f"the loader's state was saved with {name} {state.get(name)}, this loader has {mine}; "
-                    "resume with the data set, seed, tail and (for tail='drop') global batch size of the saved run"
-                )
-        self._samples_consumed = state["samples_consumed"]
+        self._samples_consumed = self._plan.cursor(state)
         self._latest = object()
 
     def _batches(self, stop: int | None) -> Generator[Batch, None, None]:
@@ -164,33 +160,45 @@ class Loader:
         return self._walk(this, stop)
 
     def _walk(self, this: object, stop: int | None) -> Generator[Batch, None, None]:
-        start, step = self._samples_consumed, self.global_batch_size
-        cursors = itertools.count(start, step) if stop is None else iter(range(start, stop, step))
-        batches = _load(self.dataset, self._plan(cursors), self.transform, self.device, self.prefetch, self._stats)
+        batches = self._pipeline.batches(self._selections(self._samples_consumed, stop), self._stats)
         with closing(batches):
             while self._latest is this:
                 batch = next(batches, None)
                 if batch is None:
                     return
-                self._samples_consumed += step
+                self._samples_consumed += self._plan.size(self._samples_consumed)
                 yield batch
+                del batch
         raise RuntimeError("this iteration of the loader is over: a later one was begun, or a state was loaded")
 
-    def _plan(self, cursors: Iterable[int]) -> Iterator["_Selection"]:
-        mine = np.arange(self.rank, self.global_batch_size, self.num_workers)
-        for cursor in cursors:
-            samples, epochs = self._sequence.at(cursor + mine)
+    def _selections(self, cursor: int, stop: int | None) -> Iterator[Selection]:
+        while stop is None or cursor < stop:
+            samples, epochs = self._plan.selection(cursor)
             yield samples, sample_keys(self.seed, epochs, samples)
+            cursor += self._plan.size(cursor)
+
+
+def _warn_if_read_twice(dataset: StoredSamples, window: int) -> None:
+    """A streamed set whose room does not hold the window in use and the next one gives the right samples, but slowly."""
+    room = dataset.stream_bytes
+    if room is not None and (needed := 2 * window * dataset.num_bytes // len(dataset)) > room:
+        warnings.warn(
+            f"two windows of the streamed data set take {needed / 2**20:.0f} MiB on this rank, but it may hold "
+            f"{room / 2**20:.0f} MiB: blocks will be read more than once. Start fewer ranks per node, or raise stream_bytes.",
+            stacklevel=3,
+        )
 
 
 def evaluation_batches(
-    dataset: ShardedDataset,
+    dataset: StoredSamples,
     batch_size: int,
     *,
     rank: int = 0,
     num_workers: int = 1,
+    crop: Crop | None = None,
     transform: Transform | None = None,
     device: str | torch.device = "cpu",
+    threads: int | None = None,
 ) -> Iterator[Batch]:
     """One pass over the data set, in its order on disk: every sample exactly once over all ranks, none repeated.
 
@@ -199,73 +207,13 @@ def evaluation_batches(
 
     Args, batches, errors: see ``Loader``.
     """
-    _check_batch(batch_size, rank, num_workers)
+    check_batch(batch_size, rank, num_workers)
     n = len(dataset)
-    samples = np.arange(rank * n // num_workers, (rank + 1) * n // num_workers)
-    keys = sample_keys(0, np.zeros_like(samples), samples)
-    plan = ((samples[i : i + batch_size], keys[i : i + batch_size]) for i in range(0, len(samples), batch_size))
-    return _load(dataset, plan, transform, _resolve(device), 2, _Stats())
-
-
-_Selection = tuple[NDArray[np.int64], NDArray[np.uint64]]
-_HostBatch = tuple[Tensor, Tensor, NDArray[np.uint64]]
-
-
-def _load(
-    dataset: ShardedDataset,
-    plan: Iterator[_Selection],
-    transform: Transform | None,
-    device: torch.device,
-    depth: int,
-    stats: _Stats,
-) -> Generator[Batch, None, None]:
-    """Turn (sample indices, keys) into batches, ``depth`` of them ahead of the consumer."""
-    on_cpu, pinned = device.type == "cpu", device.type == "cuda"
-
-    def gather() -> Iterator[_HostBatch]:
-        if pinned:
-            torch.cuda.set_device(device)  # per thread; pinning would otherwise open a context on GPU 0 from every rank
-        for samples, keys in plan:
-            # Allocated afresh, as somebody may still hold the last one; torch's pinned allocator recycles what nobody
-            # uses.
-            images = torch.empty((len(samples), *dataset.shape), dtype=torch.uint8, pin_memory=pinned)
-            labels = torch.empty(len(samples), dtype=torch.int64, pin_memory=pinned)
-            dataset.take(samples, out=images.numpy())
-            labels.numpy()[:] = dataset.labels[samples]
-            if on_cpu and transform is not None:
-                images = transform(images, keys)
-            yield images, labels, keys
-
-    sample_bytes = int(np.prod(dataset.shape))
-    with closing(prefetch(gather(), depth)) as batches:
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            stats.wait_seconds += time.perf_counter() - began
-            if batch is None:
-                return
-            images, labels, keys = batch
-            stats.samples += len(labels)
-            stats.bytes += len(labels) * sample_bytes
-            if not on_cpu:
-                # Here and not in the thread: these must be enqueued on the stream that the consumer computes on.
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                if transform is not None:
-                    images = transform(images, keys)
-            yield images, labels
-
-
-def _resolve(device: str | torch.device) -> torch.device:
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _check_batch(batch_size: int, rank: int, num_workers: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    if num_workers < 1:
-        raise ValueError(f"num_workers is {num_workers}; it is the number of ranks that train, at least 1")
-    if not 0 <= rank < num_workers:
-        raise ValueError(f"rank is {rank}; with num_workers {num_workers} it must lie in 0..{num_workers - 1}")
+    first, last = rank * n // num_workers, (rank + 1) * n // num_workers
+    edges = itertools.pairwise([*range(first, last, batch_size), last])
+    ranges = (np.arange(start, stop) for start, stop in edges)
+    plan = ((samples, sample_keys(0, np.zeros_like(samples), samples)) for samples in ranges)
+    pipeline = Pipeline(
+        dataset, crop, transform, None, resolve_device(device), threads=threads, read_ahead=4 * batch_size
+    )
+    return pipeline.batches(plan, Stats())

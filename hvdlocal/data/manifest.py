@@ -3,15 +3,18 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FORMAT = "hvdlocal-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+
+Kind = Literal["images", "jpeg"]
+"""How samples are stored: as equally sized uint8 images, or as JPEG files of any size."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,26 @@ class Manifest:
 
     Attributes:
         split: name of the split, e.g. "train".
-        shape: (height, width, channels) of every image.
+        shape: (height, width, channels) of every image; None for JPEG, where every image has its own.
         classes: class names; label i means classes[i].
         seed: seed of the pre-shuffle.
         mean, std: per channel, of the pixel values divided by 255 (population standard deviation).
         shards: the shards, in order; sample 0 of the split is sample 0 of the first.
+        kind: how the samples are stored; "jpeg" exactly if ``shape`` is None.
+        preparation: how the data set came about, for people: options, library versions, how many files were left out.
+        plan: hex sha256 of all that determined the content; a writer with the same plan has nothing left to do.
     """
 
     split: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | None
     classes: tuple[str, ...]
     seed: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     shards: tuple[ShardEntry, ...]
+    kind: Kind = "images"
+    preparation: Mapping[str, Any] = field(default_factory=dict)
+    plan: str = ""
 
     @property
     def num_samples(self) -> int:
@@ -62,9 +71,11 @@ class Manifest:
     def fingerprint(self) -> str:
         """Hex sha256 that identifies the data: the same wherever, whenever and by whatever HDF5 release written."""
         content = self._content()
+        for key in ("kind", "preparation", "plan"):  # the first is what `shape` says; the others are not content
+            del content[key]
         for shard in content["shards"]:
             del shard["bytes"]
-        return _sha256_of_json(content)
+        return sha256_of_json(content)
 
     def save(self, path: Path) -> None:
         """Write the manifest as JSON to ``path``."""
@@ -72,7 +83,7 @@ class Manifest:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def _content(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION} | asdict(self)
+        return {"format": FORMAT, "version": VERSION, "split": self.split, "kind": self.kind} | asdict(self)
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
@@ -94,13 +105,18 @@ class Manifest:
                 raise ValueError(f"it is of format {found[0]!r} version {found[1]!r}, not {FORMAT!r} version {VERSION}")
             manifest = cls(
                 split=content["split"],
-                shape=tuple(content["shape"]),
+                shape=None if content["shape"] is None else tuple(content["shape"]),
                 classes=tuple(content["classes"]),
                 seed=content["seed"],
                 mean=tuple(content["mean"]),
                 std=tuple(content["std"]),
                 shards=tuple(ShardEntry(**shard) for shard in content["shards"]),
+                kind=content.get("kind", "images"),
+                preparation=content.get("preparation", {}),
+                plan=content.get("plan", ""),
             )
+            if manifest.kind != ("jpeg" if manifest.shape is None else "images"):
+                raise ValueError(f"its kind {manifest.kind!r} does not go with the shape {manifest.shape}")
             if manifest.fingerprint != content["fingerprint"]:
                 raise ValueError("its content does not match its fingerprint (edited by hand or damaged)")
         except (KeyError, TypeError, ValueError) as error:
@@ -113,7 +129,7 @@ class Manifest:
 
 def classes_sha256(classes: Sequence[str]) -> str:
     """Hex sha256 of the class list, which every shard carries so that it cannot be read with another list."""
-    return _sha256_of_json(list(classes))
+    return sha256_of_json(list(classes))
 
 
 def split_directory(directory: str | Path, split: str) -> Path:
@@ -128,6 +144,7 @@ def shard_name(split: str, number: int, num_shards: int) -> str:
     return f"{split}-{number:05d}-of-{num_shards:05d}.h5"
 
 
-def _sha256_of_json(content: Any) -> str:
+def sha256_of_json(content: Any) -> str:
+    """Hex sha256 of the canonical JSON of ``content``: sorted keys, no spaces, UTF-8."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

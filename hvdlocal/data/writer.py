@@ -1,18 +1,26 @@
-"""Writing a split: validation, pre-shuffle, statistics, and files that appear only when they are whole."""
+"""Writing a split of equally sized images, or of JPEG files, as HDF5 shards."""
 
-import math
+import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hvdlocal.data.dataset import ShardedDataset
-from hvdlocal.data.manifest import MANIFEST_NAME, Manifest, ShardEntry, shard_name, split_directory
-from hvdlocal.data.order import pre_shuffle
-from hvdlocal.data.shard import CRC_BLOCK, open_shard, shard_attributes, write_shard
+from hvdlocal.communicator import Communicator
+from hvdlocal.data.jpeg_check import check_jpeg, jpeg_libraries, jpeg_versions
+from hvdlocal.data.manifest import MANIFEST_NAME, Manifest, ShardEntry
+from hvdlocal.data.pixels import add_pixels
+from hvdlocal.data.shard import CRC_BLOCK, open_shard, shard_attributes
+from hvdlocal.data.shard_file import write_image_shard, write_jpeg_shard
+from hvdlocal.data.split_writer import BadSamplesError, Receipt, SplitWriter
+from hvdlocal.data.team import Team
+
+__all__ = ["BadSamplesError", "ImageSource", "JpegSample", "JpegShardWriter", "JpegSource", "ShardWriter", "verify"]
 
 
 class ImageSource(Protocol):
@@ -30,20 +38,108 @@ class ImageSource(Protocol):
         """The images with the given, ascending indices."""
 
 
-class ShardWriter:
+class ShardWriter(SplitWriter):
     """Writes one split of a data set of equally sized images as HDF5 shards.
 
     The result is ``<directory>/<split>/manifest.json`` beside ``<split>-00000-of-00004.h5`` and so on. The samples are
-    shuffled once, on disk, so that any run of neighbours is a fair sample of the classes.
+    shuffled once, on disk, so that any run of neighbours is a fair sample of the classes. The arguments are
+    ``SplitWriter``'s.
+    """
+
+    def write(
+        self,
+        images: ImageSource,
+        labels: ArrayLike,
+        *,
+        identity: str | None = None,
+        preparation: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Write the split and return its manifest.
+
+        Every shard is written under a temporary name, flushed, read back and compared; only when all are good do they
+        take their places, the manifest last. A data set without a manifest is thus an unfinished one; writing it again
+        keeps the shards that are finished. If the same data set is there already, whole, its files are left untouched.
+
+        Args:
+            images: uint8 (N, H, W, C), array-like; read lazily, 64 images at a time.
+            labels: integers (N,) in 0..len(classes)-1.
+            identity: what identifies the content of ``images``; by default a hash of all of it, for which they are read
+                once more.
+            preparation: facts that the manifest shall record.
+
+        Raises:
+            ValueError: images or labels do not fit that description, or N < num_shards.
+            FileExistsError: a different data set is there and ``overwrite`` is not set.
+        """
+
+        def check() -> tuple[NDArray[np.int32], str]:
+            if len(images.shape) != 4 or images.dtype != np.uint8 or 0 in images.shape:
+                raise ValueError(
+                    f"images are {images.dtype} {tuple(images.shape)}; "
+                    "uint8 (N, height, width, channels) without an empty axis is needed"
+                )
+            return self._check_labels(labels, images.shape[0], "images"), identity or _sha256_of_images(images)
+
+        label_array, source = self._team.together(check, "data.check")
+        height, width, channels = images.shape[1:]
+        attributes = shard_attributes(self.split, self.seed, self.classes)
+
+        def write_shard(path: Path, name: str, rows: NDArray[np.int64]) -> Receipt:
+            histogram = np.zeros((channels, 256), np.int64)
+            shape = (len(rows), height, width, channels)
+            blocks = self._blocks(images, rows, histogram)
+            sha256 = write_image_shard(path, blocks, shape, label_array[rows], rows, attributes)
+            return Receipt(ShardEntry(name, len(rows), path.stat().st_size, sha256), histogram.tolist())
+
+        return self._write_split(source, (height, width, channels), label_array, write_shard, preparation or {})
+
+    def _blocks(
+        self, images: ImageSource, rows: NDArray[np.int64], histogram: NDArray[np.int64]
+    ) -> Iterator[NDArray[np.uint8]]:
+        """The images of the given rows in blocks of CRC_BLOCK, counted into the histogram (C, 256) on their way."""
+        for start in range(0, len(rows), CRC_BLOCK):
+            wanted = rows[start : start + CRC_BLOCK]
+            ascending = np.argsort(wanted)  # h5py and files read by ascending index only, or best
+            block = np.empty((len(wanted), *images.shape[1:]), np.uint8)
+            block[ascending] = images[wanted[ascending]]
+            add_pixels(histogram, block)
+            yield block
+            self._tell(len(block))
+
+
+@dataclass(frozen=True)
+class JpegSample:
+    """A JPEG file for a shard.
+
+    Attributes:
+        data: its content; a grayscale or RGB file, baseline or progressive.
+        note: what was done to the original, if anything ("converted from PNG"); the manifest counts equal notes.
+    """
+
+    data: bytes
+    note: str = ""
+
+
+class JpegSource(Protocol):
+    """N JPEG files, read one at a time, from several threads."""
+
+    def __len__(self) -> int:
+        """N."""
+
+    def __getitem__(self, index: int, /) -> JpegSample | bytes:
+        """File ``index``. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read."""
+
+
+class JpegShardWriter(SplitWriter):
+    """Writes one split of a data set of JPEG files as HDF5 shards, laid out as by ``ShardWriter``.
+
+    The bytes of the files are stored as they are. Every file is decoded once, in full, so that a damaged one is found
+    now; the mean and standard deviation in the manifest are those of all decoded pixels, as RGB.
 
     Args:
-        directory: where the data set lives; created if need be.
-        split: name of the split, e.g. "train".
-        classes: class names; label i means classes[i].
-        num_shards: number of files. It has nothing to do with the number of ranks; some 256 MiB to 1 GiB a file is
-            good.
-        seed: seed of the pre-shuffle.
-        overwrite: replace a different data set that is already there.
+        directory, split, **options: ``SplitWriter``'s.
+        skip_bad: leave out files that cannot be used, instead of refusing the whole once all have been tried.
+        threads: decoding threads; by default this rank's share of the cores.
     """
 
     def __init__(
@@ -51,205 +147,153 @@ class ShardWriter:
         directory: str | Path,
         split: str,
         *,
-        classes: Sequence[str],
-        num_shards: int = 1,
-        seed: int = 0,
-        overwrite: bool = False,
+        skip_bad: bool = False,
+        threads: int | None = None,
+        **options: Any,
     ) -> None:
-        if not classes or isinstance(classes, str) or len(set(classes)) != len(classes):
-            raise ValueError(f"classes {classes!r} must be a list of at least one name, each of them once")
-        if num_shards < 1:
-            raise ValueError(f"num_shards is {num_shards}; there must be at least one shard")
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed {seed} is out of range; choose an integer from 0 to 2**63 - 1")
-        self.directory = split_directory(directory, split)
-        self.split = split
-        self.classes = tuple(classes)
-        self.num_shards = num_shards
-        self.seed = seed
-        self.overwrite = overwrite
+        super().__init__(directory, split, **options)
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads is {threads}; there must be at least one")
+        self.skip_bad = skip_bad
+        self.threads = threads or _own_cores(self._team.local_size)
 
-    def write(self, images: ImageSource, labels: ArrayLike) -> Manifest:
-        """Write the split and return its manifest.
-
-        Every shard is written under a temporary name, flushed, read back and compared; only when all are good are
-        they renamed, the manifest last. A data set without a manifest is thus an unfinished one, and writing it again
-        is the cure. If the same data set is there already, whole, its files are left untouched.
+    def write(
+        self,
+        files: JpegSource,
+        labels: ArrayLike,
+        *,
+        names: Sequence[str] | None = None,
+        identity: str | None = None,
+        preparation: Mapping[str, Any] | None = None,
+    ) -> Manifest:
+        """Write the split and return its manifest; as ``ShardWriter.write``, restartable in the same way.
 
         Args:
-            images: uint8 (N, H, W, C), array-like; read lazily, 64 images at a time.
+            files: N JPEG files; those of one shard are in memory at a time.
             labels: integers (N,) in 0..len(classes)-1.
+            names: N strings by which messages call the files.
+            identity: what identifies the content of ``files``; by default a hash of all of it, for which they are read
+                once more.
+            preparation: facts that the manifest shall record; the versions of the decoders are added.
 
         Raises:
-            ValueError: images or labels do not fit that description, or N < num_shards.
-            FileExistsError: a different data set is there and ``overwrite`` is not set.
+            BadSamplesError: some files cannot be used, and ``skip_bad`` is not set. All have been tried, and
+                bad_files.txt lists them.
+            ValueError, FileExistsError: as ``ShardWriter.write``.
         """
-        label_array = self._check(images, labels)
-        n, shape = images.shape[0], tuple(images.shape[1:])
-        existing = self._existing()
-        if existing is not None and not self._same_plan(existing, n, shape):
-            raise self._refusal()
 
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._remove_temporaries()
-        try:
-            order = pre_shuffle(self.seed, n)
-            histogram = np.zeros((shape[2], 256), np.int64)
-            bounds = [n * i // self.num_shards for i in range(self.num_shards + 1)]
-            shards = tuple(
-                self._write_shard(number, images, label_array, order[bounds[number] : bounds[number + 1]], histogram)
-                for number in range(self.num_shards)
-            )
-            mean, std = _mean_and_std(histogram)
-            manifest = Manifest(self.split, (shape[0], shape[1], shape[2]), self.classes, self.seed, mean, std, shards)
-            if existing is not None and existing.fingerprint != manifest.fingerprint:
-                raise self._refusal()
-            if existing is not None and self._intact():
-                return existing
-            self._publish(manifest)
-        finally:
-            self._remove_temporaries()
-        return manifest
+        def check() -> tuple[NDArray[np.int32], str]:
+            jpeg_libraries()
+            return self._check_labels(labels, len(files), "files"), identity or _sha256_of_files(files)
 
-    def _check(self, images: ImageSource, labels: ArrayLike) -> NDArray[np.int32]:
-        if len(images.shape) != 4 or images.dtype != np.uint8 or 0 in images.shape:
-            raise ValueError(
-                f"images are {images.dtype} {tuple(images.shape)}; "
-                "uint8 (N, height, width, channels) without an empty axis is needed"
-            )
-        if images.shape[0] < self.num_shards:
-            raise ValueError(
-                f"{images.shape[0]} images cannot fill {self.num_shards} shards; choose a smaller num_shards"
-            )
-        array = np.asarray(labels)
-        if array.shape != (images.shape[0],) or array.dtype.kind not in "iu":
-            raise ValueError(
-                f"labels are {array.dtype} {array.shape}; one integer per image, shape ({images.shape[0]},), is needed"
-            )
-        out_of_range = np.flatnonzero((array < 0) | (array >= len(self.classes)))
-        if len(out_of_range):
-            first = int(out_of_range[0])
-            raise ValueError(
-                f"label {array[first]} of sample {first} is out of range; "
-                f"{len(self.classes)} classes take labels 0..{len(self.classes) - 1}"
-            )
-        return array.astype(np.int32)
-
-    def _existing(self) -> Manifest | None:
-        """The manifest of the data set that must not be replaced, if there is one."""
-        path = self.directory / MANIFEST_NAME
-        return None if self.overwrite or not path.exists() else Manifest.load(path)
-
-    def _same_plan(self, manifest: Manifest, n: int, shape: tuple[int, ...]) -> bool:
-        # Known before the work, so that hours of it are not spent on a refusal.
-        return (manifest.num_samples, manifest.shape, manifest.classes, manifest.seed, len(manifest.shards)) == (
-            n,
-            shape,
-            self.classes,
-            self.seed,
-            self.num_shards,
-        )
-
-    def _refusal(self) -> FileExistsError:
-        return FileExistsError(
-            f"{self.directory} already holds a different data set; choose another directory, or overwrite"
-        )
-
-    def _intact(self) -> bool:
-        try:
-            ShardedDataset(self.directory.parent, self.split).verify()
-        except (ValueError, OSError):
-            return False
-        return True
-
-    def _write_shard(
-        self,
-        number: int,
-        images: ImageSource,
-        labels: NDArray[np.int32],
-        rows: NDArray[np.int64],
-        histogram: NDArray[np.int64],
-    ) -> ShardEntry:
-        """Write and read back one shard under its temporary name; add its pixels to the histogram (C, 256)."""
-        name = shard_name(self.split, number, self.num_shards)
-        temporary = self.directory / f"{name}.tmp"
-        shape = (len(rows), images.shape[1], images.shape[2], images.shape[3])
+        label_array, source = self._team.together(check, "data.check")
         attributes = shard_attributes(self.split, self.seed, self.classes)
-        sha256 = write_shard(temporary, _blocks(images, rows, histogram), shape, labels[rows], rows, attributes)
-        shard = open_shard(temporary, shape, attributes)
-        shard.verify()
-        if shard.sha256 != sha256:
-            raise OSError(f"{temporary} does not read back as it was written; check the file system and its free space")
-        return ShardEntry(name, len(rows), temporary.stat().st_size, sha256)
 
-    def _publish(self, manifest: Manifest) -> None:
-        # The old manifest goes first: from then on until the new one is there, a reader finds no data set instead of
-        # a mixed one.
-        (self.directory / MANIFEST_NAME).unlink(missing_ok=True)
-        _fsync(self.directory)
-        for shard in manifest.shards:
-            os.replace(self.directory / f"{shard.file}.tmp", self.directory / shard.file)
-        _fsync(self.directory)
-        temporary = self.directory / f"{MANIFEST_NAME}.tmp"
-        manifest.save(temporary)
-        _fsync(temporary)
-        os.replace(temporary, self.directory / MANIFEST_NAME)
-        _fsync(self.directory)
-        # What is left of a data set with another number of shards would never be read again.
-        for leftover in set(self.directory.glob(f"{self.split}-?????-of-?????.h5")) - {
-            self.directory / s.file for s in manifest.shards
-        }:
-            leftover.unlink()
+        def write_shard(path: Path, name: str, rows: NDArray[np.int64]) -> Receipt:
+            contents, kept, dims, bad = [], [], [], []
+            notes: dict[str, int] = {}
+            histogram = np.zeros((3, 256), np.int64)
 
-    def _remove_temporaries(self) -> None:
-        for path in [*self.directory.glob(f"{self.split}-*.h5.tmp"), self.directory / f"{MANIFEST_NAME}.tmp"]:
-            path.unlink(missing_ok=True)
+            def load(row: int) -> tuple[JpegSample, tuple[int, int], NDArray[np.int64]] | str:
+                try:
+                    sample = _as_sample(files[row])
+                    facts = check_jpeg(sample.data)
+                except ValueError as error:
+                    return f"{names[row] if names else f'sample {row}'} {error}"
+                if facts.lenient and not sample.note:
+                    sample = JpegSample(sample.data, "decoded leniently")
+                return sample, (facts.height, facts.width), facts.histogram
+
+            for row, loaded in zip(rows.tolist(), self._in_threads(load, rows.tolist()), strict=True):
+                self._tell(1)
+                if isinstance(loaded, str):
+                    bad.append([row, loaded])
+                    continue
+                sample, size, counts = loaded
+                histogram += counts
+                contents.append(sample.data)
+                kept.append(row)
+                dims.append(size)
+                if sample.note:
+                    notes[sample.note] = notes.get(sample.note, 0) + 1
+            if not kept:
+                return Receipt(ShardEntry(name, 0, 0, ""), histogram.tolist(), bad, notes)
+            index = np.array(kept, np.int64)
+            sizes = np.array(dims, np.uint16)
+            sha256 = write_jpeg_shard(path, contents, sizes, label_array[index], index, attributes)
+            entry = ShardEntry(name, len(index), path.stat().st_size, sha256)
+            return Receipt(entry, histogram.tolist(), bad, notes)
+
+        facts = {**(preparation or {}), **jpeg_versions()}
+        return self._write_split(source, None, label_array, write_shard, facts, self.skip_bad)
+
+    def _in_threads(self, work: Callable[[int], Any], rows: Sequence[int]) -> Iterator[Any]:
+        """The results of ``work`` for all rows, in their order."""
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="data-prep")
+        try:
+            yield from pool.map(work, rows)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def verify(directory: str | Path) -> dict[str, int]:
-    """Compare all checksums of all finished splits in ``directory``; returns the number of samples of each.
+def verify(
+    directory: str | Path, *, communicator: Communicator | None = None, splits: Sequence[str] | None = None
+) -> dict[str, int]:
+    """Compare all checksums of finished splits in ``directory``; returns the number of samples of each.
+
+    Args:
+        directory: of the data set.
+        communicator: ranks that share the work out, if there are several.
+        splits: the splits; by default all that are there.
 
     Raises:
         FileNotFoundError: there is no finished split, or a shard is missing.
         ValueError: a shard is damaged; the message names the file and, where known, the samples.
     """
-    found = {}
-    for manifest in sorted(Path(directory).glob(f"*/{MANIFEST_NAME}")):
-        dataset = ShardedDataset(directory, manifest.parent.name)
-        dataset.verify()
-        found[manifest.parent.name] = len(dataset)
-    if not found:
-        raise FileNotFoundError(f"{directory} holds no finished data set: there is no */{MANIFEST_NAME}")
-    return found
+    team = Team(communicator)
+
+    def check() -> dict[str, int]:
+        found = {}
+        names = splits or sorted(path.parent.name for path in Path(directory).glob(f"*/{MANIFEST_NAME}"))
+        for split in names:
+            folder = Path(directory) / split
+            manifest = Manifest.load(folder / MANIFEST_NAME)
+            for entry in manifest.shards[team.rank :: team.size]:
+                open_shard(folder / entry.file, entry, manifest).verify()
+            found[split] = manifest.num_samples
+        if not found:
+            raise FileNotFoundError(f"{directory} holds no finished data set: there is no */{MANIFEST_NAME}")
+        return found
+
+    return team.together(check, "data.verify")
 
 
-def _blocks(images: ImageSource, rows: NDArray[np.int64], histogram: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """The images of the given rows in blocks of CRC_BLOCK, counted into the histogram (C, 256) on their way."""
-    for start in range(0, len(rows), CRC_BLOCK):
-        wanted = rows[start : start + CRC_BLOCK]
-        ascending = np.argsort(wanted)  # h5py and files read by ascending index only, or best
-        block = np.empty((len(wanted), *images.shape[1:]), np.uint8)
-        block[ascending] = images[wanted[ascending]]
-        for channel, counts in enumerate(histogram):
-            counts += np.bincount(block[..., channel].ravel(), minlength=256)
-        yield block
+def _as_sample(sample: JpegSample | bytes) -> JpegSample:
+    return sample if isinstance(sample, JpegSample) else JpegSample(sample)
 
 
-def _mean_and_std(histogram: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation of pixel / 255 per channel, from exact integer sums."""
-    mean, std = [], []
-    for counts in histogram.tolist():
-        n = sum(counts)
-        total = sum(value * count for value, count in enumerate(counts))
-        squares = sum(value * value * count for value, count in enumerate(counts))
-        mean.append(total / (255 * n))
-        std.append(math.sqrt(n * squares - total * total) / (255 * n))
-    return tuple(mean), tuple(std)
+def _sha256_of_images(images: ImageSource) -> str:
+    digest = hashlib.sha256()
+    count = images.shape[0]
+    step = max(1, (8 << 20) // int(np.prod(images.shape[1:])))
+    for start in range(0, count, step):
+        rows = np.arange(start, min(start + step, count), dtype=np.int64)
+        digest.update(np.ascontiguousarray(images[rows]).data)
+    return digest.hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sha256_of_files(files: JpegSource) -> str:
+    digest = hashlib.sha256()
+    for index in range(len(files)):
+        try:
+            content = _as_sample(files[index]).data
+        except ValueError as error:
+            content = str(error).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _own_cores(local_size: int) -> int:
+    """Cores that this rank may use, divided among the node's ranks unless the launcher has bound it to some."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // local_size if cores == os.cpu_count() else cores)

@@ -25,10 +25,29 @@ class DataConfig:
     """Crop each training image at random after adding so many black pixels on every side; 0 for no crop."""
     flip: bool = False
     """Mirror each training image left to right, or not, at random."""
-    tail: Literal["carry", "drop"] = "carry"
-    """What happens to images that do not fill a batch of all ranks: carried into the next epoch, or dropped."""
+    image_size: int | None = None
+    """Bring images to so many pixels a side: training images by a random resized crop, test images by resizing and a central
+    crop. Needed for JPEGs; images of one size are left as they are by default."""
+    min_area: float = 0.08
+    """Smallest share of an image that a random resized crop keeps."""
+    randaugment: int = 0
+    """Magnitude of RandAugment, 1 to 30; 0 for none."""
+    randaugment_ops: int = 2
+    """RandAugment's operations per image."""
+    mixup: float = 0.0
+    """α of MixUp; 0 for none."""
+    order: Literal["auto", "global", "block", "replacement"] = "auto"
+    """Of the images in an epoch: a permutation, one of blocks (for streamed data), or independent draws."""
+    tail: Literal["carry", "partial", "drop"] = "carry"
+    """What happens to images that do not fill a batch of all ranks: carried into the next epoch, a smaller batch, or dropped."""
+    storage: Literal["auto", "ram", "mmap", "stream"] = "auto"
+    """Where the training images are while they are used: one copy per node in memory, mapped files, or read block by block."""
+    share: Literal["node", "job"] = "node"
+    """Who fills the memory of a node with `ram`: the node itself, or one reader per job that broadcasts."""
     prefetch: int = 2
     """Batches prepared ahead."""
+    threads: int | None = None
+    """Background threads that read, decode and augment; by default the cores of a rank less one."""
 
 
 @dataclass
@@ -212,8 +231,16 @@ def unused_settings(config: TrainConfig) -> list[str]:
         "method.c": local and adaptive,
         "method.smoothing": adaptive,
         "method.linear_warmup": method.preset.endswith("-lin"),
+        "data.min_area": config.data.image_size is not None,
+        "data.randaugment_ops": config.data.randaugment > 0,
+        "data.share": config.data.storage in ("auto", "ram"),
     }
-    default = {"optimizer": OptimizerConfig(), "schedule": ScheduleConfig(), "method": MethodConfig()}
+    default = {
+        "data": DataConfig(path=""),
+        "optimizer": OptimizerConfig(),
+        "schedule": ScheduleConfig(),
+        "method": MethodConfig(),
+    }
     given, usual = _leaves(config), _leaves(default)
     return [
         f"{name}={given[name]}" for name, has_effect in used.items() if not has_effect and given[name] != usual[name]

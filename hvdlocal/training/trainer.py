@@ -14,7 +14,7 @@ from torch import nn
 
 from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
-from hvdlocal.data import CropFlip, Loader, Normalize, ShardedDataset, evaluation_batches
+from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
 from hvdlocal.models import build_model
 from hvdlocal.training import run_directory
 from hvdlocal.training.checkpoint import LastGood, save_model
@@ -22,6 +22,7 @@ from hvdlocal.training.config import TrainConfig, check_ranges, unused_settings
 from hvdlocal.training.console import Console
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
+from hvdlocal.training.images import configured_images
 from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
 from hvdlocal.training.schedules import build_schedule
@@ -86,6 +87,12 @@ class Trainer:
         self.config = config
         self.communicator = communicator
         self.directory = Path(config.output)
+        succeed_together(communicator, self._check, "hvdlocal.check")
+        data = config.data
+        self.train_data = ShardedDataset(
+            data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
+        )
+        self.test_data = ShardedDataset(data.path, data.test_split, communicator=communicator)
         succeed_together(communicator, self._prepare, "hvdlocal.prepare")
         require_agreement(communicator, self._facts(), "hvdlocal.preflight")
         self.threads = set_threads(config.threads, communicator)
@@ -94,7 +101,14 @@ class Trainer:
         self.forward: nn.Module = torch.compile(self.model) if config.model.compile else self.model  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        environment = describe_run(communicator, self.device, self.threads) | {"settings without effect": self.unused}
+        environment = describe_run(communicator, self.device, self.threads) | {
+            "training images": self.train_data.describe(),
+            "settings without effect": self.unused,
+        }
+        if self.train_data.kind == "jpeg":
+            from hvdlocal.data.decode import decoder_description  # loads OpenCV
+
+            environment["decoder"] = decoder_description()
         self.metrics: Metrics = NoMetrics()
         succeed_together(communicator, lambda: self._open_records(config_text, environment), "hvdlocal.records")
         # Dropout and the like differ between ranks from here on; the weights above do not.
@@ -102,46 +116,48 @@ class Trainer:
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
+    def _check(self) -> None:
+        """What can be known to be wrong before any data are read."""
+        check_ranges(self.config)
+        self.device = choose_device(self.config.device, self.communicator)
+        if self.communicator.rank == 0:
+            run_directory.check(self.directory, self.config.overwrite)
+
     def _prepare(self) -> None:
-        """Everything that can fail for a user's mistake and needs no other rank."""
+        """Everything else that can fail for a user's mistake and needs no other rank."""
         config, communicator = self.config, self.communicator
-        check_ranges(config)
-        self.device = choose_device(config.device, communicator)
-        self.train_data = ShardedDataset(config.data.path, config.data.train_split)
-        self.test_data = ShardedDataset(config.data.path, config.data.test_split)
         if self.train_data.shape != self.test_data.shape or self.train_data.classes != self.test_data.classes:
             raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
-
-        normalize = Normalize(self.train_data.mean, self.train_data.std)
-        self.transform = normalize
-        if config.data.crop_padding or config.data.flip:
-            self.transform = CropFlip(
-                self.train_data.mean, self.train_data.std, padding=config.data.crop_padding, flip=config.data.flip
-            )
-        self.evaluation_transform = normalize
-        self.loader = Loader(
-            self.train_data,
-            config.data.batch_size,
-            rank=communicator.rank,
-            num_workers=communicator.size,
-            seed=config.seed,
-            tail=config.data.tail,
-            transform=self.transform,
-            device=self.device,
-            prefetch=config.data.prefetch,
-        )
+        self.images = configured_images(config.data, self.train_data)
+        self.loader = self._loader(config.seed)
         scaling = build_scaling(config.method)
         reference = scaling.reference_batches(communicator.size, micro_batches_per_step(config.method))
-        self.epoch = self.loader.samples_per_epoch / (config.data.batch_size * reference)
+        self.epoch = self.loader.steps_per_epoch * communicator.size / reference
         self.budget = config.epochs * self.epoch
         self.schedule = build_schedule(config.schedule, config.optimizer.lr, self.budget, self.epoch)
 
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model.name, self.train_data.num_classes, self.train_data.shape).to(self.device)
+        self.model = build_model(config.model.name, self.train_data.num_classes, self.images.shape).to(self.device)
         self.memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        if communicator.rank == 0:
-            run_directory.check(self.directory, config.overwrite)
+
+    def _loader(self, seed: int) -> Loader:
+        data, images = self.config.data, self.images
+        return Loader(
+            self.train_data,
+            data.batch_size,
+            rank=self.communicator.rank,
+            num_workers=self.communicator.size,
+            seed=seed,
+            order=data.order,
+            tail=data.tail,
+            crop=images.crop,
+            transform=images.transform,
+            mix=images.mix,
+            device=self.device,
+            prefetch=data.prefetch,
+            threads=data.threads,
+        )
 
     def _facts(self) -> dict[str, Any]:
         facts = {f"config {key}": value for key, value in _flat(asdict(self.config)).items()}
@@ -190,6 +206,7 @@ class Trainer:
         next_line = config.log_every_seconds
         steps = 0
 
+        console.say(f"training images: {self.train_data.describe()}")
         if self.unused:
             console.say(f"note: without effect in this run: {', '.join(self.unused)}")
         batches = self.loader.endless()
@@ -263,8 +280,10 @@ class Trainer:
             self.config.evaluation_batch_size,
             rank=self.communicator.rank,
             num_workers=self.communicator.size,
-            transform=self.evaluation_transform,
+            crop=self.images.test_crop,
+            transform=self.images.test_transform,
             device=self.device,
+            threads=self.config.data.threads,
         )
         formatted = ((x.contiguous(memory_format=self.memory_format), y) for x, y in batches)
         with self._autocast():
@@ -291,15 +310,7 @@ class Trainer:
 
     def _reestimation_batches(self) -> Iterator[torch.Tensor]:
         """The same images whatever the number of steps before: the first batches of an order of their own."""
-        loader = Loader(
-            self.train_data,
-            self.config.data.batch_size,
-            rank=self.communicator.rank,
-            num_workers=self.communicator.size,
-            seed=self.config.seed + 1,
-            transform=self.transform,
-            device=self.device,
-        )
+        loader = self._loader(self.config.seed + 1)
         batches = loader.endless()
         for _ in range(self.config.method.reestimate_batches):
             yield next(batches)[0].contiguous(memory_format=self.memory_format)
@@ -353,6 +364,7 @@ class Trainer:
             divergence=self.optimizer.divergence,
             bytes_sent=self._bytes_sent(),
             **{f"{name}_seconds": seconds for name, seconds in self._seconds().items()},
+            **{f"loader_{name}": value for name, value in self.loader.stats().items()},
         )
         self.metrics.flush()
 
@@ -405,6 +417,8 @@ class _Window:
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Takes in one micro-batch, without waiting for its device."""
+        if labels.is_floating_point():  # MixUp's; the greater part counts
+            labels = labels.argmax(1)
         correct = (logits.detach().argmax(1) == labels).sum()
         self._totals += torch.stack([loss.detach().float(), correct.float()])
         self._images += len(labels)

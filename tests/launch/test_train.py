@@ -136,8 +136,20 @@ def test_mpi4py_backend_needs_no_horovod(config, tmp_path):
             "--data.flip",
             "true",
         ],
+        ["--data.tail", "partial", "--data.order", "block", "--data.storage", "stream", "--data.threads", "2"],
+        ["--data.mixup", "0.2", "--data.image_size", "8", "--data.min_area", "0.5", "--data.share", "job"],
     ],
-    ids=["adamw", "qsr", "post-local", "adacomm-accumulate", "reestimate-reset-exact", "bfloat16", "step"],
+    ids=[
+        "adamw",
+        "qsr",
+        "post-local",
+        "adacomm-accumulate",
+        "reestimate-reset-exact",
+        "bfloat16",
+        "step",
+        "streamed",
+        "mixup",
+    ],
 )
 def test_settings(config, tmp_path, settings):
     result = mpirun(2, *HVDLOCAL, "train", str(config), *settings)

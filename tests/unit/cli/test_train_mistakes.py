@@ -1,9 +1,12 @@
 """Wrong settings of `hvdlocal train`: exit code 2 and one sentence with the value and the remedy, nothing written."""
 
+import json
+
 import numpy as np
 import pytest
 
 import hvdlocal
+from data_prep.__main__ import main as data_prep
 from hvdlocal.cli import main
 from hvdlocal.communicator import Communicator
 
@@ -58,6 +61,11 @@ MISTAKES = [
     (["--optimizer.lr", "-1"], "optimizer.lr=-1"),
     (["--method.sketch_size", "4"], "sketch_size=4"),
     (["--tensorboard", "maybe"], "maybe"),
+    (["--data.image_size", "4", "--data.crop_padding", "1"], "two ways of cropping"),
+    (["--data.randaugment", "31"], "magnitude is 31"),
+    (["--data.mixup", "-1"], "alpha is -1"),
+    (["--data.threads", "0"], "threads is 0"),
+    (["--data.storage", "disk"], "Got value: disk"),
 ]
 
 
@@ -69,6 +77,19 @@ def test_wrong_settings(run, tmp_path, capsys, arguments, message):
     assert message in said
     assert said.count("\n") == 1
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_jpegs_need_a_size(run, tmp_path, capsys):
+    assert data_prep(["synthetic", "--jpeg", "--output", f"{tmp_path}/jpegs", "--samples", "30", "--size", "24"]) == 0
+    jpegs = ["--data.path", f"{tmp_path}/jpegs", "--model.name", "resnet9_narrow", "--epochs", "2"]
+    assert run(*jpegs) == 2
+    assert "set data.image_size" in capsys.readouterr().err
+    assert run(*jpegs, "--data.image_size", "16", "--data.randaugment", "9", "--data.mixup", "0.2") == 0
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    last = [record for record in records if record["kind"] == "steps"][-1]
+    assert last["loader_samples"] >= 2 * 20
+    assert last["loader_decode_rate"] > 0
+    assert "simplejpeg" in json.loads((tmp_path / "out" / "environment.json").read_text())["decoder"]
 
 
 def test_the_same_without_a_mistake(run, tmp_path, capsys):

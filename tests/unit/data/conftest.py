@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hvdlocal.data import ShardedDataset, ShardWriter
+from hvdlocal.data.writer import JpegShardWriter
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -29,18 +31,60 @@ def source() -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
 def make_dataset(tmp_path: Path, source: Callable) -> Callable[..., ShardedDataset]:
     """Writes n images of ``source`` as split "train" under tmp_path and opens them."""
 
-    def make(n: int, num_shards: int = 1, seed: int = 0) -> ShardedDataset:
+    def make(n: int, num_shards: int = 1, seed: int = 0, **reading: Any) -> ShardedDataset:
         ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=num_shards, seed=seed).write(*source(n))
+        return ShardedDataset(tmp_path, **reading)
+
+    return make
+
+
+@pytest.fixture
+def jpeg_files() -> Callable[[int], tuple[list[bytes], np.ndarray]]:
+    """Makes n JPEG files of different sizes, every fifth of them grayscale, with labels."""
+    simplejpeg = pytest.importorskip("simplejpeg")
+
+    def make(n: int) -> tuple[list[bytes], np.ndarray]:
+        files = []
+        for i in range(n):
+            height, width = 16 + i % 7, 24 - i % 5
+            ramp = np.arange(height * width * 3, dtype=np.uint32).reshape(height, width, 3)
+            pixels = (ramp * (i + 1) // 7 % 256).astype(np.uint8)
+            if i % 5 == 4:
+                files.append(simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[..., :1]), 90, "GRAY", "Gray"))
+            else:
+                files.append(simplejpeg.encode_jpeg(pixels, 90, "RGB", "420"))
+        return files, np.arange(n) * 7 % len(CLASSES)
+
+    return make
+
+
+@pytest.fixture
+def make_jpeg_dataset(tmp_path: Path, jpeg_files: Callable) -> Callable[..., ShardedDataset]:
+    """Writes n files of ``jpeg_files`` as split "train" under tmp_path and opens them."""
+
+    def make(n: int, num_shards: int = 1, seed: int = 0) -> ShardedDataset:
+        JpegShardWriter(tmp_path, "train", classes=CLASSES, num_shards=num_shards, seed=seed).write(*jpeg_files(n))
         return ShardedDataset(tmp_path)
 
     return make
 
 
+def real_data(name: str, what: str) -> Path:
+    """A directory of real data, or a skipped test."""
+    default = Path(__file__).resolve().parents[4] / "shared" / "data"
+    path = Path(os.environ.get("HVDLOCAL_TEST_DATA", default)) / name
+    if not path.is_dir():
+        pytest.skip(f"no {what} at {path}; set HVDLOCAL_TEST_DATA to the directory that holds {name}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def cifar10_source() -> Path:
     """Directory of the real CIFAR-10, binary version."""
-    default = Path(__file__).resolve().parents[4] / "shared" / "data"
-    path = Path(os.environ.get("HVDLOCAL_TEST_DATA", default)) / "cifar-10-batches-bin"
-    if not path.is_dir():
-        pytest.skip(f"no CIFAR-10 at {path}; set HVDLOCAL_TEST_DATA to the directory that holds cifar-10-batches-bin")
-    return path
+    return real_data("cifar-10-batches-bin", "CIFAR-10")
+
+
+@pytest.fixture(scope="session")
+def jpeg_source() -> Path:
+    """Directory of 120 files of ImageNet: train/<class>/*.jpg, val/<class>/*.jpg, 24 classes."""
+    return real_data("jpeg-sample", "sample of ImageNet")

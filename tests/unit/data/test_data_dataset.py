@@ -1,3 +1,5 @@
+import pickle
+import re
 import shutil
 
 import h5py
@@ -6,7 +8,8 @@ import pytest
 
 from hvdlocal.data import ShardedDataset, ShardWriter
 from hvdlocal.data.manifest import Manifest, ShardEntry
-from hvdlocal.data.shard import open_shard, shard_attributes, write_shard
+from hvdlocal.data.shard import content_sha256, open_shard, shard_attributes
+from hvdlocal.data.shard_file import write_image_shard
 
 SHAPE = (4, 3, 2)
 
@@ -71,7 +74,8 @@ def test_verify_names_the_damaged_samples(make_dataset, shard_of):
     content = bytearray(path.read_bytes())
     content[offset + 70 * 24 + 5] ^= 1 << 3
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{path} is damaged in samples 64\.\.99"):
+    assert dataset.take([170])[0].flat[5] != content[offset + 70 * 24 + 5], "what is in memory already stays good"
+    with pytest.raises(ValueError, match=rf"{path} is damaged in samples 64\.\.99 \(bytes \d+\.\.\d+ of the file\)"):
         dataset.verify()
 
 
@@ -142,10 +146,10 @@ def test_labels_beyond_the_classes(tmp_path):
     (tmp_path / "train").mkdir()
     path = tmp_path / "train" / "a.h5"
     images, labels, index = np.zeros((3, *SHAPE), np.uint8), np.array([0, 1, 2], np.int32), np.arange(3)
-    sha256 = write_shard(path, [images], images.shape, labels, index, shard_attributes("train", 0, ["a", "b"]))
+    sha256 = write_image_shard(path, [images], images.shape, labels, index, shard_attributes("train", 0, ["a", "b"]))
     entry = ShardEntry("a.h5", 3, path.stat().st_size, sha256)
     Manifest("train", SHAPE, ("a", "b"), 0, (0.0, 0.0), (1.0, 1.0), (entry,)).save(tmp_path / "train" / "manifest.json")
-    with pytest.raises(ValueError, match=r"labels 0\.\.2 but names 2 classes"):
+    with pytest.raises(ValueError, match=r"a\.h5 holds labels 0\.\.2 but names 2 classes"):
         ShardedDataset(tmp_path)
 
 
@@ -173,7 +177,16 @@ def test_a_foreign_shard_is_welcome(tmp_path):
     images = np.arange(72, dtype="u1").reshape(3, *SHAPE)
     for userblock_size in (0, 512):  # not what the format asks for, but harmless
         path = foreign_shard(tmp_path / "a.h5", images=images, userblock_size=userblock_size)
-        np.testing.assert_array_equal(open_shard(path, (3, *SHAPE), ATTRIBUTES).images, images)
+        shard = open_as(path)
+        found = np.fromfile(path, np.uint8, shard.data_bytes, offset=shard.data_offset)
+        np.testing.assert_array_equal(found.reshape(images.shape), images)
+
+
+def open_as(path):
+    """Opens a shard under a manifest that fits a good one."""
+    sha256 = content_sha256(GOOD["labels"], GOOD["index"], GOOD["crc32"])
+    entry = ShardEntry(path.name, 3, path.stat().st_size, sha256)
+    return open_shard(path, entry, Manifest("train", SHAPE, ("a",), 0, (0.0, 0.0), (1.0, 1.0), (entry,)))
 
 
 @pytest.mark.parametrize(
@@ -198,13 +211,56 @@ def test_a_foreign_shard_is_welcome(tmp_path):
 def test_a_malformed_shard_is_refused(tmp_path, changes, message):
     path = foreign_shard(tmp_path / "a.h5", **changes)
     with pytest.raises(ValueError, match=rf"a\.h5.*{message}"):
-        open_shard(path, (3, *SHAPE), ATTRIBUTES)
+        open_as(path)
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "a.h5"
     path.write_bytes(b"not HDF5")
     with pytest.raises(ValueError, match="cannot be opened as HDF5"):
-        open_shard(path, (3, *SHAPE), ATTRIBUTES)
-    with pytest.raises(ValueError, match="has version 1 where 2 is expected"):
-        open_shard(foreign_shard(tmp_path / "b.h5"), (3, *SHAPE), ATTRIBUTES | {"version": 2})
+        open_as(path)
+    path = foreign_shard(tmp_path / "b.h5")
+    with h5py.File(path, "a") as file:
+        file.attrs["version"] = 2
+    with pytest.raises(ValueError, match="has version 2 where 1 is expected"):
+        open_as(path)
+
+
+@pytest.mark.parametrize("storage", ["ram", "mmap", "stream"])
+def test_a_pickle_holds_paths(make_dataset, tmp_path, storage):
+    make_dataset(5000, num_shards=2)
+    dataset = ShardedDataset(tmp_path, storage=storage)
+    expected = dataset.take([4999, 0, 17])
+    pickled = pickle.dumps(dataset)
+    dataset.close()
+    assert len(pickled) < 1000
+    again = pickle.loads(pickled)
+    np.testing.assert_array_equal(again.take([4999, 0, 17]), expected)
+    assert again.storage == storage
+    assert again.fingerprint == dataset.fingerprint
+
+
+def test_a_closed_data_set(make_dataset):
+    with make_dataset(10) as dataset:
+        images = dataset.take([3])
+        view = dataset.bytes_of(3)
+    assert bytes(view) == images.tobytes(), "what was handed out stays"
+    with pytest.raises(ValueError, match="was closed"):
+        dataset.take([3])
+    dataset.close()
+
+
+def test_names_of_samples(make_dataset, shard_of, source):
+    dataset = make_dataset(101, num_shards=3)
+    match = re.fullmatch(r"train-00001-of-00003\.h5 sample 7 \(bytes (\d+)\.\.(\d+)\)", dataset.name_of(40))
+    start, stop = map(int, match.groups())
+    content = shard_of(1, 3).read_bytes()[start : stop + 1]
+    assert content == dataset.bytes_of(40) == source(101)[0][dataset.index[40]].tobytes()
+    for sample in (-1, 101):
+        with pytest.raises(ValueError, match=f"sample {sample} leaves the data set of 101"):
+            dataset.bytes_of(sample)
+
+
+def test_images_are_not_decoded(make_dataset):
+    with pytest.raises(ValueError, match=r"use take\(\)"):
+        make_dataset(10).decode([0], np.zeros(1, np.uint64), None)

@@ -1,16 +1,22 @@
 import gc
+import itertools
+import os
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
-from hvdlocal.data import CropFlip, Loader, evaluation_batches
-from hvdlocal.data.order import epoch_permutation
+from hvdlocal.data import CropFlip, Loader, Normalize, evaluation_batches
+from hvdlocal.data.augment import Compose, MixUp, RandomResizedCrop
+from hvdlocal.data.dataset import ShardedDataset
+from hvdlocal.data.order import EpochOrder, epoch_permutation, replacement_draws
+from hvdlocal.data.prefetch import Job, prefetch
 
 
 def source_index(images):
@@ -33,9 +39,123 @@ def global_batches(ranks, steps):
     return batches
 
 
+def sequence(ranks, steps):
+    """What the ranks get together in each of the next steps, as source indices, in the order of the global sequence."""
+    per_rank = [[source_index(images) for images, _ in islice(loader.endless(), steps)] for loader in ranks]
+    together = []
+    for pieces in zip(*per_rank, strict=True):
+        assert max(map(len, pieces)) - min(map(len, pieces)) <= 1
+        batch = np.empty(sum(map(len, pieces)), np.int64)
+        for rank, piece in enumerate(pieces):
+            batch[rank :: len(ranks)] = piece
+        together.append(batch)
+    return together
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Data sets of four samples per block, so that small ones have several streams and windows."""
+    blocks = property(lambda dataset: np.append(np.arange(0, len(dataset), 4), len(dataset)))
+    monkeypatch.setattr(ShardedDataset, "block_starts", blocks)
+
+
+ORDERS = ["global", "block", "replacement"]
+TAILS = ["carry", "partial", "drop"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5, 8])
+def test_epochs_hold_what_they_should(make_dataset, num_workers, tail, order):
+    n = 101  # prime: no global batch divides it
+    dataset = make_dataset(n, num_shards=3)
+    ranks = loaders(dataset, num_workers, batch_size=4, seed=6, order=order, tail=tail)
+    global_batch = 4 * num_workers
+    used = n - n % global_batch if tail == "drop" else n
+    assert {loader.samples_per_epoch for loader in ranks} == {used}
+    full, rest = divmod(n, global_batch)
+    steps_per_epoch = full + (rest >= num_workers) if tail == "partial" else used / global_batch
+    assert {loader.steps_per_epoch for loader in ranks} == {steps_per_epoch}
+
+    batches = sequence(ranks, -(-3 * used // global_batch) + 3)
+    sizes = [len(batch) for batch in batches]
+    if tail == "partial":
+        last = [rest] if rest >= num_workers else []
+        expected = [global_batch] * full + last
+        expected[-1] += 0 if last else rest
+        assert sizes[: int(steps_per_epoch)] == expected
+    else:
+        assert set(sizes) == {global_batch}
+    seen = np.concatenate(batches)[: 3 * used].reshape(3, used)
+    epoch_order = EpochOrder(order, 6, n, block_starts=dataset.block_starts)
+    for epoch in range(3):
+        np.testing.assert_array_equal(seen[epoch], dataset.index[epoch_order(epoch)[:used]])
+        if order != "replacement":
+            assert len(set(seen[epoch])) == used
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("tail", "resumed_with"),
+    [
+        ("carry", [(2, 3), (3, 2), (1, 5), (5, 1)]),
+        ("partial", [(2, 3), (3, 2), (1, 5), (8, 1)]),
+        ("drop", [(2, 3), (3, 2), (1, 6)]),
+    ],
+)
+def test_resume_at_every_step_with_other_ranks(make_dataset, order, tail, resumed_with):
+    dataset = make_dataset(23, num_shards=2)
+    options = {"order": order, "tail": tail, "seed": 5}
+    expected = np.concatenate(sequence(loaders(dataset, 2, 3, **options), 16))
+    uninterrupted = Loader(dataset, 3, num_workers=2, **options)
+    batches = uninterrupted.endless()
+    for _ in range(8):  # two epochs of four steps
+        state = uninterrupted.state_dict()
+        for num_workers, batch_size in resumed_with:
+            resumed = loaders(dataset, num_workers, batch_size, **options)
+            for loader in resumed:
+                loader.load_state_dict(state)
+            rest = np.concatenate(sequence(resumed, 4))
+            done = state["samples_consumed"]
+            np.testing.assert_array_equal(rest, expected[done : done + len(rest)])
+            assert {loader.samples_consumed for loader in resumed} == {done + len(rest)}
+        next(batches)
+
+
+def test_partial_epochs_end_at_their_edge_on_every_rank(make_dataset):
+    dataset = make_dataset(29)
+    ranks = loaders(dataset, 4, 2, tail="partial", transform=CropFlip(dataset.mean, dataset.std, padding=1))
+    for epoch in range(3):
+        lengths = [[len(labels) for _, labels in loader] for loader in ranks]
+        assert lengths == [[2, 2, 2, 2], [2, 2, 2, 1], [2, 2, 2, 1], [2, 2, 2, 1]]
+        assert {loader.epoch for loader in ranks} == {epoch + 1}
+
+
+def test_partial_leaves_no_rank_without_a_sample(make_dataset):
+    dataset = make_dataset(26)  # two samples are left over for four ranks: the batch before takes them
+    ranks = loaders(dataset, 4, 2, tail="partial")
+    assert [[len(labels) for _, labels in loader] for loader in ranks] == [[2, 2, 3], [2, 2, 3], [2, 2, 2], [2, 2, 2]]
+    assert {loader.steps_per_epoch for loader in ranks} == {3}
+    with pytest.raises(ValueError, match="26 samples are fewer than the 27 ranks"):
+        Loader(dataset, 1, num_workers=27, tail="partial")
+
+
+def test_partial_goes_on_where_more_ranks_than_samples_are_left(make_dataset):
+    dataset = make_dataset(23)
+    state = Loader(dataset, 3, num_workers=2, tail="partial", seed=5).state_dict() | {"samples_consumed": 18}
+    ranks = loaders(dataset, 8, 1, tail="partial", seed=5)
+    for loader in ranks:
+        loader.load_state_dict(state)
+    first = [len(next(loader.endless())[1]) for loader in ranks]
+    assert sum(first) == 5 + 8
+    assert {loader.samples_consumed for loader in ranks} == {18 + 13}
+
+
 @pytest.mark.parametrize("num_workers", [1, 2, 3, 5, 8])
 def test_carry_gives_every_sample_once_per_epoch(make_dataset, num_workers):
-    n = 101  # prime: no global batch divides it
+    n = 101
     ranks = loaders(make_dataset(n, num_shards=3), num_workers, batch_size=4, seed=6)
     steps = -(-3 * n // (4 * num_workers))
     seen = global_batches(ranks, steps).ravel()
@@ -131,6 +251,15 @@ def test_state_of_another_run_is_refused(make_dataset, tmp_path):
         Loader(dataset, 4, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="saved with samples_per_epoch 50, this loader has 48"):
         Loader(dataset, 4, tail="drop").load_state_dict(state)
+    with pytest.raises(ValueError, match="saved with order global, this loader has block"):
+        Loader(dataset, 4, order="block").load_state_dict(state)
+    with pytest.raises(ValueError, match="saved with tail carry, this loader has partial"):
+        Loader(dataset, 4, tail="partial").load_state_dict(state)
+    blocked = Loader(dataset, 4, order="block")
+    with pytest.raises(ValueError, match="saved with streams 2, this loader has 1"):
+        blocked.load_state_dict(blocked.state_dict() | {"streams": 2})
+    with pytest.raises(ValueError, match="saved with window 9, this loader has 8"):
+        blocked.load_state_dict(blocked.state_dict() | {"window": 9})
     with pytest.raises(ValueError, match="saved with fingerprint abc"):
         Loader(dataset, 4).load_state_dict(state | {"fingerprint": "abc"})
     with pytest.raises(ValueError, match="saved with version None"):
@@ -160,6 +289,9 @@ def test_only_the_latest_iteration_is_valid(make_dataset):
         ({"num_workers": 0}, "num_workers is 0"),
         ({"tail": "pad"}, "tail is 'pad'"),
         ({"prefetch": 0}, "prefetch is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"order": "sorted"}, "order is 'sorted'"),
+        ({"crop": RandomResizedCrop(8)}, "crop is for JPEGs"),
         ({"seed": -1}, "seed -1"),
         ({"batch_size": 51, "tail": "drop"}, "50 samples do not fill a global batch of 51"),
     ],
@@ -211,7 +343,7 @@ def test_transform_runs_in_the_thread_for_the_cpu_and_at_the_consumer_else(make_
         seen[images.device.type].append(threading.current_thread().name)
         return images.permute(0, 3, 1, 2).float()
 
-    next(iter(Loader(dataset, 5, transform=transform)))
+    next(iter(Loader(dataset, 5, transform=transform, threads=2)))
     assert set(seen["cpu"]) == {"hvdlocal-prefetch"}
     images, labels = next(iter(Loader(dataset, 5, transform=transform, device="meta")))
     assert seen["meta"] == [threading.current_thread().name]
@@ -239,7 +371,7 @@ def test_exception_in_the_thread_reaches_the_consumer(make_dataset):
             raise ZeroDivisionError("in the transform")
         return images
 
-    batches = Loader(make_dataset(50), 4, transform=transform).endless()
+    batches = Loader(make_dataset(50), 4, transform=transform, threads=1).endless()
     next(batches)
     next(batches)
     with pytest.raises(ZeroDivisionError, match="in the transform"):
@@ -281,3 +413,207 @@ def test_program_ends_with_an_iterator_in_use(make_dataset, tmp_path):
     )
     ended = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "['MainThread']\n", "")
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+def test_batches_do_not_depend_on_the_number_of_threads(make_dataset, threads):
+    dataset = make_dataset(101, num_shards=2)
+
+    def batches(threads):
+        def transform(images, keys):
+            time.sleep(float(keys[0] % 7) / 2000)  # some batches take longer than others
+            return crop_flip(images, keys)
+
+        crop_flip = CropFlip(dataset.mean, dataset.std, padding=2)
+        mix = MixUp(0.4, dataset.num_classes)
+        loader = Loader(dataset, 4, transform=transform, mix=mix, threads=threads, prefetch=5)
+        return list(islice(loader.endless(), 40))
+
+    for (images, labels), (expected_images, expected_labels) in zip(batches(threads), batches(1), strict=True):
+        assert torch.equal(images, expected_images)
+        assert torch.equal(labels, expected_labels)
+
+
+def test_mix_makes_labels_probabilities(make_dataset):
+    dataset = make_dataset(40)
+    loader = Loader(dataset, 8, transform=Normalize(dataset.mean, dataset.std), mix=MixUp(0.4, 5))
+    for images, labels in loader:
+        assert images.shape == (8, 2, 4, 3)
+        assert labels.shape == (8, 5)
+        torch.testing.assert_close(labels.sum(1), torch.ones(8))
+    for images, labels in Loader(
+        dataset, 8, transform=Normalize(dataset.mean, dataset.std), mix=MixUp(0.4, 5), device="meta"
+    ):
+        assert (images.device.type, labels.device.type, labels.shape) == ("meta", "meta", (8, 5))
+
+
+def test_resized_crops_of_images_are_a_transform(make_dataset):
+    dataset = make_dataset(20)
+    transform = Compose([RandomResizedCrop(6), Normalize(dataset.mean, dataset.std)])
+    images, _ = next(iter(Loader(dataset, 5, transform=transform)))
+    assert images.shape == (5, 2, 6, 6)
+
+
+def test_replacement_follows_its_draws(make_dataset):
+    dataset = make_dataset(50)
+    batches = global_batches([Loader(dataset, 10, order="replacement", seed=3)], 10).reshape(2, 50)
+    for epoch in range(2):
+        np.testing.assert_array_equal(batches[epoch], dataset.index[replacement_draws(3, epoch, 50)])
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_streamed_data_come_in_block_order_and_are_announced(make_dataset, tmp_path, monkeypatch, num_workers):
+    make_dataset(300, num_shards=2)
+    dataset = ShardedDataset(tmp_path, storage="stream")
+    announced, taken = [], []
+    take, read_ahead = dataset.take, dataset.read_ahead
+    monkeypatch.setattr(dataset, "take", lambda rows, out: (taken.append(rows), take(rows, out))[1])
+    monkeypatch.setattr(dataset, "read_ahead", lambda rows: (announced.append(rows), read_ahead(rows))[1])
+    loader = Loader(dataset, 5, num_workers=num_workers, threads=1)
+    order = EpochOrder("block", 0, 300, block_starts=dataset.block_starts)
+    assert order.window_samples == 4 * 8 * 4
+    assert loader.state_dict()["order"] == "block"
+    seen = np.concatenate([source_index(images) for images, _ in islice(loader.endless(), 10)])
+    np.testing.assert_array_equal(seen, dataset.index[order(0)[: 10 * 5 * num_workers : num_workers]])
+    ahead = sum(map(len, announced)) - sum(map(len, taken))
+    assert ahead >= 128 / num_workers - 5
+    np.testing.assert_array_equal(np.concatenate(announced)[: 10 * 5], np.concatenate(taken)[: 10 * 5])
+    dataset.close()
+
+
+def test_streamed_data_are_evaluated_in_order(make_dataset, tmp_path):
+    make_dataset(300, num_shards=2)
+    dataset = ShardedDataset(tmp_path, storage="stream")
+    seen = [source_index(images) for images, _ in evaluation_batches(dataset, 7, rank=1, num_workers=3)]
+    np.testing.assert_array_equal(np.concatenate(seen), dataset.index[100:200])
+    dataset.close()
+
+
+def test_order_of_streamed_data_that_are_not_shuffled_must_be_chosen(make_dataset, tmp_path):
+    make_dataset(20)
+    dataset = ShardedDataset(tmp_path, storage="stream")
+    dataset.shuffled = False
+    with pytest.raises(ValueError, match="do not lie in random order"):
+        Loader(dataset, 4)
+    Loader(dataset, 4, order="block")
+    dataset.close()
+
+
+def test_no_thread_or_file_is_left_after_many_epochs(make_dataset):
+    dataset = make_dataset(10)
+    loader = Loader(dataset, 4, threads=3, transform=Normalize(dataset.mean, dataset.std))
+    for _ in loader:
+        pass
+    assert wait_for_no_threads()
+    files = len(os.listdir("/proc/self/fd"))
+    for epoch in range(200):
+        for _ in loader:
+            if epoch % 3 == 0:
+                break
+        for _ in evaluation_batches(dataset, 4, threads=2):
+            pass
+    gc.collect()
+    assert wait_for_no_threads()
+    assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_torch_keeps_its_threads_everywhere_else(make_dataset):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        inside = []
+        loader = Loader(
+            make_dataset(20), 4, transform=lambda images, keys: inside.append(torch.get_num_threads()) or images
+        )
+        for _ in loader:
+            pass
+        later = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert (set(inside), torch.get_num_threads(), later) == ({1}, 3, [3])
+    finally:
+        torch.set_num_threads(before)
+
+
+def jobs_of(parts, delays=(0.0,), log=None):
+    """Job i has some parts, each of which notes (i, part) and takes its time, and gives i with what was noted."""
+    delay = itertools.cycle(delays)
+
+    def job(i):
+        noted = []
+
+        def part(number, seconds):
+            def do():
+                time.sleep(seconds)
+                noted.append(number)
+                if log is not None:
+                    log.append((i, number))
+
+            return do
+
+        return Job([part(number, next(delay)) for number in range(parts)], lambda: (i, sorted(noted)))
+
+    return map(job, itertools.count())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("depth", [1, 4])
+def test_jobs_give_their_items_in_order(threads, depth):
+    items = prefetch(jobs_of(3, delays=(0.003, 0, 0.001, 0, 0.002)), depth, threads=threads)
+    assert list(islice(items, 50)) == [(i, [0, 1, 2]) for i in range(50)]
+
+
+def test_work_stops_when_the_consumer_does():
+    log = []
+    items = prefetch(jobs_of(1, log=log), 3, threads=2)
+    next(items)
+    deadline = time.monotonic() + 10
+    while len(log) < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert sorted(i for i, _ in log) == [0, 1, 2, 3, 4]  # one handed out, three ahead, one more that is being prepared
+    for expected in range(1, 20):
+        assert next(items) == (expected, [0])
+    items.close()
+    assert wait_for_no_threads()
+
+
+def test_all_threads_work_on_the_item_that_is_wanted():
+    barrier = threading.Barrier(4, timeout=10)
+    items = prefetch(iter([Job([barrier.wait] * 4, lambda: "done")]), 1, threads=4)
+    assert list(items) == ["done"]
+
+
+@pytest.mark.parametrize("where", ["plan", "part", "finish", "initialize"])
+@pytest.mark.parametrize("threads", [1, 4])
+def test_errors_come_after_the_items_before_them(where, threads):
+    def fail():
+        raise ZeroDivisionError(f"in the {where}")
+
+    def plan():
+        yield Job([lambda: None], lambda: 0)
+        yield Job([lambda: time.sleep(0.05)], lambda: 1)
+        if where == "plan":
+            fail()
+        yield Job([lambda: None, fail if where == "part" else lambda: None], fail if where == "finish" else lambda: 2)
+        yield Job([lambda: None], lambda: 3)
+
+    items = prefetch(plan(), 5, threads=threads, initialize=fail if where == "initialize" else None)
+    if where != "initialize":
+        assert list(islice(items, 2)) == [0, 1]
+    with pytest.raises(ZeroDivisionError, match=f"in the {where}"):
+        next(items)
+    assert list(items) == []
+    assert wait_for_no_threads()
+
+
+def test_a_stream_with_too_little_room_is_said(make_dataset, monkeypatch):
+    dataset = make_dataset(101, storage="stream")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loader(dataset, 8)
+    monkeypatch.setattr(ShardedDataset, "stream_bytes", property(lambda _: 2 * 101 * 24 // 2 - 1))
+    with pytest.warns(UserWarning, match="two windows of the streamed data set"):
+        Loader(dataset, 8, num_workers=2)

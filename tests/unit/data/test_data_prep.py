@@ -4,15 +4,18 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-from data_prep import cifar10
-from data_prep.__main__ import main
+from data_prep import cifar10, cifar100
+from data_prep.__main__ import _num_shards, main
+from data_prep.progress import ProgressBar
 from hvdlocal.data import ShardedDataset
 
 DOCUMENT = Path(__file__).resolve().parents[3] / "docs" / "data-format.md"
@@ -78,13 +81,36 @@ def test_verify(digits, capsys):
 
 
 def test_the_example_of_the_format_document(digits, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
+    example = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)[0]
     monkeypatch.chdir(digits / "train")
     exec(compile(example, DOCUMENT, "exec"), {})
     lines = capsys.readouterr().out.splitlines()
     dataset = ShardedDataset(digits)
     assert lines[0] == f"train-00000-of-00002.h5 (750, 8, 8, 1) {dataset.classes[dataset.labels[0]]}"
     assert len(lines) == 2
+
+
+def test_the_jpeg_example_of_the_format_document(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("simplejpeg")
+    pytest.importorskip("PIL")
+    assert main(["synthetic", "--jpeg", "--samples", "20", "--shards", "2", "--output", str(tmp_path)]) == 0
+    example = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)[1]
+    monkeypatch.chdir(tmp_path / "train")
+    capsys.readouterr()
+    exec(compile(example, DOCUMENT, "exec"), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert re.fullmatch(r"train-00000-of-00002\.h5 10 files, the first (\d+)x(\d+), class\d", lines[0])
+
+
+def test_h5dump_reads_every_shard(digits):
+    h5dump = shutil.which("h5dump")
+    if h5dump is None:
+        pytest.skip("no h5dump on PATH")
+    for path in digits.rglob("*.h5"):
+        done = subprocess.run([h5dump, "-d", "/labels", str(path)], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "H5T_STD_I32LE" in done.stdout
 
 
 def test_the_format_document_defines_the_hashes(digits):
@@ -102,7 +128,8 @@ def test_the_format_document_defines_the_hashes(digits):
         assert sha256(content).hexdigest() == shard["sha256"]
         assert (digits / "train" / shard["file"]).stat().st_size == shard.pop("bytes")
     fingerprint = manifest.pop("fingerprint")
-    assert manifest.pop("num_samples") == 1501
+    for key in ("num_samples", "kind", "preparation", "plan"):
+        manifest.pop(key)
     assert sha256(canonical(manifest)).hexdigest() == fingerprint
 
 
@@ -245,3 +272,88 @@ def test_real_cifar10(tmp_path, cifar10_source):
     position = int(np.flatnonzero(train.index == 31_234)[0])
     assert train.labels[position] == record[0]
     np.testing.assert_array_equal(train.take([position])[0], record[1:].reshape(3, 32, 32).transpose(1, 2, 0))
+
+
+# CIFAR-100
+
+
+@pytest.fixture
+def cifar100_files(tmp_path, monkeypatch):
+    """Both layouts of a small CIFAR-100; returns their pixels and labels, coarse and fine."""
+    monkeypatch.setattr(cifar100, "_SAMPLES", {"train": 7, "test": 5})
+    rng = np.random.RandomState(1)
+    content = {}
+    for layout in ("bin", "py"):
+        (tmp_path / layout).mkdir()
+    for split, count in (("train", 7), ("test", 5)):
+        data = rng.randint(0, 256, (count, 3072)).astype(np.uint8)
+        coarse, fine = rng.randint(0, 20, count), rng.randint(20, 100, count)
+        records = np.concatenate([np.stack([coarse, fine], axis=1).astype(np.uint8), data], axis=1)
+        (tmp_path / "bin" / f"{split}.bin").write_bytes(records.tobytes())
+        with (tmp_path / "py" / split).open("wb") as file:
+            batch = {"data": data, "coarse_labels": coarse.tolist(), "fine_labels": fine.tolist()}
+            Python2Pickler(file, 2).dump(batch)
+        content[split] = data, {"coarse": coarse, "fine": fine}
+    return content
+
+
+@pytest.mark.parametrize("labels", ["fine", "coarse"])
+def test_both_layouts_of_cifar100(tmp_path, cifar100_files, labels):
+    for layout in ("bin", "py"):
+        output = tmp_path / f"{labels}-{layout}"
+        assert main(["cifar100", "--source", str(tmp_path / layout), "--output", str(output), "--labels", labels]) == 0
+        dataset = ShardedDataset(output)
+        data, expected = cifar100_files["train"]
+        stored = dataset.take(np.argsort(dataset.index))
+        np.testing.assert_array_equal(stored, data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        np.testing.assert_array_equal(dataset.labels, expected[labels][dataset.index])
+    assert dataset.num_classes == {"fine": 100, "coarse": 20}[labels]
+    assert len({ShardedDataset(tmp_path / f"{labels}-{layout}").fingerprint for layout in ("bin", "py")}) == 1
+
+
+def test_unfit_cifar100_sources(tmp_path, cifar100_files, capsys):
+    def error(source):
+        assert main(["cifar100", "--source", str(source), "--output", str(tmp_path / "out")]) == 2
+        return capsys.readouterr().err
+
+    assert "holds neither train.bin nor train; unpack cifar-100-binary.tar.gz" in error(tmp_path)
+    (tmp_path / "bin" / "test.bin").write_bytes(b"short")
+    assert "test.bin has 5 bytes where 15370 are due" in error(tmp_path / "bin")
+    (tmp_path / "py" / "test").write_bytes(pickle.dumps({b"data": Attack(os.system, "touch /tmp/never")}, 2))
+    assert "asks for posix.system, which no array needs" in error(tmp_path / "py")
+
+
+# The command line
+
+
+def test_shards_by_size():
+    assert [_num_shards(size, 10**6) for size in (1, 184 * 10**6, 600 << 20, 3_936 * 10**6, 140 * 10**9)] == [
+        1,
+        1,
+        1,
+        7,
+        261,
+    ]
+    assert _num_shards(10**12, 5) == 5
+
+
+def test_progress_off_a_terminal(monkeypatch, capsys):
+    now = iter([0.0, 4.0, 11.0, 12.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    with ProgressBar("train", 1000, True) as progress:
+        for samples in (400, 150, 1):
+            progress(samples)
+    assert capsys.readouterr().err == "train: 550 of 1000 samples, 50 per second\n"
+
+
+@pytest.mark.parametrize("command", ["digits", "cifar10", "cifar100", "imagenet32", "imagenet", "synthetic", "verify"])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_verify_option(tmp_path, capsys):
+    assert main(["synthetic", "--samples", "50", "--output", str(tmp_path), "--verify"]) == 0
+    assert "train: 50 samples, all checksums agree\ntest: 10 samples, all checksums agree" in capsys.readouterr().out

@@ -79,6 +79,16 @@ def test_fingerprint_identifies_the_content(tmp_path, source):
     assert len({reference, *variants}) == 6
 
 
+def test_the_format_does_not_drift(tmp_path, source):
+    manifest = ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=3, seed=5).write(*source(100))
+    assert manifest.fingerprint == "4b51ca5003f412f4a524294e3ec54228469f94fc4a9bc34635de47a99de448c0"
+    assert [shard.sha256[:16] for shard in manifest.shards] == [
+        "edd27ad7715fc909",
+        "41013f6a6f018ab7",
+        "3f0bb36698b96347",
+    ]
+
+
 def test_fingerprint_does_not_depend_on_file_sizes(make_dataset, tmp_path):
     dataset = make_dataset(10)
     path = tmp_path / "train" / "manifest.json"
@@ -105,10 +115,24 @@ def test_source_is_read_lazily_in_ascending_pieces(tmp_path, source):
             self.pieces.append(rows)
             return images[rows]
 
-    ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2).write(Lazy(), labels)
+    writer = ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2)
+    writer.write(Lazy(), labels, identity="images of a test")
     assert max(len(rows) for rows in Lazy.pieces) <= 64
     assert all((np.diff(rows) > 0).all() for rows in Lazy.pieces)
     np.testing.assert_array_equal(np.sort(np.concatenate(Lazy.pieces)), np.arange(300))
+    Lazy.pieces.clear()
+    writer.write(Lazy(), labels, identity="images of a test")
+    assert not Lazy.pieces, "known by their identity, they need not be read again"
+
+
+def test_the_content_decides_where_no_identity_is_given(tmp_path, source):
+    images, labels = source(100)
+    writer = ShardWriter(tmp_path, "train", classes=CLASSES)
+    plan = writer.write(images, labels).plan
+    assert writer.write(images.copy(order="F"), labels).plan == plan
+    images[99, 3, 2, 1] ^= 1
+    with pytest.raises(FileExistsError, match="different data set"):
+        writer.write(images, labels)
 
 
 def test_an_hdf5_dataset_can_be_the_source(tmp_path, source):
@@ -204,15 +228,21 @@ def test_crash_between_shards_and_manifest(make_dataset, tmp_path, source, monke
     with pytest.raises(FileNotFoundError, match="holds no finished data set"):
         ShardedDataset(tmp_path)
 
-    (tmp_path / "train" / "train-00007-of-00009.h5.tmp").write_bytes(b"left by a killed writer")
+    (tmp_path / "train" / "unfinished" / "train-00000-of-00002.h5.tmp").write_bytes(b"left by a killed writer")
+    (tmp_path / "train" / "train-00007-of-00009.h5").write_bytes(b"left by another one")
     writer.write(images, labels)
     dataset = ShardedDataset(tmp_path)
     dataset.verify()
     assert len(dataset) == 100
-    assert not list((tmp_path / "train").glob("*.tmp"))
+    assert {path.name for path in (tmp_path / "train").iterdir()} == {
+        "manifest.json",
+        "train-00000-of-00002.h5",
+        "train-00001-of-00002.h5",
+    }
 
 
-def test_failing_source_leaves_nothing_behind(tmp_path, source):
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_failing_source_leaves_only_whole_shards_behind(tmp_path, source, num_shards):
     images, labels = source(100)
 
     class Broken:
@@ -224,5 +254,11 @@ def test_failing_source_leaves_nothing_behind(tmp_path, source):
             return images[rows]
 
     with pytest.raises(OSError, match="unreadable image"):
-        ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2).write(Broken(), labels)
-    assert not files(tmp_path)
+        ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=num_shards).write(
+            Broken(), labels, identity="broken"
+        )
+    left = [path.name for path in files(tmp_path)]
+    position = int(np.flatnonzero(pre_shuffle(0, 100) == 99)[0])
+    whole = ["train-00000-of-00002.h5"] if num_shards == 2 and position >= 50 else []
+    assert sorted(left) == sorted(whole + [f"{name}.json" for name in whole])
+    assert (tmp_path / "train").exists() == bool(whole)

@@ -1,0 +1,51 @@
+"""From bytes to the numbers that a network wants."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hvdlocal.data.recycle import Recycler
+
+_CHUNK = 1 << 17  # elements that pass through all steps while they are in the cache
+
+
+class Normalize:
+    """(pixel / 255 - mean) / std.
+
+    Args:
+        mean, std: one number per channel, in units of pixel / 255; ``ShardedDataset.mean`` and ``.std``.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != len(std) or not all(value > 0 for value in std):
+            raise ValueError(
+                f"mean {mean} and std {std} must hold one number per channel, and every std must be positive"
+            )
+        std_tensor = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
+        self._scale = (1 / (255 * std_tensor)).float()
+        self._shift = (-torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1) / std_tensor).float()
+        self._buffers = Recycler()
+
+    def __call__(self, images: Tensor, keys: NDArray[np.uint64] | None = None) -> Tensor:
+        """Normalise uint8 (n, H, W, C) images to contiguous float32 (n, C, H, W); ``keys`` are not used."""
+        return self._normalize(images.permute(0, 3, 1, 2))
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.shape[1] != len(self._scale):
+            raise ValueError(
+                f"images are {images.dtype} with {images.shape[1]} channels, but mean and std are for "
+                f"uint8 with {len(self._scale)}"
+            )
+        if images.device.type != "cpu":
+            scale, shift = self._scale.to(images.device), self._shift.to(images.device)
+            pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+            return pixels.mul_(scale).add_(shift)
+        out = self._buffers.empty(images.shape, torch.float32)
+        if images.numel() > 0:
+            step = max(1, _CHUNK // images[0].numel())
+            for pixels, bytes_ in zip(out.split(step), images.split(step), strict=True):
+                pixels.copy_(bytes_.contiguous()).mul_(self._scale).add_(self._shift)
+        return out

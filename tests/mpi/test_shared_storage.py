@@ -1,0 +1,213 @@
+"""One copy of the data per node, staged by all of its ranks; mistakes heard by every rank."""
+
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from hvdlocal import ShardedDataset, ShardWriter
+from hvdlocal.communicator import DisagreementError
+from hvdlocal.communicator.agreement import SetupError
+from hvdlocal.data import dataset as data_set
+from hvdlocal.data.foreign import open_hdf5
+from hvdlocal.data.storage import base, ram
+
+N, SHAPE = 6000, (16, 16, 4)
+TOTAL = N * 1024
+
+
+def images_of(n):
+    images = np.random.RandomState(0).randint(0, 256, (n, *SHAPE)).astype(np.uint8)
+    images.reshape(n, -1)[:, :4] = np.arange(n, dtype="<u4")[:, None].view(np.uint8)
+    return images
+
+
+@pytest.fixture
+def directory(comm):
+    """6,000 images of 1 KiB in five shards, in a folder that all ranks share."""
+    mine = tempfile.mkdtemp() if comm.rank == 0 else None
+    path = Path(comm.gather(mine, "test.directory")[0])
+    if comm.rank == 0:
+        ShardWriter(path, "train", classes=["a"], num_shards=5).write(images_of(N), np.zeros(N, int))
+        with h5py.File(path / "own.h5", "w") as file:
+            file.create_dataset("images", data=images_of(N), chunks=(100, *SHAPE), compression="lzf")
+            file["labels"] = np.arange(N) % 3
+    comm.barrier("test.written")
+    yield path
+    comm.barrier("test.read")
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What this rank reads from shards: (file, first unit, last unit)."""
+    found = []
+    read = base.FileReader.read
+
+    def note(self, first, last, into):
+        found.append((self._extent.path.name, first, last))
+        read(self, first, last, into)
+
+    monkeypatch.setattr(base.FileReader, "read", note)
+    return found
+
+
+def check(dataset):
+    rows = np.random.RandomState(1).permutation(N)
+    expected = images_of(N)[dataset.index[rows]]
+    assert np.array_equal(dataset.take(rows), expected)
+
+
+def mapped_bytes():
+    """(resident, proportional) bytes of the shared data in this process: the kernel divides shared pages by their users."""
+    resident = proportional = 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = "memfd:hvdlocal-data" in line
+        elif inside and line.startswith("Rss:"):
+            resident += int(line.split()[1]) * 1024
+        elif inside and line.startswith("Pss:"):
+            proportional += int(line.split()[1]) * 1024
+    return resident, proportional
+
+
+@pytest.mark.parametrize("share", ["node", "job"])
+def test_one_copy_per_node(comm, directory, share):
+    before = set(os.listdir("/dev/shm"))
+    with ShardedDataset(directory, storage="ram", communicator=comm, share=share) as dataset:
+        check(dataset)
+        comm.barrier("test.mapped")
+        resident, proportional = mapped_bytes()
+        comm.barrier("test.measured")
+        if comm.size > 1:
+            storage = dataset._storage
+            assert resident == TOTAL
+            assert proportional == pytest.approx(TOTAL / comm.size, rel=0.02), "shared by all ranks"
+            assert len(set(comm.gather(storage.region, "test.regions"))) == 1
+            found = os.fstat(storage._descriptor)
+            assert len(set(comm.gather((found.st_dev, found.st_ino), "test.inodes"))) == 1
+            with pytest.raises(PermissionError):  # sealed
+                os.pwrite(storage._descriptor, b"x", 0)
+        assert set(os.listdir("/dev/shm")) <= before, "no name anywhere"
+        comm.barrier("test.looked")
+
+
+def test_the_ranks_of_a_node_share_the_reading(comm, directory, reads):
+    with ShardedDataset(directory, storage="ram", communicator=comm):
+        everyone = comm.gather(reads, "test.reads")
+    units = [(name, unit) for theirs in everyone for name, first, last in theirs for unit in range(first, last)]
+    assert len(units) == len(set(units)) == 5 * 19  # 1,200 images in units of 64
+    assert all(theirs for theirs in everyone)
+
+
+@pytest.mark.parametrize("piece", [64 << 20, 200 << 10])
+def test_one_rank_of_the_job_reads_a_shard(comm, directory, reads, monkeypatch, piece):
+    monkeypatch.setattr(ram, "_BROADCAST_BYTES", piece)
+    with ShardedDataset(directory, storage="ram", communicator=comm, share="job") as dataset:
+        check(dataset)
+        everyone = comm.gather(reads, "test.reads")
+    units = [(name, unit) for theirs in everyone for name, first, last in theirs for unit in range(first, last)]
+    assert len(units) == len(set(units)) == 5 * 19
+    if comm.size > 1:
+        for number in range(5):
+            name = f"train-{number:05d}-of-00005.h5"
+            readers = [rank for rank, theirs in enumerate(everyone) if name in [file for file, _, _ in theirs]]
+            assert readers == [number % comm.size]
+
+
+def test_staging_in_rounds(comm, directory, reads, monkeypatch):
+    monkeypatch.setattr(ram, "_ROUND_BYTES", 1 << 20)
+    with ShardedDataset(directory, storage="ram", communicator=comm) as dataset:
+        check(dataset)
+        everyone = comm.gather(reads, "test.reads")
+    units = [(name, unit) for theirs in everyone for name, first, last in theirs for unit in range(first, last)]
+    assert len(units) == len(set(units)) == 5 * 19
+
+
+def test_shards_are_opened_by_one_rank_each(comm, directory, monkeypatch):
+    opened = []
+    open_shard = data_set.open_shard
+    monkeypatch.setattr(data_set, "open_shard", lambda path, *more: (opened.append(path), open_shard(path, *more))[1])
+    with ShardedDataset(directory, storage="mmap", communicator=comm) as dataset:
+        check(dataset)
+    everyone = [name for theirs in comm.gather(opened, "test.opened") for name in theirs]
+    assert len(everyone) == len(set(everyone)) == 5
+
+
+@pytest.mark.parametrize("share", ["node", "job"])
+def test_a_rank_that_cannot_open_the_memory_holds_its_own(comm, directory, monkeypatch, share):
+    if comm.rank == comm.size - 1:
+
+        def refuse(self):
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(ram.Region, "open", refuse)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dataset = ShardedDataset(directory, storage="ram", communicator=comm, share=share)
+    told = comm.gather([str(w.message) for w in caught if "holds a copy" in str(w.message)], "test.warnings")
+    if comm.size > 1:
+        assert [len(one) for one in told] == [0] * (comm.size - 1) + [1]
+        assert re.search(
+            r"cannot open the data of rank 0 on the same node .*denied.*0\.00572 GiB.*hidepid", told[-1][0]
+        )
+    check(dataset)
+    dataset.close()
+
+
+@pytest.mark.parametrize("share", ["node", "job"])
+def test_a_flipped_bit_is_one_sentence_on_every_rank(comm, directory, share):
+    path = directory / "train" / "train-00003-of-00005.h5"
+    if comm.rank == 0:
+        with h5py.File(path) as file:
+            offset = file["images"].id.get_offset()
+        with path.open("r+b") as file:
+            file.seek(offset + 700 * 1024)
+            byte = file.read(1)[0]
+            file.seek(offset + 700 * 1024)
+            file.write(bytes([byte ^ 1]))
+    comm.barrier("test.damaged")
+    with pytest.raises(SetupError, match=rf"{path} is damaged in samples 640\.\.703 \(bytes") as caught:
+        ShardedDataset(directory, storage="ram", communicator=comm, share=share)
+    assert len(set(comm.gather(str(caught.value), "test.messages"))) == 1
+
+
+def test_a_missing_shard_is_one_sentence_on_every_rank(comm, directory):
+    if comm.rank == 0:
+        (directory / "train" / "train-00002-of-00005.h5").unlink()
+    comm.barrier("test.removed")
+    with pytest.raises(SetupError, match=r"train-00002-of-00005\.h5 is missing") as caught:
+        ShardedDataset(directory, communicator=comm)
+    assert len(set(comm.gather(str(caught.value), "test.messages"))) == 1
+    with pytest.raises(SetupError, match="holds no finished data set"):
+        ShardedDataset(directory, "val", communicator=comm)
+
+
+def test_ranks_that_want_different_things(comm, directory):
+    if comm.size > 1:
+        with pytest.raises(DisagreementError, match="storage: rank 1 has 'mmap', rank 0 has 'ram'"):
+            ShardedDataset(directory, storage="mmap" if comm.rank else "ram", communicator=comm)
+
+
+@pytest.mark.parametrize("storage", ["auto", "mmap", "stream"])
+def test_other_storages(comm, directory, storage):
+    with ShardedDataset(directory, storage=storage, communicator=comm) as dataset:
+        assert dataset.storage == ("ram" if storage == "auto" else storage)
+        check(dataset)
+        assert len(set(comm.gather(dataset.describe(), "test.describe"))) == 1
+
+
+@pytest.mark.parametrize("share", ["node", "job"])
+def test_a_users_own_file(comm, directory, share):
+    with open_hdf5(directory / "own.h5", communicator=comm, share=share) as dataset:
+        assert np.array_equal(dataset.take(np.arange(N)), images_of(N))
+        alone = open_hdf5(directory / "own.h5")
+        assert (dataset.fingerprint, dataset.mean, dataset.std) == (alone.fingerprint, alone.mean, alone.std)

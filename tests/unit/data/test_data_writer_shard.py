@@ -1,0 +1,168 @@
+"""The shard format: what open_shard and Shard demand, tell and refuse."""
+
+import dataclasses
+import zlib
+
+import h5py
+import numpy as np
+import pytest
+
+from hvdlocal.data.manifest import Manifest, ShardEntry
+from hvdlocal.data.shard import Shard, content_sha256, open_shard, shard_attributes
+from hvdlocal.data.shard_file import write_image_shard, write_jpeg_shard
+
+SHAPE = (4, 3, 2)
+ATTRIBUTES = shard_attributes("train", 0, ["a"])
+IMAGES = np.arange(72, dtype="u1").reshape(3, *SHAPE)
+GOOD = {
+    "images": IMAGES,
+    "labels": np.zeros(3, "<i4"),
+    "index": np.arange(3, dtype="<i8"),
+    "crc32": np.array([zlib.crc32(IMAGES)], "<u4"),
+}
+JPEG = np.arange(90, dtype="u1")
+GOOD_JPEG = {
+    "jpeg": JPEG,
+    "offsets": np.array([0, 20, 50, 90], "<u8"),
+    "dims": np.array([[4, 5], [6, 7], [8, 9]], "<u2"),
+    "labels": np.zeros(3, "<i4"),
+    "index": np.arange(3, dtype="<i8"),
+    "crc32": np.array([zlib.crc32(JPEG[:20]), zlib.crc32(JPEG[20:50]), zlib.crc32(JPEG[50:])], "<u4"),
+}
+
+
+def foreign(path, good, *, userblock_size=0, attributes=ATTRIBUTES, **changes):
+    """A shard by another writer, and what a manifest would say of it."""
+    with h5py.File(path, "w", userblock_size=userblock_size) as file:
+        file.attrs.update(attributes)
+        for name, data in (good | changes).items():
+            if data is not None:
+                file.create_dataset(name, **(data if isinstance(data, dict) else {"data": data}))
+    arrays = [good.get(name) for name in ("labels", "index", "crc32", "offsets", "dims")]
+    return path, ShardEntry(path.name, 3, path.stat().st_size, content_sha256(*arrays)), manifest_of(good)
+
+
+def manifest_of(good, classes=("a",)):
+    kind, shape = ("jpeg", None) if "jpeg" in good else ("images", SHAPE)
+    return Manifest("train", shape, classes, 0, (), (), (), kind)
+
+
+@pytest.mark.parametrize("userblock_size", [0, 512])  # the second is not what the format asks for, but harmless
+@pytest.mark.parametrize("good", [GOOD, GOOD_JPEG], ids=["images", "jpeg"])
+def test_a_foreign_shard_is_welcome(tmp_path, good, userblock_size):
+    path, entry, manifest = foreign(tmp_path / "a.h5", good, userblock_size=userblock_size)
+    shard = open_shard(path, entry, manifest)
+    raw = path.read_bytes()[shard.data_offset : shard.data_offset + shard.data_bytes]
+    assert raw == next(iter(good.values())).tobytes()
+    assert shard.unit_bounds.tolist() == ([0, 72] if good is GOOD else [0, 20, 50, 90])
+    assert (shard.labels.dtype, shard.index.dtype, shard.crc32.dtype) == (np.int32, np.int64, np.uint32)
+    for unit in range(len(shard.crc32)):
+        shard.check_unit(unit, raw[slice(*shard.unit_bounds[unit : unit + 2])])
+    shard.verify()
+    assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": np.zeros((3, *SHAPE), "u2")}, r"holds /images as uint16.*where uint8"),
+        ({"images": np.zeros((4, *SHAPE), "u1")}, r"holds /images as uint8 \(4, 4, 3, 2\) where uint8 \(3, 4, 3, 2\)"),
+        ({"images": {"data": IMAGES, "chunks": (1, *SHAPE)}}, "h5repack -l images:CONTI"),
+        ({"images": {"data": IMAGES, "compression": "gzip"}}, "h5repack"),
+        ({"images": {"shape": (3, *SHAPE), "dtype": "u1"}}, "does not hold the 72 bytes of /images"),
+        (
+            {"images": {"shape": (3, *SHAPE), "dtype": "u1"}, "userblock_size": 512},
+            "does not hold the 72 bytes of /images",
+        ),
+        ({"images": {"shape": (3, *SHAPE), "dtype": "u1", "external": "raw.bin"}}, "in another file"),
+        ({"images": None, "jpeg": JPEG}, "no dataset /images"),
+        ({"labels": np.zeros(3, "<i8")}, "holds /labels as int64"),
+        ({"labels": np.zeros(3, ">i4")}, "holds /labels as >i4"),
+        ({"crc32": np.zeros(3, "<u4")}, r"holds /crc32 as uint32 \(3,\) where uint32 \(1,\)"),
+        ({"index": None}, "no dataset /index"),
+        ({"index": np.arange(1, 4, dtype="<i8")}, r"is not the shard that manifest\.json describes"),
+        ({"attributes": ATTRIBUTES | {"version": 2}}, "has version 2 where 1 is expected"),
+        ({"attributes": ATTRIBUTES | {"seed": 5}}, "has seed 5 where 0 is expected"),
+        ({"attributes": {}}, "has format None where hvdlocal-shards is expected"),
+    ],
+)
+def test_a_malformed_image_shard_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"a\.h5.*{message}"):
+        open_shard(*foreign(tmp_path / "a.h5", GOOD, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"jpeg": JPEG[:80]}, r"holds /jpeg as uint8 \(80,\) where uint8 \(90,\)"),
+        ({"jpeg": {"data": JPEG, "chunks": (30,)}}, "h5repack -l jpeg:CONTI"),
+        ({"offsets": np.array([0, 20, 50, 90], "<i8")}, "holds /offsets as int64"),
+        ({"offsets": np.array([0, 50, 20, 90], "<u8")}, "do not begin at 0 and ascend"),
+        ({"offsets": np.array([0, 20, 20, 90], "<u8")}, "do not begin at 0 and ascend"),
+        ({"offsets": np.array([1, 20, 50, 90], "<u8")}, "do not begin at 0 and ascend"),
+        ({"offsets": np.array([0, 20, 90], "<u8")}, r"holds /offsets as uint64 \(3,\)"),
+        ({"dims": np.zeros((3, 3), "<u2")}, r"holds /dims as uint16 \(3, 3\)"),
+        ({"dims": None}, "no dataset /dims"),
+        ({"dims": GOOD_JPEG["dims"] + np.uint16(1)}, r"is not the shard that manifest\.json describes"),
+        ({"crc32": np.zeros(1, "<u4")}, r"holds /crc32 as uint32 \(1,\) where uint32 \(3,\)"),
+    ],
+)
+def test_a_malformed_jpeg_shard_is_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=rf"a\.h5.*{message}"):
+        open_shard(*foreign(tmp_path / "a.h5", GOOD_JPEG, **changes))
+
+
+def test_other_files_are_refused(tmp_path):
+    path, entry, manifest = foreign(tmp_path / "a.h5", GOOD)
+    with pytest.raises(ValueError, match=rf"{path} has {entry.bytes} bytes where the manifest says {entry.bytes + 1}"):
+        open_shard(path, dataclasses.replace(entry, bytes=entry.bytes + 1), manifest)
+    path.write_bytes(b"x" * entry.bytes)
+    with pytest.raises(ValueError, match="cannot be opened as HDF5"):
+        open_shard(path, entry, manifest)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=rf"shard {path} is missing; copy it again, or write"):
+        open_shard(path, entry, manifest)
+
+
+def test_labels_beyond_the_classes(tmp_path):
+    labels = np.array([0, 1, 2], np.int32)
+    attributes = shard_attributes("train", 0, ["a", "b"])
+    sha256 = write_image_shard(tmp_path / "a.h5", [IMAGES], IMAGES.shape, labels, np.arange(3), attributes)
+    entry = ShardEntry("a.h5", 3, (tmp_path / "a.h5").stat().st_size, sha256)
+    with pytest.raises(ValueError, match=r"labels 0\.\.2 but names 2 classes"):
+        open_shard(tmp_path / "a.h5", entry, manifest_of(GOOD, ("a", "b")))
+
+
+def test_verify_reads_in_large_pieces(tmp_path, monkeypatch):
+    """24 MiB of images, 192 KiB a unit: three reads of some 8 MiB."""
+    images = np.random.RandomState(0).randint(0, 256, (8192, 32, 32, 3)).astype(np.uint8)
+    path = tmp_path / "a.h5"
+    blocks = (images[start : start + 64] for start in range(0, 8192, 64))
+    labels, index = np.zeros(8192, np.int32), np.arange(8192)
+    sha256 = write_image_shard(path, blocks, images.shape, labels, index, ATTRIBUTES)
+    manifest = dataclasses.replace(manifest_of(GOOD), shape=(32, 32, 3))
+    shard = open_shard(path, ShardEntry("a.h5", 8192, path.stat().st_size, sha256), manifest)
+    reads = []
+    original = Shard._pread
+    monkeypatch.setattr(
+        Shard, "_pread", lambda self, fd, start, length: (reads.append(length), original(self, fd, start, length))[1]
+    )
+    shard.verify()
+    assert sum(reads) == images.nbytes
+    assert min(reads[:-1]) > 7 << 20
+    with path.open("r+b") as file:
+        file.truncate(shard.data_offset + images.nbytes - 1)
+    with pytest.raises(ValueError, match="ends in the middle of its data"):
+        shard.verify()
+
+
+def test_large_shards_are_aligned_to_a_mebibyte(tmp_path, monkeypatch):
+    monkeypatch.setattr("hvdlocal.data.shard_file._LARGE_FILE_BYTES", 2000)
+    arguments = np.zeros((3, 2), np.uint16), np.zeros(3, np.int32), np.arange(3), ATTRIBUTES
+    for length, offset in ((1, 2048), (1 << 20, 1 << 20)):
+        write_jpeg_shard(tmp_path / f"{length}.h5", [b"x" * length] * 3, *arguments)
+        with h5py.File(tmp_path / f"{length}.h5") as file:
+            found = file["jpeg"].id.get_offset()
+            assert file["jpeg"][:].tobytes() == b"x" * 3 * length
+        assert found % offset == 0 or length == 1
+    assert (tmp_path / "1.h5").stat().st_size < 20_000
