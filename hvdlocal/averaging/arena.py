@@ -123,15 +123,18 @@ class CoordinateSample:
         self._flat = flat
         self._where = where.to(flat.device)
         self._scale = stretch
-        self._origin = self._read()
+        self._origin = torch.empty(size, device=flat.device)
+        self._difference = torch.empty_like(self._origin)
+        self.move_origin()
 
     def distance(self) -> torch.Tensor:
         """‖vector − origin‖² as a 0-dimensional tensor, estimated from the sample."""
-        return (self._read() - self._origin).square_().sum() * self._scale
+        torch.index_select(self._flat, 0, self._where, out=self._difference).sub_(self._origin)
+        return torch.dot(self._difference, self._difference) * self._scale
 
     def move_origin(self) -> None:
         """Makes where the vector is now the point that distances are measured from."""
-        self._origin = self._read()
+        torch.index_select(self._flat, 0, self._where, out=self._origin)
 
     def state(self) -> torch.Tensor:
         """The origin at the sampled coordinates."""
@@ -140,9 +143,6 @@ class CoordinateSample:
     def load_state(self, origin: torch.Tensor) -> None:
         """The reverse of `state`."""
         self._origin.copy_(origin)
-
-    def _read(self) -> torch.Tensor:
-        return self._flat.index_select(0, self._where)
 
 
 def _aligned(numel: int) -> int:

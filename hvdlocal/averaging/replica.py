@@ -382,7 +382,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         where = (
             f"on rank{'s' if len(ranks) > 1 else ''} {listed} of {self.communicator.size}"
             if ranks
-            else "in the sum of gradients"
+            else "in the sum over all ranks"
         )
         raise NonFiniteError(
             f"NaN or infinity {where} at progress {self._progress:.1f} (gain {self._gain:.3g}): {what} Lower the learning rate, "

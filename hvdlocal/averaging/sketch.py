@@ -13,21 +13,19 @@ import torch
 
 ROWS_PER_PATTERN = 8
 """Rows that share one pattern of column signs. With one pattern per row, the error is that of independent signs, but the
-work is no longer that of reading the gradient once; eight rows are a matrix-vector product at memory speed."""
+work is no longer that of reading the gradient once; eight rows are a small matrix product at memory speed."""
 
 PATTERNS_PER_TENSOR = 8
 """At least so many patterns for a tensor of that many rows. The rows of one tensor are correlated, neighbours most of all:
 a pattern's rows are spread over the tensor, which keeps the error at the theory's."""
 
 
-class _Piece(NamedTuple):
-    """Rows `first`, `first + step` … of a tensor, with their signs and the column signs that they share."""
+class _Matrix(NamedTuple):
+    """The rows of one tensor: with P patterns, pattern p has the rows p, P + p, 2P + p …, D of them."""
 
-    tensor: int
-    first: int
-    step: int
-    row_signs: torch.Tensor
-    column_signs: torch.Tensor
+    row_signs: torch.Tensor  # (P, 1, D)
+    column_signs: torch.Tensor  # (P, size)
+    work: torch.Tensor  # (P, 1, size)
 
 
 class GradientSketch:
@@ -45,42 +43,52 @@ class GradientSketch:
 
     def __init__(self, numels: Sequence[int], size: int, device: torch.device, seed: int = 0x5EED) -> None:
         self.size = min(size, sum(numels))
-        rows = [numel // self.size for numel in numels]
-        # What does not fill a row of its own tensor is collected in one more matrix, zero at its end.
-        self._tails = [(i, rows[i] * self.size) for i, numel in enumerate(numels) if numel % self.size]
-        self._tail_numel = sum(numels[i] - start for i, start in self._tails)
-        rows.append(-(-self._tail_numel // self.size))
-        self._tail = torch.zeros(rows[-1] * self.size, device=device)
-        self._rows = rows
+        shapes = [_shape(numel // self.size) for numel in numels]
+        # What does not fill the patterns of its own tensor is collected in one more matrix, zero at its end.
+        ends = [patterns * depth * self.size for patterns, depth in shapes]
+        self._tails = [(i, end) for i, (numel, end) in enumerate(zip(numels, ends, strict=True)) if end < numel]
+        self._tail_numel = sum(numels[i] - end for i, end in self._tails)
+        rows = -(-self._tail_numel // self.size)
+        patterns, _ = _shape(rows)
+        shapes.append((patterns, -(-rows // patterns) if rows else 0))
+        self._tail = torch.zeros(shapes[-1][0] * shapes[-1][1] * self.size, device=device)
 
-        patterns = [min(count, max(PATTERNS_PER_TENSOR, -(-count // ROWS_PER_PATTERN))) for count in rows]
         generator = torch.Generator().manual_seed(seed)
-        row_signs = _random_signs(sum(rows), generator).to(device)
+        row_signs = _random_signs(sum(p * d for p, d in shapes), generator).to(device).split([p * d for p, d in shapes])
         # Pattern p is a window of one long random vector, from its p-th element on: different windows are uncorrelated.
-        column_signs = _random_signs(self.size + sum(patterns), generator).to(device)
-        self._pieces: list[_Piece] = []
-        signs_used = 0
-        for tensor, (count, step) in enumerate(zip(rows, patterns, strict=True)):
-            for first in range(step):
-                share = len(range(first, count, step))
-                window = column_signs[len(self._pieces) : len(self._pieces) + self.size]
-                self._pieces.append(_Piece(tensor, first, step, row_signs[signs_used : signs_used + share], window))
-                signs_used += share
+        column_signs = _random_signs(self.size + sum(p for p, _ in shapes), generator).to(device)
+        work = torch.empty((max(p for p, _ in shapes), 1, self.size), device=device)
+        self._matrices: list[_Matrix | None] = []
+        used = 0
+        for (patterns, depth), signs in zip(shapes, row_signs, strict=True):
+            windows = column_signs.as_strided((patterns, self.size), (1, 1), used)
+            by_pattern = signs.view(depth, patterns).t().contiguous()[:, None]
+            self._matrices.append(_Matrix(by_pattern, windows, work[:patterns]) if patterns else None)
+            used += patterns
         self._sum = torch.empty(self.size, device=device)
 
     def project(self, gradients: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Writes the projection of `gradients` (flat float32 tensors of the given numels) to `out`, float32 of `size`."""
         if self._tails:
-            torch.cat([gradients[i][start:] for i, start in self._tails], out=self._tail[: self._tail_numel])
-        matrices = [
-            flat[: count * self.size].view(count, self.size)
-            for flat, count in zip([*gradients, self._tail], self._rows, strict=True)
-        ]
+            torch.cat([gradients[i][end:] for i, end in self._tails], out=self._tail[: self._tail_numel])
         out.zero_()
-        for piece in self._pieces:
-            rows = matrices[piece.tensor][piece.first :: piece.step]
-            torch.mv(rows.t(), piece.row_signs, out=self._sum)
-            out.addcmul_(self._sum, piece.column_signs)
+        for flat, matrix in zip([*gradients, self._tail], self._matrices, strict=True):
+            if matrix is None:
+                continue
+            row_signs, column_signs, work = matrix
+            patterns, _, depth = row_signs.shape
+            rows = flat.as_strided((patterns, depth, self.size), (self.size, patterns * self.size, 1))
+            torch.bmm(row_signs, rows, out=work)
+            torch.sum(work[:, 0].mul_(column_signs), 0, out=self._sum)
+            out.add_(self._sum)
+
+
+def _shape(rows: int) -> tuple[int, int]:
+    """(patterns, rows of each) for a tensor of so many rows; a few rows may be left over."""
+    if not rows:
+        return 0, 0
+    patterns = min(rows, max(PATTERNS_PER_TENSOR, -(-rows // ROWS_PER_PATTERN)))
+    return patterns, rows // patterns
 
 
 def default_size(numel: int) -> int:

@@ -154,7 +154,7 @@ class Communicator(ABC):
                 )
             if waited > 1:
                 self._check_peers()
-            time.sleep(min(1e-3, max(5e-5, waited / 20)))
+            time.sleep(min(1e-3, max(5e-5, waited / 50)))
         return pending.finish()
 
     def _check_peers(self) -> None:  # noqa: B027  (nothing to check is a valid answer)

@@ -179,14 +179,29 @@ def test_nan_on_one_rank_leaves_the_average_of_the_others(comm):
         )
 
 
+def poison(model, comm, coordinate):
+    """A gradient of ones, with one NaN on rank 0."""
+    model.w.sum().backward()
+    if comm.rank == 0:
+        model.w.grad[coordinate] = float("nan")
+
+
 def test_a_single_nan_coordinate_of_many_is_found(comm):
-    """Beyond the sampled coordinates, and in the momentum that is averaged too."""
+    """Where no coordinate is sampled, it is seen in the sum only, and in the momentum that is averaged too."""
     model = Slope(100_000)
     optimizer = local(model, 1, optimizer=sgd(model, lr=0.1, momentum=0.9), momentum="average")
     step(optimizer, model, 1.0)
-    model.w.sum().backward()
-    if comm.rank == 0:
-        model.w.grad[77_777] = float("nan")
+    assert 77_777 not in optimizer._sample._where
+    poison(model, comm, 77_777)
+    with pytest.raises(hvdlocal.NonFiniteError, match=r"in the sum over all ranks .* no rank holds a usable model"):
+        optimizer.step()
+
+
+def test_a_nan_at_a_sampled_coordinate_takes_its_rank_out(comm):
+    model = Slope(100_000)
+    optimizer = local(model, 1, optimizer=sgd(model, lr=0.1, momentum=0.9), momentum="average")
+    step(optimizer, model, 1.0)
+    poison(model, comm, int(optimizer._sample._where[1234]))
     with pytest.raises(hvdlocal.NonFiniteError, match=rf"on rank 0 of {comm.size}"):
         optimizer.step()
     assert comm.size == 1 or bool(model.w.isfinite().all())
@@ -200,7 +215,7 @@ def test_nan_gradient_without_recorded_loss_stops_the_synchronous_step(comm):
     model = Slope(numel=4)
     optimizer = hvdlocal.SynchronousOptimizer(sgd(model), model)
     model(float("nan") if comm.rank == 0 else 1.0).backward()
-    with pytest.raises(hvdlocal.NonFiniteError, match="in the sum of gradients"):
+    with pytest.raises(hvdlocal.NonFiniteError, match="in the sum over"):
         optimizer.step()
     assert torch.equal(model.w.detach(), torch.full((4,), 5.0))
 
