@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi launch clean
+.PHONY: setup train test lint unit mpi launch bench clean
 
 setup:
 	@install/setup.sh
@@ -24,15 +24,35 @@ lint: setup
 unit: setup
 	python -m pytest tests/unit
 
-# The same tests on one, two and three ranks (an odd number finds mistakes that powers of two hide), over both backends.
+# The same tests on one, two and three ranks (an odd number finds mistakes that powers of two hide), over both backends; what
+# depends on the number of ranks also on eight.
+MPI_TEST = timeout 300 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
 mpi: setup
 	set -e; for backend in horovod mpi4py; do for ranks in 1 2 3; do \
 	  echo "== tests/mpi: $$backend, $$ranks ranks"; \
-	  HVDLOCAL_BACKEND=$$backend timeout 300 install/mpirun -np $$ranks python -m pytest tests/mpi -x -q --color=no -p no:cacheprovider; \
+	  HVDLOCAL_BACKEND=$$backend $(MPI_TEST) tests/mpi; \
 	done; done
+	@echo "== tests/mpi: horovod, 8 ranks"
+	ranks=8; $(MPI_TEST) tests/mpi/test_local.py tests/mpi/test_synchronous.py tests/mpi/test_large.py
 
 launch: setup
 	python -m pytest tests/launch
+
+# Every figure that the README and docs/ quote. BENCH_DATA holds cifar-10-batches-bin and jpeg-sample; what is not there is left out.
+BENCH_DATA ?= ../shared/data
+CIFAR10 = $(BENCH_DATA)/cifar-10-batches-bin
+JPEGS = $(BENCH_DATA)/jpeg-sample
+RESULTS = runs/benchmarks
+bench: setup
+	@mkdir -p $(RESULTS)
+	install/mpirun -np 2 python benchmarks/averaging.py --json $(RESULTS)/averaging.json
+	python benchmarks/local_step.py
+	for rate in 100mbit 1gbit 10gbit; do \
+	  benchmarks/slow_link.sh $$rate python benchmarks/slow_link.py --rate $$rate --json $(RESULTS)/link-$$rate.json; done
+	if [ -d $(CIFAR10) ]; then \
+	  python -m data_prep cifar10 --source $(CIFAR10) --output data/cifar10 && python benchmarks/sketch.py data/cifar10 && \
+	  python benchmarks/data_gather.py --data $(CIFAR10) && python benchmarks/data_cifar.py --data $(CIFAR10); fi
+	if [ -d $(JPEGS) ]; then python benchmarks/data_jpeg.py --data $(JPEGS); fi
 
 clean:
 	rm -rf .venv data runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

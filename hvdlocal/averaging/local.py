@@ -242,11 +242,11 @@ class LocalOptimizer(ReplicaOptimizer):
         assert isinstance(self.scaling, LocalAdaScale)
         assert self._arena.statistics_scalars is not None
         vector = self._arena.statistics
-        flat_gradients = [_flat_gradient(p) for p in self._parameters]
+        gradients = [_dense_gradient(p) for p in self._parameters]
         if self._sketch:
-            self._sketch.project(flat_gradients, vector)
+            self._sketch.project(gradients, vector)
         else:
-            torch.cat(flat_gradients, out=vector)
+            torch.cat([gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients], out=vector)
         sqr_norm = float(torch.dot(vector, vector))
         valid = not self._overflowed and math.isfinite(sqr_norm)
         if not valid:
@@ -453,13 +453,13 @@ def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
     return model.get_submodule(path), own_name
 
 
-def _flat_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The gradient as a vector in the parameter's memory order, without a copy when it has the parameter's strides."""
+def _dense_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The gradient in the parameter's memory order, itself when it has the parameter's strides."""
     gradient = parameter.grad
     if gradient is None:
-        return torch.zeros(parameter.numel(), device=parameter.device)
+        return torch.zeros_like(parameter)
     if gradient.is_sparse:
         raise ValueError("sparse gradients are not supported: use Embedding(sparse=False)")
     if gradient.stride() != parameter.stride():
         gradient = torch.empty_strided(parameter.shape, parameter.stride(), device=parameter.device).copy_(gradient)
-    return gradient.as_strided((gradient.numel(),), (1,))
+    return gradient

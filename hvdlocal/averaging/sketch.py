@@ -68,19 +68,28 @@ class GradientSketch:
         self._sum = torch.empty(self.size, device=device)
 
     def project(self, gradients: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-        """Writes the projection of `gradients` (flat float32 tensors of the given numels) to `out`, float32 of `size`."""
+        """Writes the projection of `gradients` to `out`.
+
+        Args:
+            gradients: float32 tensors of the given numels, of any shape but dense; read in the order of their memory.
+            out: float32 (size,).
+        """
         if self._tails:
-            torch.cat([gradients[i][end:] for i, end in self._tails], out=self._tail[: self._tail_numel])
+            tails = [gradients[i] for i, _ in self._tails]
+            flat_tails = [
+                tail.as_strided((tail.numel() - end,), (1,), tail.storage_offset() + end)
+                for tail, (_, end) in zip(tails, self._tails, strict=True)
+            ]
+            torch.cat(flat_tails, out=self._tail[: self._tail_numel])
         out.zero_()
-        for flat, matrix in zip([*gradients, self._tail], self._matrices, strict=True):
+        for gradient, matrix in zip([*gradients, self._tail], self._matrices, strict=True):
             if matrix is None:
                 continue
             row_signs, column_signs, work = matrix
             patterns, _, depth = row_signs.shape
-            rows = flat.as_strided((patterns, depth, self.size), (self.size, patterns * self.size, 1))
+            rows = gradient.as_strided((patterns, depth, self.size), (self.size, patterns * self.size, 1))
             torch.bmm(row_signs, rows, out=work)
-            torch.sum(work[:, 0].mul_(column_signs), 0, out=self._sum)
-            out.add_(self._sum)
+            out.add_(torch.sum(work[:, 0].mul_(column_signs), 0, out=self._sum))
 
 
 def _shape(rows: int) -> tuple[int, int]:

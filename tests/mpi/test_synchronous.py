@@ -69,7 +69,8 @@ def test_adascale_statistics_have_their_closed_form(comm):
 def test_adascale_equals_fairscale_on_a_training_run(comm):
     """40 momentum-SGD steps of 12 micro-batches; numbers from FairScale 0.4.13 (tests/golden/adascale_run.py)."""
     golden = json.loads((Path(adascale_run.__file__).parent / "adascale.json").read_text())
-    assert adascale_run.MICRO_BATCHES % comm.size == 0, "run with 1, 2, 3, 4, 6 or 12 ranks"
+    if adascale_run.MICRO_BATCHES % comm.size:
+        pytest.skip(f"{adascale_run.MICRO_BATCHES} micro-batches cannot be dealt to {comm.size} ranks")
     accumulate = adascale_run.MICRO_BATCHES // comm.size
     model = adascale_run.model()
     optimizer = synchronous(

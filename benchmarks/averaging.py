@@ -1,0 +1,265 @@
+"""What one averaging costs: hvdlocal beside one bare allreduce of the same bytes, and beside what others do.
+
+mpirun -np 2 --bind-to none python benchmarks/averaging.py [--models resnet18_cifar resnet50 vit_b_16] [--json FILE]
+
+All contestants take turns in the same processes, with a barrier before each and the slowest rank's time counting, so that
+ratios within a turn are worth something on a noisy machine. No network is in the way: ranks on one node average through shared
+memory, which is where the work beside the collective shows most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
+
+import torch
+import torch.distributed as dist
+from contest import machine
+from mpi4py import MPI
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.nn.parallel import DistributedDataParallel
+
+import hvdlocal
+from hvdlocal.averaging.arena import FlatViews
+from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
+from hvdlocal.models import build_model
+
+SHAPES = {"resnet18_cifar": (32, 32, 3), "resnet50": (224, 224, 3), "vit_b_16": (224, 224, 3)}
+NEVER = 10**9
+
+
+class Weights(torch.nn.Module):
+    """The parameters and buffers of a network without its layers; all networks of one size share their gradients."""
+
+    def __init__(self, like: torch.nn.Module, with_buffers: bool = False) -> None:
+        super().__init__()
+        self.weights = torch.nn.ParameterList([torch.nn.Parameter(p.detach().clone()) for p in like.parameters()])
+        for i, buffer in enumerate(like.buffers() if with_buffers else []):
+            self.register_buffer(f"buffer{i}", buffer.clone())
+
+    def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """A loss whose gradient is `gradients`: a backward pass that costs next to nothing."""
+        return torch.stack([(p * g).sum() for p, g in zip(self.weights, gradients, strict=True)]).sum()
+
+
+@dataclass
+class Contestant:
+    """Something that is timed: `run`, after `prepare`."""
+
+    name: str
+    run: Callable[[], object]
+    prepare: Callable[[], object] = lambda: None
+    seconds: list[float] = field(default_factory=list)
+
+
+def averagings(
+    model: torch.nn.Module, gradients: list[torch.Tensor], mpi: Mpi4pyCommunicator, peers: bool
+) -> Iterator[Contestant]:
+    """Ways to average a model once."""
+    import horovod.torch as hvd
+
+    horovod = hvdlocal.init("horovod")
+    numel = sum(p.numel() for p in model.parameters())
+    flat = torch.zeros(numel)
+    array = flat.numpy()
+    yield Contestant("floor: hvd.allreduce_ (Average)", lambda: hvd.allreduce_(flat, name="floor.average"))
+    yield Contestant("floor: hvd.allreduce_ (Sum)", lambda: hvd.allreduce_(flat, name="floor.sum", op=hvd.Sum))
+    yield Contestant("floor: MPI_Allreduce (sum)", lambda: mpi_world().Allreduce(MPI.IN_PLACE, array))
+
+    variants: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "with sketch": {"scaling": hvdlocal.LocalAdaScale()},
+        "with exact statistics": {"scaling": hvdlocal.LocalAdaScale(statistics="exact")},
+        "with moments": {"momentum": "average"},
+    }
+    if any(True for _ in model.buffers()):
+        variants["with BN buffers"] = {"buffers": "average"}
+    for name, settings in variants.items():
+        ours = Weights(model, with_buffers="buffers" in settings)
+        for p, g in zip(ours.weights, gradients, strict=True):
+            p.grad = g
+        inner = torch.optim.SGD(ours.parameters(), lr=0.0, momentum=0.9 if "momentum" in settings else 0.0)
+        optimizer = hvdlocal.LocalOptimizer(inner, ours, period=hvdlocal.ConstantPeriod(NEVER), **settings)
+        for backend, communicator in (("horovod", horovod), ("mpi4py", mpi)):
+            yield Contestant(f"hvdlocal {name}, {backend}", *_round(optimizer, communicator))
+
+    if not peers:
+        return
+    peer = Weights(model)
+    for p, g in zip(peer.weights, gradients, strict=True):
+        p.grad = g  # torch's averager leaves out parameters without one
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it advises against averaging at every step, which is what is timed
+        averager = PeriodicModelAverager(period=1)
+    yield Contestant("torch model averaging, Gloo", lambda: averager.average_parameters(list(peer.weights)))
+    tensors = [p.data for p in peer.weights]
+
+    def one_by_one() -> None:
+        for i, tensor in enumerate(tensors):
+            hvd.allreduce_(tensor, name=f"one.{i}")
+
+    def all_at_once() -> None:
+        for handle in [hvd.allreduce_async_(tensor, name=f"many.{i}") for i, tensor in enumerate(tensors)]:
+            hvd.synchronize(handle)
+
+    yield Contestant("Horovod, parameter after parameter", one_by_one)
+    yield Contestant("Horovod, all parameters in flight", all_at_once)
+    yield Contestant("Horovod, grouped allreduce", lambda: hvd.grouped_allreduce_(tensors, name="grouped"))
+
+
+def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Callable[[], object], Callable[[], object]]:
+    def prepare() -> None:
+        optimizer.communicator = communicator
+        optimizer.step()  # the first of a round that would not end
+
+    def run() -> None:
+        if optimizer._arena.statistics_scalars is not None:
+            optimizer._take_statistics()  # once a round, by its first step: part of the price
+        optimizer.synchronize()
+
+    return run, prepare
+
+
+def steps(model: torch.nn.Module, gradients: list[torch.Tensor]) -> Iterator[Contestant]:
+    """Ways to take one data-parallel step: backward, exchange, update."""
+    import horovod.torch as hvd
+
+    def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
+        def run() -> None:
+            optimizer.zero_grad()
+            network(gradients).backward()
+            optimizer.step()
+
+        return run
+
+    for name in ("no exchange", "hvdlocal sync", "hvd.DistributedOptimizer", "PyTorch DDP, Gloo"):
+        network: torch.nn.Module = Weights(model)
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+        if name == "hvdlocal sync":
+            optimizer = hvdlocal.SynchronousOptimizer(optimizer, network)
+        elif name == "hvd.DistributedOptimizer":
+            named = [(f"ddp.{key}", p) for key, p in network.named_parameters()]
+            optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named)
+        elif name == "PyTorch DDP, Gloo":
+            network = DistributedDataParallel(network)
+        yield Contestant(name, step(network, optimizer))
+
+
+def mpi_world() -> MPI.Comm:
+    return MPI.COMM_WORLD
+
+
+def take_turns(contestants: list[Contestant], turns: int) -> None:
+    """Every contestant once a turn, in an order that changes; the first turn does not count."""
+    world = MPI.COMM_WORLD
+    for turn in range(turns + 1):
+        for place in torch.randperm(len(contestants), generator=torch.Generator().manual_seed(turn)).tolist():
+            contestant = contestants[place]
+            contestant.prepare()
+            world.Barrier()
+            start = time.perf_counter()
+            contestant.run()
+            slowest = world.allreduce(time.perf_counter() - start, op=MPI.MAX)
+            if turn:
+                contestant.seconds.append(slowest)
+
+
+def table(title: str, contestants: list[Contestant], floors: list[Contestant]) -> list[str]:
+    """Median milliseconds, and the median of the ratios to each floor within a turn."""
+    heads = [f"/ {floor.name.partition(': ')[2] or floor.name}" for floor in floors]
+    lines = [title, f"{'':40}{'ms':>9}  {'min … max':>15}" + "".join(f"{head:>32}" for head in heads)]
+    for one in contestants:
+        ratios = [ratio(one, floor) for floor in floors]
+        spread = f"{1000 * min(one.seconds):.0f} … {1000 * max(one.seconds):.0f}"
+        lines.append(
+            f"{one.name:40}{1000 * statistics.median(one.seconds):9.1f}  {spread:>15}"
+            + "".join(f"{value:32.2f}" for value in ratios)
+        )
+    return lines
+
+
+def ratio(one: Contestant, other: Contestant) -> float:
+    return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
+
+
+@contextmanager
+def gloo() -> Iterator[None]:
+    """PyTorch's own process group over the same ranks."""
+    world = MPI.COMM_WORLD
+    with tempfile.TemporaryDirectory() as folder:
+        path = world.bcast(f"{folder}/store")
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=world.rank, world_size=world.size)
+        try:
+            yield
+        finally:
+            world.Barrier()
+            dist.destroy_process_group()
+
+
+def measure(name: str, turns: int, mpi: Mpi4pyCommunicator, peers: bool) -> dict[str, Any]:
+    """Both contests for one model; prints and returns the results."""
+    torch.manual_seed(0)
+    model = build_model(name, 1000, SHAPES[name])
+    numel = sum(p.numel() for p in model.parameters())
+    gradients = FlatViews(list(model.parameters())).of(torch.randn(FlatViews(list(model.parameters())).numel))
+    results: dict[str, Any] = {"parameters": numel}
+    for kind in ("averaging", "step") if peers else ("averaging",):
+        contestants = list(averagings(model, gradients, mpi, peers) if kind == "averaging" else steps(model, gradients))
+        take_turns(contestants, turns)
+        floors = contestants[:3] if kind == "averaging" else contestants[:1]
+        if mpi.rank == 0:
+            print(
+                "\n".join(table(f"\n{name} ({numel / 1e6:.1f} M parameters): one {kind}", contestants, floors)),
+                flush=True,
+            )
+        results[kind] = {
+            one.name: {"seconds": one.seconds, "ratios": {floor.name: ratio(one, floor) for floor in floors}}
+            for one in contestants
+        }
+        contestants.clear()
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1, help="of torch, per rank (default: %(default)s)")
+    parser.add_argument("--without-peers", action="store_true", help="hvdlocal and the bare allreduces only")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    communicator = hvdlocal.init("horovod")
+    mpi = Mpi4pyCommunicator(600)
+    facts = machine() | {
+        "ranks": communicator.size,
+        "threads": arguments.threads,
+        "horovod cycle, ms": os.environ["HOROVOD_CYCLE_TIME"],
+        "cores usable by a rank": len(os.sched_getaffinity(0)),
+        "MPI": MPI.Get_library_version().split(",")[0].strip(),
+    }
+    if mpi.rank == 0:
+        print(", ".join(f"{key}: {value}" for key, value in facts.items() if key != "versions"))
+    peers = not arguments.without_peers
+    with gloo() if peers else nullcontext():
+        results = {name: measure(name, arguments.turns, mpi, peers) for name in arguments.models}
+    if mpi.rank == 0 and arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps({"machine": facts, "results": results}, indent=2) + "\n")
+        print(f"written to {arguments.json}")
+
+
+if __name__ == "__main__":
+    main()

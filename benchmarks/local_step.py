@@ -1,0 +1,140 @@
+"""What a local step that does not average costs beside the bare optimizer's, and what memory each option takes.
+
+python benchmarks/local_step.py
+
+The network is experiments/cifar10_small.yaml's (ResNet-9 a quarter as wide) with SGD and momentum, one process, one thread. The
+overhead is Python's, so its share falls with the size of the model. Memory is what is alive in the whole of a ResNet-18 with 11.2 M
+parameters; two ranks are simulated, since one rank alone needs no statistics.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+import hvdlocal
+from hvdlocal.communicator import Communicator
+from hvdlocal.models import build_model
+
+NEVER = 10**9
+TURNS = 60
+
+
+class Echo(Communicator):
+    """Two ranks that hold the same: a sum is a doubling."""
+
+    backend = "echo"
+
+    def __init__(self) -> None:
+        super().__init__(0, 2, 0, 2, timeout_seconds=60)
+
+    def sum_(self, tensor: torch.Tensor, name: str) -> None:
+        tensor.mul_(2)
+
+    def broadcast_(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
+        pass
+
+    def gather(self, value: object, name: str) -> list[object]:
+        return [value, value]
+
+    def shutdown(self) -> None:
+        pass
+
+    _start_sum = _start_broadcast = _gather_bytes = None  # type: ignore[assignment]
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "plain": {},
+    "with sketch": {"scaling": hvdlocal.LocalAdaScale()},
+    "with exact statistics": {"scaling": hvdlocal.LocalAdaScale(statistics="exact")},
+    "moments averaged": {"momentum": "average"},
+    "accumulating 2 micro-batches": {"accumulate": 2},
+}
+
+
+def build(
+    settings: dict[str, object] | None, name: str = "resnet9_narrow"
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = build_model(name, 10, (32, 32, 3))
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    if settings is not None:
+        period = hvdlocal.ConstantPeriod(NEVER)
+        optimizer = hvdlocal.LocalOptimizer(optimizer, model, period=period, communicator=Echo(), **settings)  # type: ignore[arg-type]
+    return model, optimizer
+
+
+def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
+    """A whole iteration; returns the seconds of `optimizer.step()` in it."""
+    x, y = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
+
+    def run() -> float:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        start = time.perf_counter()
+        optimizer.step()
+        return time.perf_counter() - start
+
+    return run
+
+
+def times() -> None:
+    contestants = {
+        "bare SGD": build(None),
+        **{name: build(settings) for name, settings in OPTIONS.items() if name == "plain"},
+    }
+    runs = {name: training_step(*pair) for name, pair in contestants.items()}
+    whole: dict[str, list[float]] = {name: [] for name in runs}
+    alone: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(TURNS + 5):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            step = run()
+            if turn >= 5:
+                whole[name].append(time.perf_counter() - start)
+                alone[name].append(step)
+    print(f"{'':24}{'iteration, ms':>15}{'ratio':>8}{'step(), ms':>12}{'more, µs':>10}")
+    for name in runs:
+        ratio = statistics.median(a / b for a, b in zip(whole[name], whole["bare SGD"], strict=True))
+        more = statistics.median(alone[name]) - statistics.median(alone["bare SGD"])
+        print(
+            f"{name:24}{1e3 * statistics.median(whole[name]):15.2f}{ratio:8.3f}"
+            f"{1e3 * statistics.median(alone[name]):12.3f}{1e6 * more:10.0f}"
+        )
+
+
+def allocated(settings: dict[str, object] | None) -> float:
+    """Floats per parameter that live after some steps and an averaging, parameters, gradients and momentum included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        model, optimizer = build(settings, "resnet18_cifar")
+        x, y = torch.randn(2, 3, 32, 32), torch.randint(10, (2,))
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        if isinstance(optimizer, hvdlocal.LocalOptimizer):
+            optimizer.synchronize()
+        del x, y
+    alive = sum(event.self_cpu_memory_usage for event in profile.events())
+    numel = sum(p.numel() for p in model.parameters())
+    del optimizer
+    return alive / 4 / numel
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    times()
+    bare = allocated(None)
+    print(f"\n{'':32}{'memory, × parameters':>22}{'more than bare':>16}")
+    print(f"{'bare SGD with momentum':32}{bare:22.2f}{0:16.2f}")
+    for name, settings in OPTIONS.items():
+        total = allocated(settings)
+        print(f"{name:32}{total:22.2f}{total - bare:16.2f}")
+
+
+if __name__ == "__main__":
+    main()
