@@ -3,8 +3,8 @@
 python benchmarks/local_step.py
 
 The network is experiments/cifar10_small.yaml's (ResNet-9 a quarter as wide) with SGD and momentum, one process, one thread. The
-overhead is Python's, so its share falls with the size of the model. Memory is what is alive in the whole of a ResNet-18 with 11.2 M
-parameters; two ranks are simulated, since one rank alone needs no statistics.
+overhead is Python's, so its share falls with the size of the model. Memory is what is alive in the whole of a ResNet-18 with
+11.2 M parameters; two ranks are simulated, since one rank alone needs no statistics.
 """
 
 from __future__ import annotations
