@@ -22,10 +22,11 @@ def test_an_arena_beyond_the_limit_of_one_collective_is_averaged_in_pieces(comm,
         for _ in range(4):
             step(optimizer, model, slopes(comm)[comm.rank])
         collectives.append(comm.traffic.collectives - before)
-    assert torch.equal(whole.w, cut.w)
-    assert optimizers[0].grad_var == optimizers[1].grad_var
-    gains = [optimizer.progress for optimizer in optimizers]
-    assert gains[0] == gains[1]
+    # A piece may be summed in another order than the whole, so not bit for bit.
+    torch.testing.assert_close(whole.w, cut.w, rtol=1e-6, atol=0)
+    for name in ("grad_sqr", "grad_var", "progress") if comm.size > 1 else ("progress",):
+        one, other = (getattr(optimizer, name) for optimizer in optimizers)
+        assert one == pytest.approx(other, rel=1e-5)
     assert collectives[0] == (2 if comm.size > 1 else 0)
     assert collectives[1] == collectives[0], "one averaging counts once, however many pieces it travels in"
 
