@@ -120,7 +120,6 @@ class LocalOptimizer(ReplicaOptimizer):
             else:
                 vector = sum(numels)
         self._arena = Arena(self._parameters, list(averaged.values()), len(self._moment_names), vector)
-        self._nonfinite_found, self._factor = torch.zeros(1, device=device), torch.ones(1, device=device)
         self._owners = [_owner(model, name) for name in [*self._names, *averaged]]
         self._accumulated = None
         if accumulate > 1:
@@ -287,7 +286,7 @@ class LocalOptimizer(ReplicaOptimizer):
         scalars = self._arena.scalars.tolist()
         workers = self.communicator.size
         healthy = workers - round(scalars[Scalar.NONFINITE])
-        lost = not (healthy and self._divide(healthy))
+        lost = not (healthy and self._scale(self._arena.replica, 1 / healthy))
         self._check_steps(scalars)
         self._measure_divergence(scalars[Scalar.DISPLACEMENT], healthy)
         if with_statistics:
@@ -302,13 +301,6 @@ class LocalOptimizer(ReplicaOptimizer):
             self._raise_nonfinite(bad, "no rank holds a usable model any more.")
         if healthy < workers:
             self._raise_nonfinite(bad, "the model is now the average of the other ranks.")
-
-    def _divide(self, workers: int) -> bool:
-        """Makes the average of the sum. Returns whether all of it is finite: GradScaler's kernel tells for free."""
-        self._nonfinite_found.zero_()
-        self._factor.fill_(1 / workers)
-        torch._amp_foreach_non_finite_check_and_unscale_([self._arena.replica], self._nonfinite_found, self._factor)
-        return not self._nonfinite_found.item()
 
     @property
     def _stale(self) -> bool:

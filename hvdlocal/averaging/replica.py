@@ -66,7 +66,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._progress = 0.0
         self._gain = 1.0
         self._smoothed = SmoothedStatistics()
-        self._loss_sum = torch.zeros((), device=self._parameters[0].device)
+        device = self._parameters[0].device
+        self._nonfinite_found, self._factor = torch.zeros(1, device=device), torch.ones(1, device=device)
+        self._loss_sum = torch.zeros((), device=device)
         self._loss_count = 0
         self._loss: float | None = None
         self._overflowed = False
@@ -370,6 +372,13 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             for buffer, part in zip(buffers, parts, strict=True):
                 buffer.copy_(part.div_(self.communicator.size).view(buffer.shape))
         return round(notice.item())
+
+    def _scale(self, flat: torch.Tensor, factor: float) -> bool:
+        """Multiplies in place. Returns whether all of it is finite: GradScaler's kernel does both in one pass."""
+        self._nonfinite_found.zero_()
+        self._factor.fill_(factor)
+        torch._amp_foreach_non_finite_check_and_unscale_([flat], self._nonfinite_found, self._factor)
+        return not self._nonfinite_found.item()
 
     def _timed_sum(self, tensor: torch.Tensor, name: str) -> None:
         start = time.perf_counter()

@@ -128,8 +128,8 @@ class SynchronousOptimizer(ReplicaOptimizer):
         bad = not self._overflowed and not math.isfinite(float(self._sqr_norm) + float(self._loss_sum))
         self._reduce()
         totals = self._scalars.tolist()
-        sqr_norm_of_sum = float(torch.dot(flat, flat))
-        if totals[OVERFLOW] < 0.5 and not math.isfinite(sqr_norm_of_sum + totals[SQR_NORM] + totals[LOSS_SUM]):
+        finite = self._scale(flat, 1 / self._micro_batches_of_all)
+        if totals[OVERFLOW] < 0.5 and not (finite and math.isfinite(totals[SQR_NORM] + totals[LOSS_SUM])):
             self._drop()
             self._raise_nonfinite(bad, "the step was not taken; the model is that of the step before.")
         if totals[LOSS_COUNT]:
@@ -138,7 +138,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if totals[OVERFLOW] > 0.5:  # on any rank: GradScaler's rule is to skip the step, and all ranks skip it
             self._drop()
             return
-        self._step_on_sum(totals[SQR_NORM], sqr_norm_of_sum)
+        self._step_on_mean(totals[SQR_NORM])
 
     def _reduce(self) -> None:
         values = [float(self._sqr_norm), float(self._loss_sum), self._loss_count, self._overflowed, self._stop]
@@ -149,19 +149,22 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if self.communicator.size > 1:
             self._timed_sum(self._flat, "hvdlocal.gradients")
 
-    def _step_on_sum(self, sum_sqr_norm: float, sqr_norm_of_sum: float) -> None:
-        """Takes the step on the mean of what now holds the sum of all workers' micro-batch gradients."""
-        micro_batches = self.communicator.size * self.accumulate
-        if self.scaling.uses_statistics and micro_batches > 1:
+    @property
+    def _micro_batches_of_all(self) -> int:
+        return self.communicator.size * self.accumulate
+
+    def _step_on_mean(self, sum_sqr_norm: float) -> None:
+        """Takes the step on what now holds the mean of all workers' micro-batch gradients."""
+        count = self._micro_batches_of_all
+        if self.scaling.uses_statistics and count > 1:
+            flat = self._accumulated.flat
             self._update_statistics(
                 sum_sqr_norm,
-                sqr_norm_of_sum,
-                gradients=micro_batches,
+                float(torch.dot(flat, flat)) * count**2,
+                gradients=count,
                 micro_batches=1,
-                theta_batches=micro_batches,
+                theta_batches=count,
             )
-        if micro_batches > 1:
-            self._accumulated.flat.mul_(1 / micro_batches)
         self._accumulated.give_back()
         self._inner_step(self.scaling.gain(self._moment(1)))
         self._steps += 1
