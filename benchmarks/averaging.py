@@ -74,9 +74,13 @@ def averagings(
     numel = sum(p.numel() for p in model.parameters())
     flat = torch.zeros(numel)
     array = flat.numpy()
-    yield Contestant("floor: hvd.allreduce_ (Average)", lambda: hvd.allreduce_(flat, name="floor.average"))
-    yield Contestant("floor: hvd.allreduce_ (Sum)", lambda: hvd.allreduce_(flat, name="floor.sum", op=hvd.Sum))
-    yield Contestant("floor: MPI_Allreduce (sum)", lambda: mpi_world().Allreduce(MPI.IN_PLACE, array))
+
+    def touch() -> None:
+        flat.mul_(1)  # as a step does with the parameters just before they are averaged
+
+    yield Contestant("floor: hvd.allreduce_ (Average)", lambda: hvd.allreduce_(flat, name="floor.average"), touch)
+    yield Contestant("floor: hvd.allreduce_ (Sum)", lambda: hvd.allreduce_(flat, name="floor.sum", op=hvd.Sum), touch)
+    yield Contestant("floor: MPI_Allreduce (sum)", lambda: mpi_world().Allreduce(MPI.IN_PLACE, array), touch)
 
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -103,8 +107,12 @@ def averagings(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it advises against averaging at every step, which is what is timed
         averager = PeriodicModelAverager(period=1)
-    yield Contestant("torch model averaging, Gloo", lambda: averager.average_parameters(list(peer.weights)))
     tensors = [p.data for p in peer.weights]
+
+    def touch_all() -> None:
+        torch._foreach_mul_(tensors, 1)
+
+    yield Contestant("torch model averaging, Gloo", lambda: averager.average_parameters(list(peer.weights)), touch_all)
 
     def one_by_one() -> None:
         for i, tensor in enumerate(tensors):
@@ -114,9 +122,9 @@ def averagings(
         for handle in [hvd.allreduce_async_(tensor, name=f"many.{i}") for i, tensor in enumerate(tensors)]:
             hvd.synchronize(handle)
 
-    yield Contestant("Horovod, parameter after parameter", one_by_one)
-    yield Contestant("Horovod, all parameters in flight", all_at_once)
-    yield Contestant("Horovod, grouped allreduce", lambda: hvd.grouped_allreduce_(tensors, name="grouped"))
+    yield Contestant("Horovod, parameter after parameter", one_by_one, touch_all)
+    yield Contestant("Horovod, all parameters in flight", all_at_once, touch_all)
+    yield Contestant("Horovod, grouped allreduce", lambda: hvd.grouped_allreduce_(tensors, name="grouped"), touch_all)
 
 
 def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Callable[[], object], Callable[[], object]]:

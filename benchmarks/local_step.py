@@ -97,13 +97,14 @@ def times() -> None:
             if turn >= 5:
                 whole[name].append(time.perf_counter() - start)
                 alone[name].append(step)
-    print(f"{'':24}{'iteration, ms':>15}{'ratio':>8}{'step(), ms':>12}{'more, µs':>10}")
+    print(f"{'':24}{'iteration, ms':>15}{'ratio':>8}{'step(), ms':>12}{'ratio':>8}{'more, µs':>10}")
     for name in runs:
         ratio = statistics.median(a / b for a, b in zip(whole[name], whole["bare SGD"], strict=True))
         more = statistics.median(alone[name]) - statistics.median(alone["bare SGD"])
         print(
             f"{name:24}{1e3 * statistics.median(whole[name]):15.2f}{ratio:8.3f}"
-            f"{1e3 * statistics.median(alone[name]):12.3f}{1e6 * more:10.0f}"
+            f"{1e3 * statistics.median(alone[name]):12.3f}"
+            f"{statistics.median(alone[name]) / statistics.median(alone['bare SGD']):8.3f}{1e6 * more:10.0f}"
         )
 
 

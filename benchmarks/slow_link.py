@@ -2,9 +2,9 @@
 
 benchmarks/slow_link.sh 1gbit          (runs this on two ranks that are joined by such a link)
 
-m is the time of one averaging over the time of one local step, both measured here; the wait for the slower rank is part of an
-averaging. The methods train the same network (three linear layers, 2.6 M parameters: little to compute, much to send) on the same
-random images, and take turns.
+m is the time of a bare allreduce of what a method sends over the time of a step of plain SGD, both measured apart from the
+methods: 1 + m/H is a prediction. The methods train the same network (three linear layers, 2.6 M parameters: little to compute,
+much to send) on the same random images, and take turns.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Run:
         self.model = nn.Sequential(*layers)
         self.optimizer = wrap(torch.optim.SGD(self.model.parameters(), lr=PEAK, momentum=0.9), self.model)
         self.seconds: list[float] = []
-        self.averagings = 0
-        self.averaging_seconds = 0.0
+        self.averagings = self.floats = 0
 
     def turn(self, x: torch.Tensor, y: torch.Tensor, count: bool) -> None:
         optimizer = self.optimizer
-        optimizer.communicator.barrier("bench.start")
-        averaging, collectives = optimizer.seconds_averaging, optimizer.communicator.traffic.collectives
+        communicator = hvdlocal.init()
+        communicator.barrier("bench.start")
+        collectives, sent = communicator.traffic.collectives, communicator.traffic.bytes
         start = time.perf_counter()
         for step in range(self.steps):
             for group in optimizer.param_groups:
@@ -62,11 +62,12 @@ class Run:
             optimizer.zero_grad()
             F.cross_entropy(self.model(x), y).backward()
             optimizer.step()
-        optimizer.synchronize()
+        if isinstance(optimizer, hvdlocal.LocalOptimizer):
+            optimizer.synchronize()
         if count:
             self.seconds.append((time.perf_counter() - start) / self.steps)
-            self.averaging_seconds += optimizer.seconds_averaging - averaging
-            self.averagings += optimizer.communicator.traffic.collectives - collectives
+            self.averagings += communicator.traffic.collectives - collectives
+            self.floats += (communicator.traffic.bytes - sent) // 4
 
     @property
     def per_step(self) -> float:
@@ -78,8 +79,9 @@ class Run:
         return self.steps * len(self.seconds) / self.averagings
 
     @property
-    def per_averaging(self) -> float:
-        return self.averaging_seconds / self.averagings
+    def payload(self) -> int:
+        """Floats per collective."""
+        return self.floats // self.averagings
 
 
 def local(period: hvdlocal.averaging.period.PeriodRule, **settings: object) -> Callable[..., torch.optim.Optimizer]:
@@ -87,10 +89,10 @@ def local(period: hvdlocal.averaging.period.PeriodRule, **settings: object) -> C
 
 
 def methods(steps: int) -> list[Run]:
-    """The contestants; the one that never averages within a turn comes first and is what a step costs by itself."""
+    """The contestants; first plain SGD, which shows what a step costs by itself, then data parallelism."""
     ada, constant = hvdlocal.LocalAdaScale, hvdlocal.ConstantPeriod
     wraps: dict[str, Callable[..., torch.optim.Optimizer]] = {
-        f"local, H = {steps}": local(constant(steps)),
+        "plain SGD": lambda inner, model: inner,
         "sync": lambda inner, model: hvdlocal.SynchronousOptimizer(inner, model),
         "local, H = 1": local(constant(1)),
         "local, H = 4": local(constant(4)),
@@ -129,26 +131,26 @@ def main() -> None:
         for run in runs:
             run.turn(x, y, count=turn > 0)
 
-    bare = bare_allreduce(communicator, sum(p.numel() for p in runs[0].model.parameters()))
-    alone, sync = runs[0], runs[1]
-    step = alone.per_step - alone.averaging_seconds / (arguments.steps * len(alone.seconds))
+    step = runs[0].per_step
+    sizes = sorted({run.payload for run in runs[1:]})
+    bare = {size: bare_allreduce(communicator, size) for size in sizes}
     if communicator.rank:
         return
-    numel = sum(p.numel() for p in alone.model.parameters())
+    numel = sum(p.numel() for p in runs[0].model.parameters())
     print(
         f"{arguments.rate or 'link'}, {communicator.size} ranks, 1 thread each, "
         f"Horovod cycle {os.environ['HOROVOD_CYCLE_TIME']} ms; {numel / 1e6:.2f} M parameters\n"
-        f"a step takes {1000 * step:.1f} ms, a bare allreduce of as many floats {1000 * bare:.1f} ms "
-        f"({32 * numel / bare / 1e9:.2f} Gbit/s)"
+        f"a step of plain SGD takes {1000 * step:.1f} ms, a bare allreduce of as many floats {1000 * bare[sizes[0]]:.1f} ms "
+        f"({32 * sizes[0] / bare[sizes[0]] / 1e9:.2f} Gbit/s)"
     )
-    print(f"{'':30}{'H':>6}{'ms/averaging':>14}{'m':>7}{'ms/step':>9}{'1 + m/H':>9}{'measured':>10}{'speed-up':>10}")
+    print(f"{'':30}{'H':>6}{'m':>7}{'1 + m/H':>9}{'measured':>10}{'ms/step':>9}{'speed-up':>10}")
     results = {}
-    for run in runs:
-        m = run.per_averaging / step
+    for run in runs[1:]:
+        m = bare[run.payload] / step
         predicted = 1 + m / run.period
         print(
-            f"{run.name:30}{run.period:6.1f}{1000 * run.per_averaging:14.1f}{m:7.2f}{1000 * run.per_step:9.1f}{predicted:9.2f}"
-            f"{run.per_step / step:10.2f}{sync.per_step / run.per_step:9.2f}×"
+            f"{run.name:30}{run.period:6.1f}{m:7.2f}{predicted:9.2f}{run.per_step / step:10.2f}"
+            f"{1000 * run.per_step:9.1f}{runs[1].per_step / run.per_step:9.2f}×"
         )
         results[run.name] = {"period": run.period, "m": m, "seconds_per_step": run.seconds, "predicted": predicted}
     if arguments.json:

@@ -38,10 +38,16 @@ def doubling_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
 
 
 def halving_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
-    """Rabenseifner's recursive halving, then doubling: 2⌈log₂ K⌉ messages, together as many bytes as a ring's."""
+    """Rabenseifner's recursive halving, then doubling: 2 log₂ K messages, together as many bytes as a ring's.
+
+    With a K that is no power of two, those beyond the next lower one hand everything to a neighbour first and get it back.
+    """
     _check(num_workers)
-    messages = 2 * math.ceil(math.log2(num_workers))
-    return messages * link.latency_seconds + 2 * (num_workers - 1) / num_workers * num_bytes / link.bytes_per_second
+    levels = int(math.log2(num_workers))
+    seconds = 2 * levels * link.latency_seconds + 2 * (1 - 2**-levels) * num_bytes / link.bytes_per_second
+    if num_workers > 2**levels:
+        seconds += 2 * (link.latency_seconds + num_bytes / link.bytes_per_second)
+    return seconds
 
 
 def allreduce_seconds(num_bytes: float, num_workers: int, link: Link) -> float:

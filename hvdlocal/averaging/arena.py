@@ -123,7 +123,7 @@ class CoordinateSample:
         self._flat = flat
         self._where = where.to(flat.device)
         self._scale = stretch
-        self._origin = torch.empty(size, device=flat.device)
+        self._origin = torch.empty(size, dtype=flat.dtype, device=flat.device)
         self._difference = torch.empty_like(self._origin)
         self.move_origin()
 
@@ -135,6 +135,7 @@ class CoordinateSample:
     def move_origin(self) -> None:
         """Makes where the vector is now the point that distances are measured from."""
         torch.index_select(self._flat, 0, self._where, out=self._origin)
+        self._origin.nan_to_num_(0.0, 0.0, 0.0)  # any point will do, but after a model that was lost it must be a point
 
     def state(self) -> torch.Tensor:
         """The origin at the sampled coordinates."""

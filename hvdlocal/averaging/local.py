@@ -292,7 +292,7 @@ class LocalOptimizer(ReplicaOptimizer):
         if with_statistics:
             self._read_statistics()
         self._stop_requested = scalars[Scalar.STOP] > 0.5
-        if self._momentum_policy == "reset" or bad or lost:
+        if self._momentum_policy == "reset" or lost or (bad and self._momentum_policy == "local"):
             self.state.clear()
         self._round += 1
         self._steps_in_round = 0
@@ -453,5 +453,7 @@ def _dense_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     if gradient.is_sparse:
         raise ValueError("sparse gradients are not supported: use Embedding(sparse=False)")
     if gradient.stride() != parameter.stride():
-        gradient = torch.empty_strided(parameter.shape, parameter.stride(), device=parameter.device).copy_(gradient)
+        gradient = torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=torch.float32, device=parameter.device
+        ).copy_(gradient)
     return gradient

@@ -67,8 +67,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._gain = 1.0
         self._smoothed = SmoothedStatistics()
         device = self._parameters[0].device
-        self._nonfinite_found, self._factor = torch.zeros(1, device=device), torch.ones(1, device=device)
-        self._loss_sum = torch.zeros((), device=device)
+        self._nonfinite_found, self._factor = (torch.zeros(1, dtype=torch.float32, device=device) for _ in range(2))
+        self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self._loss_count = 0
         self._loss: float | None = None
         self._overflowed = False

@@ -51,13 +51,13 @@ class GradientSketch:
         rows = -(-self._tail_numel // self.size)
         patterns, _ = _shape(rows)
         shapes.append((patterns, -(-rows // patterns) if rows else 0))
-        self._tail = torch.zeros(shapes[-1][0] * shapes[-1][1] * self.size, device=device)
+        self._tail = torch.zeros(shapes[-1][0] * shapes[-1][1] * self.size, dtype=torch.float32, device=device)
 
         generator = torch.Generator().manual_seed(seed)
         row_signs = _random_signs(sum(p * d for p, d in shapes), generator).to(device).split([p * d for p, d in shapes])
         # Pattern p is a window of one long random vector, from its p-th element on: different windows are uncorrelated.
         column_signs = _random_signs(self.size + sum(p for p, _ in shapes), generator).to(device)
-        work = torch.empty((max(p for p, _ in shapes), 1, self.size), device=device)
+        work = torch.empty((max(p for p, _ in shapes), 1, self.size), dtype=torch.float32, device=device)
         self._matrices: list[_Matrix | None] = []
         used = 0
         for (patterns, depth), signs in zip(shapes, row_signs, strict=True):
@@ -65,7 +65,7 @@ class GradientSketch:
             by_pattern = signs.view(depth, patterns).t().contiguous()[:, None]
             self._matrices.append(_Matrix(by_pattern, windows, work[:patterns]) if patterns else None)
             used += patterns
-        self._sum = torch.empty(self.size, device=device)
+        self._sum = torch.empty(self.size, dtype=torch.float32, device=device)
 
     def project(self, gradients: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Writes the projection of `gradients` to `out`.

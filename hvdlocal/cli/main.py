@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 
 from hvdlocal.version import __version__
 
@@ -74,7 +75,8 @@ def _explain(error: Exception) -> int:
         return EXIT_COMMUNICATION
     if isinstance(error, DivergedError | SetupError | DisagreementError):  # raised on all ranks
         _complain(str(error))
-        current().barrier("hvdlocal.end")
+        with suppress(CommunicationError):  # another rank left without waiting
+            current().barrier("hvdlocal.end")
         return EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USAGE
     if isinstance(error, ValueError | OSError | ImportError):
         _complain(str(error) or type(error).__name__)

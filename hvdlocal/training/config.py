@@ -182,6 +182,7 @@ def check_ranges(config: TrainConfig) -> None:
     """
     checks = [
         ("epochs", config.epochs, config.epochs > 0, "must be positive"),
+        ("seed", config.seed, 0 <= config.seed < 2**62, "from 0 to below 2**62"),
         ("evaluate_every_epochs", config.evaluate_every_epochs, config.evaluate_every_epochs > 0, "must be positive"),
         ("evaluation_batch_size", config.evaluation_batch_size, config.evaluation_batch_size > 0, "at least 1"),
         ("log_every_seconds", config.log_every_seconds, config.log_every_seconds >= 0, "must not be negative"),

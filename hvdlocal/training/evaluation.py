@@ -27,6 +27,7 @@ def evaluate(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     communicator: Communicator,
     device: torch.device,
+    num_classes: int,
 ) -> Evaluation:
     """Evaluates the same model on all ranks' batches; a collective. Every image counts once: ranks may hold unequal numbers.
 
@@ -35,15 +36,14 @@ def evaluate(
         batches: this rank's (inputs, integer labels) on `device`.
         communicator: sums over the ranks.
         device: of the model.
+        num_classes: with five or fewer there is no top-5 accuracy.
     """
     training = model.training
     model.eval()
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # samples, loss, correct, correct among five
-    classes = 0
     for x, y in batches:
         logits = model(x).float()
-        classes = logits.shape[1]
-        best = logits.topk(min(5, classes), dim=1).indices == y[:, None]
+        best = logits.topk(min(5, num_classes), dim=1).indices == y[:, None]
         totals += torch.stack(
             [
                 torch.tensor(float(len(y)), dtype=torch.float64, device=device),
@@ -59,5 +59,5 @@ def evaluate(
         samples=round(samples),
         loss=loss / samples,
         accuracy=top1 / samples,
-        top5=top5 / samples if classes > 5 else None,
+        top5=top5 / samples if num_classes > 5 else None,
     )

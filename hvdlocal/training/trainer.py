@@ -112,7 +112,7 @@ class Trainer:
         self.metrics: Metrics = NoMetrics()
         succeed_together(communicator, lambda: self._open_records(config_text, environment), "hvdlocal.records")
         # Dropout and the like differ between ranks from here on; the weights above do not.
-        torch.manual_seed(config.seed * communicator.size + communicator.rank + 1)
+        torch.manual_seed((config.seed * communicator.size + communicator.rank + 1) % 2**63)
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -287,7 +287,7 @@ class Trainer:
         )
         formatted = ((x.contiguous(memory_format=self.memory_format), y) for x, y in batches)
         with self._autocast():
-            evaluation = evaluate(self.forward, formatted, self.communicator, self.device)
+            evaluation = evaluate(self.forward, formatted, self.communicator, self.device, self.test_data.num_classes)
         self.optimizer.seconds_averaging = averaging  # what is averaged for an evaluation counts as evaluating
         self.clock.evaluating += time.perf_counter() - start
         self._evaluation_bytes += traffic.bytes - before[0]

@@ -464,3 +464,31 @@ def test_peak_memory_of_an_averaging_is_nothing(comm):
         backward(model, seed=i)
         optimizer.step()
     assert [p.data_ptr() for p in model.parameters()] == addresses
+
+
+@pytest.mark.parametrize("statistics", ["sketch", "exact"])
+def test_gradients_in_another_memory_order_count_the_same(comm, statistics):
+    """Equal gradients on all ranks have no variance, also when one rank's lie in memory as channels_last."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(6, 8, 3)
+    optimizer = local(model, 1, optimizer=sgd(model, lr=0.0), scaling=hvdlocal.LocalAdaScale(statistics=statistics))
+    gradient = torch.randn(model.weight.shape)
+    last = comm.rank == comm.size - 1
+    model.weight.grad = gradient.to(memory_format=torch.channels_last) if last else gradient
+    model.bias.grad = torch.zeros_like(model.bias)
+    optimizer.step()
+    if comm.size > 1:
+        assert optimizer.grad_var < 1e-4
+        assert optimizer.grad_sqr == pytest.approx(float(gradient.square().sum()), rel=1e-4)
+
+
+def test_a_default_dtype_of_float64_changes_nothing(comm):
+    torch.set_default_dtype(torch.float64)
+    try:
+        model = torch.nn.Linear(40, 50).float()
+        optimizer = local(model, 1, optimizer=sgd(model), scaling=hvdlocal.LocalAdaScale(sketch_size=512))
+        model(torch.ones(2, 40, dtype=torch.float32)).sum().backward()
+        optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert comm.size == 1 or optimizer.grad_sqr > 0

@@ -211,6 +211,38 @@ def test_a_nan_at_a_sampled_coordinate_takes_its_rank_out(comm):
         assert bool(model.w.isfinite().all())
 
 
+def test_the_rank_that_was_nan_has_the_averaged_moments(comm):
+    model = Slope(10)
+    optimizer = local(model, 1, optimizer=sgd(model, lr=0.1, momentum=0.9), momentum="average")
+    step(optimizer, model, 1.0)
+    with pytest.raises(hvdlocal.NonFiniteError):
+        step(optimizer, model, float("nan") if comm.rank == 0 else 2.0)
+    if comm.size > 1:
+        moment = optimizer.state[model.w]["momentum_buffer"]
+        torch.testing.assert_close(moment, torch.full((10,), 0.9 * 1.0 + 2.0))
+
+
+def test_a_late_nan_voids_the_statistics_too(comm):
+    """The first gradient of the round was fine on every rank, but a rank that is no longer finite takes all back."""
+    model = Slope(10)
+    optimizer = local(model, 2, optimizer=sgd(model, lr=0.1), scaling=hvdlocal.LocalAdaScale())
+    step(optimizer, model, 1.0)
+    with pytest.raises(hvdlocal.NonFiniteError):
+        step(optimizer, model, float("nan") if comm.rank == 0 else 1.0)
+    assert optimizer.grad_sqr is None
+
+
+def test_a_model_put_back_after_it_was_lost_is_averaged_again(comm):
+    model = Slope(10)
+    optimizer = local(model, 1, optimizer=sgd(model, lr=0.1))
+    with pytest.raises(hvdlocal.NonFiniteError, match="no rank holds"):
+        step(optimizer, model, float("nan"))
+    with torch.no_grad():
+        model.w.fill_(5.0)
+    step(optimizer, model, 1.0)
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), 4.9))
+
+
 def test_nan_gradient_without_recorded_loss_stops_the_synchronous_step(comm):
     model = Slope(numel=4)
     optimizer = hvdlocal.SynchronousOptimizer(sgd(model), model)
