@@ -13,7 +13,7 @@ from typing import IO, Any
 from data_prep import cifar10, cifar100, digits, imagenet, imagenet32, synthetic
 from data_prep.progress import ProgressBar
 from data_prep.source import Source
-from hvdlocal.communicator import CommunicationError, Communicator, init, launched_size
+from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, Communicator, init, launched_size
 from hvdlocal.data.team import Team
 from hvdlocal.data.writer import BadSamplesError, JpegShardWriter, ShardWriter, verify
 
@@ -28,6 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"data_prep: {error}", file=sys.stderr, flush=True)
         return 2
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data, which are not used
+    try:
+        return _run(argv, communicator)
+    except CommunicationError as error:  # it cannot be known whether rank 0 hears of it
+        print(f"data_prep: {error}", file=sys.stderr, flush=True)
+        if communicator is not None and isinstance(error, CollectiveTimeoutError):
+            communicator.abort(2)  # an orderly end would wait for the rank that did not come
+        return 2
+
+
+def _run(argv: Sequence[str] | None, communicator: Communicator | None) -> int:
     talks = communicator is None or communicator.rank == 0
     try:
         arguments = _parser(talks).parse_args(argv)
@@ -41,9 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # which ends the other ranks too
         print("data_prep: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
         return 130
-    except CommunicationError as error:  # it cannot be known whether rank 0 hears of it
-        print(f"data_prep: {error}", file=sys.stderr, flush=True)
-        return 2
     except (ValueError, OSError) as error:
         if talks:
             print(f"data_prep: {error}", file=sys.stderr, flush=True)
@@ -72,7 +79,12 @@ def _verify(
 
 def _write(arguments: argparse.Namespace, communicator: Communicator | None, talks: bool) -> None:
     team = Team(communicator)
+    if arguments.command == "imagenet":
+        team.together(lambda: _check_outside(arguments.output, arguments.source), "data.output")
     source: Source = arguments.load(arguments, team)
+    if arguments.command == "imagenet":
+        for split in source.splits:
+            team.together(partial(_check_outside, arguments.output / split, arguments.source), "data.output")
     if talks:
         for remark in source.remarks:
             print(remark, file=sys.stderr, flush=True)
@@ -86,6 +98,12 @@ def _write(arguments: argparse.Namespace, communicator: Communicator | None, tal
         raise ValueError("; ".join(str(refusal) for refusal in refusals))
     if arguments.verify:
         _verify(arguments.output, communicator, talks, list(source.splits))
+
+
+def _check_outside(directory: Path, source: Path) -> None:
+    """Refuse to write into a tree of images, which would be another tree from then on."""
+    if source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--output lies inside --source ({directory} in {source}); choose a directory outside of it")
 
 
 def _write_split(

@@ -1,7 +1,8 @@
 """Listing a tree with one folder per class."""
 
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ class Listing:
 
     Attributes:
         files: paths relative to the root of the tree, class by class, sorted within each.
-        sizes: in bytes.
+        sizes: in bytes; -1 for what cannot be looked at (a link to nowhere) or is no regular file.
         labels: index of each file's class.
         ignored: paths of other files, which are none of the data set.
     """
@@ -40,7 +41,8 @@ def list_tree(root: Path, splits: Sequence[str]) -> tuple[tuple[str, ...], dict[
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: there are no class folders, or one is empty or unknown.
+        OSError: a folder cannot be read.
+        ValueError: there are no class folders, or one is empty or unknown, or a link leads in a circle.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a directory; name the one that holds train/<class>/… or <class>/…")
@@ -50,7 +52,7 @@ def list_tree(root: Path, splits: Sequence[str]) -> tuple[tuple[str, ...], dict[
     classes: tuple[str, ...] = ()
     listings = {}
     for split, folder in folders.items():
-        found = sorted(entry.name for entry in os.scandir(root / folder) if entry.is_dir() and entry.name[:1] != ".")
+        found = _class_folders(root / folder)
         if not found:
             raise ValueError(f"{root / folder} holds no folders; one per class is needed, with images in it")
         classes = classes or tuple(found)
@@ -71,19 +73,30 @@ def _named(root: Path, split: str) -> tuple[str, str]:
     return name, folder or name
 
 
+def _class_folders(directory: Path) -> list[str]:
+    found = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[:1] != ".")
+    for name in found:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"the folder {name!a} in {directory} has a name that is not UTF-8, so no class can be named after it; "
+                "rename it"
+            ) from None
+    return found
+
+
 def _list_split(root: Path, folder: str, found: Sequence[str], classes: Sequence[str]) -> Listing:
     listing = Listing()
     listing.ignored += [entry.name for entry in os.scandir(root / folder) if entry.is_file() and entry.name[:1] != "."]
     for name in found:
         files: list[tuple[str, int]] = []
-        for directory, _, names in os.walk(root / folder / name, followlinks=True):
-            for file in names:
-                path = os.path.join(directory, file)
-                relative = os.path.relpath(path, root)
-                if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
-                    files.append((relative, os.stat(path).st_size))
-                elif not file.startswith("."):
-                    listing.ignored.append(relative)
+        for path in _walk(root / folder / name):
+            relative = os.path.relpath(path, root)
+            if path.lower().endswith(EXTENSIONS):
+                files.append((relative, _file_size(path)))
+            else:
+                listing.ignored.append(relative)
         if not files:
             raise ValueError(
                 f"{root / folder / name} holds no images ({', '.join(EXTENSIONS)}); fill or remove the folder"
@@ -93,3 +106,26 @@ def _list_split(root: Path, folder: str, found: Sequence[str], classes: Sequence
             listing.sizes.append(size)
             listing.labels.append(classes.index(name))
     return listing
+
+
+def _walk(top: Path) -> Iterator[str]:
+    """Paths of all files below, but hidden ones and those in hidden folders; links are followed."""
+    seen: dict[str, str] = {}
+
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would leave the folder out
+
+    for directory, folders, names in os.walk(top, onerror=fail, followlinks=True):
+        first = seen.setdefault(os.path.realpath(directory), directory)
+        if first != directory:
+            raise ValueError(f"{directory} leads back to {first}; remove the link")
+        folders[:] = [name for name in folders if name[:1] != "."]
+        yield from (os.path.join(directory, name) for name in names if name[:1] != ".")
+
+
+def _file_size(path: str) -> int:
+    try:
+        found = os.stat(path)
+    except OSError:  # reading it will tell why
+        return -1
+    return found.st_size if stat.S_ISREG(found.st_mode) else -1

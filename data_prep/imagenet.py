@@ -71,12 +71,13 @@ def load(
 
 
 def _size(listing: Listing, resize: int | None) -> int:
-    total = sum(listing.sizes)
+    total = sum(max(size, 0) for size in listing.sizes)
     if resize is None:
         return total
     return min(total, int(len(listing.files) * resize * resize * 4 / 3 * _ENCODED_BYTES_PER_PIXEL))
 
 
 def _identity(listing: Listing, preparation: dict[str, Any]) -> str:
+    # No times of change: they differ between copies of one tree, and a tree that was touched is not another data set.
     content = json.dumps([listing.files, listing.sizes, preparation], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -22,7 +22,7 @@ class JpegFiles:
     Args:
         root: directory that the paths are relative to.
         paths: of the files.
-        sizes: their sizes in bytes when they were listed.
+        sizes: their sizes in bytes when they were listed; -1 for what was no file that can be read.
         resize: length in pixels that the shorter side is reduced to; smaller images keep their size. None keeps all.
         quality: of the JPEG files that are made by resizing.
     """
@@ -40,8 +40,11 @@ class JpegFiles:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> JpegSample:
-        """File ``index``. Raises ValueError with the reason if it cannot be used."""
+        """File ``index``. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read."""
         path = self._root / self._paths[index]
+        if self._sizes[index] < 0:
+            path.stat()  # says what is wrong with a link that leads nowhere
+            raise ValueError("is not a regular file")  # reading it might never end
         content = path.read_bytes()
         if len(content) != self._sizes[index]:
             raise OSError(f"{path} had {self._sizes[index]} bytes when it was listed and has {len(content)} now")

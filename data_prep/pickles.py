@@ -1,14 +1,18 @@
 """Reading other people's pickles of arrays without running any code that they name.
 
 A pickle is a program for a small machine that can call any function it names. Here it finds a few names, all of them
-harmless stand-ins of this module; what they stand for in NumPy is never called by the pickle. The machine is Python's own
-slow one, since the fast one allocates whatever a damaged file asks for.
+harmless stand-ins of this module; what they stand for in NumPy is never called by the pickle, and nothing that outlives
+the reading can be changed by it. The machine is Python's own slow one, since the fast one allocates whatever a damaged
+file asks for. A few bytes can nest a tuple so often within itself that hashing, printing or converting it takes for ever;
+so none of that is done to more than flat lists.
 """
 
 import mmap
 import pickle
+import struct
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +22,7 @@ _NUMERIC = ("numpy.core.numeric", "numpy._core.numeric")
 
 
 def load_arrays(path: Path) -> Any:
-    """The content of a pickle file: plain containers, text, numbers, and arrays of numbers.
+    """The content of a pickle file: text, a number, an array of numbers, a flat list or tuple, or a dict of those.
 
     Text of Python 2 comes back as bytes. Large uint8 arrays are read-only maps of the file where possible.
 
@@ -54,17 +58,58 @@ class _ArrayUnpickler(pickle._Unpickler):
             return _latin1
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no array needs")
 
+    def load_build(self: Any) -> None:
+        if not isinstance(self.stack[-2], _Array | _Dtype):  # the functions and classes here could be changed
+            raise pickle.UnpicklingError("it changes what is no array")
+        pickle._Unpickler.dispatch[pickle.BUILD[0]](self)
+
+    def load_setitem(self: Any) -> None:
+        _check_keys(self.stack[-2:-1])
+        pickle._Unpickler.dispatch[pickle.SETITEM[0]](self)
+
+    def load_setitems(self: Any) -> None:
+        _check_keys(self.stack[::2])
+        pickle._Unpickler.dispatch[pickle.SETITEMS[0]](self)
+
+    def load_dict(self: Any) -> None:
+        _check_keys(self.stack[::2])
+        pickle._Unpickler.dispatch[pickle.DICT[0]](self)
+
+    def load_bytearray8(self: Any) -> None:
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))  # Python's own sets aside whatever length the file claims
+
+    def refuse_set(self: Any) -> None:
+        raise pickle.UnpicklingError("it holds a set, which no array needs")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {  # by opcode: overriding a method alone has no effect
+        **pickle._Unpickler.dispatch,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.EMPTY_SET[0]: refuse_set,
+        pickle.ADDITEMS[0]: refuse_set,
+        pickle.FROZENSET[0]: refuse_set,
+    }
+
+
+def _check_keys(keys: Sequence[Any]) -> None:
+    for key in keys:
+        if not isinstance(key, str | bytes | int):
+            raise pickle.UnpicklingError(f"it holds a dict with a {type(key).__name__} as a key")
+
 
 class _Dtype:
     """Stands in for numpy.dtype: remembers what it was called with, and its byte order."""
 
     def __init__(self, code: Any, *_: Any) -> None:
-        self.code = code.decode("ascii") if isinstance(code, bytes) else str(code)
+        self.code = _text(code)
         self.order = "|"
 
     def __setstate__(self, state: Any) -> None:
-        order = state[1]
-        self.order = order.decode("ascii") if isinstance(order, bytes) else str(order)
+        self.order = _text(state[1])
 
     def numpy(self) -> np.dtype[Any]:
         if self.code[:1] not in ("i", "u", "b", "f") or self.order not in ("<", ">", "|", "="):
@@ -113,13 +158,19 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def _with_arrays(content: Any, path: Path) -> Any:
     """The content with arrays in place of their stand-ins, wherever a batch may hold them."""
-    if isinstance(content, _Array):
-        return content.numpy(path)
     if isinstance(content, dict):
-        return {
-            key: _with_arrays(value, path) if isinstance(value, _Array) else value for key, value in content.items()
-        }
-    return content
+        return {key: _flat_or_array(value, path) for key, value in content.items()}
+    return _flat_or_array(content, path)
+
+
+def _flat_or_array(value: Any, path: Path) -> Any:
+    if isinstance(value, _Array):
+        return value.numpy(path)
+    if isinstance(value, dict) or (
+        isinstance(value, list | tuple) and any(isinstance(item, dict | list | tuple) for item in value)
+    ):
+        raise ValueError("it nests containers, which no batch of images does")
+    return value
 
 
 def _new_array(*_: Any) -> _Array:
@@ -139,3 +190,9 @@ def _scalar(dtype: Any, raw: Any) -> int:
 
 def _latin1(text: str, encoding: str | bytes = "latin1") -> bytes:
     return text.encode("latin1")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | bytes):
+        raise ValueError("it holds an array of no known type")
+    return value.decode("ascii") if isinstance(value, bytes) else value

@@ -32,7 +32,9 @@ class StoredSamples:
     """Samples with labels behind a storage: what `ShardedDataset` and a user's own HDF5 files have in common.
 
     Reading is safe from any number of threads, and so is closing. A pickle holds paths and settings, no data and no
-    handles; in another process on the same node it finds shared memory again.
+    handles. What a communicator of more than one rank holds in mode "ram" is shared, and a process that unpickles the data
+    set on the same node while the first is open reads the same memory. Without one the memory is private: then such a
+    process, a spawned worker for example, makes a copy of its own. Mode "mmap" needs none.
 
     Attributes:
         kind: "images", all of one shape, or "jpeg".
@@ -329,12 +331,24 @@ class ShardedDataset(StoredSamples):
             shard.verify()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"arguments": self._arguments, "settings": self._settings, "region": region_of(self._opened)}
+        return {
+            "arguments": self._arguments,
+            "settings": self._settings,
+            "fingerprint": self.fingerprint,
+            "region": region_of(self._opened),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._arguments = state["arguments"]
         self._load(None, *state["settings"])
+        if self.fingerprint != state["fingerprint"]:  # labels would be the new ones, shared memory the old
+            raise written_again(split_directory(*self._arguments))
         self._region = state["region"]  # the storage is opened when it is first read
+
+
+def written_again(path: Path) -> ValueError:
+    """What to raise when a pickle finds other data than those it was made of."""
+    return ValueError(f"{path} was written again since this data set was opened; open it again")
 
 
 def region_of(storage: Storage | None) -> Region | None:

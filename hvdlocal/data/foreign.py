@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from hvdlocal.communicator.agreement import require_agreement, succeed_together
 from hvdlocal.communicator.base import Communicator
-from hvdlocal.data.dataset import StoredSamples, open_each, region_of
+from hvdlocal.data.dataset import StoredSamples, open_each, region_of, written_again
 from hvdlocal.data.manifest import sha256_of_json
 from hvdlocal.data.storage import Layout, Reader
 from hvdlocal.data.storage.base import BLOCK_BYTES, READ_BYTES
+
+_MOST_UNNAMED_CLASSES = 1 << 16  # more need names, or at least as many images
 
 
 def open_hdf5(
@@ -97,6 +99,7 @@ class HDF5Dataset(StoredSamples):
         self, source: _Source, communicator: Communicator | None, storage: str, share: str, stream_bytes: int | None
     ) -> None:
         self._source = source
+        self._stamps = [_stamp(path) for path in source.paths]  # before they are read: what comes later must show
         if communicator is not None:
             facts = {"number of files": len(source.paths), "storage": storage, "share": share}
             require_agreement(communicator, facts, "hvdlocal.data.agreement")
@@ -109,6 +112,12 @@ class HDF5Dataset(StoredSamples):
         self.index = np.arange(len(self.labels))
         self.dims = None
         lowest, highest = int(self.labels.min()), int(self.labels.max())
+        # Labels that are no numbers of classes (hashes, time stamps) would become as many names.
+        if source.classes is None and highest >= max(_MOST_UNNAMED_CLASSES, 2 * len(self.labels)):
+            raise ValueError(
+                f"/{source.labels} holds labels up to {highest} for {len(self.labels)} images: number the classes from 0, or "
+                "name them all with classes="
+            )
         self._classes = source.classes or tuple(str(label) for label in range(highest + 1))
         if lowest < 0 or highest >= len(self._classes):
             raise ValueError(
@@ -149,11 +158,18 @@ class HDF5Dataset(StoredSamples):
             "source": self._source,
             "settings": self._settings,
             "statistics": self._statistics,
+            "stamps": self._stamps,
+            "labels": _sha256(self.labels),
             "region": region_of(self._opened),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._load(state["source"], None, *state["settings"])
+        for path, mine, theirs in zip(self._source.paths, self._stamps, state["stamps"], strict=True):
+            if mine != theirs:
+                raise written_again(path)
+        if _sha256(self.labels) != state["labels"]:
+            raise written_again(self._source.paths[0])
         self._statistics = state["statistics"]
         self._region = state["region"]  # the storage is opened when it is first read
 
@@ -218,26 +234,82 @@ class _File:
     labels: NDArray[np.int32]
 
 
+# What h5py raises, beside ValueError, for a file whose inside is not what it should be.
+_DAMAGE = (OSError, KeyError, RuntimeError, TypeError, MemoryError)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Size and time of the last change, in ns; None for a file that is not there, which is somebody else's to report."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
 def _open_hdf5(path: Path) -> h5py.File:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name an HDF5 file of images and labels")
     try:
         return h5py.File(path, "r", locking=False)
-    except OSError as error:
+    except _DAMAGE as error:
         raise ValueError(f"{path} cannot be opened as HDF5 ({error}); copy or write it again") from error
 
 
 def _open_file(path: Path, source: _Source) -> _File:
     with _open_hdf5(path) as file:
-        images = _dataset(path, file, source.images)
-        if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+        try:
+            return _inspect(path, file, source)
+        except _DAMAGE as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path} is damaged: HDF5 says {reason}; copy it again") from error
+
+
+def _inspect(path: Path, file: h5py.File, source: _Source) -> _File:
+    images = _dataset(path, file, source.images)
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+        raise ValueError(
+            f"{path} holds /{source.images} as {images.dtype} {images.shape}; uint8 (N, H, W, C) or (N, H, W) with at "
+            "least one image is needed: convert it, or name another dataset"
+        )
+    _require_written(path, images)
+    height, width, channels = (*images.shape[1:], 1)[:3]
+    labels = _labels(path, _dataset(path, file, source.labels), len(images))
+    return _File(_extent(path, images, source.images), (height, width, channels), labels)
+
+
+def _require_written(path: Path, dataset: h5py.Dataset) -> None:
+    """Raises ValueError for data that were never written: HDF5 would read them as zeros and say nothing."""
+    layout = dataset.id.get_create_plist().get_layout()
+    if layout == h5py.h5d.CHUNKED:
+        expected = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+        found = dataset.id.get_num_chunks()
+        if found < expected:
             raise ValueError(
-                f"{path} holds /{source.images} as {images.dtype} {images.shape}; uint8 (N, H, W, C) or (N, H, W) with at "
-                "least one image is needed: convert it, or name another dataset"
+                f"{path} holds {found} of the {expected} chunks of {dataset.name}: the others were never written; write "
+                "them, or copy the file again"
             )
-        height, width, channels = (*images.shape[1:], 1)[:3]
-        labels = _labels(path, _dataset(path, file, source.labels), len(images))
-        return _File(_extent(path, images, source.images), (height, width, channels), labels)
+    elif layout == h5py.h5d.VIRTUAL:
+        for source in dataset.virtual_sources():
+            _require_source(path, dataset, source.file_name, source.dset_name)
+    # The size is the test: with a user block, get_offset() of data never written is (user block - 1), not None.
+    elif layout == h5py.h5d.CONTIGUOUS and dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
+        raise ValueError(f"{path} holds no data in {dataset.name}: they were never written")
+
+
+def _require_source(path: Path, dataset: h5py.Dataset, file_name: str, name: str) -> None:
+    """The same for one of the datasets that a virtual one is made of."""
+    if file_name == ".":  # a dataset of the same file
+        _require_written(path, _dataset(path, dataset.file, name))
+        return
+    places = [path.parent / file_name, Path(file_name)]  # where HDF5 looks
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(
+            f"{path} takes {dataset.name} from {file_name}, which does not exist: copy it too, or write all into one file"
+        )
+    with _open_hdf5(found) as file:
+        _require_written(found, _dataset(found, file, name))
 
 
 def _dataset(path: Path, file: h5py.File, name: str) -> h5py.Dataset:
@@ -255,6 +327,7 @@ def _labels(path: Path, dataset: h5py.Dataset, count: int) -> NDArray[np.int32]:
             f"{path} holds {dataset.name} as {dataset.dtype} {dataset.shape}; integers, one for each of the {count} images, "
             "are needed"
         )
+    _require_written(path, dataset)
     labels = np.asarray(dataset[:]).reshape(count)
     if labels.min() < 0 or labels.max() >= 2**31:
         raise ValueError(
@@ -268,11 +341,9 @@ def _extent(path: Path, images: h5py.Dataset, name: str) -> _Contiguous:
     data_bytes = len(images) * row_bytes
     properties = images.id.get_create_plist()
     if properties.get_layout() == h5py.h5d.CONTIGUOUS and not properties.get_external_count():
-        offset = images.id.get_offset()
-        # The size is the test: with a user block, get_offset() of data never written is (user block - 1), not None.
-        if offset is None or images.id.get_storage_size() != data_bytes:
-            raise ValueError(f"{path} holds no data in /{name}: they were never written")
-        return _Contiguous(path, int(offset), data_bytes, _unit_bounds(len(images), row_bytes, 1, BLOCK_BYTES))
+        return _Contiguous(
+            path, int(images.id.get_offset()), data_bytes, _unit_bounds(len(images), row_bytes, 1, BLOCK_BYTES)
+        )
     chunk = images.chunks[0] if images.chunks else 1
     return _Packed(path, 0, data_bytes, _unit_bounds(len(images), row_bytes, chunk, READ_BYTES), name)
 
@@ -305,7 +376,7 @@ def _statistics(dataset: HDF5Dataset, communicator: Communicator | None) -> _Sta
     content = {
         "shape": dataset.shape,
         "classes": dataset.classes,
-        "labels": hashlib.sha256(dataset.labels.astype("<i4").tobytes()).hexdigest(),
+        "labels": _sha256(dataset.labels),
         "images": hashlib.sha256(b"".join(digest for digest, _ in groups)).hexdigest(),
     }
     n = math.prod(dataset.shape[:2]) * len(dataset)
@@ -316,6 +387,10 @@ def _statistics(dataset: HDF5Dataset, communicator: Communicator | None) -> _Sta
         mean.append(total / (255 * n))
         std.append(math.sqrt(n * squares - total * total) / (255 * n))
     return _Statistics(sha256_of_json(content), tuple(mean), tuple(std))
+
+
+def _sha256(labels: NDArray[np.int32]) -> str:
+    return hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest()
 
 
 def _digest(images: NDArray[np.uint8]) -> tuple[bytes, list[tuple[int, int]]]:

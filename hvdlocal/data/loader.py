@@ -99,7 +99,7 @@ class Loader:
         self.global_batch_size = self._plan.global_batch_size
         self.samples_per_epoch = self._plan.samples_per_epoch
         window = -(-self._plan.order.window_samples // num_workers)
-        _warn_if_read_twice(dataset, window)
+        _warn_if_read_twice(dataset, self._plan.order.mode, window)
         self._pipeline = Pipeline(
             dataset, crop, transform, mix, self.device, prefetch, threads, read_ahead=max(window, 2 * batch_size)
         )
@@ -178,9 +178,14 @@ class Loader:
             cursor += self._plan.size(cursor)
 
 
-def _warn_if_read_twice(dataset: StoredSamples, window: int) -> None:
+def _warn_if_read_twice(dataset: StoredSamples, order: OrderMode, window: int) -> None:
     """A streamed set whose room does not hold the window in use and the next one gives the right samples, but slowly."""
     room = dataset.stream_bytes
+    if room is not None and order != "block" and dataset.num_bytes > room:
+        warnings.warn(
+            f"order={order!r} reads a block for almost every sample of a streamed data set; choose order='block'",
+            stacklevel=3,
+        )
     if room is not None and (needed := 2 * window * dataset.num_bytes // len(dataset)) > room:
         warnings.warn(
             f"two windows of the streamed data set take {needed / 2**20:.0f} MiB on this rank, but it may hold "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -102,11 +103,17 @@ class Plan:
                     f"the loader's state was saved with {name} {state.get(name)}, this loader has {mine}; resume with the "
                     "data set, seed, order, tail and (for tail='drop') global batch size of the saved run"
                 )
-        return int(state["samples_consumed"])
+        consumed = state.get("samples_consumed")
+        if not isinstance(consumed, Integral) or consumed < 0:
+            raise ValueError(f"the loader's state has samples_consumed {consumed!r}; it must be an integer, at least 0")
+        return int(consumed)
 
 
 def check_batch(batch_size: int, rank: int, num_workers: int) -> None:
     """Raises ValueError for numbers that no rank can have."""
+    for name, value in (("batch_size", batch_size), ("rank", rank), ("num_workers", num_workers)):
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} is {value!r}; it must be an integer")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if num_workers < 1:

@@ -157,29 +157,17 @@ def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
         raise ValueError(
             f"{path} cannot be opened as HDF5 ({error}); unless this program holds it open, copy it again, or {_REWRITE}"
         ) from error
-    with file:
-        _check_attributes(path, file, shard_attributes(manifest.split, manifest.seed, manifest.classes))
-        n = entry.num_samples
-        labels = _read(path, file, "labels", "<i4", (n,))
-        index = _read(path, file, "index", "<i8", (n,))
-        if manifest.shape is not None:
-            crc32 = _read(path, file, "crc32", "<u4", (-(-n // CRC_BLOCK),))
-            sample_bytes = int(np.prod(manifest.shape))
-            bounds = np.minimum(np.arange(len(crc32) + 1, dtype=np.int64) * CRC_BLOCK, n) * sample_bytes
-            offset = _data_offset(path, file, "images", (n, *manifest.shape))
-            shard = Shard(path, offset, n * sample_bytes, labels, index, crc32, bounds)
-        else:
-            crc32 = _read(path, file, "crc32", "<u4", (n,))
-            offsets = _read(path, file, "offsets", "<u8", (n + 1,)).astype(np.int64)
-            dims = _read(path, file, "dims", "<u2", (n, 2))
-            if offsets[0] != 0 or not (np.diff(offsets) > 0).all():
-                raise ValueError(f"{path} holds /offsets that do not begin at 0 and ascend; {_REWRITE}")
-            offset = _data_offset(path, file, "jpeg", (int(offsets[-1]),))
-            shard = Shard(path, offset, int(offsets[-1]), labels, index, crc32, offsets, offsets, dims)
+    try:
+        with file:
+            shard = _read_shard(path, file, entry, manifest)
+    except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError, OSError) as error:
+        # What h5py and NumPy make of an HDF5 header with wrong bits.
+        raise ValueError(f"{path} is damaged ({error}); copy it again, or {_REWRITE}") from error
     if shard.sha256 != entry.sha256:
         raise ValueError(
             f"{path} is not the shard that {MANIFEST_NAME} describes (stale manifest or shard); copy both again"
         )
+    labels = shard.labels
     if labels.min() < 0 or labels.max() >= len(manifest.classes):
         raise ValueError(
             f"{path} holds labels {labels.min()}..{labels.max()} but names {len(manifest.classes)} classes; {_REWRITE}"
@@ -187,10 +175,30 @@ def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
     return shard
 
 
+def _read_shard(path: Path, file: h5py.File, entry: ShardEntry, manifest: Manifest) -> Shard:
+    _check_attributes(path, file, shard_attributes(manifest.split, manifest.seed, manifest.classes))
+    n = entry.num_samples
+    labels = _read(path, file, "labels", "<i4", (n,))
+    index = _read(path, file, "index", "<i8", (n,))
+    if manifest.shape is not None:
+        crc32 = _read(path, file, "crc32", "<u4", (-(-n // CRC_BLOCK),))
+        sample_bytes = int(np.prod(manifest.shape))
+        bounds = np.minimum(np.arange(len(crc32) + 1, dtype=np.int64) * CRC_BLOCK, n) * sample_bytes
+        offset = _data_offset(path, file, "images", (n, *manifest.shape))
+        return Shard(path, offset, n * sample_bytes, labels, index, crc32, bounds)
+    crc32 = _read(path, file, "crc32", "<u4", (n,))
+    offsets = _read(path, file, "offsets", "<u8", (n + 1,)).astype(np.int64)
+    dims = _read(path, file, "dims", "<u2", (n, 2))
+    if offsets[0] != 0 or not (np.diff(offsets) > 0).all():
+        raise ValueError(f"{path} holds /offsets that do not begin at 0 and ascend; {_REWRITE}")
+    offset = _data_offset(path, file, "jpeg", (int(offsets[-1]),))
+    return Shard(path, offset, int(offsets[-1]), labels, index, crc32, offsets, offsets, dims)
+
+
 def _check_attributes(path: Path, file: h5py.File, attributes: Mapping[str, str | int]) -> None:
     for name, expected in attributes.items():
         found = file.attrs.get(name)
-        if found != expected:
+        if np.ndim(found) or found != expected:
             raise ValueError(
                 f"{path} has {name} {found} where {expected} is expected: it is another data set's; {_REWRITE}"
             )

@@ -26,8 +26,8 @@ from hvdlocal.data.pixels import mean_and_std
 from hvdlocal.data.shard import open_shard
 from hvdlocal.data.team import Team
 
-UNFINISHED = "unfinished"
-"""Directory inside the split's, where shards wait until all are there."""
+UNFINISHED = ".unfinished"
+"""Directory inside the split's, where shards wait until all are there; named as no class of an image tree can be."""
 
 BAD_FILES = "bad_files.txt"
 """Report inside the split's directory: one line per sample that could not be used."""
@@ -185,7 +185,7 @@ class SplitWriter:
         bounds = [n * i // self.num_shards for i in range(self.num_shards + 1)]
         rows = [order[bounds[number] : bounds[number + 1]] for number in range(self.num_shards)]
 
-        existing = team.first(lambda: self._prepare(plan), "data.prepare")
+        existing = team.first(lambda: self._prepare(plan, skip_bad), "data.prepare")
         if existing is not None:
             intact = self._each(range(self.num_shards), lambda number: self._is_intact(existing, number))
             damaged = [number for number, whole in enumerate(intact) if not whole]
@@ -211,7 +211,7 @@ class SplitWriter:
             if team.rank == 0:
                 self._remove_if_empty()
             raise
-        team.first(lambda: self._publish(manifest, changed=bool(damaged)), "data.publish")
+        team.first(lambda: self._publish(manifest, changed=bool(damaged), mended=existing is not None), "data.publish")
         return manifest
 
     def _each(
@@ -239,8 +239,9 @@ class SplitWriter:
         if self._progress and self._team.rank == 0:
             self._progress(samples)
 
-    def _prepare(self, plan: str) -> Manifest | None:
+    def _prepare(self, plan: str, skip_bad: bool) -> Manifest | None:
         """Look at what is there, and clear what an earlier run left. Returns the finished manifest of the same plan."""
+        self._refuse_strange_shards(plan)
         path = self.directory / MANIFEST_NAME
         existing = None
         if path.exists():
@@ -253,6 +254,8 @@ class SplitWriter:
                 if not self.overwrite:
                     raise self._refusal()
                 existing = None
+            if existing is not None and existing.preparation.get("left_out") and not skip_bad:
+                existing = None  # finished with --bad skip, it lacks what is wanted now; the bad files may be mended
         foreign = []
         for receipt in self._unfinished.glob("*.json"):
             try:
@@ -277,20 +280,37 @@ class SplitWriter:
                 leftover.unlink()
         return existing
 
+    def _refuse_strange_shards(self, plan: str) -> None:
+        """Without a manifest, only the shards of which there are receipts are known to be ours, left half published."""
+        if self.overwrite or (self.directory / MANIFEST_NAME).exists():
+            return
+        for shard in sorted(self.directory.glob(f"{self.split}-?????-of-?????.h5*")):
+            try:
+                known = Receipt.load(self._unfinished / f"{shard.name}.json").plan == plan
+            except (ValueError, OSError):
+                known = False
+            if not known:
+                raise FileExistsError(
+                    f"{shard} is there without a {MANIFEST_NAME}; copy the manifest too, choose another directory, or "
+                    "overwrite"
+                )
+
     def _finished(
         self, number: int, rows: NDArray[np.int64], labels: NDArray[np.int32], draft: Manifest
     ) -> Receipt | None:
-        """The receipt of a shard that an earlier run finished, if the shard is whole and what is to be written."""
+        """The receipt of a shard that an earlier run finished, if the shard is whole and what is to be written.
+
+        One that lacks bad samples is not: they may have been mended since, to files of the same size even.
+        """
         name = shard_name(self.split, number, self.num_shards)
         try:
             receipt = Receipt.load(self._unfinished / f"{name}.json")
-            if receipt.plan != draft.plan or receipt.entry.file != name:
+            if receipt.plan != draft.plan or receipt.entry.file != name or receipt.bad:
                 return None
             # It is in its final place already if the earlier run ended while it published.
             path = self._unfinished / name
             shard = open_shard(path if path.exists() else self.directory / name, receipt.entry, draft)
-            wanted = rows[~np.isin(rows, [index for index, _ in receipt.bad])]
-            if not (np.array_equal(shard.index, wanted) and np.array_equal(shard.labels, labels[wanted])):
+            if not (np.array_equal(shard.index, rows) and np.array_equal(shard.labels, labels[rows])):
                 return None
             shard.verify()
         except (ValueError, OSError):
@@ -368,27 +388,36 @@ class SplitWriter:
             entries[number] = receipt.entry
         return replace(existing, shards=tuple(entries))
 
-    def _publish(self, manifest: Manifest, changed: bool) -> None:
+    def _publish(self, manifest: Manifest, changed: bool, mended: bool) -> None:
+        temporary = self.directory / f"{MANIFEST_NAME}.tmp"
         if changed:
+            for shard in manifest.shards:
+                waiting, placed = self._unfinished / shard.file, self.directory / shard.file
+                place = waiting if waiting.exists() else placed
+                if not place.is_file() or place.stat().st_size != shard.bytes:
+                    raise FileNotFoundError(
+                        f"{waiting} was removed or changed while the data set was written; run again"
+                    )
             # The old manifest goes first: from then on until the new one is there, a reader finds no data set instead
-            # of a mixed one. The receipts stay, so that a run that is killed here can be finished.
+            # of a mixed one. The receipts stay, so that a run that is killed here can be finished. A manifest whose
+            # shards are mended stays: it means the same content, and tells that the whole shards are ours.
             target = self.directory / MANIFEST_NAME
-            target.unlink(missing_ok=True)
+            if not mended:
+                target.unlink(missing_ok=True)
             _fsync(self.directory)
             for shard in manifest.shards:
                 if (self._unfinished / shard.file).exists():
                     os.replace(self._unfinished / shard.file, self.directory / shard.file)
             _fsync(self.directory)
-            temporary = self.directory / f"{MANIFEST_NAME}.tmp"
             manifest.save(temporary)
             _fsync(temporary)
             os.replace(temporary, target)
             _fsync(self.directory)
-        # What is left of a data set with another number of shards would never be read again.
-        for leftover in set(self.directory.glob(f"{self.split}-?????-of-?????.h5*")) - {
-            self.directory / shard.file for shard in manifest.shards
-        }:
-            leftover.unlink()
+        temporary.unlink(missing_ok=True)  # of a run that was killed while it mended
+        if self.overwrite:  # what is left of a data set with another number of shards would never be read again
+            ours = {self.directory / shard.file for shard in manifest.shards}
+            for leftover in set(self.directory.glob(f"{self.split}-?????-of-?????.h5*")) - ours:
+                leftover.unlink()
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def _remove_if_empty(self) -> None:

@@ -16,7 +16,7 @@ from hvdlocal.data.order import OrderMode
 from hvdlocal.data.plan import Plan, resolve_order
 
 if TYPE_CHECKING:
-    from hvdlocal.data.augment import Crop
+    from hvdlocal.data.augment import Crop, Transform
     from hvdlocal.data.dataset import StoredSamples
 
 
@@ -38,42 +38,57 @@ class SampleIndex(int):
 class TorchDataset(data.Dataset[tuple[Any, int]]):
     """A map-style dataset of (image, label), for `torch.utils.data.DataLoader`.
 
-    An image is a uint8 (H, W, C) tensor, or what ``transform`` makes of that; a label is an int. A pickle holds paths, not
-    handles, so worker processes may be spawned; in an MPI program they must be (``multiprocessing_context="spawn"``), as
-    MPI and fork do not go together. ``Loader`` needs no processes and is faster.
+    An image is a uint8 (H, W, C) tensor, or what one of the transforms makes of that; a label is an int. A pickle holds
+    paths, not handles, so worker processes may be spawned; in an MPI program they must be
+    (``multiprocessing_context="spawn"``), as MPI and fork do not go together. ``Loader`` needs no processes and is faster.
 
     Args:
         dataset: a ``ShardedDataset``, or a user's own file. With workers open it with storage="mmap" or "ram".
-        crop: which part of a JPEG is decoded, and at what size; needed for data sets of JPEGs, refused for others. Its
-            randomness is that of ``Loader`` if the indices come from an ``EpochSampler``, else torch's.
-        transform: called with the image, a uint8 (H, W, C) tensor of its own.
+        crop: which part of a JPEG is decoded, and at what size; needed for data sets of JPEGs, refused for others.
+        batch_transform: a ``Transform`` such as ``CropFlip``, called with all images of a batch at once. Its randomness,
+            like that of ``crop``, is that of ``Loader`` if the indices come from an ``EpochSampler``, else torch's.
+        transform: anything else, called with each image, a uint8 (H, W, C) tensor of its own.
 
     Raises:
-        ValueError: a crop is missing or not wanted.
+        ValueError: a crop is missing or not wanted, or both transforms are given.
     """
 
     def __init__(
-        self, dataset: StoredSamples, *, crop: Crop | None = None, transform: Callable[[Tensor], Any] | None = None
+        self,
+        dataset: StoredSamples,
+        *,
+        crop: Crop | None = None,
+        batch_transform: Transform | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
         if (crop is None) == (dataset.kind == "jpeg"):
             raise ValueError(
                 f"crop is {crop}; it is needed for JPEGs and only for them, and the samples are {dataset.kind}"
             )
+        if batch_transform is not None and transform is not None:
+            raise ValueError("batch_transform and transform are both given; give one of them")
         self.dataset = dataset
         self.crop = crop
+        self.batch_transform = batch_transform
         self.transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.__getitems__([index])[0]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} leaves the data set of {len(self)} samples")  # which ends an iteration
+        return self.__getitems__([index if index >= 0 else index + len(self)])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
         """The items of a batch, fetched at once; DataLoader calls this."""
         rows = np.array([int(index) for index in indices], np.int64)
-        pixels = self.dataset.take(rows) if self.crop is None else self._decode(rows, _keys(indices), self.crop)
-        images: Sequence[Any] = torch.from_numpy(pixels).unbind()
+        keyed = self.crop is not None or self.batch_transform is not None
+        keys = _keys(indices) if keyed else np.empty(0, np.uint64)  # nothing else shall use up torch's randomness
+        batch = torch.from_numpy(self.dataset.take(rows) if self.crop is None else self._decode(rows, keys, self.crop))
+        if self.batch_transform is not None:
+            batch = self.batch_transform(batch, keys)
+        images: Sequence[Any] = batch.unbind()
         if self.transform is not None:
             images = [self.transform(image) for image in images]
         return list(zip(images, self.dataset.labels[rows].tolist(), strict=True))
@@ -129,6 +144,11 @@ class EpochSampler(data.Sampler[int]):
             order=resolve_order(order, stored),
             tail=tail,
         )
+        if self._plan.global_batch_size > self._plan.samples_per_epoch:
+            raise ValueError(
+                f"a global batch of {self._plan.global_batch_size} is more than the {self._plan.samples_per_epoch} samples of "
+                "an epoch, so that some epochs would have no batch; choose a smaller batch_size or fewer ranks"
+            )
         self.seed = seed
         self._epoch = self._start = 0
         self._offset = 0  # of the steps from multiples of the global batch: a run may have begun with another size

@@ -1,5 +1,6 @@
 """Writing a split of equally sized images, or of JPEG files, as HDF5 shards."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from hvdlocal.data.split_writer import BadSamplesError, Receipt, SplitWriter
 from hvdlocal.data.team import Team
 
 __all__ = ["BadSamplesError", "ImageSource", "JpegSample", "JpegShardWriter", "JpegSource", "ShardWriter", "verify"]
+
+_ERRORS_OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO}
 
 
 class ImageSource(Protocol):
@@ -127,7 +130,11 @@ class JpegSource(Protocol):
         """N."""
 
     def __getitem__(self, index: int, /) -> JpegSample | bytes:
-        """File ``index``. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read."""
+        """File ``index``. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read.
+
+        An OSError that is about this file alone (missing, not permitted, unreadable) makes it a bad one; any other ends
+        the writing.
+        """
 
 
 class JpegShardWriter(SplitWriter):
@@ -198,8 +205,9 @@ class JpegShardWriter(SplitWriter):
                 try:
                     sample = _as_sample(files[row])
                     facts = check_jpeg(sample.data)
-                except ValueError as error:
-                    return f"{names[row] if names else f'sample {row}'} {error}"
+                except (ValueError, OSError) as error:
+                    line = f"{names[row] if names else f'sample {row}'} {_why_bad(error)}"
+                    return line.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
                 if facts.lenient and not sample.note:
                     sample = JpegSample(sample.data, "decoded leniently")
                 return sample, (facts.height, facts.width), facts.histogram
@@ -268,6 +276,15 @@ def verify(
     return team.together(check, "data.verify")
 
 
+def _why_bad(error: ValueError | OSError) -> str:
+    """Why a file cannot be used; raises the error again if another file would have met the same one."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if error.errno not in _ERRORS_OF_A_FILE:
+        raise error
+    return f"cannot be read ({error.strerror})"
+
+
 def _as_sample(sample: JpegSample | bytes) -> JpegSample:
     return sample if isinstance(sample, JpegSample) else JpegSample(sample)
 
@@ -287,8 +304,8 @@ def _sha256_of_files(files: JpegSource) -> str:
     for index in range(len(files)):
         try:
             content = _as_sample(files[index]).data
-        except ValueError as error:
-            content = str(error).encode()
+        except (ValueError, OSError) as error:
+            content = _why_bad(error).encode()
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
 

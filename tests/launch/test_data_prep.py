@@ -100,6 +100,24 @@ except ValueError as error:
     assert said == [f"{rank}: rank 1 cannot read this (rank 1 of 3)" for rank in range(3)]
 
 
+def test_a_rank_that_does_not_come_is_not_waited_for(tmp_path):
+    script = """
+import sys, time
+from data_prep import __main__, synthetic
+from hvdlocal.communicator import init
+
+if init("mpi4py").rank == 1:
+    synthetic.load = lambda *_: time.sleep(100)
+sys.exit(__main__.main(["synthetic", "--output", sys.argv[1]]))
+"""
+    result = mpirun(2, sys.executable, "-c", script, str(tmp_path), HVDLOCAL_TIMEOUT_SECONDS="3")
+    assert result.code == 2
+    assert "data_prep: rank 0 of 2 " in result.err
+    assert "'data.source'" in result.err
+    assert "Traceback" not in result.err
+    assert result.seconds < 60
+
+
 def processes_of(mark: str) -> list[int]:
     """Processes whose command line holds the mark, a path of this test alone."""
     found = []
@@ -125,7 +143,7 @@ def test_kill_and_run_again(tmp_path, finished):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    unfinished = output / "train" / "unfinished"
+    unfinished = output / "train" / ".unfinished"
     deadline = time.monotonic() + DEADLINE_SECONDS
     while len(list(unfinished.glob("*.h5.json"))) < finished:
         assert time.monotonic() < deadline

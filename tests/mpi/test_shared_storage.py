@@ -1,6 +1,7 @@
 """One copy of the data per node, staged by all of its ranks; mistakes heard by every rank."""
 
 import os
+import pickle
 import re
 import shutil
 import tempfile
@@ -211,3 +212,41 @@ def test_a_users_own_file(comm, directory, share):
         assert np.array_equal(dataset.take(np.arange(N)), images_of(N))
         alone = open_hdf5(directory / "own.h5")
         assert (dataset.fingerprint, dataset.mean, dataset.std) == (alone.fingerprint, alone.mean, alone.std)
+
+
+@pytest.mark.parametrize("where", ["for writing", "for reading"])
+def test_memory_that_one_rank_cannot_map_is_one_sentence_on_every_rank(comm, directory, monkeypatch, where):
+    def refuse(*args, **options):
+        raise OSError(12, "Cannot allocate memory")
+
+    if comm.rank == comm.size - 1:
+        if where == "for writing":
+            monkeypatch.setattr(ram.mmap, "mmap", refuse)
+        else:
+            monkeypatch.setattr(ram.RamStorage, "_map", refuse)
+    if comm.size > 1:
+        with pytest.raises(SetupError, match="Cannot allocate memory") as caught:
+            ShardedDataset(directory, storage="ram", communicator=comm)
+        assert len(set(comm.gather(str(caught.value), "test.messages"))) == 1
+
+
+def test_room_for_nothing_on_one_rank_is_one_sentence_on_every_rank(comm, directory):
+    with pytest.raises(SetupError, match="stream_bytes is 0; choose at least 1"):
+        ShardedDataset(directory, communicator=comm, stream_bytes=None if comm.rank else 0)
+
+
+@pytest.mark.parametrize("name", ["train", "own.h5"])
+def test_a_pickle_finds_the_shared_memory(comm, directory, reads, monkeypatch, name):
+    if name == "train":
+        dataset = ShardedDataset(directory, storage="ram", communicator=comm)
+    else:
+        dataset = open_hdf5(directory / name, communicator=comm)
+    reads.clear()
+    monkeypatch.setattr("hvdlocal.data.storage.choice.available_bytes", lambda: 0)  # no room for a copy
+    if comm.size > 1:
+        with pickle.loads(pickle.dumps(dataset)) as again:
+            check(again)
+            assert again.describe() == "ram: shared with the process that opened the data set"
+            assert not reads
+    comm.barrier("test.read_again")
+    dataset.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.data.storage.base import ClosedStorage, Extent, Layout, Reader, Storage, Unmappable
@@ -31,7 +33,8 @@ def open_storage(
         share: who reads the shards for mode "ram", see `RamStorage`.
         stream_bytes: what mode "stream" may hold in this process; a quarter of the free memory over the ranks of the
             node unless given.
-        region: see `RamStorage`.
+        region: where another process of this node may hold the same data in memory; then nothing is chosen or read. For
+            one process alone, without a communicator.
 
     Raises:
         ValueError: the choice is impossible, or a file is not what it should be; with a communicator on every rank.
@@ -39,10 +42,25 @@ def open_storage(
     """
     if share not in ("node", "job"):
         raise ValueError(f"share is {share!r}; choose 'node' or 'job'")
+
+    def check() -> None:
+        if stream_bytes is not None and stream_bytes < 1:
+            raise ValueError(
+                f"stream_bytes is {stream_bytes}; choose at least 1, or None for a quarter of the free memory"
+            )
+
+    if communicator is None:
+        check()
+    else:  # each rank may have its own
+        succeed_together(communicator, check, "hvdlocal.data.stream_bytes")
+    if region is not None:
+        # Before anything is chosen: memory that is shared already needs no room.
+        with contextlib.suppress(OSError):  # its process is gone, or on another node
+            return RamStorage(layout, "shared with the process that opened the data set", region=region)
     mappable = not any(isinstance(extent, Unmappable) for extent in layout.extents)
     choice = choose(storage, layout.total_bytes, layout.extents[0].path, mappable, communicator)
     if choice.mode == "ram":
-        return RamStorage(layout, choice.reason, communicator, share, region)
+        return RamStorage(layout, choice.reason, communicator, share)
 
     def open_files() -> Storage:
         if choice.mode == "mmap":

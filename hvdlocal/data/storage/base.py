@@ -245,7 +245,7 @@ class Storage(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Releases memory and files; nothing can be read afterwards."""
+        """Releases files and threads. Nobody may begin to read afterwards; threads that still read keep their memory."""
 
 
 class ClosedStorage(Storage):

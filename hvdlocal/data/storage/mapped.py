@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import math
 import mmap
 import os
@@ -15,6 +16,7 @@ from hvdlocal.data.storage.base import Extent, Layout, Storage, open_whole
 
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0  # what Python's mmap module does not name
 _FAILED = ctypes.c_void_p(-1).value
+_MOST_GAP_PAGES = 4096  # 16 MiB of addresses per file; batch systems limit those too (ulimit -v)
 
 _mmap = ctypes.CDLL(None, use_errno=True).mmap
 _mmap.restype = ctypes.c_void_p
@@ -84,10 +86,7 @@ class MappedStorage(Storage):
         return self._memory[start + shift : stop + shift].data
 
     def close(self) -> None:
-        """See `Storage`. The files stay mapped until the last view of them is gone."""
-        del self._memory
-        if self.layout.sample_bytes is not None:
-            del self._images
+        """See `Storage`. The files stay mapped until the last reader and the last view of them are gone."""
 
     def _check(self, units: NDArray[np.int64]) -> None:
         new = np.unique(units[~self._seen[units]])
@@ -105,18 +104,18 @@ def _arrange(extents: Sequence[Extent], stride: int) -> tuple[list[int], int]:
     """Where the data of each extent begin in a range of addresses, and its length.
 
     Files map to whole pages only. Their order leaves gaps in between, so wide that all data begin a multiple of
-    `stride` apart; addresses cost nothing. Where that cannot be (it takes data offsets that are equal modulo
-    gcd(page, stride)), the gaps are as small as they can be.
+    `stride` apart; addresses cost little. Where that cannot be (it takes data offsets that are equal modulo
+    gcd(page, stride)), or would take more than _MOST_GAP_PAGES, the gaps are as small as they can be.
     """
     page = mmap.PAGESIZE
     step = math.gcd(page, stride)
+    period = stride // step
     starts: list[int] = []
     end = 0
     for extent in extents:
         lead = extent.data_offset % page
         number = -(-end // page)  # of the page where the file's map begins
-        if starts and (starts[0] - lead) % step == 0:
-            period = stride // step
+        if starts and period <= _MOST_GAP_PAGES and (starts[0] - lead) % step == 0:
             wanted = (starts[0] - lead) // step * pow(page // step, -1, period) % period
             number += (wanted - number) % period
         starts.append(number * page + lead)
@@ -128,7 +127,10 @@ def _map(extents: Sequence[Extent], starts: list[int], length: int) -> NDArray[n
     """The files' data at `starts` in one read-only array of `length` bytes; what lies between must not be touched."""
     # The range is reserved, and finally released with all that was mapped into it, by an object of Python's.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    memory = np.frombuffer(mmap.mmap(-1, length, flags=flags, prot=_PROT_NONE), np.uint8)
+    try:
+        memory = np.frombuffer(mmap.mmap(-1, length, flags=flags, prot=_PROT_NONE), np.uint8)
+    except (OSError, OverflowError) as error:
+        raise _unmappable(extents[0], getattr(error, "errno", None) or errno.ENOMEM) from error
     for extent, start in zip(extents, starts, strict=True):
         lead = extent.data_offset % mmap.PAGESIZE
         descriptor = open_whole(extent)
@@ -144,9 +146,11 @@ def _map(extents: Sequence[Extent], starts: list[int], length: int) -> NDArray[n
         finally:
             os.close(descriptor)
         if found == _FAILED:
-            number = ctypes.get_errno()
-            raise OSError(
-                number,
-                f"{extent.path} cannot be mapped into memory ({os.strerror(number)}); choose storage 'ram' or 'stream'",
-            )
+            raise _unmappable(extent, ctypes.get_errno())
     return memory
+
+
+def _unmappable(extent: Extent, number: int) -> OSError:
+    return OSError(
+        number, f"{extent.path} cannot be mapped into memory ({os.strerror(number)}); choose storage 'ram' or 'stream'"
+    )

@@ -64,7 +64,7 @@ class RamStorage(Storage):
         communicator: the ranks that share copies; without one, the copy is private.
         share: "node": each node reads all shards, its ranks in parallel; "job": one rank of the job reads a shard and
             broadcasts it.
-        region: where another process of this node holds the same data already; used if it can be opened.
+        region: where another process of this node holds the same data already; then nothing is read.
 
     With several ranks this is a collective. Shared memory is a memfd: it has no name, so nothing is left of it when its
     processes are gone, however they ended.
@@ -72,6 +72,7 @@ class RamStorage(Storage):
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file is too short, or a checksum is wrong. (With a communicator, SetupError on every rank.)
+        OSError: the region cannot be opened.
     """
 
     mode = "ram"
@@ -89,8 +90,8 @@ class RamStorage(Storage):
         self._descriptor: int | None = None  # stays open for processes that unpickle a data set
         if communicator is not None and communicator.size > 1:
             self._memory = self._stage_together(communicator, share)
-        elif region is not None and (memory := self._opened(region)) is not None:
-            self._memory = memory
+        elif region is not None:
+            self._memory = self._opened(region)
         elif communicator is not None:
             self._memory = succeed_together(communicator, self._stage_alone, "hvdlocal.data.stage")
         else:
@@ -107,10 +108,7 @@ class RamStorage(Storage):
         return self._memory[start:stop].data
 
     def close(self) -> None:
-        """See `Storage`. The memory is released with the last view of it."""
-        del self._memory
-        if self.layout.sample_bytes is not None:
-            del self._images
+        """See `Storage`. The memory is released with the last reader and the last view of it."""
         if self._descriptor is not None:
             self._close_descriptor()
 
@@ -122,11 +120,8 @@ class RamStorage(Storage):
             _stage(self.layout, 0, len(self.layout.unit_starts) - 1, view)
         return _read_only(memory)
 
-    def _opened(self, region: Region) -> NDArray[np.uint8] | None:
-        try:
-            self._descriptor = region.open()
-        except OSError:
-            return None
+    def _opened(self, region: Region) -> NDArray[np.uint8]:
+        self._descriptor = region.open()
         self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
         self.region = region
         return self._map()
@@ -143,7 +138,9 @@ class RamStorage(Storage):
         total = self.layout.total_bytes
         assert self._descriptor is not None
         self._close_descriptor = weakref.finalize(self, os.close, self._descriptor)
-        memory = mmap.mmap(self._descriptor, total, flags=mmap.MAP_SHARED)
+        memory = succeed_together(
+            communicator, partial(mmap.mmap, self._descriptor, total, flags=mmap.MAP_SHARED), "hvdlocal.data.map"
+        )
         view = memoryview(memory)
         if share == "job":
             _stage_job(self.layout, communicator, view if communicator.rank == members[0] else None)
@@ -157,7 +154,7 @@ class RamStorage(Storage):
             with contextlib.suppress(OSError):  # a kernel that cannot; then nothing but good manners protects it
                 seals = _NO_WRITING | _NO_SHRINKING | _NO_GROWING | _NO_MORE_SEALS
                 fcntl.fcntl(self._descriptor, _ADD_SEALS, seals)
-        return self._map()
+        return succeed_together(communicator, self._map, "hvdlocal.data.mapped")
 
     def _join(self, communicator: Communicator) -> list[int]:
         """Opens the memory of the first rank that can share it with this one; returns the ranks that have it open."""

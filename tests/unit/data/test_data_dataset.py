@@ -264,3 +264,21 @@ def test_names_of_samples(make_dataset, shard_of, source):
 def test_images_are_not_decoded(make_dataset):
     with pytest.raises(ValueError, match=r"use take\(\)"):
         make_dataset(10).decode([0], np.zeros(1, np.uint64), None)
+
+
+@pytest.mark.parametrize("storage", ["ram", "mmap"])
+def test_a_pickle_refuses_other_data(make_dataset, source, tmp_path, storage):
+    dataset = make_dataset(40, storage=storage)
+    pickled = pickle.dumps(dataset)
+    pickle.loads(pickled)
+    images, labels = source(40)
+    ShardWriter(tmp_path, "train", classes=dataset.classes, overwrite=True).write(images, labels[::-1])
+    with pytest.raises(ValueError, match=r"train was written again since this data set was opened; open it again"):
+        pickle.loads(pickled)
+
+
+@pytest.mark.parametrize("stream_bytes", [0, -1])
+@pytest.mark.parametrize("storage", ["ram", "stream"])
+def test_room_for_nothing_is_refused(make_dataset, storage, stream_bytes):
+    with pytest.raises(ValueError, match=f"stream_bytes is {stream_bytes}; choose at least 1"):
+        make_dataset(10, storage=storage, stream_bytes=stream_bytes)

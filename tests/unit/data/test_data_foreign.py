@@ -1,5 +1,6 @@
 """Reading HDF5 files that hvdlocal did not write."""
 
+import os
 import pickle
 from itertools import pairwise
 
@@ -196,3 +197,87 @@ def test_a_file_cut_off(tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"a\.h5 cannot be opened as HDF5"):
         open_hdf5(path)
+
+
+@pytest.mark.parametrize("what", ["time", "labels"])
+def test_a_pickle_refuses_other_data(tmp_path, what):
+    images, labels = content()
+    path = write(tmp_path / "a.h5")
+    pickled = pickle.dumps(open_hdf5(path))
+    pickle.loads(pickled)
+    before = path.stat()
+    if what == "labels":  # a copy may bring its times along
+        write(path, images, labels[::-1])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(ValueError, match=r"a\.h5 was written again since this data set was opened; open it again"):
+        pickle.loads(pickled)
+
+
+def test_labels_that_are_no_classes(tmp_path):
+    labels = np.zeros(N, int)
+    labels[3] = 65_535
+    path = write(tmp_path / "a.h5", labels=labels)
+    assert open_hdf5(path).num_classes == 65_536
+    labels[3] = 2**31 - 1
+    path = write(tmp_path / "a.h5", labels=labels)
+    with pytest.raises(
+        ValueError, match=r"labels up to 2147483647 for 1000 images: number the classes from 0, or name"
+    ):
+        open_hdf5(path)
+
+
+def refused(path, message):
+    with pytest.raises(ValueError, match=message):
+        open_hdf5(path)
+
+
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_chunks_that_were_never_written(tmp_path, name):
+    images, labels = content()
+    data = {"images": images, "labels": labels}
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for key, values in data.items():
+            chunks = (100, *values.shape[1:])
+            dataset = file.create_dataset(key, values.shape, values.dtype, chunks=chunks)
+            dataset[: 900 if key == name else N] = values[: 900 if key == name else N]
+    refused(tmp_path / "a.h5", rf"a\.h5 holds 9 of the 10 chunks of /{name}: the others were never written")
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file[name][900:] = data[name][900:]
+    np.testing.assert_array_equal(open_hdf5(tmp_path / "a.h5").take(np.arange(N)), images)
+
+
+def test_labels_that_were_never_written(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["images"] = content()[0]
+        file.create_dataset("labels", (N,), "i8")
+    refused(tmp_path / "a.h5", r"a\.h5 holds no data in /labels: they were never written")
+
+
+def test_virtual_images_without_their_sources(tmp_path):
+    images, labels = content()
+    layout = h5py.VirtualLayout(images.shape, np.uint8)
+    for number in range(2):
+        write(tmp_path / f"part{number}.h5", images[500 * number : 500 * (number + 1)])
+        source = h5py.VirtualSource(f"part{number}.h5", "images", (500, *SHAPE))
+        layout[500 * number : 500 * (number + 1)] = source
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_virtual_dataset("images", layout)
+        file["labels"] = labels
+    np.testing.assert_array_equal(open_hdf5(tmp_path / "a.h5").take(np.arange(N)), images)
+    (tmp_path / "part1.h5").rename(tmp_path / "elsewhere.h5")
+    refused(tmp_path / "a.h5", r"a\.h5 takes /images from part1\.h5, which does not exist: copy it too")
+    write(tmp_path / "part1.h5", images[500:], names=("pictures", "labels"))
+    refused(tmp_path / "a.h5", r"part1\.h5 has no dataset /images")
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), TypeError("x"), MemoryError()])
+def test_damage_inside_of_a_file_is_a_sentence(tmp_path, monkeypatch, error):
+    path = write(tmp_path / "a.h5")
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(h5py.File, "get", fail)
+    refused(path, r"a\.h5 is damaged: HDF5 says ('?x'?|MemoryError); copy it again")

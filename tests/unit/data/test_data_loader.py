@@ -617,3 +617,34 @@ def test_a_stream_with_too_little_room_is_said(make_dataset, monkeypatch):
     monkeypatch.setattr(ShardedDataset, "stream_bytes", property(lambda _: 2 * 101 * 24 // 2 - 1))
     with pytest.warns(UserWarning, match="two windows of the streamed data set"):
         Loader(dataset, 8, num_workers=2)
+
+
+@pytest.mark.parametrize("order", ["global", "replacement"])
+def test_a_slow_order_of_streamed_data_is_said(make_dataset, monkeypatch, order):
+    dataset = make_dataset(101, storage="stream")
+    monkeypatch.setattr(ShardedDataset, "stream_bytes", property(lambda _: 101 * 24))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loader(dataset, 8, order=order)
+    monkeypatch.setattr(ShardedDataset, "stream_bytes", property(lambda _: 101 * 24 - 1))
+    with pytest.warns(
+        UserWarning, match=rf"order='{order}' reads a block for almost every sample.*choose order='block'"
+    ):
+        Loader(dataset, 8, order=order)
+
+
+@pytest.mark.parametrize("consumed", [-1, 1.5, "3", None])
+def test_states_without_a_usable_cursor_are_refused(make_dataset, consumed):
+    loader = Loader(make_dataset(20), 4)
+    state = loader.state_dict()
+    for broken in (state | {"samples_consumed": consumed}, {k: v for k, v in state.items() if k != "samples_consumed"}):
+        with pytest.raises(ValueError, match="the loader's state has samples_consumed"):
+            loader.load_state_dict(broken)
+    loader.load_state_dict(state | {"samples_consumed": np.int64(8)})
+    assert loader.samples_consumed == 8
+
+
+@pytest.mark.parametrize("name", ["batch_size", "rank", "num_workers"])
+def test_counts_must_be_integers(make_dataset, name):
+    with pytest.raises(ValueError, match=rf"{name} is 1\.5; it must be an integer"):
+        Loader(make_dataset(20), **({"batch_size": 4, "num_workers": 3} | {name: 1.5}))

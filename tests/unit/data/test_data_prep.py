@@ -15,6 +15,7 @@ import pytest
 
 from data_prep import cifar10, cifar100
 from data_prep.__main__ import _num_shards, main
+from data_prep.planar import PlanarImages
 from data_prep.progress import ProgressBar
 from hvdlocal.data import ShardedDataset
 
@@ -131,6 +132,15 @@ def test_the_format_document_defines_the_hashes(digits):
     for key in ("num_samples", "kind", "preparation", "plan"):
         manifest.pop(key)
     assert sha256(canonical(manifest)).hexdigest() == fingerprint
+
+
+def test_planar_images_of_parts_of_unequal_length():
+    rows = np.arange(10 * 12, dtype=np.uint8).reshape(10, 12)
+    images = PlanarImages([rows[:3], rows[3:8], rows[8:]], 2)
+    assert images.shape == (10, 2, 2, 3)
+    expected = rows.reshape(10, 3, 2, 2).transpose(0, 2, 3, 1)
+    for wanted in ([*range(10)], [2, 3], [7, 8], [0, 9], [4, 5], [1, 2, 3, 7, 8, 9], [9]):
+        np.testing.assert_array_equal(images[np.array(wanted)], expected[wanted])
 
 
 # CIFAR-10: small batches in both layouts

@@ -1,12 +1,16 @@
 import builtins
+import errno
 import io
 import json
+import os
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
 from data_prep.__main__ import main
+from data_prep.folder_tree import list_tree
 from hvdlocal.data.manifest import Manifest
 from hvdlocal.data.writer import verify
 
@@ -186,6 +190,100 @@ def test_other_files_are_ignored_but_told(tree, prepare):
     assert code == 0
     assert "train: 1 file of other kinds ignored, for instance a/notes.txt" in said
     assert len(stored(output)[0]) == 1
+
+
+def test_hidden_folders_are_left_out(tree, prepare):
+    one = encoded(picture())
+    code, output, said = prepare(tree({"a/1.jpg": one, "a/.thumbs/1.jpg": one, ".b/1.jpg": one}))
+    assert (code, said) == (0, "")
+    assert len(stored(output)[0]) == 1
+
+
+def test_links_are_followed_but_not_in_circles(tree, prepare):
+    one = encoded(picture())
+    root = tree({"x/1.jpg": one, "tree/a/2.jpg": one, "tree/b/3.jpg": one}) / "tree"
+    (root / "a" / "more").symlink_to(root.parent / "x")
+    assert prepare(root)[0] == 0
+    (root / "b" / "deep").mkdir()
+    (root / "b" / "deep" / "back").symlink_to(root / "b")
+    code, _, said = prepare(root, output="other")
+    assert code == 2
+    assert f"{root}/b/deep/back leads back to {root}/b; remove the link" in said
+
+
+def test_an_unreadable_folder_ends_it(tree, monkeypatch):
+    root = tree({"a/1.jpg": b"x", "a/locked/2.jpg": b"x"})
+    scandir = os.scandir
+
+    def locked(path):  # permissions do not bind root, as whom tests may run
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", locked)
+    with pytest.raises(PermissionError, match=r"a/locked"):
+        list_tree(root, ())
+
+
+def test_files_that_cannot_be_read_are_bad_files(tree, prepare):
+    one = encoded(picture())
+    root = tree({"a/1.jpg": one, "b/2.jpg": one})
+    (root / "a" / "nowhere.jpg").symlink_to("gone")
+    os.mkfifo(root / "b" / "pipe.png")
+    code, output, said = prepare(root)
+    assert code == 2
+    assert "2 of 4 samples cannot be used" in said
+    assert (output / "train" / "bad_files.txt").read_text().splitlines() == [
+        "a/nowhere.jpg cannot be read (No such file or directory)",
+        "b/pipe.png is not a regular file",
+    ]
+    assert prepare(root, "--bad", "skip")[0] == 0
+    assert len(stored(output)[0]) == 2
+
+
+@pytest.mark.parametrize("resize", [(), ("--resize", "16")])
+def test_a_file_mended_at_equal_size(tree, prepare, resize):
+    good = encoded(picture())
+    files = {f"a/{i}.jpg": encoded(picture(i)) for i in range(6)} | {"a/7.jpg": good}
+    root = tree({**files, "a/7.jpg": bytes(len(good))})
+    assert prepare(root, "--shards", "2", *resize)[0] == 2
+    tree(files)
+    code, output, _ = prepare(root, "--shards", "2", *resize)
+    assert code == 0
+    assert len(stored(output)[0]) == 7
+
+
+@pytest.mark.parametrize("output", ["tree", "tree/out", "tree/a/out"])
+def test_the_tree_itself_is_not_written_to(tree, prepare, output):
+    root = tree({"a/1.jpg": encoded(picture())})
+    for name in (output, "out/../" + output):
+        code, _, said = prepare(root, output=name)
+        assert code == 2
+        assert "--output lies inside --source" in said
+        assert "choose a directory outside of it" in said
+    assert [path.name for path in root.rglob("*")] == ["a", "1.jpg"]
+
+
+def test_the_tree_is_not_where_a_split_would_be(tree, prepare, tmp_path):
+    root = tree({"a/1.jpg": encoded(picture())}).rename(tmp_path / "train")
+    code, _, said = prepare(root, output=".")
+    assert code == 2
+    assert "--output lies inside --source" in said
+
+
+def test_names_that_are_not_utf_8(tree, prepare):
+    root = tree({"a/1.jpg": encoded(picture())})
+    bad = os.fsencode(root / "a") + b"/\xff.jpg"
+    Path(os.fsdecode(bad)).write_bytes(b"no picture")
+    code, output, _ = prepare(root)
+    assert code == 2
+    assert (output / "train" / "bad_files.txt").read_text() == "a/\\udcff.jpg is not an image of a known format\n"
+    assert prepare(root, "--bad", "skip")[0] == 0
+    Path(os.fsdecode(os.fsencode(root) + b"/\xe9")).mkdir()
+    code, _, said = prepare(root)
+    assert code == 2
+    assert r"the folder '\udce9' in " in said
+    assert "not UTF-8" in said
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_prep import pickles
 from data_prep.pickles import load_arrays
 
 
@@ -95,6 +96,53 @@ def test_handwritten_attacks(tmp_path, content):
 def test_other_arrays_are_refused(tmp_path, array, message):
     with pytest.raises(ValueError, match=message):
         load(tmp_path / "x", pickle.dumps({b"data": array}, 2))
+
+
+NEST = b"2\x86" * 60  # a tuple of the top of the stack, twice: 2**60 leaves in 120 bytes
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x02})" + NEST + b"K\x01s.", "a dict with a tuple as a key"),
+        (b"\x80\x02}()" + NEST + b"K\x01u.", "a dict with a tuple as a key"),
+        (b"\x80\x02()" + NEST + b"K\x01d.", "a dict with a tuple as a key"),
+        (b"\x80\x04\x8f()" + NEST + b"\x90.", "holds a set"),
+        (b"\x80\x04()" + NEST + b"\x91.", "holds a set"),
+        (b"\x80\x02})" + NEST + b"\x8c\x01ar.", "."),
+        (b"\x80\x02}C\x01a)" + NEST + b"s.", "nests containers"),
+        (b"\x80\x02)" + NEST + b".", "nests containers"),
+        (b"\x80\x02cnumpy\ndtype\n)" + NEST + b"\x85R.", "array of no known type"),
+    ],
+)
+def test_a_tuple_that_is_nested_for_ever_costs_nothing(tmp_path, content, message):
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "x", content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02c_codecs\nencode\nN}X\x0c\x00\x00\x00__defaults__(K\x01K\x02ts\x86b.",
+        b"\x80\x02cnumpy\nndarray\n}X\x05\x00\x00\x00stateK\x05sb.",
+        b"\x80\x02cnumpy\nndarray\nN}X\x05\x00\x00\x00stateK\x05s\x86b.",
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n}X\x01\x00\x00\x00xK\x05sb.",
+    ],
+)
+def test_nothing_here_can_be_changed(tmp_path, content):
+    def state():
+        kinds = [value for value in vars(pickles).values() if getattr(value, "__module__", "") == pickles.__name__]
+        return [(dict(vars(kind)), getattr(kind, "__defaults__", None)) for kind in kinds]
+
+    before = state()
+    with pytest.raises(ValueError, match="it changes what is no array"):
+        load(tmp_path / "x", content)
+    assert state() == before
+
+
+def test_a_claimed_length_is_not_set_aside(tmp_path):
+    with pytest.raises(ValueError, match=r"."):
+        load(tmp_path / "x", b"\x80\x05\x96" + (1 << 45).to_bytes(8, "little") + b"abc.")
 
 
 def test_a_bomb_is_not_ignited(tmp_path):

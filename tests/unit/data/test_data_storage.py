@@ -1,10 +1,13 @@
 """The storages: the same bytes out of each, damage found in each, and what each does to memory and files."""
 
+import gc
 import io
 import os
+import pickle
 import re
 import threading
 import time
+import weakref
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,9 +17,10 @@ import pytest
 from PIL import Image
 
 from hvdlocal.data import ShardedDataset, ShardWriter
-from hvdlocal.data.storage import Layout
+from hvdlocal.data.storage import Layout, Region
 from hvdlocal.data.storage.base import FileReader
-from hvdlocal.data.storage.mapped import MappedStorage, _arrange
+from hvdlocal.data.storage.choice import this_node
+from hvdlocal.data.storage.mapped import MappedStorage, _arrange, _map
 from hvdlocal.data.storage.stream import StreamStorage
 from hvdlocal.data.writer import JpegShardWriter
 
@@ -244,7 +248,7 @@ def test_block_sizes(unit_bytes, units, expected):
 # mmap
 
 
-@pytest.mark.parametrize("stride", [1, 3, 3072, 4096, 150_529, 12_288])
+@pytest.mark.parametrize("stride", [1, 3, 3072, 4096, 4095, 150_528, 12_288])
 def test_maps_lie_a_multiple_of_the_sample_apart(stride):
     extents = [SimpleNamespace(data_offset=4096 * k, data_bytes=(k + 7) * stride) for k in (1, 256, 3)]
     starts, length = _arrange(extents, stride)
@@ -410,3 +414,68 @@ def test_closing_ends_a_wait(large, monkeypatch):
     held.set()
     assert len(failures) == 1
     assert re.search("closed", failures[0])
+
+
+# reading on while somebody closes, and sharing
+
+
+def test_mmap_finds_damage_in_the_last_of_several_new_units(copy):
+    copy.flip(0, 300)
+    with ShardedDataset(copy.directory, storage="mmap") as dataset:
+        with pytest.raises(ValueError, match=r"damaged in samples 256\.\.319 "):
+            dataset.take([0, 64, 128, 300])
+        dataset.take([0, 64, 128])
+        with pytest.raises(ValueError, match=r"damaged in samples 256\.\.319 "):
+            dataset.take([192, 300])
+
+
+@pytest.mark.parametrize("mode", ["ram", "mmap"])
+def test_a_reader_that_began_before_the_close_goes_on(large, mode):
+    """It holds the storage, and with it the memory."""
+    dataset = ShardedDataset(large, storage=mode)
+    storage, rows, out = dataset._storage, np.arange(0, 8000, 7), np.empty((1143, 1024), np.uint8)
+    dataset.close()
+    storage.gather(rows, out)
+    np.testing.assert_array_equal(out, images_of(8000)[dataset.index[rows]].reshape(-1, 1024))
+    assert bytes(storage.view(0, 1024)) == out[0].tobytes()
+    memory = weakref.ref(storage._memory)
+    del storage
+    gc.collect()
+    assert memory() is None, "released with the last reader"
+
+
+def test_a_pickle_finds_shared_memory_before_anything_is_chosen(large, monkeypatch):
+    """A node that has given all its memory to the first copy has none left for a second."""
+    dataset = ShardedDataset(large, storage="ram")
+    memory = os.memfd_create("test")
+    os.write(memory, dataset.take(np.arange(8000)).tobytes())
+    found = os.fstat(memory)
+    region = Region(this_node(), os.getpid(), memory, found.st_dev, found.st_ino)
+    monkeypatch.setattr("hvdlocal.data.storage.choice.available_bytes", lambda: 0)
+    monkeypatch.setattr(dataset._storage, "region", region)
+    again = pickle.loads(pickle.dumps(dataset))
+    np.testing.assert_array_equal(again.take(np.arange(8000)), dataset.take(np.arange(8000)))
+    assert again.describe() == "ram: shared with the process that opened the data set"
+    pickled = pickle.dumps(again)
+    again.close()
+    os.close(memory)
+    gone = pickle.loads(pickled)
+    with pytest.raises(ValueError, match="more than the 0 GiB that the node can give"):
+        gone.take([0])
+
+
+def test_addresses_are_not_wasted_on_odd_sizes():
+    """Aligned, samples of this size would lie 150,529 pages apart: 588 MiB for each file."""
+    extents = [SimpleNamespace(data_offset=4096, data_bytes=7 * 150_529) for _ in range(4)]
+    starts, length = _arrange(extents, 150_529)
+    assert length <= 4 * (7 * 150_529 + 2 * 4096)
+    assert all(start % 4096 == 0 for start in starts)
+
+
+def test_addresses_that_cannot_be_had_are_a_sentence(tmp_path):
+    one = SimpleNamespace(path=tmp_path / "a.h5", data_offset=0, data_bytes=2**60)
+    for length in (2**60, 2**70):
+        with pytest.raises(
+            OSError, match=r"a\.h5 cannot be mapped into memory \(.*\); choose storage 'ram' or 'stream'"
+        ):
+            _map([one], [0], length)

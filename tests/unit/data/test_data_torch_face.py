@@ -1,13 +1,17 @@
 import pickle
+import re
 from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
-from hvdlocal.data import Loader, ShardedDataset
-from hvdlocal.data.augment import CenterCrop, RandomResizedCrop
+import hvdlocal
+from hvdlocal.data import Loader, ShardedDataset, ShardWriter
+from hvdlocal.data.augment import CenterCrop, CropFlip, Normalize, RandomResizedCrop
 from hvdlocal.data.torch_face import EpochSampler, SampleIndex, TorchDataset
 
 
@@ -176,3 +180,57 @@ def test_an_index_is_a_number_with_a_key():
     assert [10 * i for i in range(9)][index] == 70
     again = pickle.loads(pickle.dumps(index))
     assert (again, again.key, type(again)) == (7, 2**64 - 1, SampleIndex)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_batch_transform_augments_as_the_loader_does(make_dataset, num_workers):
+    dataset = make_dataset(23, num_shards=2)
+    transform = CropFlip(dataset.mean, dataset.std, padding=2)
+    items = TorchDataset(dataset, batch_transform=transform)
+    for rank in range(num_workers):
+        options = {"rank": rank, "num_workers": num_workers, "seed": 3}
+        sampler = EpochSampler(items, 5, **options)
+        loader = Loader(dataset, 5, transform=transform, **options)
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            for (images, labels), (expected_images, expected_labels) in zip(
+                DataLoader(items, 5, sampler=sampler), loader, strict=True
+            ):
+                assert torch.equal(images, expected_images)
+                assert torch.equal(labels, expected_labels)
+
+
+def test_one_transform_at_most(make_dataset):
+    with pytest.raises(ValueError, match="batch_transform and transform are both given"):
+        TorchDataset(make_dataset(5), batch_transform=Normalize((0, 0), (1, 1)), transform=torch.clone)
+
+
+def test_items_count_from_the_end_too_and_have_one(make_dataset):
+    items = TorchDataset(make_dataset(5))
+    assert len(list(items)) == 5
+    for i in range(5):
+        assert torch.equal(items[i - 5][0], items[i][0])
+    for i in (5, -6):
+        with pytest.raises(IndexError, match=f"index {i} leaves the data set of 5"):
+            items[i]
+
+
+def test_epochs_without_a_batch_are_refused(make_dataset):
+    dataset = make_dataset(23)
+    assert len(list(EpochSampler(dataset, 23))) == 23
+    with pytest.raises(ValueError, match="a global batch of 24 is more than the 23 samples of an epoch"):
+        EpochSampler(dataset, 12, num_workers=2)
+
+
+def test_the_example_of_the_documentation_runs(source, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    section = text.split("## In your own loop")[1].split("\n## ")[0]
+    ShardWriter(tmp_path / "data" / "cifar10", "train", classes=list("abcde")).write(*source(300))
+    monkeypatch.chdir(tmp_path)
+    alone = SimpleNamespace(rank=0, size=1, gather=lambda value, name: [value])
+    monkeypatch.setattr(hvdlocal, "init", lambda: alone)
+    names = {}
+    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
+        exec(code, names)
+    assert names["loader"].samples_consumed >= 300
+    assert names["images"].shape == (128, 2, 4, 3)

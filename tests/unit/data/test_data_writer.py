@@ -7,6 +7,7 @@ import pytest
 from hvdlocal.data import ShardedDataset, ShardWriter
 from hvdlocal.data.manifest import Manifest
 from hvdlocal.data.order import pre_shuffle
+from hvdlocal.data.shard_file import write_image_shard
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -228,8 +229,9 @@ def test_crash_between_shards_and_manifest(make_dataset, tmp_path, source, monke
     with pytest.raises(FileNotFoundError, match="holds no finished data set"):
         ShardedDataset(tmp_path)
 
-    (tmp_path / "train" / "unfinished" / "train-00000-of-00002.h5.tmp").write_bytes(b"left by a killed writer")
-    (tmp_path / "train" / "train-00007-of-00009.h5").write_bytes(b"left by another one")
+    (tmp_path / "train" / ".unfinished" / "train-00000-of-00002.h5.tmp").write_bytes(b"left by a killed writer")
+    if overwrite:
+        (tmp_path / "train" / "train-00007-of-00009.h5").write_bytes(b"left by another one")
     writer.write(images, labels)
     dataset = ShardedDataset(tmp_path)
     dataset.verify()
@@ -239,6 +241,53 @@ def test_crash_between_shards_and_manifest(make_dataset, tmp_path, source, monke
         "train-00000-of-00002.h5",
         "train-00001-of-00002.h5",
     }
+
+
+@pytest.mark.parametrize("name", ["train-00001-of-00002.h5", "train-00003-of-00009.h5"])
+def test_shards_without_a_manifest_are_not_touched(tmp_path, source, name):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / name).write_bytes(b"the only copy of somebody's work")
+    before = files(tmp_path)
+    with pytest.raises(FileExistsError, match=rf"{name} is there without a manifest\.json; .*or overwrite"):
+        ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2).write(*source(100))
+    assert files(tmp_path) == before
+    ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2, overwrite=True).write(*source(100))
+    assert len(files(tmp_path)) == 3
+
+
+def test_a_byte_that_changes_on_its_way_to_the_disk_is_noticed(tmp_path, source, monkeypatch):
+    def flipping(path, *arguments):
+        sha256 = write_image_shard(path, *arguments)
+        with h5py.File(path) as file:
+            offset = file["images"].id.get_offset()
+        raw = bytearray(path.read_bytes())
+        raw[offset + 70 * 24] ^= 1
+        path.write_bytes(raw)
+        return sha256
+
+    monkeypatch.setattr("hvdlocal.data.writer.write_image_shard", flipping)
+    with pytest.raises(ValueError, match=r"is damaged in samples 64\.\.99 "):
+        ShardWriter(tmp_path, "train", classes=CLASSES).write(*source(100))
+    assert not files(tmp_path)
+
+
+def test_a_shard_that_vanishes_before_publishing(make_dataset, tmp_path, source, monkeypatch):
+    make_dataset(80, num_shards=3)
+    before = files(tmp_path)
+    manifest_of = ShardWriter._manifest
+
+    def losing(self, *arguments):
+        (tmp_path / "train" / ".unfinished" / "train-00001-of-00002.h5").unlink()
+        return manifest_of(self, *arguments)
+
+    writer = ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "_manifest", losing)
+        with pytest.raises(FileNotFoundError, match=r"train-00001-of-00002\.h5 was removed or changed"):
+            writer.write(*source(100))
+    assert before.items() <= files(tmp_path).items()
+    writer.write(*source(100))
+    ShardedDataset(tmp_path).verify()
 
 
 @pytest.mark.parametrize("num_shards", [1, 2])

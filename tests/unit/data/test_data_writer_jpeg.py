@@ -1,4 +1,6 @@
+import errno
 import io
+import os
 import zlib
 
 import h5py
@@ -146,23 +148,59 @@ def test_bad_files_are_left_out_on_request(tmp_path, jpeg_files):
     assert report.startswith("sample 3 cannot be decoded")
 
 
+class Reads(list):
+    """Files that note which were read."""
+
+    def __init__(self, files):
+        super().__init__(files)
+        self.read = set()
+
+    def __getitem__(self, index):
+        self.read.add(index)
+        return super().__getitem__(index)
+
+
 def test_a_refused_set_is_finished_by_skipping(tmp_path, jpeg_files):
     files, labels = bad_files(jpeg_files)
     with pytest.raises(BadSamplesError):
-        writer(tmp_path, num_shards=3).write(files, labels, identity="x")
-
-    class Unread:
-        def __len__(self):
-            return 20
-
-        def __getitem__(self, index):
-            raise OSError("it was all done before")
-
-    writer(tmp_path, num_shards=3, skip_bad=True).write(Unread(), labels, identity="x")
-    writer(tmp_path / "direct", num_shards=3, skip_bad=True).write(files, labels, identity="x")
+        writer(tmp_path, num_shards=5).write(files, labels, identity="x")
+    again = Reads(files)
+    writer(tmp_path, num_shards=5, skip_bad=True).write(again, labels, identity="x")
+    shards = pre_shuffle(0, 20).reshape(5, 4).tolist()
+    with_bad = [shard for shard in shards if set(shard) & set(BAD_REASONS)]
+    assert again.read == {row for shard in with_bad for row in shard}
+    assert len(with_bad) < 5, "the others are kept"
+    writer(tmp_path / "direct", num_shards=5, skip_bad=True).write(files, labels, identity="x")
     found, expected = content(tmp_path / "train"), content(tmp_path / "direct" / "train")
     assert found == expected
-    assert len(found) == 5
+    assert len(found) == 7
+
+
+@pytest.mark.parametrize("skipped_before", [False, True])
+def test_mended_files_are_taken_when_it_runs_again(tmp_path, jpeg_files, skipped_before):
+    """Nothing but the content of the bad files changes, so that the plan is the same."""
+    files, labels = bad_files(jpeg_files)
+    if skipped_before:
+        writer(tmp_path, num_shards=3, skip_bad=True).write(files, labels, identity="x")
+        before = content(tmp_path)
+    with pytest.raises(BadSamplesError):
+        writer(tmp_path, num_shards=3).write(files, labels, identity="x")
+    if skipped_before:
+        assert before.items() <= content(tmp_path).items(), "until there is a better one, it stays"
+    mended, _ = jpeg_files(20)
+    writer(tmp_path, num_shards=3).write(mended, labels, identity="x")
+    writer(tmp_path / "direct", num_shards=3).write(mended, labels, identity="x")
+    assert content(tmp_path / "train") == content(tmp_path / "direct" / "train")
+    assert not (tmp_path / "train" / "bad_files.txt").exists()
+
+
+def test_names_that_are_not_utf_8(tmp_path, jpeg_files):
+    files, labels = bad_files(jpeg_files)
+    names = [f"\udcff{i}" for i in range(20)]  # as the file system's b"\xff…" comes from os
+    with pytest.raises(BadSamplesError):
+        writer(tmp_path).write(files, labels, names=names)
+    lines = (tmp_path / "train" / "bad_files.txt").read_text("ascii").splitlines()
+    assert [line.split()[0] for line in lines] == [rf"\udcff{i}" for i in BAD_REASONS]
 
 
 def test_a_shard_of_bad_files_alone(tmp_path, jpeg_files):
@@ -170,18 +208,27 @@ def test_a_shard_of_bad_files_alone(tmp_path, jpeg_files):
         writer(tmp_path, num_shards=2, skip_bad=True).write([b"no"] * 2, [0, 1])
 
 
-def test_an_unreadable_file_ends_it(tmp_path, jpeg_files):
+@pytest.mark.parametrize(
+    ("number", "bad"), [(errno.ENOENT, True), (errno.EACCES, True), (errno.EIO, True), (errno.ESTALE, False)]
+)
+@pytest.mark.parametrize("identity", [None, "x"])
+def test_an_unreadable_file_is_a_bad_one_and_a_lost_file_system_is_not(tmp_path, jpeg_files, number, bad, identity):
     files, labels = jpeg_files(5)
 
     class Failing(list):
         def __getitem__(self, index):
             if index == 3:
-                raise OSError("stale file handle")
+                raise OSError(number, os.strerror(number))
             return super().__getitem__(index)
 
-    with pytest.raises(OSError, match="stale file handle"):
-        writer(tmp_path, skip_bad=True).write(Failing(files), labels, identity="x")
-    assert not content(tmp_path)
+    if bad:
+        with pytest.raises(BadSamplesError, match=rf"sample 3 cannot be read \({os.strerror(number)}\)"):
+            writer(tmp_path).write(Failing(files), labels, identity=identity)
+        assert writer(tmp_path, skip_bad=True).write(Failing(files), labels, identity=identity).num_samples == 4
+    else:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            writer(tmp_path, skip_bad=True).write(Failing(files), labels, identity=identity)
+        assert not content(tmp_path)
 
 
 def test_notes_are_counted(tmp_path, jpeg_files):

@@ -92,7 +92,7 @@ def check_restarts(tmp_path, work, samples, num_shards, before=lambda directory:
                 path: data for path, data in content(directory).items() if path.name in names and len(path.parts) == 2
             }
             assert found in ({p: d for p, d in old.items() if p.name in names}, expected)
-        finished = [path.name for path in (directory / "train" / "unfinished").glob("*.h5.json")]
+        finished = [path.name for path in (directory / "train" / ".unfinished").glob("*.h5.json")]
         finished_counts.add(len(finished))
         again = Recorded(samples)
         work(directory, again)
@@ -139,7 +139,14 @@ def test_jpeg(tmp_path, jpeg_files):
     check_restarts(tmp_path, work, files, 2)
 
 
-def test_mending_a_finished_data_set(tmp_path, source):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_mending_a_finished_data_set(tmp_path, source, overwrite):
+    def write_images(directory, images):
+        labels = np.arange(len(images)) * 7 % 5
+        ShardWriter(directory, "train", classes=CLASSES, num_shards=3, overwrite=overwrite).write(
+            images, labels, identity="i"
+        )
+
     def before(directory):
         write_images(directory, source(200)[0])
         path = directory / "train" / "train-00001-of-00003.h5"
@@ -173,7 +180,7 @@ def test_a_finished_shard_that_was_damaged_since_is_written_again(tmp_path, sour
 
     with pytest.raises(OSError, match="source lost"):
         writer.write(Broken(images), labels, identity="i")
-    path = tmp_path / "train" / "unfinished" / "train-00000-of-00002.h5"
+    path = tmp_path / "train" / ".unfinished" / "train-00000-of-00002.h5"
     receipt = path.with_name(f"{path.name}.json")
     raw = bytearray(path.read_bytes())
     if damage == "bit":

@@ -124,6 +124,30 @@ def test_other_files_are_refused(tmp_path):
         open_shard(path, entry, manifest)
 
 
+@pytest.mark.parametrize("good", [GOOD, GOOD_JPEG], ids=["images", "jpeg"])
+def test_a_damaged_header_is_an_error_of_the_file(tmp_path, good):
+    path, labels, index = tmp_path / "a.h5", GOOD["labels"], GOOD["index"]
+    if good is GOOD:
+        sha256 = write_image_shard(path, [IMAGES], IMAGES.shape, labels, index, ATTRIBUTES)
+    else:
+        sha256 = write_jpeg_shard(path, [b"x" * 20] * 3, GOOD_JPEG["dims"], labels, index, ATTRIBUTES)
+    entry, manifest = ShardEntry("a.h5", 3, path.stat().st_size, sha256), manifest_of(good)
+    raw = path.read_bytes()
+    random = np.random.RandomState(0)
+    said = []
+    for _ in range(600):
+        content = bytearray(raw)
+        content[random.randint(min(len(raw), 4096))] ^= random.randint(1, 256)
+        path.write_bytes(content)
+        try:
+            open_shard(path, entry, manifest).verify()
+        except ValueError as error:
+            said.append(str(error))
+    assert all(str(path) in message for message in said)
+    assert len(said) > 50
+    assert any(" is damaged (" in message for message in said)
+
+
 def test_labels_beyond_the_classes(tmp_path):
     labels = np.array([0, 1, 2], np.int32)
     attributes = shard_attributes("train", 0, ["a", "b"])
