@@ -47,7 +47,8 @@ bench: setup
 	@mkdir -p $(RESULTS)
 	install/mpirun -np 2 python benchmarks/averaging.py --json $(RESULTS)/averaging.json
 	python benchmarks/local_step.py
-	set -e; for rate in 100mbit 1gbit 10gbit; do \
+	benchmarks/slow_link.sh 100mbit python benchmarks/slow_link.py --rate 100mbit --steps 8 --turns 1
+	set -e; for rate in 1gbit 10gbit; do \
 	  benchmarks/slow_link.sh $$rate python benchmarks/slow_link.py --rate $$rate --json $(RESULTS)/link-$$rate.json; done
 	if [ -d $(CIFAR10) ]; then \
 	  python -m data_prep cifar10 --source $(CIFAR10) --output data/cifar10 && python benchmarks/sketch.py data/cifar10 && \

@@ -118,7 +118,7 @@ def bare_allreduce(communicator: hvdlocal.Communicator, numel: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", default="", help="what the link is, for the title")
-    parser.add_argument("--steps", type=int, default=32, help="per turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=16, help="per turn (default: %(default)s)")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
