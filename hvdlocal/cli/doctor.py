@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -226,7 +227,7 @@ def _trial(mpirun: str, backend: str) -> str | None:
     """What went wrong in a sum over two ranks; None when nothing did."""
     program = (
         f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
-        "c.sum_(t, 'hvdlocal.doctor'); print('hvdlocal-doctor', c.size, float(t.min()), float(t.max()))"
+        "c.sum_(t, 'hvdlocal.doctor'); print('hvdlocal-doctor', c.size, float(t.min()), float(t.max()), 'end')"
     )
     options = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in _first_line([mpirun, "--version"]) else []
     command = [mpirun, *options, "-np", "2", sys.executable, "-c", program]
@@ -236,8 +237,9 @@ def _trial(mpirun: str, backend: str) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {TRIAL_SECONDS} s"
-    answers = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("hvdlocal-doctor")]
-    if result.returncode == 0 and answers == [["2", "3.0", "3.0"]] * 2:
+    # Not by lines: the two ranks' ends of line may come late and together.
+    answers = re.findall(r"hvdlocal-doctor (\d+) (\S+) (\S+) end", result.stdout)
+    if result.returncode == 0 and answers == [("2", "3.0", "3.0")] * 2:
         return None
     if answers and answers[0][0] == "1":
         return "each of the two ranks believes to be alone: mpirun and the library belong to different MPIs"

@@ -97,7 +97,9 @@ def _complain(message: str) -> None:
     from hvdlocal.communicator import launched_rank
 
     rank = launched_rank()
-    print(f"hvdlocal{'' if rank is None else f' (rank {rank})'}: {message}", file=sys.stderr, flush=True)
+    # One write: with PYTHONUNBUFFERED print() sends the end of the line by itself, and mpirun mixes the ranks' pieces.
+    sys.stderr.write(f"hvdlocal{'' if rank is None else f' (rank {rank})'}: {message}\n")
+    sys.stderr.flush()
 
 
 def _help() -> str:

@@ -96,7 +96,7 @@ import sys, time, torch, hvdlocal
 comm = hvdlocal.init(timeout_seconds=20)
 model = torch.nn.Linear(2, 2)
 optimizer = hvdlocal.LocalOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, period=hvdlocal.ConstantPeriod(2))
-print("ready", flush=True)
+print("ready\\n", end="", flush=True)
 for i in range(10_000):
     optimizer.zero_grad()
     model(torch.ones(1, 2)).sum().backward()
