@@ -1,55 +1,12 @@
-"""Local SGD on MPI clusters: parameters averaged with one Horovod allreduce every H steps. See README.md."""
+"""Local SGD on MPI clusters: parameters averaged with one Horovod allreduce every H steps. See README.md.
 
-from hvdlocal.analysis import pseudo_wall_clock
-from hvdlocal.averaging import (
-    QSR,
-    AdaComm,
-    AdaScale,
-    ConstantPeriod,
-    LinearScaling,
-    LocalAdaScale,
-    LocalOptimizer,
-    NonFiniteError,
-    NoScaling,
-    PostLocal,
-    PowerRule,
-    SynchronousOptimizer,
-    gain_ratio,
-    gradient_statistics,
-)
-from hvdlocal.communicator import (
-    CollectiveTimeoutError,
-    CommunicationError,
-    Communicator,
-    DisagreementError,
-    init,
-)
-from hvdlocal.data import Loader, ShardedDataset, ShardWriter
-from hvdlocal.version import __version__
+Names are imported at their first use (Scientific Python's SPEC 1): what needs no torch does not wait for it. They are listed
+in `__init__.pyi`, here and in the subpackages.
+"""
 
-__all__ = [
-    "QSR",
-    "AdaComm",
-    "AdaScale",
-    "CollectiveTimeoutError",
-    "CommunicationError",
-    "Communicator",
-    "ConstantPeriod",
-    "DisagreementError",
-    "LinearScaling",
-    "Loader",
-    "LocalAdaScale",
-    "LocalOptimizer",
-    "NoScaling",
-    "NonFiniteError",
-    "PostLocal",
-    "PowerRule",
-    "ShardWriter",
-    "ShardedDataset",
-    "SynchronousOptimizer",
-    "__version__",
-    "gain_ratio",
-    "gradient_statistics",
-    "init",
-    "pseudo_wall_clock",
-]
+from lazy_loader import attach_stub
+
+SUBPACKAGES = {"analysis", "averaging", "cli", "communicator", "data", "models", "training"}
+
+__getattr__, __dir__, _names = attach_stub(__name__, __file__)
+__all__ = [name for name in _names if name not in SUBPACKAGES]  # `import *` should not bring a module called `data`

@@ -1,24 +1,5 @@
 """What a schedule costs, as arithmetic."""
 
-from hvdlocal.analysis.cost import pseudo_wall_clock
-from hvdlocal.analysis.rounds import Round, plan_rounds
-from hvdlocal.analysis.scaling import (
-    Link,
-    allreduce_seconds,
-    doubling_seconds,
-    halving_seconds,
-    ring_seconds,
-    straggler_factor,
-)
+from lazy_loader import attach_stub
 
-__all__ = [
-    "Link",
-    "Round",
-    "allreduce_seconds",
-    "doubling_seconds",
-    "halving_seconds",
-    "plan_rounds",
-    "pseudo_wall_clock",
-    "ring_seconds",
-    "straggler_factor",
-]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -4,29 +4,6 @@
 `synchronous` put them together on what `replica` shares.
 """
 
-from hvdlocal.averaging.gain import AdaScale, LinearScaling, LocalAdaScale, NoScaling, Scaling, gain_ratio
-from hvdlocal.averaging.local import LocalOptimizer
-from hvdlocal.averaging.period import QSR, AdaComm, ConstantPeriod, PeriodRule, PostLocal, PowerRule
-from hvdlocal.averaging.replica import NonFiniteError, ReplicaOptimizer
-from hvdlocal.averaging.statistics import gradient_statistics
-from hvdlocal.averaging.synchronous import SynchronousOptimizer
+from lazy_loader import attach_stub
 
-__all__ = [
-    "QSR",
-    "AdaComm",
-    "AdaScale",
-    "ConstantPeriod",
-    "LinearScaling",
-    "LocalAdaScale",
-    "LocalOptimizer",
-    "NoScaling",
-    "NonFiniteError",
-    "PeriodRule",
-    "PostLocal",
-    "PowerRule",
-    "ReplicaOptimizer",
-    "Scaling",
-    "SynchronousOptimizer",
-    "gain_ratio",
-    "gradient_statistics",
-]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -407,6 +407,16 @@ class LocalOptimizer(ReplicaOptimizer):
             "round_statistics": self._arena.with_statistics_scalars.clone() if with_statistics else None,
         }
 
+    def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
+        """See `ReplicaOptimizer`."""
+        super().load_averaged_state_dict(state_dict, progress)
+        if self._momentum_policy == "reset" and state_dict["hvdlocal"]["steps_in_round"]:
+            self.state.clear()
+
+    def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
+        ended = own["steps_in_round"] > 0
+        return {"round": own["round"] + ended, "steps_in_round": 0, "sample": None, "round_statistics": None}
+
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)
         self._round = own["round"]
@@ -416,7 +426,10 @@ class LocalOptimizer(ReplicaOptimizer):
         self._divergence = own["divergence"]
         self._max_lr = own["max_lr"]
         self._first_loss = own["first_loss"]
-        self._sample.load_state(own["sample"])
+        if own["sample"] is None:
+            self._sample.move_origin()
+        else:
+            self._sample.load_state(own["sample"])
         statistics = own["round_statistics"]
         if statistics is not None and statistics.shape == self._arena.with_statistics_scalars.shape:
             self._arena.with_statistics_scalars.copy_(statistics)

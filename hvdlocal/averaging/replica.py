@@ -232,7 +232,26 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._share()
         self._load_own_state(own)
 
+    def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
+        """Continues from the state of a run with another number of ranks, after loading the average of its replicas.
+
+        The round that was under way counts as ended by that averaging, and its unfinished statistics and micro-batches are
+        dropped. The moving averages of G and σ² stay: they are those of one micro-batch of one worker.
+
+        Args:
+            state_dict: any old rank's, with the moments that all ranks are to start from; the same on every rank.
+            progress: `progress` of the old run in units of this one, whose steps stand for another number of samples.
+        """
+        own = {**state_dict.get("hvdlocal", {}), "progress": progress, "rank": self.communicator.rank}
+        own |= {"num_workers": self.communicator.size, "loss_count": 0, "accumulated": {}, "overflowed": False}
+        own["loss_sum"] = torch.zeros(())
+        self.load_state_dict({**state_dict, "hvdlocal": {**own, **self._after_averaging(own)}})
+
     # -- for the two optimizers --------------------------------------------------------------------------------------
+
+    def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
+        """What an averaging in another number of ranks changes of a state."""
+        raise NotImplementedError
 
     _accumulated: GradientBuffer | None
 

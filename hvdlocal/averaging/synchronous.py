@@ -177,6 +177,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def _own_state(self) -> dict[str, Any]:
         return {**super()._own_state(), "steps": self._steps, "sqr_norm": self._sqr_norm.clone()}
 
+    def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
+        return {"sqr_norm": torch.zeros(())}
+
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)
         self._steps = own["steps"]

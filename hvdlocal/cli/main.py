@@ -9,11 +9,15 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
+from hvdlocal.training import interruption
 from hvdlocal.version import __version__
 
 COMMANDS = {
     "train": "train a model: mpirun -np N hvdlocal train CONFIG.yaml",
     "doctor": "check this installation",
+    "report": "one HTML page about runs: hvdlocal report RUN…",
+    "figures": "the figures of Balles et al. from their formulas and tables",
+    "slurm": "make a batch script for Slurm, or submit one",
 }
 
 HEARING_SECONDS = 0.5
@@ -30,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a user's mistake; 3 when training diverged; 4 when another rank failed; 1 for a bug, with a traceback.
+        0; 2 after a user's mistake; 3 when training diverged; 4 when another rank failed; 85 when training was interrupted and
+        can be continued; 1 when this rank failed, for a bug with a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["--version"]:
@@ -43,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         _complain(f"no command {command!r}: choose one of {', '.join(COMMANDS)}")
         return EXIT_USAGE
+    if command == "train":  # before torch is imported, which may take minutes: a signal would end the process
+        interruption.install_handlers()
     try:
         return importlib.import_module(f"hvdlocal.cli.{command}").run(rest)
     except KeyboardInterrupt:
@@ -65,7 +72,7 @@ def _explain(error: Exception) -> int:
         current,
         launched_rank,
     )
-    from hvdlocal.training import DivergedError
+    from hvdlocal.training import DivergedError, LostRankError
 
     if isinstance(error, CollectiveTimeoutError):
         _complain(str(error))
@@ -83,7 +90,11 @@ def _explain(error: Exception) -> int:
         if launched_rank() is not None:
             time.sleep(HEARING_SECONDS)
         return EXIT_USAGE
-    traceback.print_exception(error)
+    if isinstance(error, LostRankError):
+        _complain(str(error))
+    else:
+        traceback.print_exception(error)
+        _complain(f"ended by {type(error).__name__}, which is a bug of hvdlocal or of what it uses; see the traceback")
     try:
         communicator = current()
     except RuntimeError:

@@ -6,14 +6,23 @@ from collections.abc import Sequence
 
 import hvdlocal
 from hvdlocal.cli.configuration import parse
-from hvdlocal.training import Summary, TrainConfig, Trainer
+from hvdlocal.training import AlreadyFinished, Interrupted, Summary, TrainConfig, Trainer
+
+EXIT_INTERRUPTED = 85
+"""A checkpoint was written: start the same command again."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Trains on all ranks; rank 0 prints the summary."""
-    config, text = parse(arguments)
+    config, _ = parse(arguments)
     communicator = hvdlocal.init()
-    summary = Trainer(config, communicator, text).run()
+    try:
+        summary = Trainer(config, communicator).run()
+    except (AlreadyFinished, Interrupted) as reason:
+        if communicator.rank == 0:
+            print(reason, flush=True)
+        communicator.barrier("hvdlocal.end")
+        return EXIT_INTERRUPTED if isinstance(reason, Interrupted) else 0
     if communicator.rank == 0:
         print(render(summary, config, communicator.size), flush=True)
     communicator.barrier("hvdlocal.end")
@@ -30,8 +39,7 @@ def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
         taken = f"{summary.steps} steps ({summary.micro_batches} micro-batches per rank)"
     lines = [
         "",
-        f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}"
-        + (", stopped early" if summary.stopped_early else ""),
+        f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}",
         f"  test accuracy   {100 * evaluation.accuracy:.2f} %{top5} of {evaluation.samples} images, loss {evaluation.loss:.4f}",
         f"  training        {taken}; {summary.data_epochs:.1f} epochs of data for "
         f"{summary.scale_invariant_epochs:.1f} scale-invariant epochs (mean gain {summary.progress / summary.steps:.2f})",
@@ -44,5 +52,7 @@ def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
         )
     spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in seconds if name != "elapsed")
     lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}")
-    lines.append(f"  files           {config.output}/ (config.yaml, environment.json, metrics.jsonl, model.pt)")
+    lines.append(
+        f"  files           {config.output}/ (config.yaml, environment.json, metrics.jsonl, model.pt, best.pt)"
+    )
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import pickle
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -78,16 +78,29 @@ class Communicator(ABC):
             tensor: contiguous; float32, float64, int32 or int64; the same shape and dtype on every rank.
             name: what it is, the same on every rank and at every call ("hvdlocal.average").
         """
+        self.start_sum_(tensor, name)()
+
+    def start_sum_(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
+        """Begins a `sum_` and does not wait for the other ranks.
+
+        Returns:
+            A function that waits for the sum. Until it has returned, the tensor belongs to the communicator.
+        """
         if not tensor.is_contiguous():
             raise ValueError(f"collective {name!r}: the tensor must be contiguous to be summed in place")
         self._count(tensor)
         if self.size == 1:
-            return
+            return lambda: None
         pieces = _pieces(tensor.detach().view(-1), name)
         with self._explained(name):
             pending = [(self._start_sum(piece, piece_name), piece_name) for piece, piece_name in pieces]
-            for one, piece_name in pending:
-                self._wait(one, piece_name)
+
+        def finish() -> None:
+            with self._explained(name):
+                for one, piece_name in pending:
+                    self._wait(one, piece_name)
+
+        return finish
 
     def broadcast_(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Replaces `tensor`, of any shape, layout and dtype, on every rank by that of rank `root`, in place."""

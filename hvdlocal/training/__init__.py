@@ -1,7 +1,5 @@
 """The trainer: configuration, schedules, the loop, evaluation and records."""
 
-from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.schedules import Schedule, build_schedule
-from hvdlocal.training.trainer import DivergedError, Summary, Trainer
+from lazy_loader import attach_stub
 
-__all__ = ["DivergedError", "Schedule", "Summary", "TrainConfig", "Trainer", "build_schedule"]
+__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

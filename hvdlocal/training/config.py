@@ -143,6 +143,20 @@ class MethodConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """What a run keeps so that, interrupted, it goes on as if nothing had happened."""
+
+    every_steps: int | None = None
+    """Optimizer steps between two checkpoints."""
+    every_minutes: float | None = None
+    """Or minutes. With neither, Young's √(2 · cost of a checkpoint · time between failures), from the measured cost."""
+    failure_hours: float = 24.0
+    """Mean time between failures of the whole job, for Young's rule."""
+    keep: int = 2
+    """Checkpoints to keep; older ones are removed."""
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
 
@@ -168,10 +182,37 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads of a rank; by default OMP_NUM_THREADS, else the cores of the node divided by its ranks."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    time_limit_minutes: float | None = None
+    """Leave so long after the start, with a checkpoint and exit code 85. The end of a Slurm job is known without it."""
     tensorboard: bool = False
     """Also write event files for TensorBoard (pip install hvdlocal[tensorboard])."""
     overwrite: bool = False
-    """Replace what an earlier run left in the output directory."""
+    """Replace what an earlier run left in the output directory, instead of continuing it."""
+
+
+FREE_TO_CHANGE = (
+    "output",
+    "data.path",
+    "data.storage",
+    "data.share",
+    "data.prefetch",
+    "data.threads",
+    "model.channels_last",
+    "model.compile",
+    "evaluation_batch_size",
+    "log_every_seconds",
+    "device",
+    "threads",
+    "checkpoint.every_steps",
+    "checkpoint.every_minutes",
+    "checkpoint.failure_hours",
+    "checkpoint.keep",
+    "time_limit_minutes",
+    "tensorboard",
+    "overwrite",
+)
+"""Settings that may differ when a run is continued: where and how it runs, not what it computes."""
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -180,6 +221,8 @@ def check_ranges(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the setting, its value and what it may be.
     """
+    checkpoint, limit = config.checkpoint, config.time_limit_minutes
+    every_steps, every_minutes = checkpoint.every_steps, checkpoint.every_minutes
     checks = [
         ("epochs", config.epochs, config.epochs > 0, "must be positive"),
         ("seed", config.seed, 0 <= config.seed < 2**62, "from 0 to below 2**62"),
@@ -195,6 +238,17 @@ def check_ranges(config: TrainConfig) -> None:
             config.method.reestimate_batches > 0,
             "at least 1",
         ),
+        ("checkpoint.every_steps", every_steps, every_steps is None or every_steps > 0, "at least 1"),
+        ("checkpoint.every_minutes", every_minutes, every_minutes is None or every_minutes > 0, "must be positive"),
+        (
+            "checkpoint.every_minutes",
+            every_minutes,
+            every_minutes is None or every_steps is None,
+            "give this or checkpoint.every_steps, not both",
+        ),
+        ("checkpoint.failure_hours", checkpoint.failure_hours, checkpoint.failure_hours > 0, "must be positive"),
+        ("checkpoint.keep", checkpoint.keep, checkpoint.keep > 0, "at least 1"),
+        ("time_limit_minutes", limit, limit is None or limit > 0, "must be positive"),
     ]
     for name, value, holds, rule in checks:
         if not holds:
@@ -242,15 +296,16 @@ def unused_settings(config: TrainConfig) -> list[str]:
         "schedule": ScheduleConfig(),
         "method": MethodConfig(),
     }
-    given, usual = _leaves(config), _leaves(default)
+    given, usual = leaves(config), leaves(default)
     return [
         f"{name}={given[name]}" for name, has_effect in used.items() if not has_effect and given[name] != usual[name]
     ]
 
 
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of a configuration (or of a dictionary of configurations) by their dotted names."""
     named = tree if isinstance(tree, dict) else {f.name: getattr(tree, f.name) for f in fields(tree)}
-    leaves: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in named.items():
-        leaves |= _leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
-    return leaves
+        found |= leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
+    return found

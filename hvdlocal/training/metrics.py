@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +18,10 @@ class Metrics(Protocol):
         """Adds one record of a kind ("steps", "round", "evaluation" …) at an optimizer step."""
 
     def flush(self) -> None:
-        """Puts on disk what was written."""
+        """Hands to the system what was written."""
+
+    def position(self) -> int:
+        """Bytes written so far, all of them on disk: where to go on after an interruption."""
 
     def close(self) -> None:
         """Ends the record."""
@@ -30,39 +36,69 @@ class NoMetrics:
     def flush(self) -> None:
         """Nothing."""
 
+    def position(self) -> int:
+        """0."""
+        return 0
+
     def close(self) -> None:
         """Nothing."""
 
 
 class JsonLines:
-    """`metrics.jsonl`, the source of truth: strict JSON (NaN and infinity become null), in the order of writing."""
+    """`metrics.jsonl`, the source of truth: strict JSON (NaN and infinity become null), in the order of writing.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w", encoding="utf-8")
+    Args:
+        path: of the file.
+        keep: bytes of an earlier attempt to keep; what it wrote after its last checkpoint is written again.
+
+    Raises:
+        OSError: the file cannot be written, from any method; the message names it.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
+        self._file = path.open("ab")
+        self._file.truncate(min(keep, path.stat().st_size))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """See `Metrics`."""
         record = {"kind": kind, "step": step, **{name: _strict(value) for name, value in values.items()}}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        with self._named():
+            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
 
     def flush(self) -> None:
         """See `Metrics`."""
-        self._file.flush()
+        with self._named():
+            self._file.flush()
+
+    def position(self) -> int:
+        """See `Metrics`."""
+        with self._named():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """See `Metrics`."""
-        self._file.close()
+        with self._named():
+            self._file.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
 
 class TensorBoard:
     """The same numbers as TensorBoard scalars, beside another record."""
 
-    def __init__(self, directory: Path, other: Metrics) -> None:
+    def __init__(self, directory: Path, other: Metrics, first_step: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboard=true needs TensorBoard: pip install hvdlocal[tensorboard]") from error
-        self._writer = SummaryWriter(str(directory))
+        self._writer = SummaryWriter(str(directory), purge_step=first_step or None)
         self._other = other
 
     def write(self, kind: str, step: int, **values: Any) -> None:
@@ -76,6 +112,10 @@ class TensorBoard:
         """See `Metrics`."""
         self._other.flush()
         self._writer.flush()
+
+    def position(self) -> int:
+        """See `Metrics`."""
+        return self._other.position()
 
     def close(self) -> None:
         """See `Metrics`."""

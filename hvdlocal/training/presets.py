@@ -1,10 +1,8 @@
-"""From the names in a configuration to the two optimizers."""
+"""From the names in a configuration to the two optimizers. Rules alone need no torch: it is imported where it is used."""
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
-import torch
+from typing import TYPE_CHECKING, TypeGuard
 
 from hvdlocal.averaging import (
     QSR,
@@ -13,15 +11,18 @@ from hvdlocal.averaging import (
     ConstantPeriod,
     LinearScaling,
     LocalAdaScale,
-    LocalOptimizer,
     NoScaling,
     PeriodRule,
     PostLocal,
     PowerRule,
     Scaling,
-    SynchronousOptimizer,
 )
 from hvdlocal.training.config import MethodConfig, OptimizerConfig, PeriodConfig, TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 
 LOCAL_PRESETS = ("local", "local-lin", "local-ada", "local-ada-nostale")
 
@@ -102,6 +103,8 @@ def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: flo
 
 def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
     """The torch optimizer that steps one replica."""
+    import torch
+
     if config.name == "sgd":
         return torch.optim.SGD(
             model.parameters(),
@@ -117,6 +120,8 @@ def build_optimizer(
     config: TrainConfig, model: torch.nn.Module, budget: float, epoch: float
 ) -> LocalOptimizer | SynchronousOptimizer:
     """The optimizer of the configured method around the configured inner optimizer; a collective."""
+    from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+
     method = config.method
     inner = build_inner(config.optimizer, model)
     scaling = build_scaling(method)
@@ -147,4 +152,6 @@ def build_optimizer(
 
 def is_local(optimizer: LocalOptimizer | SynchronousOptimizer) -> TypeGuard[LocalOptimizer]:
     """Whether it takes local steps."""
+    from hvdlocal.averaging import LocalOptimizer
+
     return isinstance(optimizer, LocalOptimizer)

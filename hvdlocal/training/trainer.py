@@ -1,10 +1,12 @@
-"""A training run: from a configuration to a trained, averaged model."""
+"""A training run: from a configuration to a trained, averaged model, however often it is interrupted."""
 
 from __future__ import annotations
 
+import json
+import secrets
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,20 @@ from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
 from hvdlocal.models import build_model
-from hvdlocal.training import run_directory
-from hvdlocal.training.checkpoint import LastGood, save_model
-from hvdlocal.training.config import TrainConfig, check_ranges, unused_settings
+from hvdlocal.training import interruption, run_directory
+from hvdlocal.training.checkpoint import Resumed, resume
+from hvdlocal.training.config import TrainConfig, check_ranges, leaves, unused_settings
 from hvdlocal.training.console import Console
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
 from hvdlocal.training.images import configured_images
+from hvdlocal.training.keeper import Keeper, warn
+from hvdlocal.training.ledger import Ledger, Window
 from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
+from hvdlocal.training.recorder import Recorder
+from hvdlocal.training.run_directory import CHECKPOINTS, SUMMARY, Standing
+from hvdlocal.training.saved_model import LastGood, copy_of, save_model, save_state
 from hvdlocal.training.schedules import build_schedule
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -34,18 +41,30 @@ class DivergedError(ArithmeticError):
     """The run ended in NaN or infinity; the message says which model was saved. Raised on all ranks."""
 
 
+class AlreadyFinished(Exception):  # noqa: N818  (no error)
+    """The output directory holds this run, finished. Raised on all ranks."""
+
+
+class LostRankError(RuntimeError):
+    """This rank cannot go on, and the others do not know."""
+
+
 @dataclass
-class Clock:
-    """Seconds of this rank, by what they were spent on; the rest of `elapsed` is computing."""
+class Position:
+    """Where a run stands; the same on every rank.
 
-    start: float
-    waiting_for_data: float = 0.0
-    evaluating: float = 0.0
+    Attributes:
+        steps: optimizer steps done.
+        next_evaluation: progress at which the next evaluation is due.
+        evaluation, evaluated_at: the last one, and the progress it was made at.
+        best: the best accuracy so far.
+    """
 
-    @property
-    def elapsed(self) -> float:
-        """Since training began."""
-        return time.perf_counter() - self.start
+    next_evaluation: float
+    steps: int = 0
+    evaluation: Evaluation | None = None
+    evaluated_at: float = -1.0
+    best: float = -1.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,6 @@ class Summary:
     bytes_sent: int
     data_parallel_bytes: int
     seconds: dict[str, float]
-    stopped_early: bool
 
     @property
     def communication_saved(self) -> float:
@@ -74,20 +92,24 @@ class Summary:
 class Trainer:
     """One rank's part of a run. Building it and `run` are collectives.
 
+    A run that was interrupted continues from its newest checkpoint: with as many ranks bit for bit as if nothing had happened.
+
     Args:
         config: what to do.
         communicator: the ranks.
-        config_text: the configuration as YAML, written beside the run.
 
     Raises:
         SetupError, DisagreementError: the run cannot start; the same on every rank.
+        AlreadyFinished: there is nothing to do.
     """
 
-    def __init__(self, config: TrainConfig, communicator: Communicator, config_text: str = "") -> None:
+    def __init__(self, config: TrainConfig, communicator: Communicator) -> None:
         self.config = config
         self.communicator = communicator
         self.directory = Path(config.output)
+        self.deadline = interruption.Deadline(config.time_limit_minutes)
         succeed_together(communicator, self._check, "hvdlocal.check")
+        standing = self._look_around()
         data = config.data
         self.train_data = ShardedDataset(
             data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
@@ -101,6 +123,21 @@ class Trainer:
         self.forward: nn.Module = torch.compile(self.model) if config.model.compile else self.model  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.ledger = Ledger(self.optimizer)
+        self.window = Window(self.device)
+        self.position = Position(next_evaluation=config.evaluate_every_epochs * self.epoch)
+        self.next_line = config.log_every_seconds
+        # Dropout and the like differ between ranks from here on; the weights above do not.
+        torch.manual_seed((config.seed * communicator.size + communicator.rank + 1) % 2**63)
+        checkpoints = self.directory / CHECKPOINTS
+        self.keeper = Keeper(
+            communicator, config.checkpoint, checkpoints, self.deadline, self.ledger, self._state, self._contents
+        )
+        self.resumed: Resumed | None = None
+        if standing is Standing.STARTED:
+            self.resumed = resume(communicator, checkpoints, self._not_ours)
+        if (resumed := self.resumed) is not None:
+            succeed_together(communicator, lambda: self._restore(resumed), "hvdlocal.restore")
         environment = describe_run(communicator, self.device, self.threads) | {
             "training images": self.train_data.describe(),
             "settings without effect": self.unused,
@@ -110,9 +147,8 @@ class Trainer:
 
             environment["decoder"] = decoder_description()
         self.metrics: Metrics = NoMetrics()
-        succeed_together(communicator, lambda: self._open_records(config_text, environment), "hvdlocal.records")
-        # Dropout and the like differ between ranks from here on; the weights above do not.
-        torch.manual_seed((config.seed * communicator.size + communicator.rank + 1) % 2**63)
+        succeed_together(communicator, lambda: self._open_records(environment), "hvdlocal.records")
+        self.recorder = Recorder(self.metrics, self.optimizer, self.loader, self.ledger, self.epoch)
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -121,7 +157,35 @@ class Trainer:
         check_ranges(self.config)
         self.device = choose_device(self.config.device, self.communicator)
         if self.communicator.rank == 0:
-            run_directory.check(self.directory, self.config.overwrite)
+            self.claim = run_directory.claim(self.directory)
+            self.standing = run_directory.standing(self.directory, leaves(self.config), self.config.overwrite)
+
+    def _look_around(self) -> Standing:
+        """What rank 0 found in the output directory, once every rank is sure to see the same one; a collective."""
+        communicator, rank = self.communicator, self.communicator.rank
+        probe, standing = "", Standing.NEW
+        if rank == 0:
+            probe, standing = f".probe-{secrets.token_hex(8)}", self.standing
+            (self.directory / probe).touch()
+        probe, standing = communicator.gather((probe, standing), "hvdlocal.standing")[0]
+
+        def see() -> None:
+            if not (self.directory / probe).exists():
+                raise ValueError(
+                    f"output={self.directory} is not the directory that rank 0 sees: it must be on a file system that all "
+                    "nodes share"
+                )
+
+        try:
+            succeed_together(communicator, see, "hvdlocal.shared_output")
+        finally:
+            if rank == 0:
+                (self.directory / probe).unlink(missing_ok=True)
+        if standing is Standing.FINISHED:
+            raise AlreadyFinished(
+                f"{self.directory} holds this run, finished: nothing to do. --overwrite true runs it again."
+            )
+        return standing
 
     def _prepare(self) -> None:
         """Everything else that can fail for a user's mistake and needs no other rank."""
@@ -160,20 +224,117 @@ class Trainer:
         )
 
     def _facts(self) -> dict[str, Any]:
-        facts = {f"config {key}": value for key, value in _flat(asdict(self.config)).items()}
+        facts = {f"config {key}": value for key, value in leaves(self.config).items()}
         facts |= {f"version of {package}": version for package, version in versions().items()}
-        facts["training data (fingerprint)"] = self.train_data.fingerprint
-        facts["test data (fingerprint)"] = self.test_data.fingerprint
+        facts |= {f"{split} data (fingerprint)": print for split, print in self._fingerprints().items()}
         facts["kind of device"] = self.device.type
         return facts
 
-    def _open_records(self, config_text: str, environment: dict[str, Any]) -> None:
-        if self.communicator.rank == 0:
+    def _fingerprints(self) -> dict[str, str]:
+        return {"training": self.train_data.fingerprint, "test": self.test_data.fingerprint}
+
+    def _open_records(self, environment: dict[str, Any]) -> None:
+        if self.communicator.rank != 0:
+            return
+        steps, kept = self.position.steps, 0
+        if self.resumed is None and self.standing is Standing.NEW:
             run_directory.clear(self.directory)
-            run_directory.describe(self.directory, config_text, environment)
-            self.metrics = JsonLines(self.directory / "metrics.jsonl")
-            if self.config.tensorboard:
-                self.metrics = TensorBoard(self.directory / "tensorboard", self.metrics)
+        else:
+            kept = self._clear_up()
+        run_directory.note_attempt(self.directory, steps, self.communicator.size)
+        run_directory.describe(self.directory, asdict(self.config), environment)
+        self.metrics = JsonLines(self.directory / "metrics.jsonl", kept)
+        if self.config.tensorboard:
+            self.metrics = TensorBoard(self.directory / "tensorboard", self.metrics, steps)
+
+    def _clear_up(self) -> int:
+        """Takes away what the last attempt left unfinished, and what it did after its last good checkpoint.
+
+        Returns:
+            Bytes of metrics.jsonl to keep.
+        """
+        self.keeper.writer.discard_all_but_good(None if self.resumed is None else self.resumed.step)
+        if self.resumed is None:
+            return 0
+        for problem in self.resumed.skipped:
+            warn(f"{problem}: going back to step {self.resumed.step}")
+        kept = self.resumed.contents["metrics_bytes"]
+        path = self.directory / "metrics.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        if size < kept:
+            warn(f"{path} has lost {kept - size} bytes that were in it at the checkpoint of step {self.resumed.step}")
+        return kept
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Any]:
+        """What this rank needs to go on."""
+        model = self.model.state_dict()
+        if self.optimizer.in_sync and self.communicator.rank:
+            same = {p.data_ptr() for p in self.model.parameters()}
+            model = {name: value for name, value in model.items() if value.data_ptr() not in same}
+        return {
+            "model": model,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "ledger": self.ledger.state_dict(),
+            "window": self.window.state_dict(),
+            "next_line": self.next_line,
+        }
+
+    def _contents(self) -> dict[str, Any]:
+        """What is the same for all ranks; only rank 0 writes it."""
+        return {
+            "num_workers": self.communicator.size,
+            "in_sync": self.optimizer.in_sync,
+            "progress": self.optimizer.progress,
+            "progress_of_an_epoch": self.epoch,
+            "position": asdict(self.position),
+            "loader": self.loader.state_dict(),
+            "metrics_bytes": self.metrics.position(),
+            "settings": leaves(self.config),
+            "fingerprints": self._fingerprints(),
+            "versions": versions(),
+        }
+
+    def _not_ours(self, contents: Mapping[str, Any]) -> str | None:
+        """Why a checkpoint is not of this run."""
+        if difference := run_directory.first_difference(contents["settings"], leaves(self.config)):
+            return f"was written {difference}"
+        for split, fingerprint in self._fingerprints().items():
+            if (before := contents["fingerprints"][split]) != fingerprint:
+                return f"was written with other {split} data (fingerprint {before[:12]}, now {fingerprint[:12]})"
+        return None
+
+    def _restore(self, resumed: Resumed) -> None:
+        contents = resumed.contents
+        self.loader.load_state_dict(contents["loader"])
+        position = Position(**contents["position"])
+        if position.evaluation is not None:
+            position.evaluation = Evaluation(**position.evaluation)  # type: ignore[arg-type]
+        self.position = position
+        if resumed.state is not None:
+            state = resumed.state
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["random"])
+            if self.device.type == "cuda" and state["device_random"] is not None:
+                torch.cuda.set_rng_state(state["device_random"], self.device)
+            self.window.load_state_dict(state["window"])
+            self.next_line = state["next_line"]
+        else:
+            assert resumed.averaged is not None
+            state = resumed.averaged
+            scale = self.epoch / contents["progress_of_an_epoch"]
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_averaged_state_dict(state["optimizer"], contents["progress"] * scale)
+            position.next_evaluation *= scale
+            position.evaluated_at *= scale
+            torch.manual_seed((torch.initial_seed() + position.steps * 0x9E3779B97F4A7C15) % 2**63)
+        self.scaler.load_state_dict(state["scaler"])
+        self.ledger.load_state_dict(state["ledger"])
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -181,68 +342,97 @@ class Trainer:
         """Trains until the budget is used up, evaluates, and saves the averaged model.
 
         Raises:
+            Interrupted: on all ranks, with a checkpoint saved.
             DivergedError: a loss became NaN or infinite; on all ranks, with a model saved.
             CommunicationError: another rank ended.
+            LostRankError: this rank cannot go on: no room for its records, or no memory.
         """
         console = Console(self.communicator, self.budget, self.epoch)
         try:
-            return self._train(console)
+            summary = self._train(console)
+            self.metrics.close()
+            return summary
         except NonFiniteError as error:
             raise DivergedError(f"{error} {self._save_last_good()}") from error
+        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+            raise LostRankError(
+                f"{self.communicator.describe()} cannot go on after step {self.position.steps}: "
+                f"{str(error) or type(error).__name__}. Once that is mended, the same command continues from the last checkpoint."
+            ) from error
         finally:
             console.close()
-            self.metrics.close()
+            with suppress(OSError):  # said above
+                self.metrics.close()
+            if self.communicator.rank == 0:
+                self.claim.close()
 
     def _train(self, console: Console) -> Summary:
-        config, optimizer = self.config, self.optimizer
-        traffic = self.communicator.traffic
-        self.clock = Clock(time.perf_counter())
+        config, optimizer, position = self.config, self.optimizer, self.position
         self.last_good = LastGood(self.model) if self.communicator.rank == 0 else None
-        self._bytes_before, self._collectives_before = traffic.bytes, traffic.collectives
-        self._evaluation_bytes = self._evaluation_collectives = 0
-        window = _Window(self.device)
-        evaluation, evaluated_at = None, -1.0
-        next_evaluation = evaluation_gap = config.evaluate_every_epochs * self.epoch
-        next_line = config.log_every_seconds
-        steps = 0
+        self.ledger.start()
+        self.keeper.start()
 
         console.say(f"training images: {self.train_data.describe()}")
         if self.unused:
             console.say(f"note: without effect in this run: {', '.join(self.unused)}")
+        if self.resumed is not None:
+            self._say_resumed(console, self.resumed)
         batches = self.loader.endless()
         self.model.train()
-        while not optimizer.finished and not optimizer.stop_requested:
-            self._micro_batch(batches, window)
+        while not optimizer.finished:
+            self._micro_batch(batches)
             if optimizer.micro_batches:
                 continue
-            steps += 1
-            due = self.clock.elapsed >= next_line
+            position.steps += 1
+            due = self.ledger.elapsed >= self.next_line
             if due:
-                next_line = self.clock.elapsed + config.log_every_seconds
-                self._write_window(window, steps)
-            console.progress(optimizer.progress, self._status(), due)
-            if not optimizer.in_sync:
-                continue
-            if self.last_good is not None:
-                self.last_good.offer()
-            if is_local(optimizer):
-                self._write_round(steps)
-            if optimizer.progress >= next_evaluation and not optimizer.finished:
-                next_evaluation = (optimizer.progress // evaluation_gap + 1) * evaluation_gap
-                evaluation, evaluated_at = self._evaluate(console, steps), optimizer.progress
+                self.next_line = self.ledger.elapsed + config.log_every_seconds
+                self.recorder.window(self.window, position.steps)
+            console.progress(optimizer.progress, self.recorder.status(), due)
+            if optimizer.in_sync:
+                self._after_round(console)
+            if not optimizer.finished:
+                self.keeper.after_step(position.steps)
         batches.close()
+        return self._end(console)
 
-        if window.micro_batches:
-            self._write_window(window, steps)
-        if evaluation is None or evaluated_at != optimizer.progress:
-            evaluation = self._evaluate(console, steps)
-        summary = self._summary(evaluation, steps)
+    def _end(self, console: Console) -> Summary:
+        position = self.position
+        if self.window.micro_batches:
+            self.recorder.window(self.window, position.steps)
+        if position.evaluation is None or position.evaluated_at != self.optimizer.progress:
+            self._evaluate(console)
+        assert position.evaluation is not None
+        summary = self._summary(position.evaluation)
+        self.keeper.finish()
         if self.communicator.rank == 0:
             save_model(self.model, self.directory / "model.pt")
-        self.metrics.write("end", steps, **asdict(summary), communication_saved=summary.communication_saved)
+            record = {**asdict(summary), "communication_saved": summary.communication_saved}
+            self.metrics.write("end", position.steps, **record)
+            self.metrics.position()
+            run_directory.write_whole(self.directory / SUMMARY, json.dumps(record, indent=1) + "\n")
         return summary
 
-    def _micro_batch(self, batches: Iterator[Batch], window: _Window) -> None:
+    def _after_round(self, console: Console) -> None:
+        optimizer, position = self.optimizer, self.position
+        if self.last_good is not None:
+            self.last_good.offer()
+        if is_local(optimizer):
+            self.recorder.round(position.steps)
+        if optimizer.progress >= position.next_evaluation and not optimizer.finished:
+            gap = self.config.evaluate_every_epochs * self.epoch
+            position.next_evaluation = (optimizer.progress // gap + 1) * gap
+            self._evaluate(console)
+
+    def _say_resumed(self, console: Console, resumed: Resumed) -> None:
+        ranks = resumed.contents["num_workers"]
+        how = "" if resumed.state is not None else f", averaged over the {ranks} ranks that wrote it"
+        console.say(f"continuing from the checkpoint of step {resumed.step}{how}")
+        before, now = resumed.contents["versions"], versions()
+        if changed := [f"{name} {before.get(name)} → {now.get(name)}" for name in now if before.get(name) != now[name]]:
+            console.say(f"note: other versions than before, so not bit for bit the same: {', '.join(changed)}")
+
+    def _micro_batch(self, batches: Iterator[Batch]) -> None:
         optimizer = self.optimizer
         if not optimizer.micro_batches:
             lr = self.schedule(optimizer.progress)
@@ -250,14 +440,14 @@ class Trainer:
                 group["lr"] = lr
         start = time.perf_counter()
         x, y = next(batches)
-        self.clock.waiting_for_data += time.perf_counter() - start
+        self.ledger.waiting_for_data += time.perf_counter() - start
         with self._autocast():
             logits = self.forward(x.contiguous(memory_format=self.memory_format))
             loss = self.criterion(logits, y)
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         optimizer.record_loss(loss)
-        window.add(loss, logits, y)
+        self.window.add(loss, logits, y)
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -266,12 +456,26 @@ class Trainer:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.config.precision))
 
-    def _evaluate(self, console: Console, steps: int) -> Evaluation:
+    def _evaluate(self, console: Console) -> None:
         """Evaluates the average; a collective."""
         start = time.perf_counter()
         averaging = self.optimizer.seconds_averaging
-        traffic = self.communicator.traffic
-        before = (traffic.bytes, traffic.collectives)
+        with self.ledger.beside_training():
+            evaluation = self._evaluation()
+        self.optimizer.seconds_averaging = averaging  # what is averaged for an evaluation counts as evaluating
+        self.ledger.evaluating += time.perf_counter() - start
+        position, progress = self.position, self.optimizer.progress
+        position.evaluation, position.evaluated_at = evaluation, progress
+        self.recorder.evaluation(evaluation, position.steps)
+        if evaluation.accuracy > position.best:
+            position.best = evaluation.accuracy
+            if self.communicator.rank == 0:
+                self.keeper.writer.also(save_state, copy_of(self.model), self.directory / "best.pt")
+        console.say(
+            f"epoch {progress / self.epoch:7.2f}  test accuracy {100 * evaluation.accuracy:.2f} %  loss {evaluation.loss:.4f}"
+        )
+
+    def _evaluation(self) -> Evaluation:
         self.optimizer.synchronize()
         if self.config.method.buffers == "reestimate":
             self.optimizer.reestimate_buffers(self._reestimation_batches())
@@ -287,26 +491,7 @@ class Trainer:
         )
         formatted = ((x.contiguous(memory_format=self.memory_format), y) for x, y in batches)
         with self._autocast():
-            evaluation = evaluate(self.forward, formatted, self.communicator, self.device, self.test_data.num_classes)
-        self.optimizer.seconds_averaging = averaging  # what is averaged for an evaluation counts as evaluating
-        self.clock.evaluating += time.perf_counter() - start
-        self._evaluation_bytes += traffic.bytes - before[0]
-        self._evaluation_collectives += traffic.collectives - before[1]
-        self.metrics.write(
-            "evaluation",
-            steps,
-            progress=self.optimizer.progress,
-            epoch=self.optimizer.progress / self.epoch,
-            data_epoch=self.loader.epoch,
-            elapsed_seconds=self.clock.elapsed,
-            **asdict(evaluation),
-        )
-        self.metrics.flush()
-        console.say(
-            f"epoch {self.optimizer.progress / self.epoch:7.2f}  test accuracy {100 * evaluation.accuracy:.2f} %  "
-            f"loss {evaluation.loss:.4f}"
-        )
-        return evaluation
+            return evaluate(self.forward, formatted, self.communicator, self.device, self.test_data.num_classes)
 
     def _reestimation_batches(self) -> Iterator[torch.Tensor]:
         """The same images whatever the number of steps before: the first batches of an order of their own."""
@@ -316,72 +501,10 @@ class Trainer:
             yield next(batches)[0].contiguous(memory_format=self.memory_format)
         batches.close()
 
-    # -- records -----------------------------------------------------------------------------------------------------
+    # -- the end -------------------------------------------------------------------------------------------------------
 
-    def _status(self) -> str:
-        optimizer = self.optimizer
-        loss = "" if optimizer.loss is None else f"loss {optimizer.loss:.4f}  "
-        lr = optimizer.param_groups[0]["lr"]
-        return f"{loss}lr {lr * optimizer.gain:.4g} = {lr:.4g}×{optimizer.gain:.2f}  H {optimizer.period}"
-
-    def _state(self) -> dict[str, Any]:
-        optimizer = self.optimizer
-        lr = optimizer.param_groups[0]["lr"]
-        return {
-            "progress": optimizer.progress,
-            "epoch": optimizer.progress / self.epoch,
-            "data_epoch": self.loader.epoch,
-            "base_lr": lr,
-            "lr": lr * optimizer.gain,
-            "gain": optimizer.gain,
-            "period": optimizer.period,
-            "grad_sqr": optimizer.grad_sqr,
-            "grad_var": optimizer.grad_var,
-        }
-
-    def _write_round(self, steps: int) -> None:
-        optimizer = self.optimizer
-        self.metrics.write(
-            "round",
-            steps,
-            round=optimizer.round,
-            **self._state(),
-            loss=optimizer.loss,
-            divergence=optimizer.divergence,
-            averaging_seconds=optimizer.seconds_averaging,
-            bytes_sent=self._bytes_sent(),
-            elapsed_seconds=self.clock.elapsed,
-        )
-
-    def _write_window(self, window: _Window, steps: int) -> None:
-        loss, accuracy = window.take()
-        self.metrics.write(
-            "steps",
-            steps,
-            **self._state(),
-            loss=loss,
-            accuracy=accuracy,
-            divergence=self.optimizer.divergence,
-            bytes_sent=self._bytes_sent(),
-            **{f"{name}_seconds": seconds for name, seconds in self._seconds().items()},
-            **{f"loader_{name}": value for name, value in self.loader.stats().items()},
-        )
-        self.metrics.flush()
-
-    def _seconds(self) -> dict[str, float]:
-        spent = {
-            "averaging": self.optimizer.seconds_averaging,
-            "waiting_for_data": self.clock.waiting_for_data,
-            "evaluating": self.clock.evaluating,
-        }
-        elapsed = self.clock.elapsed
-        return {"elapsed": elapsed, "computing": elapsed - sum(spent.values()), **spent}
-
-    def _bytes_sent(self) -> int:
-        return self.communicator.traffic.bytes - self._bytes_before - self._evaluation_bytes
-
-    def _summary(self, evaluation: Evaluation, steps: int) -> Summary:
-        optimizer, traffic = self.optimizer, self.communicator.traffic
+    def _summary(self, evaluation: Evaluation) -> Summary:
+        optimizer, ledger, steps = self.optimizer, self.ledger, self.position.steps
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         micro_batches = steps * optimizer.accumulate
         return Summary(
@@ -392,11 +515,10 @@ class Trainer:
             progress=optimizer.progress,
             scale_invariant_epochs=optimizer.progress / self.epoch,
             data_epochs=self.loader.epoch,
-            collectives=traffic.collectives - self._collectives_before - self._evaluation_collectives,
-            bytes_sent=self._bytes_sent(),
+            collectives=ledger.collectives,
+            bytes_sent=ledger.bytes_sent,
             data_parallel_bytes=4 * trained * micro_batches if self.communicator.size > 1 else 0,
-            seconds=self._seconds(),
-            stopped_early=not optimizer.finished,
+            seconds=ledger.seconds(),
         )
 
     def _save_last_good(self) -> str:
@@ -405,36 +527,3 @@ class Trainer:
         if self.last_good is not None:
             self.last_good.save(path)
         return f"The last good average is in {path}."
-
-
-class _Window:
-    """Means of this rank's training losses and accuracies since the last line."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._totals = torch.zeros(2, device=device)
-        self._images = 0
-        self.micro_batches = 0
-
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Takes in one micro-batch, without waiting for its device."""
-        if labels.is_floating_point():  # MixUp's; the greater part counts
-            labels = labels.argmax(1)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self._totals += torch.stack([loss.detach().float(), correct.float()])
-        self._images += len(labels)
-        self.micro_batches += 1
-
-    def take(self) -> tuple[float, float]:
-        """(mean loss, accuracy), and starts anew."""
-        loss, correct = self._totals.tolist()
-        result = loss / self.micro_batches, correct / self._images
-        self._totals.zero_()
-        self._images = self.micro_batches = 0
-        return result
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return leaves

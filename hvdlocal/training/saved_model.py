@@ -14,7 +14,14 @@ SNAPSHOT_SHARE = 0.01
 
 def save_model(model: torch.nn.Module, path: Path) -> None:
     """Writes the plain `state_dict` that the same model loads without hvdlocal; whole or not at all."""
-    _write(model.state_dict(), path)
+    save_state(copy_of(model), path)
+
+
+def copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's `state_dict` on the CPU, in memory of its own: parameters are views of one large buffer, which would
+    otherwise be written with each of them.
+    """
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
 
 class LastGood:
@@ -23,7 +30,7 @@ class LastGood:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._next = 0.0
-        self._copy = {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+        self._copy = copy_of(model)
 
     def offer(self) -> None:
         """Copies the model, which is an average now, unless the last copy is recent or the model is not finite."""
@@ -39,14 +46,14 @@ class LastGood:
 
     def save(self, path: Path) -> None:
         """Writes the copy like `save_model`."""
-        _write(self._copy, path)
+        save_state(self._copy, path)
 
 
-def _write(state: dict[str, torch.Tensor], path: Path) -> None:
+def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a state_dict, down to the disk, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        # Parameters are views of one large buffer, which would otherwise be written with each of them.
-        torch.save({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, file)
+        torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)

@@ -1,0 +1,37 @@
+from . import analysis as analysis
+from . import averaging as averaging
+from . import cli as cli
+from . import communicator as communicator
+from . import data as data
+from . import models as models
+from . import training as training
+from .analysis.cost import pseudo_wall_clock as pseudo_wall_clock
+from .averaging.gain import (
+    AdaScale as AdaScale,
+    LinearScaling as LinearScaling,
+    LocalAdaScale as LocalAdaScale,
+    NoScaling as NoScaling,
+    gain_ratio as gain_ratio,
+)
+from .averaging.local import LocalOptimizer as LocalOptimizer
+from .averaging.period import (
+    QSR as QSR,
+    AdaComm as AdaComm,
+    ConstantPeriod as ConstantPeriod,
+    PostLocal as PostLocal,
+    PowerRule as PowerRule,
+)
+from .averaging.replica import NonFiniteError as NonFiniteError
+from .averaging.statistics import gradient_statistics as gradient_statistics
+from .averaging.synchronous import SynchronousOptimizer as SynchronousOptimizer
+from .communicator import (
+    CollectiveTimeoutError as CollectiveTimeoutError,
+    CommunicationError as CommunicationError,
+    Communicator as Communicator,
+    DisagreementError as DisagreementError,
+    init as init,
+)
+from .data.dataset import ShardedDataset as ShardedDataset
+from .data.loader import Loader as Loader
+from .data.writer import ShardWriter as ShardWriter
+from .version import __version__ as __version__

@@ -1,0 +1,1 @@
+"""sbatch scripts made from the templates of slurm/, which are installed with the package."""

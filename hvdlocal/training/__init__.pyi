@@ -1,0 +1,10 @@
+from .config import TrainConfig as TrainConfig
+from .keeper import Interrupted as Interrupted
+from .schedules import Schedule as Schedule, build_schedule as build_schedule
+from .trainer import (
+    AlreadyFinished as AlreadyFinished,
+    DivergedError as DivergedError,
+    LostRankError as LostRankError,
+    Summary as Summary,
+    Trainer as Trainer,
+)

@@ -1,0 +1,157 @@
+"""Going on from a checkpoint: the newest one that is good on every rank, each rank's own part or the average of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdlocal.communicator import Communicator
+from hvdlocal.training.checkpoint import files
+from hvdlocal.training.checkpoint.files import CheckpointError
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint as this rank goes on from it.
+
+    Attributes:
+        step: optimizer steps done.
+        contents: of the manifest.
+        state: this rank's own; None when the number of ranks has changed.
+        averaged: with another number of ranks, what all start from: tensors averaged over the old ranks, everything else of
+            old rank 0.
+        skipped: newer checkpoints that cannot be used, and why.
+    """
+
+    step: int
+    contents: Mapping[str, Any]
+    state: State | None
+    averaged: State | None
+    skipped: list[str]
+
+
+def resume(communicator: Communicator, root: Path, check: Callable[[Mapping[str, Any]], str | None]) -> Resumed | None:
+    """Reads the newest checkpoint that every rank can read; a collective.
+
+    Args:
+        communicator: the ranks.
+        root: directory of the checkpoints.
+        check: says why a checkpoint, by its manifest, is not one of this run; None when it is.
+
+    Returns:
+        None when there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: on all ranks: there are checkpoints and none can be read, or the newest is of another run.
+    """
+    steps = communicator.gather(files.newest_first(root) if communicator.rank == 0 else [], "hvdlocal.resume.steps")[0]
+    skipped: list[str] = []
+    for step in steps:
+        found, problem = None, None
+        try:
+            found = _read(communicator, files.directory(root, step))
+        except CheckpointError as error:
+            problem = str(error)
+        problems = communicator.gather(problem, "hvdlocal.resume.read")
+        bad = {rank: text for rank, text in enumerate(problems) if text is not None}
+        if bad:
+            rank, text = next(iter(bad.items()))
+            where = "" if len(bad) == communicator.size else f" (rank {rank} of {communicator.size})"
+            skipped.append(text + where)
+            continue
+        assert found is not None
+        manifest, state = found
+        if foreign := check(manifest):
+            raise CheckpointError(f"{files.directory(root, step)} {foreign}")
+        if isinstance(state, _Mean):
+            state.reduce(communicator)
+            return Resumed(step, manifest, None, state.result(), skipped)
+        return Resumed(step, manifest, state, None, skipped)
+    if skipped:
+        raise CheckpointError(
+            f"none of the {len(skipped)} checkpoints in {root} can be used: {skipped[0]}. "
+            "Start anew with --overwrite true, or with another --output"
+        )
+    return None
+
+
+def averaged_model(path: Path) -> State:
+    """The model that a checkpoint stands for, as a plain `state_dict`: the average of its replicas.
+
+    Args:
+        path: directory of the checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    manifest = files.read_manifest(path)
+    mean = _Mean({"model": files.read_state(path, manifest, 0)["model"]})
+    for rank in range(1, manifest["num_workers"]):
+        mean.add({"model": files.read_state(path, manifest, rank)["model"]})
+    return mean.result()["model"]
+
+
+def _read(communicator: Communicator, path: Path) -> tuple[dict[str, Any], State | _Mean]:
+    """The manifest, and this rank's own state; with another number of ranks, its share of the average."""
+    manifest = files.read_manifest(path)
+    old, rank, size = manifest["num_workers"], communicator.rank, communicator.size
+    if old != size:
+        mean = _Mean(files.read_state(path, manifest, 0), include=rank == 0)
+        for one in range(rank or size, old, size):
+            mean.add(files.read_state(path, manifest, one))
+        return manifest, mean
+    own = files.read_state(path, manifest, rank)
+    if manifest["in_sync"] and rank:  # only rank 0 has written what is the same on all
+        own["model"] = {**files.read_state(path, manifest, 0)["model"], **own["model"]}
+    return manifest, own
+
+
+class _Mean:
+    """Averages the replicas and moments of the ranks that have them; everything else is that of the first.
+
+    Args:
+        first: the state of rank 0.
+        include: whether it counts, or only gives the form.
+    """
+
+    def __init__(self, first: State, include: bool = True) -> None:
+        self._first = first
+        self._sums = {name: tensor.double() * include for name, tensor in _averaged_tensors(first).items()}
+        self._counts = dict.fromkeys(self._sums, int(include))
+
+    def add(self, state: State) -> None:
+        """Takes in the state of another rank."""
+        for name, tensor in _averaged_tensors(state).items():
+            if name in self._sums:
+                self._sums[name] += tensor
+                self._counts[name] += 1
+
+    def reduce(self, communicator: Communicator) -> None:
+        """Adds what the other ranks took in; a collective."""
+        counts = torch.tensor([float(count) for count in self._counts.values()])
+        communicator.sum_(counts, "hvdlocal.resume.counts")
+        self._counts = dict(zip(self._counts, map(round, counts.tolist()), strict=True))
+        for i, total in enumerate(self._sums.values()):
+            communicator.sum_(total, f"hvdlocal.resume.{i}")
+
+    def result(self) -> State:
+        """The first state with the averages in it."""
+        for name, tensor in _averaged_tensors(self._first).items():
+            tensor.copy_(self._sums[name] / self._counts[name])
+        return self._first
+
+
+def _averaged_tensors(state: State) -> dict[str, torch.Tensor]:
+    """The model and the optimizer's moments, by name."""
+    named = {f"model {name}": value for name, value in state["model"].items()}
+    for index, moments in state.get("optimizer", {}).get("state", {}).items():
+        named |= {f"moment {index} {name}": value for name, value in moments.items()}
+    return {
+        name: value for name, value in named.items() if isinstance(value, torch.Tensor) and value.is_floating_point()
+    }

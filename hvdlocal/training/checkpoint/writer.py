@@ -1,0 +1,154 @@
+"""Writing checkpoints beside the training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvdlocal.communicator import Communicator
+from hvdlocal.training.checkpoint import files
+
+
+@dataclass
+class _Open:
+    """A checkpoint that this rank writes or has written, and that is not complete yet."""
+
+    step: int
+    contents: dict[str, Any]
+    write: Future[files.Written]
+
+
+class CheckpointWriter:
+    """One rank's part in writing checkpoints. Files are written by a background thread.
+
+    A checkpoint is begun by all ranks at the same step (`begin`) and, when all have written their file, completed by all
+    (`finish`); only then does it exist. When a rank fails, for want of room or rights, there is none, and all ranks know why.
+
+    Args:
+        communicator: the ranks.
+        root: directory of the checkpoints, on a file system that all ranks share.
+        keep: how many complete ones to keep.
+    """
+
+    def __init__(self, communicator: Communicator, root: Path, keep: int) -> None:
+        self._communicator = communicator
+        self._root = root
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlocal-checkpoint")
+        self._open: _Open | None = None
+        self._last_acts: list[Future[Any]] = []
+        self.last_step: int | None = None
+        self.write_seconds = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a checkpoint was begun and not finished; the same on all ranks."""
+        return self._open is not None
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is busy."""
+        return (self._open is not None and not self._open.write.done()) or not all(
+            act.done() for act in self._last_acts
+        )
+
+    def begin(self, step: int, state: dict[str, Any], contents: dict[str, Any]) -> None:
+        """Copies this rank's state and has it written. On all ranks at the same step; not while one is open.
+
+        Args:
+            step: optimizer steps done.
+            state: of this rank: values and tensors of any device, which may change afterwards.
+            contents: of the manifest; the same on all ranks.
+        """
+        assert self._open is None
+        self._open = _Open(step, contents, self._thread.submit(self._write, step, _copy(state)))
+
+    def finish(self, wait: bool = False) -> str | None:
+        """Completes the open checkpoint; a collective. Waits for this rank's file, which takes no time after `is_writing`.
+
+        Args:
+            wait: until it is complete on disk, rather than leave that to the thread.
+
+        Returns:
+            Why there is no checkpoint, the same on all ranks, or None. Without `wait`, what fails later is told by `failure`.
+        """
+        assert self._open is not None
+        opened, self._open = self._open, None
+        mine: files.Written | str
+        try:
+            mine = opened.write.result()
+        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for what its file did
+            mine = str(error.__context__ or error) if isinstance(error, RuntimeError) else str(error)
+        everyone = self._communicator.gather(mine, "hvdlocal.checkpoint")
+        failures = [f"{one} (rank {rank})" for rank, one in enumerate(everyone) if isinstance(one, str)]
+        if failures:
+            if self._communicator.rank == 0:
+                files.discard_incomplete(self._root)
+            return f"no checkpoint of step {opened.step}: {failures[0]}"
+        if self._communicator.rank == 0:
+            self.also(self._complete, opened, everyone)
+        self.last_step = opened.step
+        if not wait:
+            return None
+        failed = self._communicator.gather(self.failure(wait=True), "hvdlocal.checkpoint.complete")[0]
+        if failed:
+            self.last_step = None
+        return failed
+
+    def failure(self, wait: bool = False) -> str | None:
+        """What the thread could not do after a `finish` or an `also`; each failure is told once. For rank 0."""
+        acts = [act for act in self._last_acts if wait or act.done()]
+        self._last_acts = [act for act in self._last_acts if act not in acts]
+        errors = [error for act in acts if (error := act.exception()) is not None]
+        if not errors:
+            return None
+        self.last_step = None
+        return f"could not be written: {errors[0]}"
+
+    def also(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Has the thread do something else that is written; what fails is told by `failure`."""
+        self._last_acts.append(self._thread.submit(work, *arguments))
+
+    def close(self) -> None:
+        """Waits for the thread. An open checkpoint is given up."""
+        self._open = None
+        self._thread.shutdown(wait=True)
+
+    def discard_all_but_good(self, good: int | None) -> None:
+        """Before training, on rank 0: clears what an earlier attempt did not complete, and sets aside what cannot be used.
+
+        Args:
+            good: the step of the checkpoint that the run goes on from.
+        """
+        files.discard_incomplete(self._root)
+        for step in files.newest_first(self._root):
+            if good is None or step > good:
+                files.set_aside(self._root, step)
+        self.last_step = good
+
+    def _write(self, step: int, state: dict[str, Any]) -> files.Written:
+        start = time.perf_counter()
+        written = files.write_state(self._root, step, self._communicator.rank, state)
+        self.write_seconds = time.perf_counter() - start
+        return written
+
+    def _complete(self, opened: _Open, written: list[files.Written]) -> None:
+        files.complete(self._root, opened.step, opened.contents, written)
+        files.keep_newest(self._root, self._keep)
+
+
+def _copy(value: Any) -> Any:
+    """The same with every tensor copied to memory of its own on the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(inner) for inner in value)
+    return value

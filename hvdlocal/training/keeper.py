@@ -1,0 +1,146 @@
+"""So that nothing is lost: begins and completes checkpoints beside the training, and leaves in order when asked to."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hvdlocal.communicator import Communicator
+from hvdlocal.training import interruption
+from hvdlocal.training.checkpoint import CheckpointWriter, Pace
+from hvdlocal.training.config import CheckpointConfig
+from hvdlocal.training.ledger import Ledger
+from hvdlocal.training.poll import POLL_SECONDS, News, Poll
+
+
+class Interrupted(Exception):  # noqa: N818  (no error: the run goes on later)
+    """The run was asked to stop, and its checkpoint is on disk: the same command continues it. Raised on all ranks."""
+
+
+class Keeper:
+    """One rank's part in keeping a run.
+
+    Args:
+        communicator: the ranks.
+        config: how often, and how many.
+        root: directory of the checkpoints.
+        deadline: by which the process must have left; only rank 0's counts.
+        ledger: times the run, and is told what is not training.
+        state: this rank's state, to be copied.
+        contents: what the manifest says beside the files.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        config: CheckpointConfig,
+        root: Path,
+        deadline: interruption.Deadline,
+        ledger: Ledger,
+        state: Callable[[], dict[str, Any]],
+        contents: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._communicator = communicator
+        self._every_steps = config.every_steps
+        self._root = root
+        self._deadline = deadline
+        self._ledger = ledger
+        self._state = state
+        self._contents = contents
+        self._poll = Poll(communicator)
+        self._pace = Pace(config)
+        self._cost = 0.0
+        self.writer = CheckpointWriter(communicator, root, config.keep)
+
+    def start(self) -> None:
+        """Training begins, or goes on."""
+        self._pace.start(self._ledger.elapsed)
+
+    def after_step(self, steps: int) -> None:
+        """Does what is due after so many optimizer steps; to be called on all ranks.
+
+        Raises:
+            Interrupted: on all ranks: one was asked to stop, or the time is over.
+            OSError: so it is, but the checkpoint could not be written.
+        """
+        if self._every_steps is not None and steps % self._every_steps == 0:
+            if self.writer.is_open:
+                self._finish()
+            self._begin(steps)
+        if not self._poll.is_at(steps):
+            return
+        with self._ledger.beside_training():
+            news = self._poll.exchange(steps, self._ledger.elapsed, self._news())
+        if news is None:
+            return
+        if news.stop:
+            self._leave(steps)
+        elif self.writer.is_open:
+            if not news.writing:
+                self._finish()
+        elif news.due:
+            self._begin(steps)
+
+    def finish(self) -> None:
+        """Training has ended by itself; a collective. What the background thread was given is on disk afterwards."""
+        self._poll.close()
+        if self.writer.is_open:
+            self._finish(wait=True)
+        self.writer.close()
+        self._warn_of_failures()
+
+    def _news(self) -> News:
+        first = self._communicator.rank == 0
+        out_of_time = first and self._deadline.passes_within(2 * self.writer.write_seconds + 3 * POLL_SECONDS)
+        return News(
+            stop=interruption.received() is not None or out_of_time,
+            due=first and self._pace.due(self._ledger.elapsed),
+            writing=self.writer.is_writing,
+        )
+
+    def _begin(self, steps: int) -> None:
+        self._warn_of_failures()
+        start = self._ledger.elapsed
+        self.writer.begin(steps, self._state(), self._contents())
+        self._cost = self._ledger.elapsed - start
+        self._pace.start(self._ledger.elapsed)
+
+    def _finish(self, wait: bool = False) -> str | None:
+        start = self._ledger.elapsed
+        with self._ledger.beside_training():
+            problem = self.writer.finish(wait)
+        self._pace.learn(self._cost + self._ledger.elapsed - start, self.writer.write_seconds)
+        if problem and self._communicator.rank == 0:
+            warn(f"{problem}. Training goes on.")
+        return problem
+
+    def _leave(self, steps: int) -> None:
+        """Ends the run with a checkpoint of this very step."""
+        self._poll.close()
+        if self.writer.is_open:
+            self._finish(wait=True)
+        problem = None
+        if self.writer.last_step != steps:
+            self._begin(steps)
+            problem = self.writer.finish(wait=True)
+        self.writer.close()
+        asked = self._communicator.gather(interruption.received(), "hvdlocal.interruption")
+        reasons = [f"{signal.name} on rank {rank}" for rank, signal in enumerate(asked) if signal is not None]
+        reason = reasons[0] if reasons else "the time is over"
+        if problem:
+            raise OSError(f"{reason}, but {problem}")
+        raise Interrupted(
+            f"interrupted after step {steps}: {reason}. The checkpoint is in {self._root}; the same command continues from it."
+        )
+
+    def _warn_of_failures(self) -> None:
+        if problem := self.writer.failure(wait=True):
+            warn(problem)
+
+
+def warn(text: str) -> None:
+    """Says on standard error what must not be overlooked. For rank 0."""
+    sys.stderr.write(f"hvdlocal: WARNING: {text}\n")
+    sys.stderr.flush()

@@ -1,0 +1,89 @@
+"""What the ranks tell each other beside the averagings: who was asked to stop, whether a checkpoint is due, who still writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+
+import torch
+
+from hvdlocal.communicator import Communicator
+
+POLL_SECONDS = 1.0
+"""About how often. An answer is used at the following poll, so a request takes effect within two of them."""
+
+_MOST_STEPS = 10_000
+
+
+@dataclass(frozen=True)
+class News:
+    """What one rank has to say, or the sum of what all said.
+
+    Attributes:
+        stop: this rank was asked to stop.
+        due: a checkpoint is due (said by rank 0 alone).
+        writing: this rank still writes the last one.
+    """
+
+    stop: int = 0
+    due: int = 0
+    writing: int = 0
+
+
+class Poll:
+    """A tiny sum over all ranks about once a second of steps, for which nobody waits.
+
+    It is begun at one step and read at the next poll, when it has long arrived. All ranks poll at the same steps: each
+    answer says how many steps later the poll after the next is, by rank 0's clock.
+
+    Args:
+        communicator: the ranks.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        # float64, or Horovod might pack it into one buffer with the averaging's float32, and copy that.
+        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._pending: Callable[[], None] | None = None
+        self._next_step = 0
+        self._last: tuple[int, float] | None = None
+
+    def is_at(self, step: int) -> bool:
+        """Whether the ranks poll at this step."""
+        return step >= self._next_step
+
+    def exchange(self, step: int, now: float, news: News) -> News | None:
+        """Reads the answer of the last poll and begins the next one; a collective.
+
+        Args:
+            step: optimizer steps done.
+            now: seconds.
+            news: of this rank.
+
+        Returns:
+            The sum of what all ranks said at the last poll; None the first time.
+        """
+        answer, gap = self._read()
+        seconds_per_step = (
+            (now - self._last[1]) / (step - self._last[0]) if self._last and step > self._last[0] else 1.0
+        )
+        self._last = step, now
+        # At most twice the last gap: the first steps may be slow, or the next ones.
+        wanted = min(max(round(POLL_SECONDS / max(seconds_per_step, 1e-9)), 1), 2 * gap, _MOST_STEPS)
+        mine = [*astuple(news), wanted if self._communicator.rank == 0 else 0]
+        self._sums.copy_(torch.tensor(mine, dtype=torch.float64))
+        self._pending = self._communicator.start_sum_(self._sums, "hvdlocal.poll")
+        self._next_step = step + gap
+        return answer
+
+    def close(self) -> None:
+        """Waits for the poll under way; to be called at the same step on all ranks."""
+        self._read()
+
+    def _read(self) -> tuple[News | None, int]:
+        if self._pending is None:
+            return None, 1
+        pending, self._pending = self._pending, None
+        pending()
+        *said, gap = (round(value) for value in self._sums.tolist())
+        return News(*said), gap
