@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -107,6 +107,15 @@ class Trainer:
         self.config = config
         self.communicator = communicator
         self.directory = Path(config.output)
+        self.claim: IO[bytes] | None = None
+        try:
+            self._set_up()
+        except BaseException:
+            self._release()
+            raise
+
+    def _set_up(self) -> None:
+        config, communicator = self.config, self.communicator
         self.deadline = interruption.Deadline(config.time_limit_minutes)
         succeed_together(communicator, self._check, "hvdlocal.check")
         standing = self._look_around()
@@ -159,6 +168,11 @@ class Trainer:
         if self.communicator.rank == 0:
             self.claim = run_directory.claim(self.directory)
             self.standing = run_directory.standing(self.directory, leaves(self.config), self.config.overwrite)
+
+    def _release(self) -> None:
+        """Lets other runs into the output directory."""
+        if self.claim is not None:
+            self.claim.close()
 
     def _look_around(self) -> Standing:
         """What rank 0 found in the output directory, once every rank is sure to see the same one; a collective."""
@@ -363,8 +377,7 @@ class Trainer:
             console.close()
             with suppress(OSError):  # said above
                 self.metrics.close()
-            if self.communicator.rank == 0:
-                self.claim.close()
+            self._release()
 
     def _train(self, console: Console) -> Summary:
         config, optimizer, position = self.config, self.optimizer, self.position

@@ -6,7 +6,7 @@ hands every rank its part; `pace` says how often.
 
 from hvdlocal.training.checkpoint.files import CheckpointError
 from hvdlocal.training.checkpoint.pace import Pace
-from hvdlocal.training.checkpoint.resume import Resumed, resume
+from hvdlocal.training.checkpoint.resume import Resumed, averaged_model, resume
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 
-__all__ = ["CheckpointError", "CheckpointWriter", "Pace", "Resumed", "resume"]
+__all__ = ["CheckpointError", "CheckpointWriter", "Pace", "Resumed", "averaged_model", "resume"]

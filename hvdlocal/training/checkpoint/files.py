@@ -162,7 +162,9 @@ def read_state(path: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any
                 raise CheckpointError(f"{file} is damaged: its checksum is wrong")
             stream.seek(0)
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever the unpickler meets in a file that was made to fit its checksum
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 

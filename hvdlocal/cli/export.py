@@ -1,0 +1,41 @@
+"""`hvdlocal export RUN [--output FILE]`: the model of a run that has not finished."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvdlocal.training.checkpoint import averaged_model, files
+from hvdlocal.training.run_directory import CHECKPOINTS
+from hvdlocal.training.saved_model import save_state
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Averages the replicas of a checkpoint and writes the plain `state_dict` that the same model loads without hvdlocal.
+
+    Raises:
+        ValueError: there is no checkpoint, or it cannot be read.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hvdlocal export",
+        description="Writes the average of a checkpoint's replicas as a plain state_dict, like the model.pt of a finished run.",
+    )
+    parser.add_argument("run", type=Path, help="output directory of a run (its newest checkpoint), or one checkpoint")
+    parser.add_argument("--output", type=Path, default=Path("model.pt"), help="file to write (default: %(default)s)")
+    options = parser.parse_args(arguments)
+    path = _checkpoint(options.run)
+    state = averaged_model(path)
+    save_state(state, options.output)
+    print(f"{options.output}: the average of {path} ({len(state)} tensors)")
+    return 0
+
+
+def _checkpoint(run: Path) -> Path:
+    if (run / files.MANIFEST).exists():
+        return run
+    root = run / CHECKPOINTS
+    steps = files.newest_first(root)
+    if not steps:
+        raise ValueError(f"{run} is no checkpoint, and there is none in {root}")
+    return files.directory(root, steps[0])

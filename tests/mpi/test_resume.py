@@ -1,0 +1,264 @@
+"""A training run that ends anywhere and is started again comes to the same bits: model, records, summary."""
+
+import json
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import everywhere_equal
+
+import hvdlocal
+from hvdlocal.communicator import SetupError
+from hvdlocal.models import build_model
+from hvdlocal.training import AlreadyFinished, Interrupted, Trainer, interruption
+from hvdlocal.training import trainer as trainer_module
+from hvdlocal.training.checkpoint import CheckpointError, files
+from hvdlocal.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PeriodConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from hvdlocal.training.keeper import Keeper
+
+qsr = PeriodConfig(rule="qsr", alpha=0.1, h_base=2)
+long = PeriodConfig(period=9)
+KINDS = {
+    "sync": {"method": MethodConfig("sync"), "optimizer": OptimizerConfig(lr=0.05, nesterov=True)},
+    "local": {"method": MethodConfig("local", period=long, buffers="local")},
+    "local-accumulated": {
+        "method": MethodConfig("local", period=PeriodConfig(period=3), accumulate=2, momentum="reset")
+    },
+    "acc-lin": {"method": MethodConfig("acc-lin", period=PeriodConfig(period=3))},
+    "acc-ada": {"method": MethodConfig("acc-ada", period=PeriodConfig(period=2)), "epochs": 2.0},
+    "local-lin": {"method": MethodConfig("local-lin", period=PeriodConfig(period=4)), "epochs": 4.0},
+    "local-ada": {"method": MethodConfig("local-ada", period=long, momentum="average"), "epochs": 2.0},
+    "local-ada-exact": {"method": MethodConfig("local-ada", period=qsr, statistics="exact"), "epochs": 2.0},
+    "local-ada-nostale": {
+        "method": MethodConfig("local-ada-nostale", period=long, buffers="reestimate"),
+        "epochs": 2.0,
+    },
+    "adamw-post-local": {
+        "method": MethodConfig("local", period=PeriodConfig(rule="post-local", period=6, switch_epochs=1.5)),
+        "optimizer": OptimizerConfig("adamw", lr=0.01),
+    },
+    "adacomm": {"method": MethodConfig("local", period=PeriodConfig(rule="adacomm", period=7))},
+}
+
+
+class Killed(BaseException):
+    """In place of SIGKILL, which tests/launch sends."""
+
+
+@pytest.fixture(scope="module")
+def place(comm):
+    """A directory that all ranks share, with three classes of 8×8 images."""
+    path = Path(comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", "test.place")[0])
+    if comm.rank == 0:
+        generator = np.random.default_rng(0)
+        for split, count in (("train", 96), ("test", 31)):
+            labels = np.arange(count) % 3
+            images = generator.integers(0, 60, (count, 8, 8, 1), dtype=np.uint8)
+            for image, label in zip(images, labels, strict=True):
+                image[2 * label : 2 * label + 3] += 150
+            hvdlocal.ShardWriter(path / "data", split, classes=["a", "b", "c"]).write(images, labels)
+    comm.barrier("test.data")
+    yield path
+    comm.barrier("test.place_end")
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
+@pytest.fixture(autouse=True)
+def _dropout(monkeypatch):
+    """A network whose steps depend on the random state."""
+
+    def build(name, num_classes, shape):
+        return torch.nn.Sequential(torch.nn.Dropout(0.1), build_model(name, num_classes, shape))
+
+    monkeypatch.setattr(trainer_module, "build_model", build)
+
+
+def config(place, output, every_steps=None, **settings):
+    settings = {
+        "epochs": 3.0,
+        "optimizer": OptimizerConfig(lr=0.05),
+        "schedule": ScheduleConfig(warmup_epochs=0.3),
+        **settings,
+    }
+    return TrainConfig(
+        data=DataConfig(str(place / "data"), batch_size=5, flip=True, crop_padding=1, storage="ram"),
+        model=ModelConfig("digits_cnn"),
+        output=str(place / output),
+        evaluate_every_epochs=0.8,
+        log_every_seconds=0,
+        device="cpu",
+        checkpoint=CheckpointConfig(every_steps=every_steps, keep=3),
+        **settings,
+    )
+
+
+def train(comm, settings, monkeypatch, die_after=None):
+    """Trains; ends like a killed process after so many steps of the run. Returns the trainer."""
+    trainer = Trainer(settings, comm)
+    original = Keeper.after_step
+
+    def after_step(self, steps):
+        original(self, steps)
+        if steps == die_after:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "after_step", after_step)
+        try:
+            trainer.run()
+        except Killed:
+            trainer.keeper._poll.close()
+            trainer.keeper.writer.close()
+    comm.barrier("test.trained")
+    return trainer
+
+
+def outcome(directory):
+    """Everything a run leaves that is not a time."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((directory / "summary.json").read_text())
+    for record in [*records, summary]:
+        for name in [name for name in record if "seconds" in name or name.startswith("loader_")]:
+            del record[name]
+    models = [torch.load(directory / name, weights_only=True) for name in ("model.pt", "best.pt")]
+    return records, summary, models
+
+
+def same(a, b):
+    return a[:2] == b[:2] and all(
+        x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+        for x, y in zip(a[2], b[2], strict=True)
+    )
+
+
+# What a checkpoint holds does not depend on the backend, so over the second one a sample is enough.
+@pytest.mark.parametrize("kind", KINDS if os.environ.get("HVDLOCAL_BACKEND") != "mpi4py" else ["acc-ada", "local-ada"])
+def test_a_run_killed_anywhere_comes_to_the_same_end(comm, place, monkeypatch, kind):
+    whole = train(comm, config(place, f"{kind}-whole", **KINDS[kind]), monkeypatch)
+    steps = whole.position.steps
+    choose = random.Random(f"{kind} {comm.size}")
+    every = choose.randint(1, 6)
+    settings = config(place, f"{kind}-killed", every, **KINDS[kind])
+    deaths = sorted(choose.sample(range(1, steps), 2))
+    for death in deaths:
+        train(comm, settings, monkeypatch, death)
+    final = train(comm, settings, monkeypatch)
+    # A checkpoint is complete at a poll, or at the latest when the next one is due: no more than two intervals are lost.
+    assert final.resumed is None or final.resumed.step > deaths[-1] - 2 * every
+    assert final.resumed is not None or deaths[-1] < 2 * every
+    assert same(outcome(final.directory), outcome(whole.directory)), (every, deaths)
+
+
+def test_an_interruption_inside_a_round(comm, place, monkeypatch):
+    kind = {**KINDS["local"], "epochs": 3.0}
+    whole = train(comm, config(place, "asked-whole", **kind), monkeypatch)
+    settings = config(place, "asked", **kind)
+    last = comm.size - 1
+    monkeypatch.setattr(interruption, "_received", interruption.SIGNALS[0] if comm.rank == last else None)
+    with pytest.raises(Interrupted, match=f"SIGUSR2 on rank {last}"):
+        Trainer(settings, comm).run()
+    root = place / "asked" / "checkpoints"
+    (step,) = files.newest_first(root)
+    assert files.read_manifest(files.directory(root, step))["in_sync"] is False
+    monkeypatch.setattr(interruption, "_received", None)
+    final = train(comm, settings, monkeypatch)
+    assert final.resumed.step == step
+    assert same(outcome(final.directory), outcome(whole.directory))
+    with pytest.raises(AlreadyFinished, match="nothing to do"):
+        Trainer(settings, comm)
+
+
+def damage(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["last", "manifest.json"])
+def test_a_damaged_checkpoint_is_passed_over(comm, place, monkeypatch, capsys, name):
+    settings = config(place, f"damaged-{name}", 4, **KINDS["local"])
+    whole = train(comm, config(place, f"damaged-whole-{name}", **KINDS["local"]), monkeypatch)
+    interrupted = train(comm, settings, monkeypatch, 13)
+    newest, before = files.newest_first(interrupted.directory / "checkpoints")[:2]
+    if comm.rank == 0:
+        file = files.rank_file(comm.size - 1) if name == "last" else name
+        damage(files.directory(interrupted.directory / "checkpoints", newest) / file)
+    comm.barrier("test.damaged")
+    final = Trainer(settings, comm)
+    assert final.resumed.step == before
+    assert "damaged" in final.resumed.skipped[0] or "cannot be read" in final.resumed.skipped[0]
+    if comm.rank == 0:
+        assert f"going back to step {before}" in capsys.readouterr().err
+    final.run()
+    comm.barrier("test.damaged_end")
+    assert same(outcome(final.directory), outcome(whole.directory))
+
+
+def test_only_damaged_checkpoints_are_refused_on_all_ranks(comm, place, monkeypatch):
+    settings = config(place, "hopeless", 4, **KINDS["local"])
+    root = train(comm, settings, monkeypatch, 13).directory / "checkpoints"
+    if comm.rank == 0:
+        for step in files.newest_first(root):
+            damage(files.directory(root, step) / files.rank_file(0))
+    comm.barrier("test.hopeless")
+    with pytest.raises(CheckpointError, match="none of the"):
+        Trainer(settings, comm)
+
+
+def test_other_settings_or_data_are_refused(comm, place, monkeypatch):
+    settings = config(place, "refused", 4, **KINDS["local"])
+    train(comm, settings, monkeypatch, 13)
+    changed = config(place, "refused", 4, **{**KINDS["local"], "optimizer": OptimizerConfig(lr=0.5)})
+    with pytest.raises(SetupError, match=r"optimizer\.lr=0\.05, not 0\.5"):
+        Trainer(changed, comm)
+    if comm.rank == 0:
+        writer = hvdlocal.ShardWriter(place / "other", "train", classes=["a", "b", "c"])
+        writer.write(np.random.default_rng(1).integers(0, 256, (96, 8, 8, 1), dtype=np.uint8), np.arange(96) % 3)
+        shutil.copytree(place / "data" / "test", place / "other" / "test")
+    comm.barrier("test.other")
+    settings.data.path = str(place / "other")  # may change, as the same data may lie elsewhere
+    with pytest.raises(CheckpointError, match="other training data"):
+        Trainer(settings, comm)
+
+
+def test_what_is_the_same_on_all_ranks_is_written_once(comm, place, monkeypatch):
+    for kind, everything in (("sync", False), ("local", True)):
+        settings = config(place, f"once-{kind}", 5, **KINDS[kind])
+        root = train(comm, settings, monkeypatch, 12).directory / "checkpoints"
+        path = files.directory(root, 5)
+        manifest = files.read_manifest(path)
+        model = files.read_state(path, manifest, comm.rank)["model"]
+        assert ("1.0.weight" in model) is (everything or comm.rank == 0)
+        assert "1.1.running_mean" in model
+
+
+def test_an_averaged_checkpoint_is_the_average(comm, place, monkeypatch):
+    """Loaded by another number of ranks, here by one alone: closed form against the replicas themselves."""
+    from hvdlocal.training.checkpoint.resume import averaged_model
+
+    settings = config(place, "mean", 5, **KINDS["local"])
+    root = train(comm, settings, monkeypatch, 12).directory / "checkpoints"
+    path = files.directory(root, 5)
+    manifest = files.read_manifest(path)
+    states = [files.read_state(path, manifest, rank)["model"] for rank in range(comm.size)]
+    mean = averaged_model(path)
+    for name, value in mean.items():
+        if value.is_floating_point():
+            expected = torch.stack([state[name].double() for state in states]).mean(0)
+            torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=0)
+    assert everywhere_equal(comm, mean["1.0.weight"])

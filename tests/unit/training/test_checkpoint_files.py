@@ -1,0 +1,225 @@
+"""A checkpoint on disk: complete or not there, and every damage found."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvdlocal.communicator.base import Communicator
+from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, averaged_model, files, resume
+from hvdlocal.training.checkpoint.pace import FIRST_SECONDS, Pace, young
+from hvdlocal.training.config import CheckpointConfig
+
+
+class Alone(Communicator):
+    """One rank, which needs no backend."""
+
+    backend = "none"
+
+    def __init__(self):
+        super().__init__(0, 1, 0, 1, 1.0)
+
+    def shutdown(self): ...
+
+    def _start_sum(self, flat, name): ...
+
+    def _start_broadcast(self, flat, name, root): ...
+
+    def _gather_bytes(self, data, name): ...
+
+
+def state(rank: int, weight: float, **more) -> dict:
+    return {"model": {"w": torch.tensor([weight, 1.0]), "n": torch.tensor(7 + rank)}, "rank": rank, **more}
+
+
+def write(root, step, states, **contents):
+    written = [files.write_state(root, step, rank, one) for rank, one in enumerate(states)]
+    return files.complete(root, step, {"num_workers": len(states), "in_sync": False, **contents}, written)
+
+
+def test_what_is_written_is_read(tmp_path):
+    path = write(tmp_path, 12, [state(0, 2.0), state(1, 4.0)], progress=0.1 + 0.2)
+    assert files.newest_first(tmp_path) == [12]
+    assert (tmp_path / "latest").resolve() == path
+    manifest = files.read_manifest(path)
+    assert manifest["step"] == 12
+    assert manifest["progress"] == 0.1 + 0.2
+    for rank in range(2):
+        found = files.read_state(path, manifest, rank)
+        assert found["rank"] == rank
+        assert found["model"]["w"].tolist() == [2.0 + 2 * rank, 1.0]
+
+
+def test_what_is_not_complete_is_not_there(tmp_path):
+    files.write_state(tmp_path, 5, 0, state(0, 1.0))
+    assert files.newest_first(tmp_path) == []
+    files.discard_incomplete(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in (9, 10, 100, 11):
+        write(tmp_path, step, [state(0, 1.0)])
+    files.keep_newest(tmp_path, 2)
+    assert files.newest_first(tmp_path) == [100, 11]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-0000000011", "step-0000000100"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_every_flipped_bit_and_every_cut_is_found(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("checkpoint")
+    path = write(root, 1, [state(0, 2.0)])
+    file = path / data.draw(st.sampled_from([files.MANIFEST, files.rank_file(0)]))
+    content = bytearray(file.read_bytes())
+    position = data.draw(st.integers(0, len(content) - 1))
+    if data.draw(st.booleans()):
+        content[position] ^= 1 << data.draw(st.integers(0, 7))
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[:position])
+    with pytest.raises(CheckpointError, match=file.name):
+        files.read_state(path, files.read_manifest(path), 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
+    )
+)
+def test_any_other_json_is_refused(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("manifest")
+    (path / files.MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=files.MANIFEST):
+        files.read_manifest(path)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path):
+    """Checksums that fit protect from accidents only; nothing but tensors and plain values is unpickled."""
+    canary = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (canary.touch, ())
+
+    path = write(tmp_path, 1, [{"model": {}, "evil": Evil()}])
+    with pytest.raises(CheckpointError, match="weights_only"):
+        files.read_state(path, files.read_manifest(path), 0)
+    assert not canary.exists()
+
+
+def test_a_missing_file_is_named(tmp_path):
+    path = write(tmp_path, 1, [state(0, 1.0), state(1, 1.0)])
+    (path / files.rank_file(1)).unlink()
+    manifest = files.read_manifest(path)
+    with pytest.raises(CheckpointError, match=r"rank-00001\.pt cannot be read"):
+        files.read_state(path, manifest, 1)
+    with pytest.raises(CheckpointError, match=r"knows no file rank-00002\.pt"):
+        files.read_state(path, manifest, 2)
+
+
+def test_another_number_of_ranks_starts_from_the_mean(tmp_path):
+    """Replicas and moments are averaged in float64; integers and everything else are rank 0's."""
+    weights, moments = [0.1, 0.7, 3.0], [1.0, 2.0, 6.0]
+    states = [
+        state(rank, w, optimizer={"state": {0: {"momentum_buffer": torch.tensor([m])}}, "lr": rank})
+        for rank, (w, m) in enumerate(zip(weights, moments, strict=True))
+    ]
+    path = write(tmp_path, 4, states)
+    found = resume(Alone(), tmp_path, lambda manifest: None)
+    assert found.state is None
+    averaged = found.averaged
+    expected = torch.tensor(weights, dtype=torch.float32).double().mean().float()
+    assert averaged["model"]["w"].tolist() == [expected.item(), 1.0]
+    assert averaged["model"]["n"].item() == 7
+    assert averaged["optimizer"]["state"][0]["momentum_buffer"].item() == 3.0
+    assert averaged["optimizer"]["lr"] == 0
+    assert averaged_model(path)["w"].tolist() == [expected.item(), 1.0]
+
+
+def test_between_rounds_only_the_first_rank_holds_the_model(tmp_path):
+    alone = {"model": {"mean": torch.tensor([4.0])}, "rank": 1}
+    first = {"model": {"w": torch.tensor([1.0]), "mean": torch.tensor([2.0])}, "rank": 0}
+    path = write(tmp_path, 4, [first, alone], in_sync=True)
+    assert averaged_model(path) == {"w": torch.tensor([1.0]), "mean": torch.tensor([3.0])}
+
+
+def test_the_newest_good_one_is_taken(tmp_path):
+    for step in (1, 2, 3):
+        write(tmp_path, step, [state(0, float(step))])
+    (tmp_path / "step-0000000003" / files.rank_file(0)).write_bytes(b"")
+    found = resume(Alone(), tmp_path, lambda manifest: None)
+    assert found.step == 2
+    assert "has 0 bytes instead of" in found.skipped[0]
+    assert resume(Alone(), tmp_path / "nothing", lambda manifest: None) is None
+    with pytest.raises(CheckpointError, match="step-0000000002 was written with lr=1"):
+        resume(Alone(), tmp_path, lambda manifest: "was written with lr=1, not 2")
+
+
+def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
+    writer = CheckpointWriter(Alone(), tmp_path, keep=1)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "write_state", full)
+        writer.begin(1, state(0, 1.0), {"num_workers": 1})
+        assert "No space left on device (rank 0)" in writer.finish(wait=True)
+    assert files.newest_first(tmp_path) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "complete", full)
+        writer.begin(2, state(0, 1.0), {"num_workers": 1})
+        assert "No space left" in writer.finish(wait=True)
+        assert writer.last_step is None
+    live = state(0, 1.0)
+    writer.begin(3, live, {"num_workers": 1})
+    live["model"]["w"].zero_()  # training goes on while the thread writes
+    assert writer.finish(wait=True) is None
+    assert writer.last_step == 3
+    writer.close()
+    path = files.directory(tmp_path, 3)
+    assert files.read_state(path, files.read_manifest(path), 0)["model"]["w"].tolist() == [1.0, 1.0]
+
+
+def test_pace():
+    assert young(2.0, 3600.0) == 120.0
+    pace = Pace(CheckpointConfig(failure_hours=1.0))
+    pace.start(100.0)
+    assert not pace.due(100.0 + FIRST_SECONDS - 1)
+    assert pace.due(100.0 + FIRST_SECONDS)
+    pace.learn(cost=2.0, writing=1.0)
+    assert pace.interval == 120.0
+    pace.learn(cost=2.0, writing=30.0)
+    assert pace.interval == pytest.approx(600.0), "never more than a twentieth of the time writing"
+    fixed = Pace(CheckpointConfig(every_minutes=2.0))
+    fixed.start(0.0)
+    fixed.learn(cost=2.0, writing=30.0)
+    assert (fixed.due(119.0), fixed.due(120.0)) == (False, True)
+    by_steps = Pace(CheckpointConfig(every_steps=10))
+    by_steps.start(0.0)
+    assert not by_steps.due(1e9)
+
+
+def test_manifest_of_another_version(tmp_path):
+    path = write(tmp_path, 1, [state(0, 1.0)])
+    manifest = files.read_manifest(path)
+    manifest["format"] = 99
+    manifest["sha256"] = files._checksum(manifest)
+    (path / files.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="format 99"):
+        files.read_manifest(path)
+
+
+def test_copies_keep_their_types():
+    from hvdlocal.training.checkpoint.writer import _copy
+
+    value = SimpleNamespace(x=torch.zeros(3))
+    copied = _copy({"a": [value.x, 1], "b": (2.0, None)})
+    value.x += 1
+    assert copied["a"][0].tolist() == [0, 0, 0]
+    assert copied["b"] == (2.0, None)

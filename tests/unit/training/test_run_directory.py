@@ -1,0 +1,110 @@
+"""What an earlier attempt left, and who may go on from it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+
+import pytest
+
+from hvdlocal.training import interruption, run_directory
+from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, leaves
+from hvdlocal.training.metrics import JsonLines
+from hvdlocal.training.run_directory import Standing, standing
+
+
+def config(tmp_path, **settings):
+    return TrainConfig(DataConfig("data"), ModelConfig("digits_cnn"), str(tmp_path), **settings)
+
+
+def leave(tmp_path, **settings):
+    run_directory.describe(tmp_path, asdict(config(tmp_path, **settings)), {})
+
+
+def test_standing(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    now = leaves(config(tmp_path, optimizer=OptimizerConfig(lr=1e-5, betas=(0.9, 0.95))))
+    assert standing(tmp_path, now, overwrite=False) is Standing.NEW
+    leave(tmp_path, optimizer=OptimizerConfig(lr=1e-5, betas=(0.9, 0.95)))
+    assert standing(tmp_path, now, overwrite=False) is Standing.STARTED
+    assert standing(tmp_path, {**now, "data.threads": 3, "log_every_seconds": 1.0}, overwrite=False) is Standing.STARTED
+    with pytest.raises(ValueError, match=r"holds an earlier run with optimizer\.lr=1e-05, not 0\.1"):
+        standing(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=False)
+    assert standing(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=True) is Standing.NEW
+    (tmp_path / run_directory.SUMMARY).touch()
+    assert standing(tmp_path, now, overwrite=False) is Standing.FINISHED
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job that said --overwrite true was itself started again
+    assert standing(tmp_path, now, overwrite=True) is Standing.FINISHED
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "\x00"])
+def test_an_unreadable_config_is_no_invitation(tmp_path, content):
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match="cannot be read"):
+        standing(tmp_path, {"epochs": 1}, overwrite=False)
+
+
+def test_a_directory_is_claimed_by_one(tmp_path):
+    claim = run_directory.claim(tmp_path / "run")
+    with pytest.raises(ValueError, match=f"in use by another run \\(process {os.getpid()} on"):
+        run_directory.claim(tmp_path / "run")
+    claim.close()
+    run_directory.claim(tmp_path / "run").close()
+
+
+def test_starts_without_progress(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
+    for step in (0, 40, 40, 40):
+        run_directory.note_attempt(tmp_path, step, 2)
+    with pytest.raises(ValueError, match="started 3 times from step 40"):
+        run_directory.note_attempt(tmp_path, 40, 2)
+    run_directory.note_attempt(tmp_path, 41, 2)
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    for _ in range(5):  # a person may try as often as they like
+        run_directory.note_attempt(tmp_path, 41, 2)
+
+
+def test_records_are_cut_at_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = JsonLines(path)
+    records.write("steps", 1, loss=0.5)
+    kept = records.position()
+    records.write("steps", 2, loss=0.25)
+    records.close()
+    again = JsonLines(path, kept)
+    again.write("steps", 2, loss=0.125)
+    assert again.position() == path.stat().st_size
+    again.close()
+    assert path.read_text().splitlines() == [
+        '{"kind": "steps", "step": 1, "loss": 0.5}',
+        '{"kind": "steps", "step": 2, "loss": 0.125}',
+    ]
+
+
+def test_a_deadline_does_not_follow_the_clock_on_the_wall(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + 3600)))
+    deadline = interruption.Deadline(None)
+    assert not deadline.passes_within(3500 - interruption.SLURM_GRACE_SECONDS)
+    assert deadline.passes_within(3600)
+    monkeypatch.setattr(time, "time", lambda: 1e12)
+    assert not deadline.passes_within(60)
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "unknown")
+    assert not interruption.Deadline(None).passes_within(1e9)
+    assert interruption.Deadline(1e-6).passes_within(0)
+    assert not interruption.Deadline(1e6).passes_within(60)
+
+
+def test_a_signal_is_noted_before_torch_is_there():
+    program = (
+        "import os, signal, sys\n"
+        "from hvdlocal.training import interruption\n"
+        "interruption.install_handlers()\n"
+        "assert 'torch' not in sys.modules\n"
+        "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "print(interruption.received().name)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "SIGTERM\n", result.stderr
+    assert set(interruption.SIGNALS) == {signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM}
