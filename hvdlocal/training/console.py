@@ -17,9 +17,10 @@ class Console:
         communicator: of the run.
         total: progress at which the run ends.
         unit: progress of one scale-invariant epoch.
+        start: progress of a run that goes on.
     """
 
-    def __init__(self, communicator: Communicator, total: float, unit: float) -> None:
+    def __init__(self, communicator: Communicator, total: float, unit: float, start: float = 0.0) -> None:
         self._speaks = communicator.rank == 0
         self._bar = None
         if self._speaks and _is_watched():
@@ -27,7 +28,12 @@ class Console:
             # The terminals that mpirun gives its ranks say that they have 0 columns and lines, and tqdm would draw nothing.
             columns, lines = os.get_terminal_size(sys.stdout.fileno())
             self._bar = tqdm(
-                total=total / unit, bar_format=layout, ncols=columns or 110, nrows=lines or 24, file=sys.stdout
+                total=total / unit,
+                initial=start / unit,
+                bar_format=layout,
+                ncols=columns or 110,
+                nrows=lines or 24,
+                file=sys.stdout,
             )
         self._total, self._unit = total, unit
 

@@ -66,7 +66,7 @@ class Keeper:
             OSError: so it is, but the checkpoint could not be written.
         """
         if self._every_steps is not None and steps % self._every_steps == 0:
-            if self.writer.is_open:
+            if self.writer.open_step is not None:
                 self._finish()
             self._begin(steps)
         if not self._poll.is_at(steps):
@@ -77,16 +77,16 @@ class Keeper:
             return
         if news.stop:
             self._leave(steps)
-        elif self.writer.is_open:
+        elif self.writer.open_step is not None:
             if not news.writing:
                 self._finish()
-        elif news.due:
+        elif news.due and not news.writing:
             self._begin(steps)
 
     def finish(self) -> None:
         """Training has ended by itself; a collective. What the background thread was given is on disk afterwards."""
         self._poll.close()
-        if self.writer.is_open:
+        if self.writer.open_step is not None:
             self._finish(wait=True)
         self.writer.close()
         self._warn_of_failures()
@@ -119,10 +119,10 @@ class Keeper:
     def _leave(self, steps: int) -> None:
         """Ends the run with a checkpoint of this very step."""
         self._poll.close()
-        if self.writer.is_open:
-            self._finish(wait=True)
         problem = None
-        if self.writer.last_step != steps:
+        if (saved := self.writer.open_step) is not None:
+            problem = self._finish(wait=True)
+        if problem or saved != steps:
             self._begin(steps)
             problem = self.writer.finish(wait=True)
         self.writer.close()

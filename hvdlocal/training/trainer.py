@@ -168,6 +168,8 @@ class Trainer:
         if self.communicator.rank == 0:
             self.claim = run_directory.claim(self.directory)
             self.standing = run_directory.standing(self.directory, leaves(self.config), self.config.overwrite)
+            self.probe = f".probe-{secrets.token_hex(8)}"
+            (self.directory / self.probe).touch()
 
     def _release(self) -> None:
         """Lets other runs into the output directory."""
@@ -177,11 +179,8 @@ class Trainer:
     def _look_around(self) -> Standing:
         """What rank 0 found in the output directory, once every rank is sure to see the same one; a collective."""
         communicator, rank = self.communicator, self.communicator.rank
-        probe, standing = "", Standing.NEW
-        if rank == 0:
-            probe, standing = f".probe-{secrets.token_hex(8)}", self.standing
-            (self.directory / probe).touch()
-        probe, standing = communicator.gather((probe, standing), "hvdlocal.standing")[0]
+        mine = (self.probe, self.standing) if rank == 0 else ("", Standing.NEW)
+        probe, standing = communicator.gather(mine, "hvdlocal.standing")[0]
 
         def see() -> None:
             if not (self.directory / probe).exists():
@@ -361,7 +360,7 @@ class Trainer:
             CommunicationError: another rank ended.
             LostRankError: this rank cannot go on: no room for its records, or no memory.
         """
-        console = Console(self.communicator, self.budget, self.epoch)
+        console = Console(self.communicator, self.budget, self.epoch, self.optimizer.progress)
         try:
             summary = self._train(console)
             self.metrics.close()

@@ -43,13 +43,12 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlocal-checkpoint")
         self._open: _Open | None = None
         self._last_acts: list[Future[Any]] = []
-        self.last_step: int | None = None
         self.write_seconds = 0.0
 
     @property
-    def is_open(self) -> bool:
-        """Whether a checkpoint was begun and not finished; the same on all ranks."""
-        return self._open is not None
+    def open_step(self) -> int | None:
+        """The step of the checkpoint that was begun and not finished; None when there is none. The same on all ranks."""
+        return None if self._open is None else self._open.step
 
     @property
     def is_writing(self) -> bool:
@@ -93,23 +92,16 @@ class CheckpointWriter:
             return f"no checkpoint of step {opened.step}: {failures[0]}"
         if self._communicator.rank == 0:
             self.also(self._complete, opened, everyone)
-        self.last_step = opened.step
         if not wait:
             return None
-        failed = self._communicator.gather(self.failure(wait=True), "hvdlocal.checkpoint.complete")[0]
-        if failed:
-            self.last_step = None
-        return failed
+        return self._communicator.gather(self.failure(wait=True), "hvdlocal.checkpoint.complete")[0]
 
     def failure(self, wait: bool = False) -> str | None:
         """What the thread could not do after a `finish` or an `also`; each failure is told once. For rank 0."""
         acts = [act for act in self._last_acts if wait or act.done()]
         self._last_acts = [act for act in self._last_acts if act not in acts]
         errors = [error for act in acts if (error := act.exception()) is not None]
-        if not errors:
-            return None
-        self.last_step = None
-        return f"could not be written: {errors[0]}"
+        return f"could not be written: {errors[0]}" if errors else None
 
     def also(self, work: Callable[..., object], *arguments: Any) -> None:
         """Has the thread do something else that is written; what fails is told by `failure`."""
@@ -130,7 +122,6 @@ class CheckpointWriter:
         for step in files.newest_first(self._root):
             if good is None or step > good:
                 files.set_aside(self._root, step)
-        self.last_step = good
 
     def _write(self, step: int, state: dict[str, Any]) -> files.Written:
         start = time.perf_counter()
