@@ -1,4 +1,5 @@
 from .cost import pseudo_wall_clock as pseudo_wall_clock
+from .plan import RunPlan as RunPlan, plan_run as plan_run
 from .rounds import Round as Round, plan_rounds as plan_rounds
 from .scaling import (
     Link as Link,

@@ -1,35 +1,142 @@
-"""A schedule's rounds without running it."""
+"""A run's steps and rounds without running it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from hvdlocal.averaging.gain import LinearScaling, Moment, NoScaling, Scaling
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 
 
-@dataclass(frozen=True)
-class Round:
-    """A round: the step it starts at, its length H, and the learning rate of its first step."""
+class Round(NamedTuple):
+    """A round: where it starts, and what holds in it.
+
+    Attributes:
+        start: the step it starts at, from 0.
+        period: H, its steps.
+        lr: η, the learning rate that the rule for H saw.
+        gain: ρ of its first step.
+        progress: scale-invariant iterations done when it starts.
+        end: and when it ends.
+    """
 
     start: int
     period: int
     lr: float
+    gain: float
+    progress: float
+    end: float
 
 
-def plan_rounds(rule: PeriodRule, schedule: Callable[[float], float], steps: int) -> Iterator[Round]:
-    """The rounds of a run of `steps` steps with gain 1.
+def plan_rounds(
+    rule: PeriodRule,
+    schedule: Callable[[float], float],
+    budget: float,
+    scaling: Scaling | None = None,
+    *,
+    num_workers: int = 1,
+    accumulate: int = 1,
+    statistics: tuple[float, float] | None = None,
+    stale: bool = True,
+    rate: str = "scaled",
+) -> Iterator[Round]:
+    """The rounds that `LocalOptimizer` makes of a run.
 
     Args:
         rule: for H; must not depend on the loss, which nobody knows beforehand.
-        schedule: learning rate of a step, counted from 0.
-        steps: optimizer steps of the run; the last round ends on the last one.
+        schedule: base learning rate as a function of progress.
+        budget: S, the progress at which the run ends; with gain 1, its steps. The last round ends on the last step.
+        scaling: the rule for the gain; None for gain 1.
+        num_workers: K.
+        accumulate: a, micro-batches per step.
+        statistics: (G, σ²) that every estimate is taken to give; None for no estimate.
+        stale: whether the first estimate comes with the first averaging (Alg. 1), or with the first step (Alg. 4).
+        rate: which η the rule sees, "scaled" (gain · base rate) or "base".
+
+    Raises:
+        ValueError: the rule depends on the loss.
     """
     if rule.uses_loss:
-        raise ValueError(f"{type(rule).__name__} depends on the training loss: its rounds cannot be planned")
-    done = 0
-    while done < steps:
-        lr = schedule(done)
-        period = min(rule(RoundStart(lr=lr, progress=done)), steps - done)
-        yield Round(done, period, lr)
-        done += period
+        raise ValueError(
+            f"{type(rule).__name__} depends on the training loss, which nobody knows beforehand: its rounds cannot be planned"
+        )
+    gains = _Gains(scaling or NoScaling(), num_workers, accumulate, budget)
+    gains.statistics = None if stale else statistics
+    done, progress, period = 0, 0.0, 1
+    while not _ends(progress, budget):
+        # The gain depends on H and H on the gain: as in LocalOptimizer, the rule sees the gain of the last H.
+        seen = gains(period, progress) if rate == "scaled" else 1.0
+        lr = seen * schedule(progress)
+        period = rule(RoundStart(lr=lr, gain=seen, progress=progress))
+        steps, after = _walk(gains, period, progress, period)
+        while steps < period:  # a shorter round may have a larger gain
+            period = steps
+            steps, after = _walk(gains, period, progress, period)
+        yield Round(done, period, lr, gains(period, progress), progress, after)
+        done, progress, gains.statistics = done + period, after, statistics
+
+
+def plan_steps(
+    budget: float,
+    scaling: Scaling,
+    *,
+    num_workers: int,
+    accumulate: int,
+    statistics: tuple[float, float] | None = None,
+) -> tuple[int, float]:
+    """What `SynchronousOptimizer` makes of a run; arguments as in `plan_rounds`.
+
+    Returns:
+        (optimizer steps, progress at the end).
+    """
+    gains = _Gains(scaling, num_workers, accumulate, budget)
+    gains.statistics = statistics
+    return _walk(gains, 1, 0.0, sys.maxsize)
+
+
+class _Gains:
+    """The gain as a function of H and progress, remembered for rules that know no progress."""
+
+    def __init__(self, scaling: Scaling, num_workers: int, accumulate: int, budget: float) -> None:
+        self._scaling = scaling
+        self._num_workers = num_workers
+        self._accumulate = accumulate
+        self.budget = budget
+        self._statistics: tuple[float, float] | None = None
+        self._known: dict[int, float] = {}
+        self.constant = not isinstance(scaling, LinearScaling)
+
+    @property
+    def statistics(self) -> tuple[float, float] | None:
+        """(G, σ²) from here on; None before the first estimate."""
+        return self._statistics
+
+    @statistics.setter
+    def statistics(self, value: tuple[float, float] | None) -> None:
+        if value != self._statistics:
+            self._known.clear()
+        self._statistics = value
+
+    def __call__(self, period: int, progress: float) -> float:
+        if self.constant and period in self._known:
+            return self._known[period]
+        grad_sqr, grad_var = self._statistics or (None, None)
+        now = Moment(self._num_workers, self._accumulate, period, progress, self.budget, grad_sqr, grad_var)
+        self._known[period] = gain = self._scaling.gain(now)
+        return gain
+
+
+def _walk(gains: _Gains, period: int, progress: float, limit: int) -> tuple[int, float]:
+    """(steps until the budget is used up, at most `limit`; the progress after them), summed as an optimizer does."""
+    steps = 0
+    gain = gains(period, progress)
+    while steps < limit and not _ends(progress, gains.budget):
+        progress += gain if gains.constant else gains(period, progress)
+        steps += 1
+    return steps, progress
+
+
+def _ends(progress: float, budget: float) -> bool:
+    return progress >= budget * (1 - 1e-9)  # as ReplicaOptimizer does

@@ -1,0 +1,208 @@
+"""`hvdlocal plan CONFIG.yaml --workers K …`: what a run will do and cost, before it is started."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from hvdlocal.analysis.forecast import Checkpoints, Forecast
+from hvdlocal.analysis.plan import adapts, plan_run
+from hvdlocal.analysis.plan_text import compare, describe
+from hvdlocal.cli.configuration import parse
+from hvdlocal.data.manifest import MANIFEST_NAME, Manifest, split_directory
+from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig, unused_settings
+from hvdlocal.training.presets import LOCAL_PRESETS
+
+RULE_SETTINGS = ("alpha", "h_base", "exponent", "switch_epochs")
+"""Of method.period: they belong to one rule, and another one refuses them."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints the plan, or the plans, of a configuration."""
+    options, rest = _parser().parse_known_args(arguments)
+    if not rest:
+        raise ValueError("no configuration: hvdlocal plan CONFIG.yaml --workers K (see experiments/)")
+    config, _ = parse(rest)
+    data = _data(options, config)
+    variants = [(_label(config), config), *_alternatives(rest, config, options.compare)]
+    assumes = options.gain is not None or options.grad_var_over_sqr is not None
+    if assumes and not any(adapts(one) for _, one in variants):
+        raise ValueError(
+            f"method.preset={config.method.preset} takes no gain from gradient statistics: --gain and --grad-var-over-sqr "
+            "assume nothing"
+        )
+    forecasts = [_forecast(label, one, data, options) for label, one in variants]
+    if options.figure:
+        from hvdlocal.analysis.figures_style import save  # loads Matplotlib
+        from hvdlocal.analysis.plan_figure import plan_figure
+
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        save(plan_figure([(forecast.label, forecast.plan) for forecast in forecasts]), options.figure)
+    if options.json:
+        print(json.dumps({"samples": data.samples, "plans": [forecast.as_dict() for forecast in forecasts]}, indent=1))
+    else:
+        images = (
+            f"{options.workers} rank{'s' * (options.workers > 1)} × {config.data.batch_size} of {data.samples:,} images"
+        )
+        print(f"{images}\n")
+        if unused := unused_settings(config):
+            print(f"note: without effect: {', '.join(unused)}\n")
+        print(describe(forecasts[0]) if len(forecasts) == 1 else compare(forecasts))
+        if options.figure:
+            print(f"\n{options.figure}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hvdlocal plan",
+        usage="hvdlocal plan CONFIG.yaml --workers K [--section.key value …] [options]",
+        description="What a run will do and cost: rounds, H, communication, the longest time without an averaging. Needs no MPI, "
+        "and of the data only their manifest, or --samples.",
+        epilog="CONFIG.yaml and --section.key are those of hvdlocal train; its --help lists them.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workers", type=int, required=True, metavar="K", help="MPI ranks of the run")
+    add("--samples", type=int, metavar="N", help="training images, when the data are not here")
+    add("--classes", type=int, metavar="N", help="classes, when the data are not here; with data.image_size, for bytes")
+    add("--bytes", action=argparse.BooleanOptionalAction, default=True, help="count bytes too, which loads torch")
+    add("--step-seconds", type=_positive, metavar="S", help="time of one optimizer step without communication")
+    add("--checkpoint-seconds", type=_positive, metavar="S", help="by which one checkpoint holds up training")
+    add(
+        "--mtbf-hours",
+        type=_positive,
+        metavar="H",
+        help="mean time between failures of the job; default: checkpoint.failure_hours",
+    )
+    add("--gain", type=_positive, help="to assume for the adaptive presets; default: 1")
+    add("--grad-var-over-sqr", type=float, metavar="R", help="or σ²/G to assume, which gives the gain for each H")
+    add(
+        "--compare",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SETTINGS",
+        help="other settings to put beside, each in quotes: 'rule=constant period=8' 'preset=sync' 'optimizer.lr=0.4'; names of "
+        "method.period and method may stand alone",
+    )
+    add("--figure", type=Path, metavar="FILE", help="also draw it: .png, .pdf or .svg")
+    add("--json", action="store_true", help="for programs, with every stretch of rounds")
+    return parser
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What a plan knows of the data; `classes` and `shape` (height, width, channels) may not be known."""
+
+    samples: int
+    classes: int | None
+    shape: tuple[int, int, int] | None
+
+
+def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
+    path = split_directory(config.data.path, config.data.train_split) / MANIFEST_NAME
+    manifest = None
+    if options.samples is None or path.is_file():
+        try:
+            manifest = Manifest.load(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"{error}; or say how many training images there will be: --samples N") from error
+    classes = options.classes
+    if manifest is None:
+        return _Data(options.samples, classes, None)
+    samples = manifest.num_samples if options.samples is None else options.samples
+    return _Data(samples, classes or len(manifest.classes), manifest.shape)
+
+
+def _alternatives(
+    arguments: Sequence[str], config: TrainConfig, texts: Sequence[str]
+) -> Iterator[tuple[str, TrainConfig]]:
+    """The configurations that --compare asks for. A new rule does not inherit the settings of the old one."""
+    for text in texts:
+        settings = dict(_setting(word) for word in shlex.split(text))
+        rule = settings.get("method.period.rule", config.method.period.rule)
+        if rule != config.method.period.rule:
+            settings = {f"method.period.{name}": "null" for name in RULE_SETTINGS} | settings
+        yield text, parse([*arguments, *(f"--{key}={value}" for key, value in settings.items())])[0]
+
+
+def _setting(word: str) -> tuple[str, str]:
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise ValueError(f"--compare {word!r}: settings are written name=value, as in 'rule=constant period=8'")
+    key = key.removeprefix("--")
+    if key in {field.name for field in fields(PeriodConfig)}:
+        return f"method.period.{key}", value
+    return f"method.{key}" if key in {field.name for field in fields(MethodConfig)} else key, value
+
+
+def _forecast(label: str, config: TrainConfig, data: _Data, options: argparse.Namespace) -> Forecast:
+    adaptive = adapts(config)
+    plan = plan_run(
+        config,
+        data.samples,
+        options.workers,
+        gain=options.gain if adaptive else None,
+        grad_var_over_sqr=options.grad_var_over_sqr if adaptive else None,
+    )
+    notes = []
+    if adaptive:
+        notes.append(_assumed(options))
+    payload = None
+    if options.bytes:
+        size = config.data.image_size
+        channels = data.shape[2] if data.shape else 3
+        shape = data.shape if size is None else (size, size, channels)
+        if data.classes and shape:
+            from hvdlocal.analysis.payload import measure_payload  # loads torch
+
+            payload = measure_payload(config, data.classes, shape)
+        else:
+            notes.append(
+                "no bytes, as the model's size is not known without the data: give --classes and --data.image_size"
+            )
+    checkpoints = None
+    if options.checkpoint_seconds is not None:
+        hours = config.checkpoint.failure_hours if options.mtbf_hours is None else options.mtbf_hours
+        checkpoints = Checkpoints.best(options.checkpoint_seconds, hours)
+    return Forecast(label, plan, payload, options.step_seconds, checkpoints, tuple(notes))
+
+
+def _assumed(options: argparse.Namespace) -> str:
+    if options.workers == 1:
+        return "one rank has no gradient statistics, so the adaptive presets have gain 1"
+    if options.grad_var_over_sqr is not None:
+        return f"assumed σ²/G = {options.grad_var_over_sqr:g} all along, from which Eq. 49 gives the adaptive presets' gain"
+    if options.gain is not None:
+        return f"assumed a gain of {options.gain:g} for the adaptive presets; epochs of data are in inverse proportion to it"
+    return (
+        "assumed a gain of 1 for the adaptive presets; epochs of data are in inverse proportion to it (--gain, or "
+        "--grad-var-over-sqr)"
+    )
+
+
+def _label(config: TrainConfig) -> str:
+    """The method in a few words."""
+    method, period = config.method, config.method.period
+    words: list[str] = [method.preset]
+    if method.preset in LOCAL_PRESETS:
+        rule = [f"{name}={getattr(period, name):g}" for name in RULE_SETTINGS if getattr(period, name) is not None]
+        own = [f"H={period.period}"] if period.rule in ("constant", "post-local") else []
+        cap = [f"max_period={period.max_period}"] if period.max_period else []
+        words += [period.rule, *own, *rule, *cap]
+    elif method.preset != "sync":
+        words.append(f"{period.period} micro-batches")
+    return " ".join(words)

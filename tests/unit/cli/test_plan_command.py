@@ -1,0 +1,150 @@
+"""`hvdlocal plan` as a user calls it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hvdlocal
+from hvdlocal.cli import main
+
+EXPERIMENTS = Path(__file__).parents[3] / "experiments"
+IMAGENET = ["--workers", "16", "--samples", "1281167"]
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A configuration, with its data."""
+    images = np.random.default_rng(0).integers(0, 255, (96, 8, 8, 1), dtype=np.uint8)
+    hvdlocal.ShardWriter(tmp_path / "data", "train", classes=["a", "b", "c"]).write(images, np.arange(96) % 3)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"data: {{path: {tmp_path}/data, batch_size: 8}}\nmodel: {{name: digits_cnn}}\noutput: {tmp_path}/out\nepochs: 12\n"
+    )
+    return path
+
+
+@pytest.fixture
+def plan(config, capsys):
+    """Runs `hvdlocal plan` and returns what it printed."""
+
+    def run(*arguments, expect=0):
+        assert (
+            main(["plan", *([] if arguments and arguments[0].endswith(".yaml") else [str(config)]), *arguments])
+            == expect
+        )
+        printed = capsys.readouterr()
+        return printed.err if expect else printed.out
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("experiment", "settings", "share", "rounds", "steps", "last"),
+    [
+        ("qsr_vit_b16", [], 10.4, 9_711, 93_600, [1_612, 2_769, 8_142]),
+        ("qsr_vit_b16", ["--method.period.h_base", "8"], 6.9, 6_461, 93_600, None),
+        ("qsr_resnet152", [], 39.7, 24_792, 62_400, None),
+        ("qsr_resnet152", ["--method.period.h_base", "4", "--method.period.alpha", "0.25"], 20.1, 12_539, 62_400, None),
+    ],
+)
+def test_published_communication_shares(plan, experiment, settings, share, rounds, steps, last):
+    """Gu et al., ICLR 2024: QSR's communication relative to data parallelism."""
+    arguments = [str(EXPERIMENTS / f"{experiment}.yaml"), *settings, *IMAGENET, "--classes", "1000"]
+    assert f"{share} % of data parallelism's" in plan(*arguments)
+    [found] = json.loads(plan(*arguments, "--json"))["plans"]
+    assert (found["steps"], found["rounds"]) == (steps, rounds)
+    assert round(100 * found["collective_share"], 1) == share
+    assert round(100 * found["byte_share"], 1) == share
+    if last:
+        assert [stretch["period"] for stretch in found["stretches"][-3:]] == last
+        assert found["longest"]["data_epochs"] == pytest.approx(26.1, abs=0.01)
+
+
+def test_shares_side_by_side(plan):
+    table = plan(str(EXPERIMENTS / "qsr_vit_b16.yaml"), *IMAGENET, "--no-bytes", "--compare", "h_base=8", "preset=sync")
+    shares = {line.split("  ")[0]: line.split()[-2] for line in table.splitlines() if line.endswith(" %")}
+    assert shares == {"local qsr alpha=0.0175 h_base=4": "10.4", "h_base=8": "6.9", "preset=sync": "100.0"}
+
+
+def test_data_here_need_no_more_to_be_said(plan):
+    text = plan("--workers", "2", "--step-seconds", "90", "--checkpoint-seconds", "20", "--mtbf-hours", "10")
+    assert "2 ranks × 8 of 96 images" in text
+    assert "144 steps (3:36 h of computing) in 18 rounds" in text
+    assert "24.0 of data for 12.0 scale-invariant ones: mean gain 1" in text
+    assert "for up to 8 steps (12:00 min of computing): 1.33 epochs of data\n" in text
+    assert "18: 12.5 % of data parallelism's" in text
+    assert "every 20:00 min (13 steps)" in text
+    assert "assumed a gain of 1" in text
+
+
+def test_the_gain_follows_from_the_ratio(plan):
+    """Eq. 49's check value for K = 8, H = 8, σ²/G = 10."""
+    [found] = json.loads(plan("--workers", "8", "--grad-var-over-sqr", "10", "--no-bytes", "--json"))["plans"]
+    assert found["stretches"][0]["gain"] == pytest.approx(1.300620, rel=0.05)  # the first round's is 1
+    assert found["mean_gain"] == found["stretches"][0]["gain"] or len(found["stretches"]) > 1
+    [more] = json.loads(plan("--workers", "8", "--gain", "2", "--no-bytes", "--json"))["plans"]
+    assert more["data_epochs"] < found["data_epochs"]
+
+
+def test_a_new_rule_does_not_inherit_the_settings_of_the_old(plan):
+    settings = ["--method.preset", "local", "--method.period.rule", "qsr", "--method.period.alpha", "0.2"]
+    table = plan(
+        *["--workers", "2", "--no-bytes", *settings, "--method.period.h_base", "2"],
+        *[
+            "--compare",
+            "rule=constant period=6",
+            "h_base=3",
+            "method.period.rule=post-local method.period.switch_epochs=4",
+        ],
+    )
+    assert [line.split("  ")[0] for line in table.splitlines() if line.endswith(" %")] == [
+        "local qsr alpha=0.2 h_base=2",
+        "rule=constant period=6",
+        "h_base=3",
+        "method.period.rule=post-local method.period.switch_epochs=4",
+    ]
+
+
+def test_figure(plan, tmp_path):
+    for name in ("h.png", "h.pdf"):
+        plan("--workers", "2", "--no-bytes", "--figure", str(tmp_path / "new" / name), "--compare", "preset=sync")
+    assert (tmp_path / "new" / "h.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "h.pdf").read_bytes().startswith(b"%PDF")
+
+
+MISTAKES = [
+    (["--workers", "0"], "num_workers is 0"),
+    (["--workers", "2", "--data.path", "/nowhere"], "say how many training images there will be: --samples N"),
+    (["--workers", "2", "--epoch", "3"], "did you mean 'epochs'?"),
+    (["--workers", "2", "--method.period.rule", "adacomm"], "AdaComm depends on the training loss"),
+    (["--workers", "2", "--compare", "rule=qsr"], "rule=qsr needs method.period.alpha"),
+    (["--workers", "2", "--compare", "constant"], "settings are written name=value"),
+    (["--workers", "2", "--compare", "method.presett=sync"], "did you mean 'method.preset'?"),
+    (["--workers", "2", "--method.preset", "sync", "--gain", "2"], "assume nothing"),
+    (["--workers", "2", "--samples", "0"], "0 training images"),
+    (["--workers", "2", "--model.name", "resnet50"], "3 channels, not 1"),
+    (["--workers", "2", "--figure", "plan.txt"], "not supported"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes(plan, arguments, message):
+    assert message in plan(*arguments, expect=2)
+
+
+def test_without_a_configuration(capsys):
+    assert main(["plan", "--workers", "2"]) == 2
+    assert "no configuration: hvdlocal plan CONFIG.yaml" in capsys.readouterr().err
+
+
+def test_no_torch_is_loaded_unless_bytes_are_counted(config):
+    """So that the answer comes at once; and `hvdlocal.cli.main` can act before torch takes seconds to load."""
+    program = (
+        "import sys; from hvdlocal.cli import main; assert 'torch' not in sys.modules;"
+        f"main(['plan', {str(config)!r}, '--workers', '2', '--no-bytes']); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, stdout=subprocess.DEVNULL)
