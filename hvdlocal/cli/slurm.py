@@ -1,0 +1,203 @@
+"""`hvdlocal slurm --template NAME … CONFIG.yaml …`: a script for sbatch, checked before it waits in a queue."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from hvdlocal.slurm import options as check
+from hvdlocal.slurm.template import NAMES, Place, Template, directory
+
+COUNTS = ("nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node")
+WORDS = ("account", "partition", "job-name")
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Prints a script, writes it to a file, or submits it.
+
+    Raises:
+        ValueError: an option, the configuration or the data set's description is wrong, or sbatch refused.
+    """
+    given = _parser().parse_args(arguments)
+    if given.list:
+        print("\n".join(f"{name:15} {Template.load(name).summary}" for name in NAMES))
+        return 0
+    if given.template is None:
+        raise ValueError(f"no --template: choose one of {', '.join(NAMES)}")
+    template = Template.load(given.template)
+    options = _options(given, template)
+    numbers = _numbers(given, template, options)
+    if numbers:
+        options.setdefault("array", f"0-{len(numbers['ranks']) * len(numbers['periods']) - 1}")
+    script = template.render(
+        options,
+        _job_arguments(given, template.name),
+        _place(given.site),
+        f"hvdlocal slurm {shlex.join(arguments)}",
+        numbers,
+    )
+    if given.output is not None:
+        _write(given.output, script)
+    if given.submit:
+        print(_submit(script, given.output))
+    elif given.output is None:
+        print(script, end="")
+    return 0
+
+
+# -- what was asked for ----------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (hvdlocal slurm --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="hvdlocal slurm",
+        usage="hvdlocal slurm --template NAME [options of the job] CONFIG.yaml [--section.key value …]",
+        description="Makes a script for sbatch from one of the templates in slurm/. What comes before CONFIG.yaml is about the "
+        "job, what comes after it about the run. For prepare, the arguments of `python -m data_prep` take the place of both.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--template", metavar="NAME", help="which one; --list names them")
+    parser.add_argument("--list", action="store_true", help="name the templates and leave")
+    for name in COUNTS:
+        parser.add_argument(f"--{name}", metavar="N", help="as in sbatch")
+    parser.add_argument("--time", help="as in sbatch: minutes, HH:MM:SS, D-HH:MM:SS")
+    for name in WORDS:
+        parser.add_argument(f"--{name}", metavar="NAME", help="as in sbatch")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="any other option of sbatch: --sbatch qos=long --sbatch exclusive",
+    )
+    parser.add_argument("--site", metavar="FILE", help="the site's settings, instead of slurm/site.sh")
+    parser.add_argument("--image", metavar="FILE", help="of container: the Apptainer image")
+    parser.add_argument("--ranks", metavar="K,K,…", help="of sweep: numbers of ranks")
+    parser.add_argument("--periods", metavar="H,H,…", help="of sweep: numbers of local steps")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the script to a file instead of printing it")
+    parser.add_argument("--submit", action="store_true", help="hand the script to sbatch and print the job's id")
+    parser.add_argument("run", nargs=argparse.REMAINDER, metavar="CONFIG.yaml …", help="as for hvdlocal train")
+    return parser
+
+
+def _options(given: argparse.Namespace, template: Template) -> dict[str, str | None]:
+    """The options of sbatch that differ from the template's."""
+    options: dict[str, str | None] = {}
+    for name in (*COUNTS, "time", *WORDS):
+        text = getattr(given, name.replace("-", "_"))
+        if text is not None:
+            known = check.count if name in COUNTS else check.word
+            options[name] = check.time_limit(text) if name == "time" else known(name, text)
+    for text in given.sbatch:
+        name, value = check.more(text)
+        if name in options or name in (*COUNTS, "time", *WORDS):
+            raise ValueError(f"--sbatch {text}: write --{name} for it, and once")
+        options[name] = value
+    if template.name.startswith("gpu"):
+        _one_rank_per_gpu(options)
+    if template.name == "gpu" and options.get("nodes", "1") != "1":
+        raise ValueError(
+            f"--nodes {options['nodes']}: template gpu is for one node, choose gpu-nodes or gpu-nodes-srun"
+        )
+    return options
+
+
+def _one_rank_per_gpu(options: dict[str, str | None]) -> None:
+    ranks, gpus = (options.get(name) for name in ("ntasks-per-node", "gpus-per-node"))
+    if ranks != gpus and ranks is not None and gpus is not None:
+        raise ValueError(f"--ntasks-per-node {ranks} with --gpus-per-node {gpus}: every rank has a GPU of its own")
+    if ranks or gpus:
+        options["ntasks-per-node"] = options["gpus-per-node"] = ranks or gpus
+
+
+def _numbers(given: argparse.Namespace, template: Template, options: dict[str, str | None]) -> dict[str, list[int]]:
+    """K and H of a sweep."""
+    asked = {"ranks": given.ranks, "periods": given.periods}
+    if template.name != "sweep":
+        for name, text in asked.items():
+            if text is not None:
+                raise ValueError(f"--{name} is an option of template sweep")
+        return {}
+    numbers = {
+        name: template.numbers(name) if text is None else [int(check.count(name, part)) for part in text.split(",")]
+        for name, text in asked.items()
+    }
+    for name, values in numbers.items():
+        if len(set(values)) < len(values):
+            raise ValueError(f"--{name} {asked[name]}: one of them is there twice")
+    resources = {**template.options, **options}
+    tasks = int(resources["nodes"] or 1) * int(resources["ntasks-per-node"] or 1)
+    if max(numbers["ranks"]) > tasks:
+        raise ValueError(f"--ranks {max(numbers['ranks'])}: the job has {tasks} tasks (--nodes, --ntasks-per-node)")
+    return numbers
+
+
+def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
+    """The arguments of the job after the name of its template; everything in them is checked as far as it can be here."""
+    if given.image is not None and template != "container":
+        raise ValueError("--image is an option of template container")
+    if template == "prepare":
+        from data_prep.__main__ import _parser as data_prep_parser
+
+        data_prep_parser(True).parse_args(given.run)  # leaves with a sentence of its own when it does not like them
+        return given.run
+    if not given.run:
+        raise ValueError("no configuration: hvdlocal slurm --template NAME … CONFIG.yaml")
+    if not Path(given.run[0]).is_file():
+        raise ValueError(f"no configuration {given.run[0]} here")
+    from hvdlocal.cli.configuration import parse  # torch takes seconds, and --list needs none of it
+    from hvdlocal.training.config import check_ranges
+
+    config, _ = parse(given.run)
+    check_ranges(config)
+    if not Path(config.data.path).is_dir():
+        print(f"hvdlocal slurm: no data at {config.data.path} yet", file=sys.stderr)
+    if template == "staging":
+        return [config.data.path, *given.run]
+    if template == "container":
+        if given.image is None:
+            raise ValueError("template container needs --image FILE.sif")
+        if "://" not in given.image and not Path(given.image).exists():
+            raise ValueError(f"no image {given.image} here")
+        return [given.image, *given.run]
+    return given.run
+
+
+def _place(site: str | None) -> Place:
+    if site is not None and not Path(site).is_file():
+        raise ValueError(f"--site {site}: no such file")
+    site = None if site is None else os.path.abspath(site)
+    return Place(os.getcwd(), os.path.dirname(sys.executable), str(directory()), site)
+
+
+# -- what becomes of the script --------------------------------------------------------------------------------------
+
+
+def _write(path: Path, script: str) -> None:
+    if path.exists() and not path.read_bytes().startswith(b"#!"):
+        raise ValueError(f"--output {path} is there and is not a script: not replaced")
+    path.write_text(script, encoding="utf-8")
+
+
+def _submit(script: str, path: Path | None) -> str:
+    """Hands the script to sbatch; returns the job's id."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("no sbatch here: submit from a login node, or write the script with --output FILE")
+    command = ["sbatch", "--parsable"] + ([] if path is None else [os.path.abspath(path)])
+    done = subprocess.run(command, input=None if path else script, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"sbatch refused: {done.stderr.strip() or f'exit code {done.returncode}'}")
+    sys.stderr.write(done.stderr)
+    return done.stdout.strip().partition(";")[0]

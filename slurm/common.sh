@@ -1,0 +1,160 @@
+# shellcheck shell=bash
+# What all templates share; they source it, nobody submits it. It gives them
+#
+#   tasks                 how many ranks the job has
+#   mpirun_over RANKS     sets the array `mpirun`: the command that starts so many ranks
+#   srun_over RANKS       sets the array `srun`: the same through Slurm
+#   run COMMAND …         runs a command to its end, hands signals to it, and leaves its exit code in `code`
+#   finish                ends the script by `code`: starts the job again, or passes the code on
+#
+# and reads
+#
+#   HVDLOCAL_SITE          what the site needs: modules, fabric (default: site.sh beside this file)
+#   HVDLOCAL_BIN           directory of the Python environment (default: .venv/bin, where there is one)
+#   HVDLOCAL_MAX_RESTARTS  a job that was started again so often is not once more after a failure (default: 30)
+#   MPIRUN                 the mpirun to use (default: the one on PATH); Open MPI 5 refuses a wrapper that adds --bind-to as well
+
+say() { printf 'slurm/common.sh: %s\n' "$*"; }
+
+# -- signals -----------------------------------------------------------------------------------------------------------
+# Slurm signals this script alone (--signal=B:USR2@…), and the script signals mpirun or srun, which both hand USR2 on to all ranks.
+# A signal to the job's steps instead would, with mpirun, reach Open MPI's daemons. The ranks get USR2 whatever came: mpirun takes a
+# TERM as an order to kill them. Set first: until then a signal ends the script.
+launcher=    # process id of the command that runs
+interrupted= # the first signal that came
+forwarded=   # whether the ranks have been told; once is enough
+signalled=   # whether a signal has just ended `wait`
+
+on_signal() {
+  signalled=1
+  say "SIG$1${interrupted:+ again}"
+  interrupted=${interrupted:-$1}
+  forward
+}
+forward() {
+  [[ -n $interrupted && -n $launcher && -z $forwarded ]] || return 0
+  forwarded=1
+  kill -USR2 "$launcher" 2>/dev/null || true # it has just ended
+}
+trap 'on_signal USR2' USR2
+trap 'on_signal USR1' USR1
+trap 'on_signal TERM' TERM
+
+# -- the environment of a rank -----------------------------------------------------------------------------------------
+templates=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+set +u # modules read variables that may be unset
+# shellcheck source=slurm/site.sh
+source "${HVDLOCAL_SITE:-$templates/site.sh}"
+set -u
+
+bin=${HVDLOCAL_BIN:-$PWD/.venv/bin}
+if [[ -d $bin ]]; then export PATH=$bin:$PATH; fi
+
+# Slurm sets these only when the options were given.
+tasks=${SLURM_NTASKS:-$((${SLURM_JOB_NUM_NODES:-1} * ${SLURM_NTASKS_PER_NODE:-1}))}
+cpus=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}
+
+export OMP_NUM_THREADS=$((cpus > 1 ? cpus - 1 : 1)) # one core is left for Horovod's background thread
+export PYTHONUNBUFFERED=1                           # a log that can be followed, and is whole after a kill
+export PYTHONFAULTHANDLER=1                         # a crash in a library says where
+
+# The bare id of an array's last task is that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-${SLURM_JOB_ID:-}}
+
+# The trainer stops in time by it. Older versions of Slurm do not set it; a job without a limit has none.
+if [[ -z ${SLURM_JOB_END_TIME:-} && -n $job ]]; then
+  end=$(squeue --noheader --jobs="$job" --format=%e 2>/dev/null) || end=
+  SLURM_JOB_END_TIME=$(date --date="${end:-unknown}" +%s 2>/dev/null) || SLURM_JOB_END_TIME=
+  if [[ -n $SLURM_JOB_END_TIME ]]; then export SLURM_JOB_END_TIME; fi
+fi
+
+# -- starting ranks ----------------------------------------------------------------------------------------------------
+# Open MPI hands on its own settings and Slurm's on the first node; these have to be named.
+handed_on='PATH|LD_LIBRARY_PATH|SLURM_JOB_END_TIME|SLURM_RESTART_COUNT'
+handed_on+='|PYTHON.*|OMP_.*|HVDLOCAL_.*|HOROVOD_.*|NCCL_.*|OFI_NCCL_.*|FI_.*|UCX_.*'
+
+mpirun_over() {
+  local name program=${MPIRUN:-mpirun}
+  mpirun=("$program" -np "$1")
+  case $("$program" --version 2>&1 | head -n 2) in
+    *"Open MPI"* | *OpenRTE* | *PRTE*)
+      mpirun+=(--bind-to none) # a rank bound to one core shares it with Horovod's thread
+      # Said outright: whether a slot is a task or a core differs between versions of Open MPI.
+      if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then mpirun+=(--map-by "ppr:$SLURM_NTASKS_PER_NODE:node"); fi
+      while read -r name; do mpirun+=(-x "$name"); done < <(compgen -e | grep -Ex "$handed_on")
+      ;;
+    *) mpirun+=(-bind-to none) ;; # MPICH and Intel MPI hand on the whole environment
+  esac
+}
+
+srun_over() {
+  # Named again because srun does not inherit --cpus-per-task from Slurm 22.05 to 23.02. Without --kill-on-bad-exit the ranks of a
+  # dead one wait until their deadline. No --unbuffered: it makes a terminal of the log, and progress bars would fill it.
+  # shellcheck disable=SC2034 # the templates use it
+  srun=(srun --ntasks="$1" --cpus-per-task="$cpus" --mpi=pmix --kill-on-bad-exit=1)
+}
+
+# -- running, and the end of the job: docs/slurm.md has the exit codes ---------------------------------------------------
+run() {
+  code=85
+  [[ -z $interrupted ]] || return 0 # nothing is begun any more, and nothing is lost
+  setsid "$@" &
+  launcher=$!
+  forward # a signal may have come between the two lines above
+  while :; do
+    signalled=
+    code=0
+    wait "$launcher" || code=$?
+    [[ -n $signalled ]] || break # `wait` also ends when a signal comes, with 128 + its number
+  done
+  # bash can lose the code of a command that ends just when a signal comes. Another start finds out: a finished run says so.
+  if [[ -n $interrupted ]] && ((code < 0 || code == 127)); then code=85; fi
+  # When mpirun was killed, ranks may be left over: on this node they are in its session. On the others Slurm ends them with the
+  # job's steps, before the job starts again.
+  pkill -KILL -s "$launcher" || true
+  launcher=
+}
+
+finish() {
+  local why failed=1
+  if ((code == 85)); then
+    why="stopped by a signal or the time limit, checkpoint written" failed=
+  elif ((code > 128)) && [[ -n $interrupted ]]; then
+    why="ended by signal $((code - 128)) after SIG$interrupted" failed= # the launcher was quicker than the last rank's exit code
+  elif ((code > 192)); then # no signal has such a number: the launcher's own errors
+    why="the launcher failed"
+    # At once: its options are wrong. Later: it has lost a node.
+    if ((SECONDS < 60)); then
+      say "exit code $code: $why"
+      exit "$code"
+    fi
+  elif ((code > 128)); then
+    why="a rank or its launcher was killed by signal $((code - 128))"
+  elif ((code == 4)); then
+    why="a rank died or hung"
+  else
+    exit "$code" # finished, or what another start would not mend
+  fi
+  say "exit code $code: $why"
+  if [[ -z $job ]]; then
+    say "not in a Slurm job: start it again by hand"
+  elif [[ -n $failed ]] && ((${SLURM_RESTART_COUNT:-0} >= ${HVDLOCAL_MAX_RESTARTS:-30})); then
+    say "started again $SLURM_RESTART_COUNT times already (HVDLOCAL_MAX_RESTARTS): not once more"
+  else
+    requeue
+  fi
+  exit "$code"
+}
+
+requeue() {
+  # Incomplete: what its owner has cancelled in the meantime stays cancelled.
+  if scontrol requeue Incomplete "$job"; then
+    say "asked Slurm to start job $job again"
+  else
+    say "job $job is not started again: scontrol refused"
+  fi
+}
+
+say "job ${job:-none}: $tasks ranks on ${SLURM_JOB_NODELIST:-this machine}, $OMP_NUM_THREADS threads each," \
+  "start $((${SLURM_RESTART_COUNT:-0} + 1))"

@@ -1,0 +1,343 @@
+"""What the batch scripts do with exit codes and signals: run by bash as Slurm would run them, with stand-ins for its programs.
+
+tests/slurm does the same with a real Slurm.
+"""
+
+import itertools
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+# A launcher that notes how it was started, then does what LAUNCHER says. It hears USR2 as the ranks would through mpirun.
+LAUNCHER = """\
+#!/bin/bash
+if [[ ${1:-} == --version ]]; then echo "mpirun (Open MPI) 4.1.4"; exit; fi
+printf '%s\\n' "$@" >>"$RECORD/${0##*/}"
+env >"$RECORD/${0##*/}.environment"
+trap 'echo USR2 >>"$RECORD/signals"; heard=1' USR2
+eval "$LAUNCHER"
+"""
+WAIT = 'touch "$RECORD/ready"; until [[ ${heard:-} ]]; do sleep 0.02; done; sleep 0.3;'
+
+# Of srun, the options are dropped: staging runs commands on every node with it.
+SRUN = """\
+#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+NOTE = '#!/bin/bash\necho "$*" >>"$RECORD/${0##*/}"\nexit "${REFUSE:-0}"\n'
+
+
+class Node:
+    """A node of a cluster that is none."""
+
+    def __init__(self, directory: Path):
+        self.record = directory / "record"
+        self.programs = directory / "programs"
+        self.work = directory / "work"
+        for path in (self.record, self.programs, self.work):
+            path.mkdir()
+        (self.work / "slurm").symlink_to(ROOT / "slurm")
+        for name, text in {
+            "mpirun": LAUNCHER,
+            "srun": SRUN,
+            "scontrol": NOTE,
+            "squeue": NOTE,
+            "apptainer": NOTE,
+        }.items():
+            self.install(name, text)
+
+    def install(self, name: str, text: str) -> None:
+        (self.programs / name).write_text(text)
+        (self.programs / name).chmod(0o755)
+
+    def start(self, template: str, *arguments: str, launcher: str = "exit 0", **variables: str) -> subprocess.Popen:
+        """As slurmd does: a copy of the script, in its own session, in a directory that is not the user's."""
+        copy = self.record.parent / "slurm_script"
+        copy.write_bytes((ROOT / "slurm" / f"{template}.sbatch").read_bytes())
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "HVDLOCAL", "OMP_"))}
+        own = {"RECORD": str(self.record), "LAUNCHER": launcher, "SLURM_SUBMIT_DIR": str(self.work)}
+        return subprocess.Popen(
+            ["bash", str(copy), *arguments],
+            cwd=self.record,
+            env={**kept, **own, "PATH": f"{self.programs}:{os.environ['PATH']}", **variables},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, template: str, *arguments: str, **settings: str) -> tuple[int, str]:
+        """Exit code and output of a script that nobody signals."""
+        script = self.start(template, *arguments, **settings)
+        said, _ = script.communicate(timeout=30)
+        return script.returncode, said
+
+    def noted(self, name: str) -> list[str]:
+        path = self.record / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for(self, name: str) -> None:
+        deadline = time.monotonic() + 20
+        while not (self.record / name).exists():
+            assert time.monotonic() < deadline, f"no {name}"
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def node(tmp_path) -> Node:
+    return Node(tmp_path)
+
+
+ENDS = [  # what the launcher does, restarts so far, the script's exit code, whether the job is started again
+    ("exit 0", 0, 0, False),
+    ("exit 1", 0, 1, False),
+    ("exit 2", 0, 2, False),
+    ("exit 3", 0, 3, False),
+    ("exit 127", 0, 127, False),
+    ("exit 4", 0, 4, True),
+    ("exit 4", 29, 4, True),
+    ("exit 4", 30, 4, False),
+    ("exit 85", 0, 85, True),
+    ("exit 85", 1000, 85, True),
+    ("kill -KILL $$", 0, 137, True),
+    ("kill -KILL $$", 30, 137, False),
+    ("exit 134", 2, 134, True),
+]
+
+
+@pytest.mark.parametrize("template", ["cpu", "gpu-nodes-srun"])
+@pytest.mark.parametrize(("end", "restarts", "code", "again"), ENDS)
+def test_exit_codes(node, template, end, restarts, code, again):
+    node.install("srun", LAUNCHER)
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_NTASKS": "2"}
+    assert node.run(template, "run.yaml", launcher=end, **variables)[0] == code
+    assert node.noted("scontrol") == (["requeue Incomplete 7"] if again else [])
+
+
+def test_errors_of_the_launcher_itself(node):
+    """Wrong options, at once; a lost node, later."""
+    assert node.run("cpu", "run.yaml", launcher="exit 251", SLURM_JOB_ID="7")[0] == 251
+    assert node.noted("scontrol") == []
+    assert node.run("cpu", "run.yaml", launcher="exit 251", SLURM_JOB_ID="7", SECONDS="60")[0] == 251
+    assert node.noted("scontrol") == ["requeue Incomplete 7"]
+
+
+def test_the_limit_of_restarts_can_be_set(node):
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "HVDLOCAL_MAX_RESTARTS": "3"}
+    code, said = node.run("cpu", "run.yaml", launcher="exit 4", **variables)
+    assert code == 4
+    assert node.noted("scontrol") == []
+    assert "started again 3 times already" in said
+
+
+@pytest.mark.parametrize("template", ["cpu", "gpu-nodes-srun"])
+@pytest.mark.parametrize("names", [["USR2"], ["USR1"], ["TERM"], ["USR2", "USR2", "TERM"]])
+def test_a_signal_reaches_the_launcher_once(node, template, names):
+    node.install("srun", LAUNCHER)
+    script = node.start(template, "run.yaml", launcher=WAIT + "exit 85", SLURM_JOB_ID="7")
+    node.wait_for("ready")
+    for name in names:
+        script.send_signal(signal.Signals[f"SIG{name}"])
+        time.sleep(0.1)
+    said, _ = script.communicate(timeout=30)
+    assert script.returncode == 85, said
+    assert node.noted("signals") == ["USR2"]
+    assert node.noted("scontrol") == ["requeue Incomplete 7"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "again"),
+    [("exit 0", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 137", 137, True)],
+)
+def test_what_comes_of_a_run_after_a_signal(node, end, code, again):
+    """Finished just then; stopped by the trainer itself; killed by mpirun before its exit code was heard."""
+    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1000"}
+    script = node.start("cpu", "run.yaml", launcher=WAIT + end, **variables)
+    node.wait_for("ready")
+    script.send_signal(signal.SIGUSR2)
+    said, _ = script.communicate(timeout=30)
+    assert script.returncode == code, said
+    assert bool(node.noted("scontrol")) == again
+
+
+def test_signals_at_any_moment(node):
+    """Between the starts of bash and of the launcher, while both end: never a hang, never another code."""
+    for delay in range(12):
+        for path in node.record.iterdir():
+            path.unlink()
+        script = node.start("cpu", "run.yaml", launcher="sleep 0.05; exit 85", SLURM_JOB_ID="7")
+        time.sleep(0.1 + 0.01 * delay)
+        script.send_signal(signal.SIGUSR2)
+        said, _ = script.communicate(timeout=30)
+        if script.returncode == -signal.SIGUSR2:  # bash had not come to the trap
+            continue
+        assert script.returncode in (85, 128 + signal.SIGUSR2), said
+        assert node.noted("scontrol") == ["requeue Incomplete 7"]
+
+
+def test_nothing_is_left_of_a_killed_launcher(node):
+    start = 'sleep 1000 & echo $! >"$RECORD/left"; set -m; sleep 1000 & echo $! >>"$RECORD/left"; kill -KILL $$'
+    assert node.run("cpu", "run.yaml", launcher=start, SLURM_JOB_ID="7")[0] == 137
+    for process in node.noted("left"):
+        state = Path(f"/proc/{process}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+    assert len(node.noted("left")) == 2
+
+
+def test_scontrol_may_refuse(node):
+    code, said = node.run("cpu", "run.yaml", launcher="exit 85", SLURM_JOB_ID="7", REFUSE="1")
+    assert code == 85
+    assert "scontrol refused" in said
+
+
+def test_outside_of_slurm(node):
+    code, said = node.run("cpu", "run.yaml", launcher="exit 85")
+    assert code == 85
+    assert node.noted("scontrol") == []
+    assert "start it again by hand" in said
+    assert node.noted("mpirun")[:2] == ["-np", "1"]
+
+
+def test_not_submitted_from_where_slurm_is(node, tmp_path):
+    code, said = node.run("cpu", "run.yaml", SLURM_SUBMIT_DIR=str(tmp_path))
+    assert code == 1
+    assert "slurm/common.sh: No such file" in said
+
+
+def test_what_the_ranks_get(node):
+    shape = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
+    times = {"SLURM_JOB_END_TIME": "1800000000", "SLURM_RESTART_COUNT": "1"}
+    own = {"HOROVOD_CYCLE_TIME": "3", "NCCL_DEBUG": "WARN", "OTHER": "x"}
+    assert node.run("cpu", "my run.yaml", "--epochs", "2", **shape, **times, **own)[0] == 0
+    arguments = node.noted("mpirun")
+    assert arguments[:6] == ["-np", "8", "--bind-to", "none", "--map-by", "ppr:4:node"]
+    assert arguments[-7:] == ["python", "-m", "hvdlocal", "train", "my run.yaml", "--epochs", "2"]
+    handed_on = {name for flag, name in itertools.pairwise(arguments) if flag == "-x"}
+    assert handed_on >= {"PATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", *times, "HOROVOD_CYCLE_TIME", "NCCL_DEBUG"}
+    assert "OTHER" not in handed_on
+    assert {"OMP_NUM_THREADS=5", "PYTHONFAULTHANDLER=1"} <= set(node.noted("mpirun.environment"))
+
+
+def test_the_end_of_the_job_is_asked_for_when_slurm_does_not_set_it(node):
+    node.install("squeue", '#!/bin/bash\necho "$*" >"$RECORD/squeue"\necho 2027-01-15T08:00:00\n')
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    assert node.run("cpu", "run.yaml", SLURM_JOB_ID="7", TZ="UTC", **array)[0] == 0
+    assert node.noted("squeue") == ["--noheader --jobs=7_3 --format=%e"]
+    assert "SLURM_JOB_END_TIME=1800000000" in node.noted("mpirun.environment")
+    node.install("squeue", "#!/bin/bash\necho UNLIMITED\n")
+    assert node.run("cpu", "run.yaml", SLURM_JOB_ID="7")[0] == 0
+    assert not any(line.startswith("SLURM_JOB_END_TIME") for line in node.noted("mpirun.environment"))
+
+
+def test_mpich_gets_no_options_of_open_mpi(node):
+    node.install("mpirun", LAUNCHER.replace("mpirun (Open MPI) 4.1.4", "HYDRA build details:"))
+    assert node.run("cpu", "run.yaml", SLURM_NTASKS="2")[0] == 0
+    assert node.noted("mpirun")[:5] == ["-np", "2", "-bind-to", "none", "python"]
+
+
+def test_a_site_of_ones_own(node, tmp_path):
+    site = tmp_path / "my site.sh"
+    site.write_text("export NCCL_NET=x$UNSET_LIKE_IN_MODULES\n")
+    assert node.run("cpu", "run.yaml", HVDLOCAL_SITE=str(site))[0] == 0
+    assert "NCCL_NET=x" in node.noted("mpirun.environment")
+
+
+def test_every_pair_of_a_sweep(node):
+    pairs = set()
+    for task in range(12):
+        (node.record / "mpirun").unlink(missing_ok=True)
+        variables = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": str(5 + task)}
+        more = {"SLURM_JOB_NAME": "sweep", "SLURM_NTASKS": "4"}
+        assert node.run("sweep", "run.yaml", launcher="exit 85", **variables, **more)[0] == 85
+        said = node.noted("mpirun")
+        k, h, output = said[1], said[-3], said[-1]
+        assert output == f"runs/sweep/k{k}-h{h}"
+        pairs.add((int(k), int(h)))
+    assert pairs == {(k, h) for k in (1, 2, 4) for h in (1, 4, 16, 64)}
+    # The last task of an array bears the id of the whole array: only its own task may be queued again.
+    assert node.noted("scontrol") == [f"requeue Incomplete 5_{task}" for task in range(12)]
+    code, said = node.run("sweep", "run.yaml", SLURM_ARRAY_TASK_ID="12")
+    assert code == 1
+    assert "more tasks than" in said
+
+
+@pytest.fixture
+def shards(node) -> Path:
+    path = node.work / "my data" / "train"
+    path.mkdir(parents=True)
+    (path / "shard").write_bytes(b"x" * 1000)
+    return path.parent
+
+
+def test_staging(node, tmp_path, shards):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    see = 'ls "${@: -1}/train" >"$RECORD/seen"; exit 85'
+    variables = {"SLURM_JOB_ID": "7", "TMPDIR": str(disk)}
+    code, said = node.run("staging", "my data", "run.yaml", "--epochs", "2", launcher=see, **variables)
+    assert code == 85, said
+    assert node.noted("seen") == ["shard"]
+    assert node.noted("mpirun")[-5:] == ["run.yaml", "--epochs", "2", "--data.path", f"{disk}/hvdlocal-7"]
+    assert list(disk.iterdir()) == [], "the job may start again on another node"
+
+
+def test_staging_that_fails(node, tmp_path, shards):
+    variables = {"SLURM_JOB_ID": "7", "TMPDIR": str(tmp_path)}
+    code, said = node.run("staging", "no data", "run.yaml", **variables)
+    assert code == 2
+    assert "no directory no data" in said
+    node.install("cp", "#!/bin/bash\nexit 1\n")
+    code, said = node.run("staging", "my data", "run.yaml", **variables)
+    assert code == 2
+    assert "copying my data failed" in said
+    node.install("df", "#!/bin/bash\necho 0\n")
+    assert "has room for 0 MiB" in node.run("staging", "my data", "run.yaml", **variables)[1]
+    assert node.noted("mpirun") == node.noted("scontrol") == []
+
+
+def test_a_signal_while_data_are_copied(node, tmp_path, shards):
+    node.install("cp", '#!/bin/bash\ntouch "$RECORD/ready"\nsleep 20\n')
+    script = node.start("staging", "my data", "run.yaml", SLURM_JOB_ID="7", TMPDIR=str(tmp_path))
+    node.wait_for("ready")
+    script.send_signal(signal.SIGUSR2)
+    said, _ = script.communicate(timeout=10)
+    assert script.returncode == 128 + signal.SIGUSR2, said
+    assert node.noted("mpirun") == []
+    assert node.noted("scontrol") == ["requeue Incomplete 7"]
+    assert not (tmp_path / "hvdlocal-7").exists()
+
+
+def test_a_signal_that_the_copying_survives(node, tmp_path, shards):
+    node.install("srun", '#!/bin/bash\ntrap : USR2\ntouch "$RECORD/ready"\nfor i in {1..20}; do sleep 0.02; done\n')
+    script = node.start("staging", "my data", "run.yaml", SLURM_JOB_ID="7", TMPDIR=str(tmp_path))
+    node.wait_for("ready")
+    script.send_signal(signal.SIGUSR2)
+    said, _ = script.communicate(timeout=10)
+    assert script.returncode == 85, said
+    assert node.noted("mpirun") == []
+    assert node.noted("scontrol") == ["requeue Incomplete 7"]
+
+
+def test_preparing_data_and_a_container(node):
+    assert node.run("prepare", "digits", "--output", "my data")[0] == 0
+    assert node.noted("mpirun")[-6:] == ["python", "-m", "data_prep", "digits", "--output", "my data"]
+    assert node.run("container", "my image.sif", "run.yaml", SLURM_GPUS_ON_NODE="1")[0] == 0
+    started = node.noted("mpirun")
+    image = started.index("my image.sif")
+    assert started[image - 7 : image] == [
+        "apptainer",
+        "exec",
+        "--bind",
+        str(node.work),
+        "--pwd",
+        str(node.work),
+        "--nv",
+    ]
+    assert started[image + 1 :] == ["python", "-m", "hvdlocal", "train", "run.yaml"]

