@@ -1,0 +1,27 @@
+"""Times and bytes for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+TIME = (("s", 1.0), ("min", 60.0), ("h", 3600.0))
+BYTES = (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12))
+
+
+def unit(values: Sequence[float], units: Sequence[tuple[str, float]], least: float = 1.0) -> tuple[str, float]:
+    """The largest unit in which the largest value is at least `least`: its name and size."""
+    return next((u for u in reversed(units) if max(values) >= least * u[1]), units[0])
+
+
+def seconds_text(seconds: float) -> str:
+    """A time for a person: 12.3 s, 4:05 min, 3:20 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02} min" if minutes < 100 else f"{minutes // 60}:{minutes % 60:02} h"
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes for a person: 22.4 MB."""
+    name, size = unit([count], BYTES)
+    return f"{count / size:.1f} {name}"

@@ -1,0 +1,296 @@
+"""What a run recorded, read back from its directory: `config.yaml`, `environment.json` and `metrics.jsonl`.
+
+Works on a run that goes on, one that ended, one that was interrupted, and on files copied from elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+Column = npt.NDArray[np.float64]
+
+SILENCE_SECONDS = 120.0
+"""A run without an end counts as interrupted when its record has not grown for so long, nor for ten of its own log intervals,
+nor for three times its longest pause so far: an evaluation may take long."""
+
+_NEEDED = {
+    "steps": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent"),
+    "round": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent", "round"),
+    "evaluation": ("progress", "epoch", "data_epoch", "elapsed_seconds", "loss", "accuracy"),
+    "end": ("steps", "micro_batches", "bytes_sent", "data_parallel_bytes", "seconds"),
+}
+
+
+class State(Enum):
+    """How far a run is."""
+
+    FINISHED = "finished"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    DIVERGED = "diverged"
+
+
+class Series:
+    """Records of one kind as columns, in the order of writing."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        rows = list(records)
+        self._length = len(rows)
+        names = {name for row in rows for name, value in row.items() if _is_number(value)}
+        self._columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, name: str) -> Column:
+        """A field's values; NaN where it is absent or null, which is how NaN and infinity are recorded."""
+        return self._columns.get(name, np.full(self._length, np.nan))
+
+    def last(self, name: str) -> float | None:
+        """A field's last value; None where there is none, or it is NaN."""
+        column = self[name]
+        return None if not len(column) or math.isnan(column[-1]) else float(column[-1])
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        directory: where it was read from.
+        config: the configuration, every default filled in.
+        environment: how the job was started.
+        steps: means over a log interval.
+        rounds: the state after each averaging of a local method; empty for the others.
+        evaluations: of the averaged model on the test images.
+        end: the last record of a run that came to its end.
+        state: finished, running, interrupted or diverged.
+        notes: what a reader should know of interruptions and of the files.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    steps: Series
+    rounds: Series
+    evaluations: Series
+    end: dict[str, Any] | None
+    state: State
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def preset(self) -> str:
+        """The method's name."""
+        return str(self.config["method"]["preset"])
+
+    @property
+    def num_workers(self) -> int:
+        """K."""
+        return int(self.environment["ranks"])
+
+    @property
+    def accumulate(self) -> int:
+        """a, micro-batches per optimizer step: acc-lin and acc-ada take it from the period."""
+        method = self.config["method"]
+        return int(method["period"]["period"] if self.preset.startswith("acc-") else method["accumulate"])
+
+    @property
+    def history(self) -> Series:
+        """The finest record of the training state: one line a round, or one a log interval where there are no rounds."""
+        return self.rounds if len(self.rounds) else self.steps
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps so far."""
+        return int(max(s.last("step") or 0 for s in (self.steps, self.rounds, self.evaluations)))
+
+    @property
+    def num_averagings(self) -> int:
+        """Averagings so far: rounds of a local method, steps of the others."""
+        return int(self.rounds.last("round") or 0) if self.preset.startswith("local") else self.num_steps
+
+    @property
+    def accuracy(self) -> float | None:
+        """Top-1 accuracy of the last evaluation, between 0 and 1."""
+        return self.evaluations.last("accuracy")
+
+    @property
+    def data_parallel_share(self) -> float | None:
+        """Bytes sent over those that averaging every micro-batch's gradient would have; known at the end, None for one rank."""
+        if self.end is None or not self.end["data_parallel_bytes"]:
+            return None
+        return float(self.end["bytes_sent"] / self.end["data_parallel_bytes"])
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of rank 0 so far: elapsed, computing, averaging, waiting_for_data, evaluating. Empty before the first line."""
+        if self.end is not None:
+            return {name: float(value) for name, value in self.end["seconds"].items()}
+        names = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
+        found = {name: self.steps.last(f"{name}_seconds") for name in names}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def measured_m(self) -> float | None:
+        """Time of one averaging over computing time of one micro-batch, waits for the slowest rank included (m of Eq. 16)."""
+        spent, averagings, batches = self.seconds, self.num_averagings, self.num_steps * self.accumulate
+        if self.num_workers == 1 or not averagings or not batches or not spent.get("computing"):
+            return None
+        return (spent["averaging"] / averagings) / (spent["computing"] / batches)
+
+    def bytes_at(self, steps: Column) -> Column:
+        """Bytes that rank 0 had sent for training after so many optimizer steps, interpolated between two records."""
+        known = {0.0: 0.0}
+        for series in (self.steps, self.rounds):
+            known |= dict(zip(series["step"].tolist(), series["bytes_sent"].tolist(), strict=True))
+        at = sorted(known)
+        return np.interp(steps, at, [known[step] for step in at])
+
+
+def read_run(directory: Path | str) -> Run:
+    """Reads a run's directory.
+
+    Raises:
+        ValueError: it is no run's directory, or a file in it is damaged; the message says which and what to do.
+    """
+    directory = Path(directory)
+    _check(directory)
+    config = _mapping(directory / "config.yaml")
+    environment = _mapping(directory / "environment.json")
+    for name, found in (
+        ("config.yaml", isinstance(config.get("method"), dict) and "log_every_seconds" in config),
+        ("environment.json", "ranks" in environment),
+    ):
+        if not found:
+            raise ValueError(f"{directory / name} was not written by hvdlocal train: {directory} is not a run")
+    records, torn = _read_lines(directory / "metrics.jsonl")
+    notes = _resumptions(directory / "attempts.jsonl")
+    if torn:
+        notes.append("the last line of metrics.jsonl is incomplete and left out")
+    end = records[-1] if records and records[-1]["kind"] == "end" else None
+    return Run(
+        directory,
+        config,
+        environment,
+        steps=Series(r for r in records if r["kind"] == "steps"),
+        rounds=Series(r for r in records if r["kind"] == "round"),
+        evaluations=Series(r for r in records if r["kind"] == "evaluation"),
+        end=end,
+        state=_state(directory, config, records),
+        notes=notes,
+    )
+
+
+def _check(directory: Path) -> None:
+    if not directory.exists():
+        raise ValueError(f"{directory}: no such directory; give the output directory of a run")
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is a file: give the run's directory, {directory.parent}")
+    missing = [name for name in ("metrics.jsonl", "config.yaml", "environment.json") if not (directory / name).exists()]
+    if not missing:
+        return
+    inside = len(list(directory.glob("*/metrics.jsonl")))
+    if inside:
+        raise ValueError(f"{directory} is not a run, but {inside} are in it: give {directory}/*")
+    raise ValueError(
+        f"{directory} is not a run: it has no {' and no '.join(missing)}; give the output directory of hvdlocal train, "
+        "with config.yaml, environment.json and metrics.jsonl"
+    )
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): copy it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is empty or damaged: copy it again")
+    return found
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The records, and whether the last line was torn, as that of a running or a killed job may be."""
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    records: list[dict[str, Any]] = []
+    step = 0
+    for number, line in lines:
+        try:
+            record = json.loads(line, parse_constant=_refuse)
+        except ValueError as error:
+            if number == lines[-1][0]:
+                return records, True
+            raise ValueError(f"{path}, line {number} is damaged ({error}): copy the file again") from error
+        mistake = _mistake(record, step)
+        if mistake:
+            raise ValueError(f"{path}, line {number}: {mistake}")
+        step = record["step"]
+        records.append(record)
+    return records, False
+
+
+def _mistake(record: Any, step_before: int) -> str | None:
+    if (
+        not isinstance(record, dict)
+        or not isinstance(record.get("kind"), str)
+        or not isinstance(record.get("step"), int)
+    ):
+        return "no record of hvdlocal train, which has a kind and a step"
+    missing = [name for name in _NEEDED.get(record["kind"], ()) if name not in record]
+    if missing:
+        return (
+            f"a record of kind {record['kind']!r} without {', '.join(missing)}: read it with the version that wrote it"
+        )
+    if record["step"] < step_before:
+        return f"goes back from step {step_before} to {record['step']}: these are two runs in one file, keep one"
+    return None
+
+
+def _resumptions(path: Path) -> list[str]:
+    """What the list of attempts, where there is one, says of interruptions."""
+    if not path.exists():
+        return []
+    attempts = []
+    for line in path.read_bytes().splitlines():
+        with suppress(ValueError, KeyError, TypeError):  # a torn line
+            attempt = json.loads(line)
+            attempts.append(f"step {int(attempt['step']):,} on {int(attempt['ranks'])} ranks")
+    return [f"interrupted and resumed from {', '.join(attempts[1:])}"] if len(attempts) > 1 else []
+
+
+def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> State:
+    if records and records[-1]["kind"] == "end":
+        return State.FINISHED
+    written = (directory / "metrics.jsonl").stat().st_mtime
+    last_good = directory / "last_good.pt"  # written when a run diverges, just before its record is closed
+    if last_good.exists() and written < last_good.stat().st_mtime + SILENCE_SECONDS:
+        return State.DIVERGED
+    times = [record["elapsed_seconds"] for record in records if "elapsed_seconds" in record]
+    pause = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
+    silence = max(SILENCE_SECONDS, 10 * float(config["log_every_seconds"]), 3 * pause)
+    return State.RUNNING if time.time() - written < silence else State.INTERRUPTED
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+    return float(value) if _is_number(value) else math.nan

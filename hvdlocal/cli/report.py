@@ -1,0 +1,34 @@
+"""`hvdlocal report RUN… [--output report.html] [--png DIR]`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Writes one page about one run or many."""
+    parser = argparse.ArgumentParser(
+        prog="hvdlocal report",
+        description="Write one HTML page, with everything in it, about one run or many: running, finished or interrupted.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output directory of hvdlocal train")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="the page (default: report.html)")
+    parser.add_argument("--png", type=Path, metavar="DIR", help="also write each figure as a PNG into this directory")
+    options = parser.parse_args(arguments)
+    if options.output.is_dir():
+        raise ValueError(f"--output {options.output} is a directory: name a file, such as {options.output}/report.html")
+
+    from hvdlocal.analysis.report import make_report
+
+    report = make_report(options.runs)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(report.html(), encoding="utf-8")
+    print(
+        f"{options.output}: {len(report.lines)} run{'s' if len(report.lines) > 1 else ''}, {len(report.drawings)} figures"
+    )
+    if options.png:
+        for path in report.save_png(options.png):
+            print(path)
+    return 0
