@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hvdlocal.analysis.cost import young_interval
 from hvdlocal.analysis.plan import RunPlan
 
 if TYPE_CHECKING:
@@ -35,9 +36,7 @@ class Checkpoints:
             raise ValueError(
                 f"a checkpoint's {cost_seconds} seconds and the {failure_hours} hours between failures must be positive"
             )
-        from hvdlocal.training.checkpoint.pace import young
-
-        seconds = young(cost_seconds, 3600 * failure_hours)
+        seconds = young_interval(cost_seconds, 3600 * failure_hours)
         return cls(seconds, cost_seconds / seconds + seconds / (2 * 3600 * failure_hours))
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-
+from hvdlocal.analysis.cost import young_interval
 from hvdlocal.training.config import CheckpointConfig
 
 FIRST_SECONDS = 60.0
@@ -44,9 +43,4 @@ class Pace:
             writing: seconds until it was on disk.
         """
         if self._minutes is None:
-            self._interval = max(young(cost, self._failure_seconds), writing / WRITING_SHARE)
-
-
-def young(cost: float, failure_seconds: float) -> float:
-    """The interval that loses least: √(2 · cost · mean time between failures), in seconds (Young 1974, Eq. 1)."""
-    return math.sqrt(2 * cost * failure_seconds)
+            self._interval = max(young_interval(cost, self._failure_seconds), writing / WRITING_SHARE)

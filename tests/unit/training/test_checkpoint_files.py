@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hvdlocal.analysis.cost import young_interval
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, averaged_model, files, resume
-from hvdlocal.training.checkpoint.pace import FIRST_SECONDS, Pace, young
+from hvdlocal.training.checkpoint.pace import FIRST_SECONDS, Pace
 from hvdlocal.training.config import CheckpointConfig
 
 
@@ -186,7 +187,7 @@ def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
 
 
 def test_pace():
-    assert young(2.0, 3600.0) == 120.0
+    assert young_interval(2.0, 3600.0) == 120.0
     pace = Pace(CheckpointConfig(failure_hours=1.0))
     pace.start(100.0)
     assert not pace.due(100.0 + FIRST_SECONDS - 1)
