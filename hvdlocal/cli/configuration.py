@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from collections.abc import Iterator, Sequence
 
 import jsonargparse
 
+from hvdlocal.cli.keys import keys, no_such_key, sections
+from hvdlocal.cli.settings_file import arguments_of
 from hvdlocal.training import TrainConfig
 
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help shows each field's text
@@ -23,20 +22,20 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, str]:
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, or a missing one.
+        OSError: a file cannot be read.
         SystemExit: after --help or --print_config.
     """
-    arguments = list(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        arguments[:1] = ["--config", arguments[0]]
-    parser = _parser()
-    try:
-        namespace = parser.parse_args(arguments)
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise ValueError(_explain(str(error))) from error
     if not arguments:
         raise ValueError("no configuration: hvdlocal train CONFIG.yaml (see experiments/)")
-    text = parser.dump(namespace.clone(), skip_unset=False)
+    parser = _parser()
+    try:
+        namespace = parser.parse_args(list(_expanded(arguments)))
+    except (OverflowError, RecursionError) as error:
+        raise ValueError(f"configuration: a number or a list is larger than any setting takes: {error}") from error
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise ValueError(f"configuration: {_explain(str(error))}") from error
     del namespace["config"]
+    text = parser.dump(namespace.clone(), skip_unset=False)
     return TrainConfig(**vars(parser.instantiate(namespace))), text
 
 
@@ -52,28 +51,45 @@ def _parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _expanded(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with those that a file holds in its place.
+
+    jsonargparse would read files too, but takes a text where a section belongs for a class, and imports its module.
+    """
+    known = keys(TrainConfig)
+    groups = sections(known)
+    rest = iter(arguments)
+    for number, argument in enumerate(rest):
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            path = value if equals else next(rest, None)
+            if path is None:
+                raise ValueError("--config needs the name of a YAML file")
+            yield from arguments_of(path, known)
+        elif number == 0 and not argument.startswith("-"):
+            yield from arguments_of(argument, known)
+        elif name.startswith("--") and name[2:].rstrip("+") in groups:
+            raise ValueError(f"{name} is a section: give its keys, as in --{groups[name[2:].rstrip('+')]}")
+        else:
+            yield argument
+
+
 def _explain(message: str) -> str:
+    """What jsonargparse says, without Python's names for types."""
     message = " ".join(message.split())
-    unknown = re.search(r"[Oo]ption '(?:--)?([\w.-]+)'", message) or re.search(
-        r"[Uu]nrecognized arguments: --([\w.-]+)", message
-    )
-    if unknown is None:
-        return f"configuration: {message}"
-    key = unknown.group(1)
-    section = re.search(r"Group '([\w.]+)'", message)
-    path = f"{section.group(1)}.{key}" if section else key
-    known = _keys(TrainConfig)
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or [
-        name for name in known if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
-    ]
-    hint = f": did you mean {near[0]!r}?" if near else ": `hvdlocal train --help` lists all keys"
-    return f"configuration: there is no key {path!r}{hint}"
-
-
-def _keys(kind: Any, prefix: str = "") -> list[str]:
-    keys = []
-    hints = get_type_hints(kind)
-    for field in fields(kind):
-        inner = hints[field.name]
-        keys += _keys(inner, f"{prefix}{field.name}.") if is_dataclass(inner) else [prefix + field.name]
-    return keys
+    if unknown := re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message):
+        return no_such_key(unknown.group(1), keys(TrainConfig))
+    for pattern, plain in (
+        (r'Parser key "([\w.]+)":', r"\1:"),
+        (
+            r"Does not validate .*? Errors: - (Expected .*?) - Expected a <class 'NoneType'> .*? value: ",
+            r"\1 or null. Got value: ",
+        ),
+        (r"a <class 'int'>", "a whole number"),
+        (r"a <class 'float'>", "a number"),
+        (r"a <class 'bool'>", "true or false"),
+        (r"a <class 'tuple'>", "a list"),
+        (r"a typing\.Literal", "one of "),
+    ):
+        message = re.sub(pattern, plain, message)
+    return message

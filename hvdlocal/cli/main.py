@@ -14,9 +14,13 @@ from hvdlocal.version import __version__
 
 COMMANDS = {
     "train": "train a model: mpirun -np N hvdlocal train CONFIG.yaml",
+    "plan": "what a run will do and cost: hvdlocal plan CONFIG.yaml --workers K",
+    "advise": "whether local steps pay here, and with which H: mpirun -np N hvdlocal advise CONFIG.yaml",
+    "export": "the model of a run that has not finished, from its newest checkpoint",
     "doctor": "check this installation",
     "report": "one HTML page about runs: hvdlocal report RUN…",
     "figures": "the figures of Balles et al. from their formulas and tables",
+    "reproduce": "run the tables and figures of Balles et al. again",
     "slurm": "make a batch script for Slurm, or submit one",
 }
 
@@ -68,6 +72,7 @@ def _explain(error: Exception) -> int:
         CollectiveTimeoutError,
         CommunicationError,
         DisagreementError,
+        LaunchError,
         SetupError,
         current,
         launched_rank,
@@ -85,7 +90,7 @@ def _explain(error: Exception) -> int:
         with suppress(CommunicationError):  # another rank left without waiting
             current().barrier("hvdlocal.end")
         return EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USAGE
-    if isinstance(error, ValueError | OSError | ImportError):
+    if isinstance(error, ValueError | OSError | ImportError | LaunchError):
         _complain(str(error) or type(error).__name__)
         if launched_rank() is not None:
             time.sleep(HEARING_SECONDS)
@@ -114,5 +119,5 @@ def _complain(message: str) -> None:
 
 
 def _help() -> str:
-    lines = [f"  {name:8} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:9} {text}" for name, text in COMMANDS.items()]
     return "\n".join(["usage: hvdlocal COMMAND …", "", *lines, "", "hvdlocal COMMAND --help says more."])

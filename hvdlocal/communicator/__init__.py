@@ -2,13 +2,14 @@
 
 from hvdlocal.communicator.agreement import DisagreementError, SetupError, require_agreement, succeed_together
 from hvdlocal.communicator.base import CollectiveTimeoutError, CommunicationError, Communicator
-from hvdlocal.communicator.launch import current, init, launched_rank, launched_size
+from hvdlocal.communicator.launch import LaunchError, current, init, launched_rank, launched_size
 
 __all__ = [
     "CollectiveTimeoutError",
     "CommunicationError",
     "Communicator",
     "DisagreementError",
+    "LaunchError",
     "SetupError",
     "current",
     "init",

@@ -20,6 +20,10 @@ _LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WO
 _current: Communicator | None = None
 
 
+class LaunchError(RuntimeError):
+    """The launcher and the MPI library do not belong together."""
+
+
 def init(backend: str | None = None, *, timeout_seconds: float | None = None) -> Communicator:
     """Joins the ranks of this job. Call it once, before building the optimizer; a second call returns the same object.
 
@@ -33,7 +37,7 @@ def init(backend: str | None = None, *, timeout_seconds: float | None = None) ->
 
     Raises:
         ImportError: the backend is not installed; the message says how to get it.
-        RuntimeError: the launcher started several ranks that do not see each other.
+        LaunchError: the launcher started several ranks that do not see each other.
         ValueError: unknown backend, or another one is in use already.
     """
     global _current
@@ -111,7 +115,7 @@ def _check_world(size: int, backend: str) -> None:
     """Refuses the classic silent mistake: K processes that each believe to be alone, because mpirun is another MPI's."""
     told = launched_size()
     if told not in (None, size):
-        raise RuntimeError(
+        raise LaunchError(
             f"the launcher started {told} ranks, but {backend} sees {size}: mpirun or srun belongs to another MPI than the one "
             f"that {backend} was built with. Use the mpirun of that MPI (`hvdlocal doctor` names it), or rebuild."
         )

@@ -106,22 +106,25 @@ class HDF5Dataset(StoredSamples):
         files = open_each(source.paths, partial(_open_file, source=source), communicator)
         shapes = sorted({file.shape for file in files})
         if len(shapes) > 1:
-            raise ValueError(f"the files hold images of shapes {shapes}; one shape is needed for a data set")
+            raise ValueError(
+                f"{source.paths[0]} and the others hold images of shapes {shapes}; one shape is needed for a data set"
+            )
         self._shape = shapes[0]
         self.labels = np.concatenate([file.labels for file in files])
         self.index = np.arange(len(self.labels))
         self.dims = None
         lowest, highest = int(self.labels.min()), int(self.labels.max())
+        found = f"{', '.join(map(str, source.paths[:3]))}{' …' if len(source.paths) > 3 else ''}: /{source.labels} holds labels"
         # Labels that are no numbers of classes (hashes, time stamps) would become as many names.
         if source.classes is None and highest >= max(_MOST_UNNAMED_CLASSES, 2 * len(self.labels)):
             raise ValueError(
-                f"/{source.labels} holds labels up to {highest} for {len(self.labels)} images: number the classes from 0, or "
+                f"{found} up to {highest} for {len(self.labels)} images: number the classes from 0, or "
                 "name them all with classes="
             )
         self._classes = source.classes or tuple(str(label) for label in range(highest + 1))
         if lowest < 0 or highest >= len(self._classes):
             raise ValueError(
-                f"/{source.labels} holds labels {lowest}..{highest}, but {len(self._classes)} classes take labels "
+                f"{found} {lowest}..{highest}, but {len(self._classes)} classes take labels "
                 f"0..{len(self._classes) - 1}; name all classes, and number them from 0"
             )
         extents = [dataclasses.replace(file.extent, path=path) for file, path in zip(files, source.paths, strict=True)]

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import math
 import re
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -119,12 +121,48 @@ class Manifest:
                 raise ValueError(f"its kind {manifest.kind!r} does not go with the shape {manifest.shape}")
             if manifest.fingerprint != content["fingerprint"]:
                 raise ValueError("its content does not match its fingerprint (edited by hand or damaged)")
-        except (KeyError, TypeError, ValueError) as error:
+            _check_values(manifest)
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
                 f"{path} is not a usable manifest: {reason}; write the data set again with overwrite"
             ) from error
         return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raises ValueError for what no writer writes: a fingerprint shows damage, not where the content came from."""
+    shape, shards = manifest.shape, manifest.shards
+    channels = (shape or (3,))[-1]
+    values = {
+        "split": isinstance(manifest.split, str),
+        "shape": shape is None or (len(shape) == 3 and all(_is_whole(side, 1) for side in shape)),
+        "classes": len(manifest.classes) > 0 and all(isinstance(name, str) for name in manifest.classes),
+        "seed": _is_whole(manifest.seed, 0),
+        "mean": len(manifest.mean) == channels and all(map(_is_share, manifest.mean)),
+        "std": len(manifest.std) == channels and all(map(_is_share, manifest.std)),
+        "shards": len(shards) > 0,
+    }
+    for name, sound in values.items():
+        if not sound:
+            raise ValueError(f"its {name} cannot be {reprlib.repr(getattr(manifest, name))}")
+    least_bytes = 1 if shape is None else math.prod(shape)  # of a sample
+    for shard in shards:
+        file = shard.file
+        if not (isinstance(file, str) and re.fullmatch(r"[^/\0]+", file)) or file in (".", ".."):
+            raise ValueError(f"a shard cannot be called {reprlib.repr(file)}: shards lie beside the manifest")
+        if not (_is_whole(shard.num_samples, 1) and _is_whole(shard.bytes, shard.num_samples * least_bytes)):
+            raise ValueError(f"{file} cannot hold {shard.num_samples!r} samples in {shard.bytes!r} bytes")
+    if len({shard.file for shard in shards}) < len(shards):
+        raise ValueError("it names a shard twice")
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return type(value) is int and value >= least  # not bool, which is an int too
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def classes_sha256(classes: Sequence[str]) -> str:

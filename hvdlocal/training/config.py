@@ -55,7 +55,7 @@ class ModelConfig:
     """The network."""
 
     name: str
-    """One of digits_cnn, resnet9, resnet9_narrow, resnet18_cifar, wrn_28_2, resnet50, resnet152, vit_b_16."""
+    """One of digits_cnn, small_cnn, resnet9, resnet9_narrow, resnet18_cifar, wrn_28_2, resnet50, resnet152, vit_b_16."""
     channels_last: bool = False
     """Keep convolutions in NHWC memory format."""
     compile: bool = False
@@ -221,22 +221,52 @@ def check_ranges(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the setting, its value and what it may be.
     """
+    for name, value in leaves(config).items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not abs(number) <= 1e30:  # NaN too; more would overflow float32
+                raise ValueError(f"{name}={value}: must be a finite number")
+            if type(number) is int and name != "seed" and abs(number) >= 2**31:
+                raise ValueError(f"{name}={value}: must be below 2**31")
+    data, optimizer, method = config.data, config.optimizer, config.method
     checkpoint, limit = config.checkpoint, config.time_limit_minutes
     every_steps, every_minutes = checkpoint.every_steps, checkpoint.every_minutes
-    checks = [
+    checks: list[tuple[str, Any, bool, str]] = [
+        ("data.path", data.path, data.path != "", "name a directory"),
+        ("output", config.output, config.output != "", "name a directory"),
+        ("data.batch_size", data.batch_size, 0 < data.batch_size <= 2**20, "at least 1, at most 2**20"),
+        ("data.crop_padding", data.crop_padding, 0 <= data.crop_padding <= 1024, "from 0 to 1024"),
+        (
+            "data.image_size",
+            data.image_size,
+            data.image_size is None or 0 < data.image_size <= 16384,
+            "from 1 to 16384",
+        ),
+        ("data.randaugment_ops", data.randaugment_ops, 0 <= data.randaugment_ops <= 100, "from 0 to 100"),
+        ("data.prefetch", data.prefetch, 0 < data.prefetch <= 1024, "at least 1, at most 1024"),
+        ("data.threads", data.threads, data.threads is None or 0 < data.threads <= 1024, "at least 1, at most 1024"),
+        ("optimizer.momentum", optimizer.momentum, 0 <= optimizer.momentum < 1, "from 0 to below 1"),
+        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "must not be negative"),
+        ("optimizer.betas", optimizer.betas, all(0 <= beta < 1 for beta in optimizer.betas), "each from 0 to below 1"),
+        ("schedule.step_factor", config.schedule.step_factor, config.schedule.step_factor > 0, "must be positive"),
+        ("method.accumulate", method.accumulate, 0 < method.accumulate <= 2**20, "at least 1, at most 2**20"),
         ("epochs", config.epochs, config.epochs > 0, "must be positive"),
         ("seed", config.seed, 0 <= config.seed < 2**62, "from 0 to below 2**62"),
         ("evaluate_every_epochs", config.evaluate_every_epochs, config.evaluate_every_epochs > 0, "must be positive"),
-        ("evaluation_batch_size", config.evaluation_batch_size, config.evaluation_batch_size > 0, "at least 1"),
+        (
+            "evaluation_batch_size",
+            config.evaluation_batch_size,
+            0 < config.evaluation_batch_size <= 2**20,
+            "at least 1, at most 2**20",
+        ),
         ("log_every_seconds", config.log_every_seconds, config.log_every_seconds >= 0, "must not be negative"),
         ("label_smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "from 0 to below 1"),
-        ("threads", config.threads, config.threads is None or config.threads > 0, "at least 1"),
-        ("optimizer.lr", config.optimizer.lr, config.optimizer.lr > 0, "must be positive"),
+        ("threads", config.threads, config.threads is None or 0 < config.threads <= 1024, "at least 1, at most 1024"),
+        ("optimizer.lr", optimizer.lr, optimizer.lr > 0, "must be positive"),
         (
             "method.reestimate_batches",
-            config.method.reestimate_batches,
-            config.method.reestimate_batches > 0,
-            "at least 1",
+            method.reestimate_batches,
+            0 < method.reestimate_batches <= 2**20,
+            "at least 1, at most 2**20",
         ),
         ("checkpoint.every_steps", every_steps, every_steps is None or every_steps > 0, "at least 1"),
         ("checkpoint.every_minutes", every_minutes, every_minutes is None or every_minutes > 0, "must be positive"),

@@ -98,7 +98,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("tensorboard=true needs TensorBoard: pip install hvdlocal[tensorboard]") from error
-        self._writer = SummaryWriter(str(directory), purge_step=first_step or None)
+        self._writer = SummaryWriter(str(directory), purge_step=first_step)
         self._other = other
 
     def write(self, kind: str, step: int, **values: Any) -> None:

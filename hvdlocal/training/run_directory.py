@@ -51,11 +51,15 @@ def claim(directory: Path) -> IO[bytes]:
     The lock ends with the process, however it ends. On file systems without locks there is none.
 
     Raises:
-        ValueError: another run is using the directory.
-        OSError: it cannot be written.
+        ValueError: another run is using the directory, or it cannot be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = (directory / ".lock").open("ab")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = (directory / ".lock").open("ab")
+    except OSError as error:
+        raise ValueError(
+            f"output={directory} cannot be used ({error}): name a directory that can be written"
+        ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,7 +92,7 @@ def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> S
     remedy = "choose another --output, or replace it with --overwrite true"
     try:
         earlier = _flat(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(
             f"{directory} holds an earlier run ({', '.join(left)}) whose config.yaml cannot be read: {remedy}"
         ) from error

@@ -254,8 +254,8 @@ class Trainer:
             run_directory.clear(self.directory)
         else:
             kept = self._clear_up()
-        run_directory.note_attempt(self.directory, steps, self.communicator.size)
         run_directory.describe(self.directory, asdict(self.config), environment)
+        run_directory.note_attempt(self.directory, steps, self.communicator.size)
         self.metrics = JsonLines(self.directory / "metrics.jsonl", kept)
         if self.config.tensorboard:
             self.metrics = TensorBoard(self.directory / "tensorboard", self.metrics, steps)

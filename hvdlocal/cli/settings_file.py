@@ -1,0 +1,141 @@
+"""Reading a file of settings as the command-line arguments that say the same.
+
+YAML can do far more than settings need. What is read here are sections, values and lists of values: no tags, which make
+objects; no anchors, which make loops and files that grow without end; no key twice, of which one would silently win. A
+value stays the text that was written, so that it means the same here and on the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import yaml
+
+from hvdlocal.cli.keys import no_such_key, sections
+
+MOST_BYTES = 1 << 16  # all settings, with comments, take a tenth of it
+
+_NULL = ("", "~", "null", "Null", "NULL")
+
+
+def arguments_of(path: str | Path, known: Mapping[str, bool]) -> list[str]:
+    """The settings of a YAML file, each as `--section.key=value`.
+
+    Args:
+        path: the file.
+        known: the keys that there are, and whether they can be null.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not what the head of this module describes, or holds an unknown key; the message names the line.
+    """
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{path} is longer than {MOST_BYTES} bytes, as no configuration is: name a YAML file")
+    try:
+        return list(_Reader(content.decode("utf-8-sig"), known).arguments())
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: this is not UTF-8; save the file as UTF-8 text") from error
+    except (_MistakeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}{_where_and_what(error)}") from error
+
+
+class _MistakeError(ValueError):
+    """What is wrong with an event."""
+
+    def __init__(self, event: yaml.Event, what: str) -> None:
+        super().__init__(what)
+        self.line = _line(event)
+
+
+class _Reader:
+    """Walks through YAML's events, of which no object has been made yet, never deeper than the known sections go."""
+
+    def __init__(self, text: str, known: Mapping[str, bool]) -> None:
+        self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
+        self._known = known
+        self._sections = sections(known)
+        self._lines: dict[str, int] = {}
+
+    def arguments(self) -> Iterator[str]:
+        """All settings."""
+        next(self._events)  # the beginning of the stream
+        document = self._next()
+        first = self._next() if isinstance(document, yaml.DocumentStartEvent) else document
+        if isinstance(first, yaml.StreamEndEvent) or _is_null(first):
+            raise _MistakeError(first, "it holds no settings; experiments/ has examples")
+        if not isinstance(first, yaml.MappingStartEvent):
+            raise _MistakeError(first, "settings are written as `key: value`; experiments/ has examples")
+        yield from self._section("")
+        self._next()  # the end of the document
+        if not isinstance(more := self._next(), yaml.StreamEndEvent):
+            raise _MistakeError(more, "a second document (---) begins; keep one")
+
+    def _next(self) -> yaml.Event:
+        event = next(self._events)
+        if (name := getattr(event, "anchor", None)) is not None:
+            raise _MistakeError(
+                event, f"anchors and aliases (&{name}, *{name}) are not read; write the value where it belongs"
+            )
+        if (tag := getattr(event, "tag", None)) is not None:
+            raise _MistakeError(event, f"tags ({tag}) are not read; write the plain value")
+        return event
+
+    def _section(self, prefix: str) -> Iterator[str]:
+        while not isinstance(event := self._next(), yaml.MappingEndEvent):
+            if not isinstance(event, yaml.ScalarEvent):
+                raise _MistakeError(event, "a key must be one word")
+            key = prefix + event.value
+            if key not in self._known and key not in self._sections:
+                raise _MistakeError(event, no_such_key(key, self._known))
+            if key in self._lines:
+                raise _MistakeError(event, f"{key!r} is here again, after line {self._lines[key]}; keep one of them")
+            self._lines[key] = _line(event)
+            content = self._next()
+            if key in self._known:
+                yield f"--{key}={self._value(key, content)}"
+            elif isinstance(content, yaml.MappingStartEvent):
+                yield from self._section(f"{key}.")
+            elif not _is_null(content):  # all keys of a section may be commented out
+                raise _MistakeError(
+                    content, f"{key!r} is a section: write its keys below it, as in {self._sections[key]!r}"
+                )
+
+    def _value(self, key: str, event: yaml.Event) -> str:
+        if isinstance(event, yaml.SequenceStartEvent):
+            items = []
+            while not isinstance(item := self._next(), yaml.SequenceEndEvent):
+                if not isinstance(item, yaml.ScalarEvent):
+                    raise _MistakeError(item, f"{key!r} takes a list of plain values")
+                items.append(item.value if re.fullmatch(r"[\w.+-]+", item.value) else json.dumps(item.value))
+            return f"[{', '.join(items)}]"
+        if not isinstance(event, yaml.ScalarEvent):
+            raise _MistakeError(event, f"{key!r} is one value, not a section")
+        if not _is_null(event):
+            return event.value
+        if not self._known[key]:
+            raise _MistakeError(event, f"{key!r} has no value; give it one, or leave the key out")
+        return "null"
+
+
+def _is_null(event: yaml.Event) -> bool:
+    return isinstance(event, yaml.ScalarEvent) and event.implicit[0] and event.value in _NULL
+
+
+def _line(event: yaml.Event) -> int:
+    assert event.start_mark is not None
+    return event.start_mark.line + 1
+
+
+def _where_and_what(error: Exception) -> str:
+    """What follows the name of the file."""
+    if isinstance(error, _MistakeError):
+        return f", line {error.line}: {error}"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f", line {error.problem_mark.line + 1}: this is no YAML: {error.problem}"
+    return f" is no YAML: {' '.join(str(error).split())}"
