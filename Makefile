@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi launch bench clean
+.PHONY: setup train test lint unit mpi launch test-slurm bench clean
 
 setup:
 	@install/setup.sh
@@ -38,15 +38,21 @@ mpi: setup
 launch: setup
 	python -m pytest tests/launch
 
+# A real Slurm on this machine, started by the tests. Installed first where that is allowed; without one the tests are skipped.
+test-slurm: setup
+	install/slurm.sh || true
+	python -m pytest tests/slurm
+
 # Every figure that the README and docs/ quote. BENCH_DATA holds cifar-10-batches-bin and jpeg-sample; what is not there is left out.
 BENCH_DATA ?= ../shared/data
 CIFAR10 = $(BENCH_DATA)/cifar-10-batches-bin
 JPEGS = $(BENCH_DATA)/jpeg-sample
 RESULTS = runs/benchmarks
-bench: setup
+bench: setup data/digits/test/manifest.json
 	@mkdir -p $(RESULTS)
 	install/mpirun -np 2 python benchmarks/averaging.py --json $(RESULTS)/averaging.json
 	python benchmarks/local_step.py
+	install/mpirun -np 2 python benchmarks/long_run.py --rounds 5000 --json $(RESULTS)/long_run.json
 	benchmarks/slow_link.sh 100mbit python benchmarks/slow_link.py --rate 100mbit --steps 8 --turns 1
 	set -e; for rate in 1gbit 10gbit; do \
 	  benchmarks/slow_link.sh $$rate python benchmarks/slow_link.py --rate $$rate --json $(RESULTS)/link-$$rate.json; done

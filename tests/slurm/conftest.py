@@ -1,0 +1,62 @@
+"""One real Slurm for all tests of this directory; they are skipped, with the reason, where there is none to be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from cluster import Cluster, missing_programs, running_cluster
+from jobs import Job, submit
+
+ROOT = Path(__file__).parents[2]
+TEMPLATES = ROOT / "slurm"
+
+# Containers and CI machines run as root and have fewer cores than jobs have ranks; a cluster needs none of this.
+ANYWHERE = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
+
+def _of_launch_tests() -> ModuleType:
+    """The conftest of tests/launch, under a name of its own: this file is a `conftest`, too."""
+    specification = importlib.util.spec_from_file_location("launch", ROOT / "tests" / "launch" / "conftest.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+launch = _of_launch_tests()
+data = launch.data
+
+
+@pytest.fixture(scope="session")
+def slurm() -> Iterator[Cluster]:
+    if missing := missing_programs():
+        pytest.skip(f"no Slurm to test with: {', '.join(missing)} missing (install/slurm.sh)")
+    here = launch.environment(**ANYWHERE)
+    with running_cluster({name: value for name, value in here.items() if not name.startswith("SLURM_")}) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def sbatch(slurm, tmp_path) -> Iterator[Callable[..., Job]]:
+    """Submits on both nodes, a task on each, unless told otherwise. No job outlives its test."""
+    jobs = []
+
+    def on_both_nodes(*arguments: str | Path) -> Job:
+        shape = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2", f"--chdir={ROOT}"]
+        jobs.append(submit(slurm, tmp_path / f"job-{len(jobs) + 1}.out", *shape, *map(str, arguments)))
+        return jobs[-1]
+
+    yield on_both_nodes
+    for job in jobs:
+        job.cancel()
+        job.wait_for_end(30)

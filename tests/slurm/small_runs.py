@@ -1,0 +1,57 @@
+"""Small runs and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+ENDLESS = 1_000_000
+"""Epochs that no test waits for."""
+
+
+def write_config(directory: Path, data: Path, epochs: int = 120) -> Path:
+    """A run of ten seconds or less that records every step; its output goes to `out` beside the configuration."""
+    directory.mkdir(exist_ok=True)
+    path = directory / "run.yaml"
+    path.write_text(
+        f"""
+data: {{path: {data}, batch_size: 8}}
+model: {{name: digits_cnn}}
+optimizer: {{lr: 0.02, weight_decay: 1e-4}}
+epochs: {epochs}
+evaluate_every_epochs: 40
+log_every_seconds: 0
+output: {directory}/out
+device: cpu
+"""
+    )
+    return path
+
+
+def records(directory: Path) -> list[dict]:
+    """What a run wrote so far; a line that is being written does not count."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def steps_done(directory: Path) -> int:
+    """The last step that the run recorded."""
+    return max((record["step"] for record in records(directory)), default=0)
+
+
+def assert_same_numbers(one: Path, two: Path) -> None:
+    """Two runs ended with the same model, bit for bit, and recorded the same but for how long things took."""
+    first, second = (torch.load(directory / "model.pt", weights_only=True) for directory in (one, two))
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    first, second = ([_without_times(record) for record in records(directory)] for directory in (one, two))
+    assert [(record["kind"], record["step"]) for record in first] == [(r["kind"], r["step"]) for r in second]
+    assert [(a, b) for a, b in zip(first, second, strict=True) if a != b] == []
+
+
+def _without_times(record: dict) -> dict:
+    """Two runs of the same numbers differ in how long things took, and in how far ahead of the training their data were."""
+    return {k: v for k, v in record.items() if not k.endswith("seconds") and not k.startswith("loader_")}

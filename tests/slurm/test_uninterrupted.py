@@ -1,0 +1,49 @@
+"""Jobs that nothing happens to."""
+
+import pytest
+from cluster import wait_until
+from conftest import TEMPLATES
+from small_runs import ENDLESS, records, steps_done, write_config
+
+# Every wait has a deadline of its own, after which the jobs are ended; after this one they are not.
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_mpirun_on_two_nodes(sbatch, data, tmp_path):
+    job = sbatch(TEMPLATES / "cpu.sbatch", write_config(tmp_path, data, epochs=20))
+    job.wait_for_state("COMPLETED", 150)
+    assert "2 ranks on n[1-2]" in job.text()
+    assert "local-ada on 2 ranks" in job.text(), "the summary"
+    assert records(tmp_path / "out")[-1]["evaluation"]["accuracy"] > 0.9
+
+
+def test_srun(slurm, sbatch, data, tmp_path):
+    """On one node: both slurmd are on this machine and would put PMIx's files in the same place."""
+    if "pmix" not in slurm.command("srun", "--mpi=list"):
+        pytest.skip("this Slurm was built without PMIx")
+    one_node = ["--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2"]
+    job = sbatch(*one_node, TEMPLATES / "gpu-nodes-srun.sbatch", write_config(tmp_path, data, epochs=20))
+    job.wait_for_state("COMPLETED", 150)
+    assert "2 ranks on n1" in job.text()
+    assert "local-ada on 2 ranks" in job.text(), "the summary"
+
+
+def test_data_are_staged_to_a_disk_of_the_node(sbatch, data, tmp_path):
+    """On one node: the other one's disk is the same."""
+    disk = f"--export=ALL,HVDLOCAL_LOCAL_DISK={tmp_path}"
+    config = write_config(tmp_path, data, epochs=20)
+    job = sbatch("--nodes=1", "--ntasks-per-node=2", disk, TEMPLATES / "staging.sbatch", data, config)
+    job.wait_for_state("COMPLETED", 150)
+    copy = tmp_path / f"hvdlocal-{job.id}"
+    assert f"path: {copy}" in (tmp_path / "out" / "config.yaml").read_text()
+    assert not copy.exists(), "left on the node"
+
+
+def test_a_cancelled_job_leaves_no_process(sbatch, slurm, data, tmp_path):
+    before = slurm.processes()
+    job = sbatch(TEMPLATES / "cpu.sbatch", write_config(tmp_path, data, ENDLESS))
+    job.wait_for("20 steps", lambda: steps_done(tmp_path / "out") >= 20, 120)
+    assert len(job.ranks()) == 2, job.processes()
+    job.cancel()
+    job.wait_for_state("CANCELLED", 30)
+    wait_until(lambda: slurm.processes().keys() <= before.keys(), 20, lambda: f"left: {slurm.processes()}")
