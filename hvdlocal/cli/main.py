@@ -96,6 +96,8 @@ def _explain(error: Exception) -> int:
             time.sleep(HEARING_SECONDS)
         return EXIT_USAGE
     if isinstance(error, LostRankError):
+        if isinstance(error.__cause__, ValueError):  # damaged data or a bug: who knows
+            traceback.print_exception(error.__cause__)
         _complain(str(error))
     else:
         traceback.print_exception(error)

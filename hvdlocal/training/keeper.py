@@ -52,11 +52,13 @@ class Keeper:
         self._poll = Poll(communicator)
         self._pace = Pace(config)
         self._cost = 0.0
+        self._polled = 0.0
         self.writer = CheckpointWriter(communicator, root, config.keep)
 
     def start(self) -> None:
         """Training begins, or goes on."""
         self._pace.start(self._ledger.elapsed)
+        self._polled = self._ledger.elapsed
 
     def after_step(self, steps: int) -> None:
         """Does what is due after so many optimizer steps; to be called on all ranks.
@@ -93,7 +95,9 @@ class Keeper:
 
     def _news(self) -> News:
         first = self._communicator.rank == 0
-        out_of_time = first and self._deadline.passes_within(2 * self.writer.write_seconds + 3 * POLL_SECONDS)
+        now = self._ledger.elapsed
+        gap, self._polled = now - self._polled, now  # a single step may take longer than POLL_SECONDS
+        out_of_time = first and self._deadline.passes_within(2 * self.writer.write_seconds + POLL_SECONDS + 2 * gap)
         return News(
             stop=interruption.received() is not None or out_of_time,
             due=first and self._pace.due(self._ledger.elapsed),

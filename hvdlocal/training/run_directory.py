@@ -37,6 +37,10 @@ MAX_STARTS_WITHOUT_PROGRESS = 3
 """So often a batch system may start a run from the same step; then it is no accident."""
 
 
+LOCK_SECONDS = 5.0
+"""How long a start waits for the end of a job before it."""
+
+
 class Standing(enum.Enum):
     """What is in the directory: nothing of this run, an attempt to continue, or a run that has ended well."""
 
@@ -61,7 +65,7 @@ def claim(directory: Path) -> IO[bytes]:
             f"output={directory} cannot be used ({error}): name a directory that can be written"
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock)
     except BlockingIOError:
         lock.close()
         who = (directory / ".lock").read_text(errors="replace")
@@ -76,6 +80,18 @@ def claim(directory: Path) -> IO[bytes]:
     return lock
 
 
+def _lock(lock: IO[bytes]) -> None:
+    """Waits a little: mpirun does not wait for a rank that it has just killed."""
+    patience = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > patience:
+                raise
+        time.sleep(0.1)
+
+
 def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> Standing:
     """What an earlier attempt left.
 
@@ -86,7 +102,7 @@ def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> S
     Raises:
         ValueError: there is a run with other settings; names the first that differs.
     """
-    left = [name for name in WRITTEN if (directory / name).exists()]
+    left = [name for name in WRITTEN if _holds_something(directory / name)]
     if not left or (overwrite and restart_count() == 0):
         return Standing.NEW
     remedy = "choose another --output, or replace it with --overwrite true"
@@ -115,10 +131,10 @@ def clear(directory: Path) -> None:
     """Removes what an earlier run left, once the new one is sure to start; rank 0 only."""
     for name in WRITTEN:
         path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
+        if not path.is_dir():
             path.unlink(missing_ok=True)
+        elif _holds_something(path):  # an empty one may be a disk of its own
+            shutil.rmtree(path)
 
 
 def describe(directory: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
@@ -162,6 +178,10 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _holds_something(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.exists()
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

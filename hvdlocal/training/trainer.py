@@ -358,7 +358,7 @@ class Trainer:
             Interrupted: on all ranks, with a checkpoint saved.
             DivergedError: a loss became NaN or infinite; on all ranks, with a model saved.
             CommunicationError: another rank ended.
-            LostRankError: this rank cannot go on: no room for its records, or no memory.
+            LostRankError: this rank cannot go on: no room for its records, no memory, or an image that cannot be read.
         """
         console = Console(self.communicator, self.budget, self.epoch, self.optimizer.progress)
         try:
@@ -367,7 +367,7 @@ class Trainer:
             return summary
         except NonFiniteError as error:
             raise DivergedError(f"{error} {self._save_last_good()}") from error
-        except (OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
             raise LostRankError(
                 f"{self.communicator.describe()} cannot go on after step {self.position.steps}: "
                 f"{str(error) or type(error).__name__}. Once that is mended, the same command continues from the last checkpoint."
@@ -438,7 +438,11 @@ class Trainer:
 
     def _say_resumed(self, console: Console, resumed: Resumed) -> None:
         ranks = resumed.contents["num_workers"]
-        how = "" if resumed.state is not None else f", averaged over the {ranks} ranks that wrote it"
+        how = (
+            ""
+            if resumed.state is not None
+            else f", averaged over the {ranks} rank{'s' if ranks > 1 else ''} that wrote it"
+        )
         console.say(f"continuing from the checkpoint of step {resumed.step}{how}")
         before, now = resumed.contents["versions"], versions()
         if changed := [f"{name} {before.get(name)} → {now.get(name)}" for name in now if before.get(name) != now[name]]:

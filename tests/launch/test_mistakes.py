@@ -43,16 +43,20 @@ def test_a_missing_and_a_malformed_file(tmp_path):
 
 
 def test_an_earlier_run_is_not_lost(config, tmp_path):
-    assert mpirun(2, *HVDLOCAL, "train", str(config), "--epochs", "1").code == 0
+    train = [*HVDLOCAL, "train", str(config), "--epochs", "1"]
+    assert mpirun(2, *train).code == 0
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    result = mpirun(2, *HVDLOCAL, "train", str(config), "--epochs", "1")
+    result = mpirun(2, *train)
+    assert result.code == 0, "a batch system may start it again"
+    assert "holds this run, finished: nothing to do" in result.out
+    result = mpirun(2, *train, "--optimizer.lr", "0.5")
     assert result.code == 2
-    assert "holds an earlier run" in result.err
-    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
+    assert result.err.count("holds an earlier run with optimizer.lr=0.02, not 0.5") == 2, "on every rank"
     broken = ["--overwrite", "true", "--method.period.period", "0"]
-    assert mpirun(2, *HVDLOCAL, "train", str(config), *broken).code == 2
+    assert mpirun(2, *train, *broken).code == 2
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before, "a run that cannot start replaces nothing"
-    assert mpirun(2, *HVDLOCAL, "train", str(config), "--epochs", "1", "--overwrite", "true").code == 0
+    assert mpirun(2, *train, "--overwrite", "true", "--optimizer.lr", "0.5").code == 0
+    assert (tmp_path / "out" / "metrics.jsonl").read_bytes() != before
 
 
 def on_rank(rank: int, then: str, otherwise: str) -> list[str]:

@@ -26,6 +26,7 @@ def leave(tmp_path, **settings):
 def test_standing(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
     now = leaves(config(tmp_path, optimizer=OptimizerConfig(lr=1e-5, betas=(0.9, 0.95))))
+    (tmp_path / "checkpoints").mkdir()  # perhaps a disk of its own
     assert standing(tmp_path, now, overwrite=False) is Standing.NEW
     leave(tmp_path, optimizer=OptimizerConfig(lr=1e-5, betas=(0.9, 0.95)))
     assert standing(tmp_path, now, overwrite=False) is Standing.STARTED
@@ -46,7 +47,8 @@ def test_an_unreadable_config_is_no_invitation(tmp_path, content):
         standing(tmp_path, {"epochs": 1}, overwrite=False)
 
 
-def test_a_directory_is_claimed_by_one(tmp_path):
+def test_a_directory_is_claimed_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.1)
     claim = run_directory.claim(tmp_path / "run")
     with pytest.raises(ValueError, match=f"in use by another run \\(process {os.getpid()} on"):
         run_directory.claim(tmp_path / "run")

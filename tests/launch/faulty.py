@@ -1,0 +1,219 @@
+"""`hvdlocal` with faults: `python faulty.py WHAT:WHERE:RANK:WHEN … train CONFIG …`.
+
+On rank RANK, WHAT happens when the program passes the point WHERE for the WHEN-th time; see `FAULTS` and `POINTS`. So a test
+needs no guess about how long things take.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import time
+import types
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hvdlocal.cli import main
+from hvdlocal.training import interruption
+
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
+LARGEST_DISK = 64 * 2**20
+
+
+def say(text: str) -> None:
+    sys.stderr.write(f"faulty: rank {RANK} {text}\n")
+    sys.stderr.flush()
+
+
+# -- what -------------------------------------------------------------------------------------------------------------
+
+
+def send(number: signal.Signals) -> Callable[[str], None]:
+    return lambda _: os.kill(os.getpid(), number)
+
+
+def fail(_: str) -> None:
+    raise RuntimeError("an exception that a test injects")
+
+
+def fail_on_bad_data(_: str) -> None:
+    raise ValueError("an image that cannot be decoded, as a test has it")
+
+
+def run_out_of_memory(_: str) -> None:
+    raise MemoryError
+
+
+def run_out_of_device_memory(_: str) -> None:
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory, as a test has it")
+
+
+def lose_numbers(_: str) -> None:
+    """Every loss from here on is NaN."""
+    from torch.nn import CrossEntropyLoss
+
+    forward = CrossEntropyLoss.forward
+    CrossEntropyLoss.forward = lambda self, x, y: forward(self, x, y) * math.nan
+
+
+def fill_disk(directory: str) -> None:
+    """Takes all room in a directory's file system, as another program might."""
+    disk = os.statvfs(directory)
+    assert disk.f_blocks * disk.f_frsize <= LARGEST_DISK, f"{directory} is no small disk made for a test"
+    with open(Path(directory) / "ballast", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def wait(path: str) -> None:
+    """Until the test has made a file, or sent a signal."""
+    while not Path(path).exists() and interruption.received() is None:
+        time.sleep(0.02)
+
+
+FAULTS: dict[str, Callable[[str], None]] = {
+    "kill": send(signal.SIGKILL),
+    "stop": send(signal.SIGSTOP),
+    "usr1": send(signal.SIGUSR1),
+    "usr2": send(signal.SIGUSR2),
+    "term": send(signal.SIGTERM),
+    "raise": fail,
+    "bad_data": fail_on_bad_data,
+    "memory": run_out_of_memory,
+    "device_memory": run_out_of_device_memory,
+    "nan": lose_numbers,
+    "fill": fill_disk,  # fill=DIRECTORY
+    "wait": wait,  # wait=FILE
+}
+
+
+# -- where ------------------------------------------------------------------------------------------------------------
+
+
+def before(owner: Any, name: str, point: str, counts: Callable[..., bool] = lambda *_, **__: True) -> None:
+    """Has every call of a function pass a point first."""
+    function = getattr(owner, name)
+
+    def passing(*arguments: Any, **named: Any) -> Any:
+        if counts(*arguments, **named):
+            passes(point)
+        return function(*arguments, **named)
+
+    setattr(owner, name, passing)
+
+
+def starting() -> None:
+    """The handlers are installed, and torch is not imported yet."""
+    install = interruption.install_handlers
+
+    def installing() -> None:
+        install()
+        assert "torch" not in sys.modules
+        passes("starting")
+
+    interruption.install_handlers = installing
+
+
+def opening() -> None:
+    """A data set is about to be opened."""
+    from hvdlocal.training import trainer
+
+    before(trainer, "ShardedDataset", "opening")
+
+
+def computing() -> None:
+    """A micro-batch."""
+    from hvdlocal.training import trainer
+
+    before(trainer.Trainer, "_micro_batch", "computing")
+
+
+def averaging() -> None:
+    """The collective."""
+    from hvdlocal.communicator import Communicator
+
+    before(Communicator, "start_sum_", "averaging", lambda self, tensor, name: name == "hvdlocal.average")
+
+
+def checkpointing() -> None:
+    """In the background thread: the last bytes of a rank's file are not handed to the system yet."""
+    from hvdlocal.training.checkpoint import files
+
+    before(files._HashingFile, "flush", "checkpointing")
+
+
+def completing() -> None:
+    """In rank 0's background thread: the manifest is written, and the directory has not got its name yet."""
+    from hvdlocal.training.checkpoint import files
+
+    before(files, "_sync_directory", "completing", lambda path: path.suffix == ".tmp")
+
+
+def evaluating() -> None:
+    """The average is there; the test images are next."""
+    from hvdlocal.training import trainer
+
+    before(trainer, "evaluate", "evaluating")
+
+
+def ending() -> None:
+    """The model is saved; the summary, which says that the run has ended, is not."""
+    from hvdlocal.training import run_directory
+
+    before(run_directory, "write_whole", "ending", lambda path, _: path.name == run_directory.SUMMARY)
+
+
+POINTS = {
+    point.__name__: point
+    for point in (starting, opening, computing, averaging, checkpointing, completing, evaluating, ending)
+}
+
+due: dict[tuple[str, int], list[tuple[str, str]]] = {}
+passed: Counter[str] = Counter()
+
+
+def passes(point: str) -> None:
+    """This rank is at a point."""
+    passed[point] += 1
+    for what, argument in due.get((point, passed[point]), []):
+        say(f"{what} at {point} {passed[point]}, time {time.time():.3f}")
+        FAULTS[what](argument)
+
+
+def without_compiler() -> None:
+    """Nothing is compiled here, but torch's optimizers import its compiler: a third of the time that a short run takes."""
+    import torch
+
+    nothing = types.ModuleType("torch._dynamo")
+    nothing.__dict__.update(graph_break=lambda: None, disable=lambda function, *_, **__: function)
+    sys.modules["torch._dynamo"] = torch._dynamo = nothing
+
+
+def prepare(faults: list[str]) -> None:
+    for fault in faults:
+        what, where, rank, when = fault.rsplit(":", 3)
+        name, _, argument = what.partition("=")
+        assert name in FAULTS, name
+        assert where in POINTS, where
+        if int(rank) == RANK:
+            due.setdefault((where, int(when)), []).append((name, argument))
+    if not any(fault.split(":")[-3] == "starting" for fault in faults):
+        without_compiler()
+    for point in {where for where, _ in due}:
+        POINTS[point]()
+
+
+if __name__ == "__main__":
+    command = sys.argv.index("train")
+    say(f"is process {os.getpid()}")
+    prepare(sys.argv[1:command])
+    sys.exit(main(sys.argv[command:]))
