@@ -100,7 +100,9 @@ def main() -> None:
     everyone = communicator.gather(mine, "long_run.result")
     if communicator.rank == 0:
         shutil.rmtree(place)
-        print(f"{summary.rounds} rounds, {summary.steps} steps in {seconds:.0f} s; samples of the second and last fifth")
+        print(
+            f"{summary.rounds} rounds, {summary.steps} steps in {seconds:.0f} s; samples of the second and last fifth"
+        )
         for rank, result in enumerate(everyone):
             shown = ", ".join(f"{name} {before:.1f} → {after:.1f}" for name, (before, after) in result.items())
             print(f"rank {rank}: {shown}; growth {result['resident_mib'][1] - result['resident_mib'][0]:+.2f} MiB")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -140,6 +141,10 @@ class Loader:
         one thread.
         """
         return self._stats.as_dict()
+
+    def count_from(self, stats: Mapping[str, float]) -> None:
+        """Adds the `stats` of an earlier part of the run to what is counted from here on."""
+        self._stats = Stats(**{field.name: stats[field.name] for field in fields(Stats)})  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: the same on every rank, so one copy is enough."""

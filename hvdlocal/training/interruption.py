@@ -51,8 +51,7 @@ def _seconds_since_start() -> float:
     """Seconds since this process was started; importing libraries from a busy file system may have taken minutes."""
     with open("/proc/self/stat", encoding="ascii") as file:
         ticks = int(file.read().rpartition(")")[2].split()[19])
-    with open("/proc/uptime", encoding="ascii") as file:
-        return float(file.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _note(number: int, _: FrameType | None) -> None:

@@ -52,6 +52,7 @@ class Keeper:
         self._poll = Poll(communicator)
         self._pace = Pace(config)
         self._cost = 0.0
+        self._asked = False  # whether a poll has been begun since the last checkpoint was begun or finished
         self._polled = 0.0
         self.writer = CheckpointWriter(communicator, root, config.keep)
 
@@ -73,16 +74,20 @@ class Keeper:
             self._begin(steps)
         if not self._poll.is_at(steps):
             return
+        self._warn_of_failures()
         with self._ledger.beside_training():
-            news = self._poll.exchange(steps, self._ledger.elapsed, self._news())
+            start = self._ledger.elapsed
+            news = self._poll.exchange(steps, start, self._news())
+            self._ledger.waited(self._ledger.elapsed - start)
+        idle, self._asked = self._asked and news is not None and not news.writing, True
         if news is None:
             return
         if news.stop:
             self._leave(steps)
         elif self.writer.open_step is not None:
-            if not news.writing:
+            if idle:
                 self._finish()
-        elif news.due and not news.writing:
+        elif news.due and idle:
             self._begin(steps)
 
     def finish(self) -> None:
@@ -91,7 +96,7 @@ class Keeper:
         if self.writer.open_step is not None:
             self._finish(wait=True)
         self.writer.close()
-        self._warn_of_failures()
+        self._warn_of_failures(wait=True)
 
     def _news(self) -> News:
         first = self._communicator.rank == 0
@@ -105,13 +110,14 @@ class Keeper:
         )
 
     def _begin(self, steps: int) -> None:
-        self._warn_of_failures()
+        self._asked = False
         start = self._ledger.elapsed
         self.writer.begin(steps, self._state(), self._contents())
         self._cost = self._ledger.elapsed - start
         self._pace.start(self._ledger.elapsed)
 
     def _finish(self, wait: bool = False) -> str | None:
+        self._asked = False
         start = self._ledger.elapsed
         with self._ledger.beside_training():
             problem = self.writer.finish(wait)
@@ -130,6 +136,7 @@ class Keeper:
             self._begin(steps)
             problem = self.writer.finish(wait=True)
         self.writer.close()
+        self._warn_of_failures(wait=True)
         asked = self._communicator.gather(interruption.received(), "hvdlocal.interruption")
         reasons = [f"{signal.name} on rank {rank}" for rank, signal in enumerate(asked) if signal is not None]
         reason = reasons[0] if reasons else "the time is over"
@@ -139,9 +146,9 @@ class Keeper:
             f"interrupted after step {steps}: {reason}. The checkpoint is in {self._root}; the same command continues from it."
         )
 
-    def _warn_of_failures(self) -> None:
-        if problem := self.writer.failure(wait=True):
-            warn(problem)
+    def _warn_of_failures(self, wait: bool = False) -> None:
+        for problem in self.writer.failures(wait):
+            warn(f"could not be written or removed: {problem}")
 
 
 def warn(text: str) -> None:

@@ -57,6 +57,10 @@ class Ledger:
             self._bytes_not_counted += self._traffic.bytes - bytes_before
             self._collectives_not_counted += self._traffic.collectives - collectives_before
 
+    def waited(self, seconds: float) -> None:
+        """Counts a wait for other ranks as averaging, of which waiting for the slowest is a part anyway."""
+        self._optimizer.seconds_averaging += seconds
+
     def seconds(self) -> dict[str, float]:
         """All, by name; what is not accounted for is computing."""
         spent = {

@@ -57,7 +57,7 @@ class JsonLines:
 
     def __init__(self, path: Path, keep: int = 0) -> None:
         self._file = path.open("ab")
-        self._file.truncate(min(keep, path.stat().st_size))
+        self._file.truncate(_end_of_records(path, keep))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """See `Metrics`."""
@@ -121,6 +121,13 @@ class TensorBoard:
         """See `Metrics`."""
         self._other.close()
         self._writer.close()
+
+
+def _end_of_records(path: Path, keep: int) -> int:
+    """`keep`, or less when the file has lost so much: then to the end of its last whole record."""
+    if path.stat().st_size >= keep:
+        return keep
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def _strict(value: Any) -> Any:

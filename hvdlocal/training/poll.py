@@ -9,8 +9,9 @@ import torch
 
 from hvdlocal.communicator import Communicator
 
-POLL_SECONDS = 1.0
-"""About how often. An answer is used at the following poll, so a request takes effect within two of them."""
+POLL_SECONDS = 2.0
+"""About how often. An answer is used at the following poll, so a request takes effect within two of them, and a rank can be so
+far ahead of the others inside a round before it waits for them."""
 
 _MOST_STEPS = 10_000
 
@@ -31,9 +32,9 @@ class News:
 
 
 class Poll:
-    """A tiny sum over all ranks about once a second of steps, for which nobody waits.
+    """A tiny sum over all ranks every other second of steps, for which only a rank waits that is further ahead than that.
 
-    It is begun at one step and read at the next poll, when it has long arrived. All ranks poll at the same steps: each
+    It is begun at one step and read at the next poll, when it has mostly long arrived. All ranks poll at the same steps: each
     answer says how many steps later the poll after the next is, by rank 0's clock.
 
     Args:

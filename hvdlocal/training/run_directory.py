@@ -20,10 +20,11 @@ from hvdlocal.training.config import FREE_TO_CHANGE
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
+ATTEMPTS = "attempts.jsonl"
 WRITTEN = (
     "config.yaml",
     "environment.json",
-    "attempts.jsonl",
+    ATTEMPTS,
     "metrics.jsonl",
     "model.pt",
     "best.pt",
@@ -39,6 +40,9 @@ MAX_STARTS_WITHOUT_PROGRESS = 3
 
 LOCK_SECONDS = 5.0
 """How long a start waits for the end of a job before it."""
+
+REQUEUED_LOCK_SECONDS = 120.0
+"""And one that a batch system makes: the lock of a node that died may live as long."""
 
 
 class Standing(enum.Enum):
@@ -82,7 +86,7 @@ def claim(directory: Path) -> IO[bytes]:
 
 def _lock(lock: IO[bytes]) -> None:
     """Waits a little: mpirun does not wait for a rank that it has just killed."""
-    patience = time.monotonic() + LOCK_SECONDS
+    patience = time.monotonic() + (REQUEUED_LOCK_SECONDS if restart_count() else LOCK_SECONDS)
     while True:
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,13 +101,13 @@ def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> S
 
     Args:
         settings: of this run, by dotted name.
-        overwrite: replace whatever is there, unless a batch system has started the same job again: that one continues.
+        overwrite: replace whatever is there, unless this very job has written it, and is now started again: it continues.
 
     Raises:
         ValueError: there is a run with other settings; names the first that differs.
     """
     left = [name for name in WRITTEN if _holds_something(directory / name)]
-    if not left or (overwrite and restart_count() == 0):
+    if not left or (overwrite and not _is_of_this_job(directory)):
         return Standing.NEW
     remedy = "choose another --output, or replace it with --overwrite true"
     try:
@@ -128,13 +132,21 @@ def first_difference(earlier: Mapping[str, Any], settings: Mapping[str, Any]) ->
 
 
 def clear(directory: Path) -> None:
-    """Removes what an earlier run left, once the new one is sure to start; rank 0 only."""
-    for name in WRITTEN:
+    """Removes what an earlier run left, once the new one is sure to start; rank 0 only.
+
+    At no moment does what is left look like a run to continue: what makes it one goes first, and its config.yaml is left for
+    `describe` to replace.
+    """
+    for name in (SUMMARY, CHECKPOINTS, *(name for name in WRITTEN if name != "config.yaml")):
         path = directory / name
         if not path.is_dir():
             path.unlink(missing_ok=True)
-        elif _holds_something(path):  # an empty one may be a disk of its own
-            shutil.rmtree(path)
+        else:
+            for inner in path.iterdir():  # the directory itself may be a link, or a disk of its own
+                if inner.is_dir() and not inner.is_symlink():
+                    shutil.rmtree(inner)
+                else:
+                    inner.unlink()
 
 
 def describe(directory: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
@@ -149,19 +161,36 @@ def note_attempt(directory: Path, step: int, ranks: int) -> None:
     Raises:
         ValueError: a batch system has restarted it from this step several times in a row.
     """
-    path = directory / "attempts.jsonl"
-    steps = []
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        steps = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]
+    steps = [attempt.get("step") for attempt in _attempts(directory)]
     recent = steps[-MAX_STARTS_WITHOUT_PROGRESS:]
+    path = directory / ATTEMPTS
     if restart_count() and recent == [step] * MAX_STARTS_WITHOUT_PROGRESS:
         raise ValueError(
             f"this run has been started {len(recent)} times from step {step} and never came to its next checkpoint: look for the "
             f"cause in its log, then remove {path} and submit it again"
         )
-    note = {"step": step, "ranks": ranks, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "restart": restart_count()}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(note) + "\n")
+    note = {"step": step, "ranks": ranks, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": _job()}
+    write_whole(path, "".join(json.dumps(attempt) + "\n" for attempt in [*_attempts(directory), note]))
+
+
+def _attempts(directory: Path) -> list[dict[str, Any]]:
+    """What is noted of earlier starts; what cannot be read is left out."""
+    found = []
+    with suppress(OSError, UnicodeError):
+        for line in (directory / ATTEMPTS).read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, RecursionError):
+                if isinstance(attempt := json.loads(line), dict):
+                    found.append(attempt)
+    return found
+
+
+def _is_of_this_job(directory: Path) -> bool:
+    return restart_count() > 0 and any(attempt.get("job") == _job() for attempt in _attempts(directory))
+
+
+def _job() -> str:
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", "-")
 
 
 def restart_count() -> int:
@@ -173,11 +202,15 @@ def restart_count() -> int:
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file whole or not at all, down to the disk."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _holds_something(path: Path) -> bool:

@@ -30,7 +30,7 @@ class LastGood:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._next = 0.0
-        self._copy = copy_of(model)
+        self._copy: dict[str, torch.Tensor] = {}
 
     def offer(self) -> None:
         """Copies the model, which is an average now, unless the last copy is recent or the model is not finite."""
@@ -40,20 +40,29 @@ class LastGood:
         state = self._model.state_dict()
         if all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
             for name, tensor in state.items():
-                self._copy[name].copy_(tensor)
+                if name in self._copy:
+                    self._copy[name].copy_(tensor)
+                else:
+                    self._copy[name] = tensor.detach().to("cpu", copy=True)
         end = time.perf_counter()
         self._next = end + (end - start) / SNAPSHOT_SHARE
 
-    def save(self, path: Path) -> None:
-        """Writes the copy like `save_model`."""
-        save_state(self._copy, path)
+    def save(self, path: Path) -> bool:
+        """Writes the copy like `save_model`; returns whether there is one."""
+        if self._copy:
+            save_state(self._copy, path)
+        return bool(self._copy)
 
 
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a state_dict, down to the disk, whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # where there is no room it would take what is left
+        raise

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
+from hvdlocal.data.order import OrderMode
 from hvdlocal.models import build_model
 from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.checkpoint import Resumed, resume
@@ -108,6 +109,7 @@ class Trainer:
         self.communicator = communicator
         self.directory = Path(config.output)
         self.claim: IO[bytes] | None = None
+        self.probe = f".probe-{secrets.token_hex(8)}"
         try:
             self._set_up()
         except BaseException:
@@ -168,12 +170,12 @@ class Trainer:
         if self.communicator.rank == 0:
             self.claim = run_directory.claim(self.directory)
             self.standing = run_directory.standing(self.directory, leaves(self.config), self.config.overwrite)
-            self.probe = f".probe-{secrets.token_hex(8)}"
             (self.directory / self.probe).touch()
 
     def _release(self) -> None:
         """Lets other runs into the output directory."""
         if self.claim is not None:
+            (self.directory / self.probe).unlink(missing_ok=True)
             self.claim.close()
 
     def _look_around(self) -> Standing:
@@ -189,11 +191,9 @@ class Trainer:
                     "nodes share"
                 )
 
-        try:
-            succeed_together(communicator, see, "hvdlocal.shared_output")
-        finally:
-            if rank == 0:
-                (self.directory / probe).unlink(missing_ok=True)
+        succeed_together(communicator, see, "hvdlocal.shared_output")
+        if rank == 0:
+            (self.directory / probe).unlink(missing_ok=True)
         if standing is Standing.FINISHED:
             raise AlreadyFinished(
                 f"{self.directory} holds this run, finished: nothing to do. --overwrite true runs it again."
@@ -206,7 +206,7 @@ class Trainer:
         if self.train_data.shape != self.test_data.shape or self.train_data.classes != self.test_data.classes:
             raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
         self.images = configured_images(config.data, self.train_data)
-        self.loader = self._loader(config.seed)
+        self.loader = self._loader(config.seed, config.data.order)
         scaling = build_scaling(config.method)
         reference = scaling.reference_batches(communicator.size, micro_batches_per_step(config.method))
         self.epoch = self.loader.steps_per_epoch * communicator.size / reference
@@ -218,7 +218,7 @@ class Trainer:
         self.memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
         self.model = self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
-    def _loader(self, seed: int) -> Loader:
+    def _loader(self, seed: int, order: OrderMode | Literal["auto"]) -> Loader:
         data, images = self.config.data, self.images
         return Loader(
             self.train_data,
@@ -226,7 +226,7 @@ class Trainer:
             rank=self.communicator.rank,
             num_workers=self.communicator.size,
             seed=seed,
-            order=data.order,
+            order=order,
             tail=data.tail,
             crop=images.crop,
             transform=images.transform,
@@ -258,7 +258,8 @@ class Trainer:
         run_directory.note_attempt(self.directory, steps, self.communicator.size)
         self.metrics = JsonLines(self.directory / "metrics.jsonl", kept)
         if self.config.tensorboard:
-            self.metrics = TensorBoard(self.directory / "tensorboard", self.metrics, steps)
+            first = 0 if self.resumed is None else steps + 1
+            self.metrics = TensorBoard(self.directory / "tensorboard", self.metrics, first)
 
     def _clear_up(self) -> int:
         """Takes away what the last attempt left unfinished, and what it did after its last good checkpoint.
@@ -295,6 +296,7 @@ class Trainer:
             "ledger": self.ledger.state_dict(),
             "window": self.window.state_dict(),
             "next_line": self.next_line,
+            "loader_stats": self.loader.stats(),
         }
 
     def _contents(self) -> dict[str, Any]:
@@ -307,6 +309,7 @@ class Trainer:
             "position": asdict(self.position),
             "loader": self.loader.state_dict(),
             "metrics_bytes": self.metrics.position(),
+            "write_seconds": self.keeper.writer.write_seconds,
             "settings": leaves(self.config),
             "fingerprints": self._fingerprints(),
             "versions": versions(),
@@ -323,7 +326,11 @@ class Trainer:
 
     def _restore(self, resumed: Resumed) -> None:
         contents = resumed.contents
+        if self.config.data.order == "auto" and contents["loader"]["order"] != self.loader.state_dict()["order"]:
+            # This node stores the data in another way than that before, for which another order would be quicker.
+            self.loader = self._loader(self.config.seed, contents["loader"]["order"])
         self.loader.load_state_dict(contents["loader"])
+        self.keeper.writer.write_seconds = contents["write_seconds"]
         position = Position(**contents["position"])
         if position.evaluation is not None:
             position.evaluation = Evaluation(**position.evaluation)  # type: ignore[arg-type]
@@ -337,6 +344,7 @@ class Trainer:
                 torch.cuda.set_rng_state(state["device_random"], self.device)
             self.window.load_state_dict(state["window"])
             self.next_line = state["next_line"]
+            self.loader.count_from(state["loader_stats"])
         else:
             assert resumed.averaged is not None
             state = resumed.averaged
@@ -381,6 +389,8 @@ class Trainer:
     def _train(self, console: Console) -> Summary:
         config, optimizer, position = self.config, self.optimizer, self.position
         self.last_good = LastGood(self.model) if self.communicator.rank == 0 else None
+        if self.last_good is not None and optimizer.in_sync:
+            self.last_good.offer()
         self.ledger.start()
         self.keeper.start()
 
@@ -511,7 +521,7 @@ class Trainer:
 
     def _reestimation_batches(self) -> Iterator[torch.Tensor]:
         """The same images whatever the number of steps before: the first batches of an order of their own."""
-        loader = self._loader(self.config.seed + 1)
+        loader = self._loader(self.config.seed + 1, self.config.data.order)
         batches = loader.endless()
         for _ in range(self.config.method.reestimate_batches):
             yield next(batches)[0].contiguous(memory_format=self.memory_format)
@@ -538,8 +548,13 @@ class Trainer:
         )
 
     def _save_last_good(self) -> str:
-        """Saves the last good average on rank 0, and says where it is."""
+        """Saves the last good average on rank 0, and says where it is; a collective."""
         path = self.directory / "last_good.pt"
+        told = f"The last good average is in {path}."
         if self.last_good is not None:
-            self.last_good.save(path)
-        return f"The last good average is in {path}."
+            try:
+                if not self.last_good.save(path) and not path.exists():
+                    told = f"The checkpoints in {self.directory / CHECKPOINTS} are from before."
+            except (OSError, RuntimeError) as error:
+                told = f"The last good average could not be saved in {path}: {error}"
+        return str(self.communicator.gather(told, "hvdlocal.last_good")[0])

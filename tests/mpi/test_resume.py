@@ -164,6 +164,39 @@ def test_a_run_killed_anywhere_comes_to_the_same_end(comm, place, monkeypatch, k
     assert same(outcome(final.directory), outcome(whole.directory)), (every, deaths)
 
 
+def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
+    """A checkpoint is finished at a poll that has heard that all have written; until then training goes on."""
+    import time
+
+    from hvdlocal.training import poll
+    from hvdlocal.training.checkpoint import writer
+
+    write, slow, held = files.write_state, [], []
+
+    def slowly(*arguments):
+        time.sleep(1.0)
+        slow.append(time.monotonic())
+        return write(*arguments)
+
+    original = Keeper.after_step
+
+    def after_step(self, steps):
+        start = time.monotonic()
+        original(self, steps)
+        held.append((start, time.monotonic()))
+        time.sleep(0.05)  # steps that take a while, so that there are many of them in a second
+
+    monkeypatch.setattr(poll, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(writer.files, "write_state", slowly)
+    monkeypatch.setattr(Keeper, "after_step", after_step)
+    settings = config(place, "slow", **KINDS["local"])
+    settings.checkpoint = CheckpointConfig(every_minutes=1e-6, keep=3)
+    Trainer(settings, comm).run()
+    assert slow
+    # No step but the last ones, after which the run waits for its end, may lie over the end of a write.
+    assert not any(start < end - 0.5 and end < stop for end in slow for start, stop in held)
+
+
 def test_an_interruption_inside_a_round(comm, place, monkeypatch):
     kind = {**KINDS["local"], "epochs": 3.0}
     whole = train(comm, config(place, "asked-whole", **kind), monkeypatch)

@@ -11,6 +11,7 @@ The files are written to `step-….tmp` and the directory is renamed last.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -75,8 +76,14 @@ def complete(root: Path, step: int, contents: dict[str, Any], written: list[Writ
     Args:
         contents: of the manifest, JSON; `files`, `format` and `sha256` are added.
         written: what each rank wrote.
+
+    Raises:
+        OSError: a file is not as it was written, or the manifest cannot be.
     """
     temporary, final = _temporary(root, step), directory(root, step)
+    for rank, one in enumerate(written):
+        if (size := (temporary / rank_file(rank)).stat().st_size) != one.bytes:
+            raise OSError(f"{temporary / rank_file(rank)} has {size} bytes where rank {rank} wrote {one.bytes}")
     files = {rank_file(rank): asdict(one) for rank, one in enumerate(written)}
     manifest = {"format": FORMAT, "step": step, **contents, "files": files}
     manifest["sha256"] = _checksum(manifest)
@@ -102,14 +109,24 @@ def newest_first(root: Path) -> list[int]:
 
 
 def keep_newest(root: Path, keep: int) -> None:
-    """Removes all complete checkpoints but the newest `keep`."""
+    """Removes all complete checkpoints but the newest `keep`.
+
+    Raises:
+        OSError: some could not be removed; tells of the first.
+    """
+    errors = []
     for step in newest_first(root)[keep:]:
-        _discard(directory(root, step))
+        try:
+            _discard(directory(root, step))
+        except OSError as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
-def discard_incomplete(root: Path) -> None:
-    """Removes what an interrupted attempt did not complete, and what was being removed."""
-    for path in root.glob(f"*{_TEMPORARY}"):
+def discard_incomplete(root: Path, step: int | None = None) -> None:
+    """Removes what was not completed: of one step; or, before training, of an interrupted attempt."""
+    for path in root.glob(f"*{_TEMPORARY}") if step is None else [_temporary(root, step)]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -137,8 +154,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("sha256") != _checksum(manifest):
         raise CheckpointError(f"{file} is damaged: its checksum is wrong")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{file} has format {manifest['format']}; this hvdlocal reads format {FORMAT}")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{file} has format {manifest.get('format')}; this hvdlocal reads format {FORMAT}")
+    workers, listed = manifest.get("num_workers"), manifest.get("files")
+    if (
+        type(workers) is not int
+        or not isinstance(listed, dict)
+        or list(listed) != [rank_file(k) for k in range(workers)]
+    ):
+        raise CheckpointError(f"{file} does not list the files of its ranks")
     return manifest
 
 
@@ -149,10 +173,10 @@ def read_state(path: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any
         CheckpointError: the file is missing, shorter or longer than written, or its checksum is wrong.
     """
     file = path / rank_file(rank)
-    expected = manifest["files"].get(file.name)
-    if expected is None:
+    if rank >= manifest["num_workers"]:
         raise CheckpointError(f"{path / MANIFEST} knows no file {file.name}")
     try:
+        expected = manifest["files"][file.name]
         size = file.stat().st_size
         if size != expected["bytes"]:
             raise CheckpointError(f"{file} has {size} bytes instead of {expected['bytes']}")
@@ -161,7 +185,10 @@ def read_state(path: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any
             if digest != expected["sha256"]:
                 raise CheckpointError(f"{file} is damaged: its checksum is wrong")
             stream.seek(0)
-            return torch.load(stream, map_location="cpu", weights_only=True)
+            state = torch.load(stream, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+            raise CheckpointError(f"{file} is not the state of a rank")
+        return state
     except CheckpointError:
         raise
     except Exception as error:  # whatever the unpickler meets in a file that was made to fit its checksum
@@ -214,5 +241,8 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no such thing
+            raise
     finally:
         os.close(descriptor)

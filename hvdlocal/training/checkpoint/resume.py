@@ -67,7 +67,11 @@ def resume(communicator: Communicator, root: Path, check: Callable[[Mapping[str,
             continue
         assert found is not None
         manifest, state = found
-        if foreign := check(manifest):
+        try:
+            foreign = check(manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            foreign = f"is not one of this trainer ({type(error).__name__}: {error})"
+        if foreign:
             raise CheckpointError(f"{files.directory(root, step)} {foreign}")
         if isinstance(state, _Mean):
             state.reduce(communicator)

@@ -42,7 +42,8 @@ class CheckpointWriter:
         self._keep = keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlocal-checkpoint")
         self._open: _Open | None = None
-        self._last_acts: list[Future[Any]] = []
+        self._completing: Future[None] | None = None
+        self._others: list[Future[Any]] = []
         self.write_seconds = 0.0
 
     @property
@@ -53,9 +54,9 @@ class CheckpointWriter:
     @property
     def is_writing(self) -> bool:
         """Whether this rank's thread is busy."""
-        return (self._open is not None and not self._open.write.done()) or not all(
-            act.done() for act in self._last_acts
-        )
+        write = None if self._open is None else self._open.write
+        acts: list[Future[Any] | None] = [write, self._completing, *self._others]
+        return any(act is not None and not act.done() for act in acts)
 
     def begin(self, step: int, state: dict[str, Any], contents: dict[str, Any]) -> None:
         """Copies this rank's state and has it written. On all ranks at the same step; not while one is open.
@@ -82,30 +83,36 @@ class CheckpointWriter:
         mine: files.Written | str
         try:
             mine = opened.write.result()
-        except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for what its file did
-            mine = str(error.__context__ or error) if isinstance(error, RuntimeError) else str(error)
+        except RuntimeError as error:  # what torch.save makes of an OSError of its file
+            mine = str(error.__context__ or error)
+        except (OSError, ArithmeticError) as error:
+            mine = str(error)
         everyone = self._communicator.gather(mine, "hvdlocal.checkpoint")
         failures = [f"{one} (rank {rank})" for rank, one in enumerate(everyone) if isinstance(one, str)]
         if failures:
             if self._communicator.rank == 0:
-                files.discard_incomplete(self._root)
+                files.discard_incomplete(self._root, opened.step)
+            self._communicator.barrier("hvdlocal.checkpoint.discarded")  # before another one may be begun
             return f"no checkpoint of step {opened.step}: {failures[0]}"
         if self._communicator.rank == 0:
-            self.also(self._complete, opened, everyone)
+            self._completing = self._thread.submit(self._complete, opened, everyone)
         if not wait:
             return None
-        return self._communicator.gather(self.failure(wait=True), "hvdlocal.checkpoint.complete")[0]
+        problem = None if self._completing is None else self._completing.exception()
+        told = f"no checkpoint of step {opened.step}: {problem}" if problem else None
+        return self._communicator.gather(told, "hvdlocal.checkpoint.complete")[0]
 
-    def failure(self, wait: bool = False) -> str | None:
+    def failures(self, wait: bool = False) -> list[str]:
         """What the thread could not do after a `finish` or an `also`; each failure is told once. For rank 0."""
-        acts = [act for act in self._last_acts if wait or act.done()]
-        self._last_acts = [act for act in self._last_acts if act not in acts]
-        errors = [error for act in acts if (error := act.exception()) is not None]
-        return f"could not be written: {errors[0]}" if errors else None
+        acts = [act for act in (self._completing, *self._others) if act is not None and (wait or act.done())]
+        if self._completing in acts:
+            self._completing = None
+        self._others = [act for act in self._others if act not in acts]
+        return [str(error) for act in acts if (error := act.exception()) is not None]
 
     def also(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Has the thread do something else that is written; what fails is told by `failure`."""
-        self._last_acts.append(self._thread.submit(work, *arguments))
+        """Has the thread do something else that is written; what fails is told by `failures`."""
+        self._others.append(self._thread.submit(work, *arguments))
 
     def close(self) -> None:
         """Waits for the thread. An open checkpoint is given up."""
@@ -125,13 +132,23 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: dict[str, Any]) -> files.Written:
         start = time.perf_counter()
+        if not _is_finite(state["model"]):  # training will notice; until then the checkpoints before are the good ones
+            raise ArithmeticError("NaN or infinity in the model")
         written = files.write_state(self._root, step, self._communicator.rank, state)
         self.write_seconds = time.perf_counter() - start
         return written
 
     def _complete(self, opened: _Open, written: list[files.Written]) -> None:
-        files.complete(self._root, opened.step, opened.contents, written)
-        files.keep_newest(self._root, self._keep)
+        try:
+            files.complete(self._root, opened.step, opened.contents, written)
+        except BaseException:
+            files.discard_incomplete(self._root, opened.step)
+            raise
+        self.also(files.keep_newest, self._root, self._keep)
+
+
+def _is_finite(model: dict[str, Any]) -> bool:
+    return all(bool(value.isfinite().all()) for value in model.values() if value.is_floating_point())
 
 
 def _copy(value: Any) -> Any:

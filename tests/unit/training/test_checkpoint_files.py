@@ -94,6 +94,9 @@ def test_every_flipped_bit_and_every_cut_is_found(tmp_path_factory, data):
 )
 def test_any_other_json_is_refused(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("manifest")
+    if isinstance(content, dict):
+        content |= {"format": files.FORMAT}
+        content["sha256"] = files._checksum(content)
     (path / files.MANIFEST).write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=files.MANIFEST):
         files.read_manifest(path)
@@ -176,14 +179,34 @@ def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
         patch.setattr(files, "complete", full)
         writer.begin(2, state(0, 1.0), {"num_workers": 1})
         assert "No space left" in writer.finish(wait=True)
+    assert list(tmp_path.iterdir()) == [], "what could not be completed takes no room"
     live = state(0, 1.0)
     writer.begin(3, live, {"num_workers": 1})
     live["model"]["w"].zero_()  # training goes on while the thread writes
     assert writer.finish(wait=True) is None
     assert files.newest_first(tmp_path) == [3]
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_discard", full)
+        writer.begin(4, live, {"num_workers": 1})
+        assert writer.finish(wait=True) is None, "that an old one could not be removed does not undo the new one"
+        writer.also(full)
+        assert len(writer.failures(wait=True)) == 2
+        assert writer.failures() == []
+    live["model"]["w"].fill_(float("nan"))
+    writer.begin(5, live, {"num_workers": 1})
+    assert "NaN or infinity in the model (rank 0)" in writer.finish(wait=True)
     writer.close()
+    assert files.newest_first(tmp_path) == [4, 3]
     path = files.directory(tmp_path, 3)
     assert files.read_state(path, files.read_manifest(path), 0)["model"]["w"].tolist() == [1.0, 1.0]
+
+
+def test_a_file_that_vanished_is_no_checkpoint(tmp_path):
+    written = [files.write_state(tmp_path, 1, rank, state(rank, 1.0)) for rank in range(2)]
+    (tmp_path / "step-0000000001.tmp" / files.rank_file(1)).unlink()
+    with pytest.raises(OSError, match="rank-00001"):
+        files.complete(tmp_path, 1, {"num_workers": 2, "in_sync": False}, written)
+    assert files.newest_first(tmp_path) == []
 
 
 def test_pace():

@@ -36,8 +36,13 @@ def test_standing(tmp_path, monkeypatch):
     assert standing(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=True) is Standing.NEW
     (tmp_path / run_directory.SUMMARY).touch()
     assert standing(tmp_path, now, overwrite=False) is Standing.FINISHED
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # the job that said --overwrite true was itself started again
-    assert standing(tmp_path, now, overwrite=True) is Standing.FINISHED
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that said --overwrite true is started again:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert standing(tmp_path, now, overwrite=True) is Standing.NEW  # it had not come to replace anything yet
+    run_directory.note_attempt(tmp_path, 0, 2)
+    assert standing(tmp_path, now, overwrite=True) is Standing.FINISHED  # this is its own
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert standing(tmp_path, now, overwrite=True) is Standing.NEW
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "\x00"])
@@ -62,6 +67,10 @@ def test_starts_without_progress(tmp_path, monkeypatch):
         run_directory.note_attempt(tmp_path, step, 2)
     with pytest.raises(ValueError, match="started 3 times from step 40"):
         run_directory.note_attempt(tmp_path, 40, 2)
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{"step": 4')  # a disk was full
+    with pytest.raises(ValueError, match="started 3 times from step 40"):
+        run_directory.note_attempt(tmp_path, 40, 2)
     run_directory.note_attempt(tmp_path, 41, 2)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     for _ in range(5):  # a person may try as often as they like
@@ -83,6 +92,34 @@ def test_records_are_cut_at_the_checkpoint(tmp_path):
         '{"kind": "steps", "step": 1, "loss": 0.5}',
         '{"kind": "steps", "step": 2, "loss": 0.125}',
     ]
+
+
+def test_records_that_were_lost_leave_no_torn_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"a": 1}\n{"b"')
+    records = JsonLines(path, keep=1000)
+    records.write("steps", 2)
+    records.close()
+    assert path.read_text() == '{"a": 1}\n{"kind": "steps", "step": 2}\n'
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_clearing(tmp_path, link):
+    scratch = tmp_path / "scratch"
+    (scratch / "step-1").mkdir(parents=True)
+    run = tmp_path / "run"
+    run.mkdir()
+    leave(run)
+    for name in ("model.pt", run_directory.SUMMARY, "metrics.jsonl"):
+        (run / name).touch()
+    if link:
+        (run / "checkpoints").symlink_to(scratch)
+    else:
+        scratch.rename(run / "checkpoints")
+    run_directory.clear(run)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml"]
+    assert list((run / "checkpoints").iterdir()) == []
+    assert (run / "checkpoints").is_symlink() is link
 
 
 def test_a_deadline_does_not_follow_the_clock_on_the_wall(monkeypatch):

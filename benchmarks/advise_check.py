@@ -1,0 +1,128 @@
+"""What `hvdlocal advise` predicts of a round, beside what training then takes: the same configuration, ranks and link.
+
+benchmarks/slow_link.sh 1gbit python benchmarks/advise_check.py experiments/cifar10_small.yaml [--section.key value …]
+
+Several passes, each first the measurements of `advise`, then some rounds of training with every method and period, each with a
+replica of its own: load and network change, and both must see the same of it. Predictions are made from the measurements of
+all passes together. Evaluations, checkpoints and the log are not in either.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
+
+from contest import machine
+
+import hvdlocal
+from hvdlocal.analysis.advice import Advice, advise
+from hvdlocal.analysis.advice_text import advice_text, as_dict
+from hvdlocal.cli.configuration import parse
+from hvdlocal.training import TrainConfig
+from hvdlocal.training.config import Preset
+from hvdlocal.training.measure import measure
+from hvdlocal.training.measured import Measurements
+from hvdlocal.training.workbench import ShortRun, Workbench
+
+RUNS: list[tuple[Preset, int]] = [
+    ("sync", 1),
+    ("acc-ada", 4),
+    ("local-lin", 4),
+    ("local-ada", 1),
+    ("local-ada", 4),
+    ("local-ada", 16),
+]
+
+
+class Training:
+    """All methods and periods, each with its own replica; building it, and a turn, are collectives."""
+
+    def __init__(self, config: TrainConfig, communicator: hvdlocal.Communicator) -> None:
+        self._communicator = communicator
+        bench = Workbench(config, communicator)
+        self._runs = {run: ShortRun(bench, *run) for run in RUNS}
+        for training in self._runs.values():
+            training.round()
+
+    def turn(self, advice: Advice, seconds: float) -> dict[tuple[str, int], float]:
+        """Seconds of a round on the slowest rank, by method and period; each trains for about so many seconds."""
+        taken = {}
+        for run, training in self._runs.items():
+            rounds = max(1, round(seconds / advice.table[run].round))
+            self._communicator.barrier("bench.start")
+            start = time.perf_counter()
+            for _ in range(rounds):
+                training.round()
+            taken[run] = (time.perf_counter() - start) / rounds
+        everyone = self._communicator.gather(taken, "bench.taken")
+        return {run: max(one[run] for one in everyone) for run in RUNS}
+
+
+def load() -> float:
+    return os.getloadavg()[0]
+
+
+def advice_from(measurements: list[Measurements], config: TrainConfig) -> Advice:
+    """From several measurements as if from one."""
+    blocks = tuple(block for one in measurements for block in one.blocks)
+    together = replace(measurements[0], blocks=blocks, seconds=sum(one.seconds for one in measurements))
+    return advise(together, config.method.c, config.method.statistics)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--seconds", type=float, default=15, help="for the measurements of a pass (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--run-seconds",
+        type=float,
+        default=3,
+        help="of training with each method and period in a pass (default: %(default)s)",
+    )
+    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments, rest = parser.parse_known_args()
+    config, _ = parse(rest)
+    communicator = hvdlocal.init()
+    first = communicator.rank == 0
+    training = Training(config, communicator)
+    measurements, turns, loads = [], [], [load()]
+    for _ in range(arguments.passes):
+        measurements.append(measure(config, communicator, arguments.seconds))
+        turns.append(training.turn(advice_from(measurements[-1:], config), arguments.run_seconds))
+        loads.append(load())
+    if not first:
+        return
+    advice = advice_from(measurements, config)
+    print(advice_text(advice))
+    print(f"\n{'':12}{'H':>4}{'m':>8}{'predicted ms':>14}{'trained ms':>12}{'predicted/trained':>19}   of each pass")
+    ratios = {}
+    for run in RUNS:
+        method, period = run
+        predicted, taken = advice.table[run].round, statistics.fmean(turn[run] for turn in turns)
+        every = [
+            advice_from([measured], config).table[run].round / turn[run]
+            for measured, turn in zip(measurements, turns, strict=True)
+        ]
+        ratios[f"{method} {period}"] = {"ratio": predicted / taken, "passes": every}
+        print(
+            f"{method:12}{period:4}{advice.m[method]:8.2f}{1000 * predicted:14.1f}{1000 * taken:12.1f}"
+            f"{predicted / taken:19.2f}   {', '.join(f'{ratio:.2f}' for ratio in every)}"
+        )
+    print("load before, between and after the passes: " + ", ".join(f"{one:.1f}" for one in loads))
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        results = {"machine": machine(), "loads": loads, "ratios": ratios, "advice": as_dict(advice)}
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
