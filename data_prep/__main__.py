@@ -185,9 +185,15 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     command = add(
         "cifar10",
         "CIFAR-10, 32x32, from its unpacked archive, binary or Python version",
-        lambda arguments, team: _local(team, partial(cifar10.load, arguments.source)),
+        lambda arguments, team: _local(team, partial(cifar10.load, arguments.source, arguments.pool, arguments.limit)),
     )
     source(command, "directory with data_batch_1.bin (or data_batch_1) …")
+    command.add_argument(
+        "--pool", type=int, default=1, metavar="P", help="make each square of P x P pixels one, their mean"
+    )
+    command.add_argument(
+        "--limit", type=int, metavar="N", help="take only the first N training images (their order is random)"
+    )
     command = add(
         "cifar100",
         "CIFAR-100, 32x32, from its unpacked archive, binary or Python version",

@@ -10,6 +10,7 @@ import numpy as np
 
 from data_prep.cifar import Batch, binary_batch, python_batch
 from data_prep.planar import PlanarImages
+from data_prep.pooling import PooledImages
 from data_prep.source import Source, image_split
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -18,8 +19,13 @@ _BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test":
 _SAMPLES = 10_000  # per batch
 
 
-def load(source: Path) -> Source:
+def load(source: Path, pool: int = 1, limit: int | None = None) -> Source:
     """Open CIFAR-10 in the directory that holds its batches.
+
+    Args:
+        source: the directory.
+        pool: side of the squares of pixels that become one, by their mean.
+        limit: how many training images to take, the first in the order of the batches, which is random; None for all.
 
     Raises:
         FileNotFoundError: there is no such directory, or a batch is missing.
@@ -34,11 +40,23 @@ def load(source: Path) -> Source:
             f"{source} holds neither data_batch_1.bin nor data_batch_1; unpack cifar-10-binary.tar.gz or "
             "cifar-10-python.tar.gz and name the directory with the batches"
         )
+    most = len(_BATCHES["train"]) * _SAMPLES
+    if limit is not None and not 0 < limit <= most:
+        raise ValueError(f"--limit {limit}: from 1 to {most} training images")
     splits = {}
     for split, names in _BATCHES.items():
-        parts, labels = zip(*(read(source / (name + suffix)) for name in names), strict=True)
-        splits[split] = image_split(PlanarImages(parts, 32), np.concatenate(labels))
-    return Source(CLASSES, splits, preparation={"data_set": "cifar10"})
+        left = limit if limit is not None and split == "train" else most
+        parts, labels = [], []
+        for name in names[: -(-left // _SAMPLES)]:
+            pixels, numbers = read(source / (name + suffix))
+            parts.append(pixels[:left])
+            labels.append(numbers[:left])
+            left -= len(parts[-1])
+        images = PlanarImages(parts, 32)
+        splits[split] = image_split(images if pool == 1 else PooledImages(images, pool), np.concatenate(labels))
+    changes = {"pool": pool} if pool != 1 else {}
+    changes |= {"limit": limit} if limit is not None else {}
+    return Source(CLASSES, splits, preparation={"data_set": "cifar10", **changes})
 
 
 def read_binary_batch(path: Path) -> Batch:

@@ -9,6 +9,7 @@ from torch import nn
 
 from hvdlocal.models.digits import digits_cnn
 from hvdlocal.models.resnet import resnet9, resnet9_narrow, resnet18_cifar
+from hvdlocal.models.small_cnn import small_cnn
 from hvdlocal.models.torchvision_import import import_torchvision
 from hvdlocal.models.wide_resnet import wrn_28_2
 
@@ -34,6 +35,7 @@ def _vit_b_16(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
 
 MODELS: dict[str, Builder] = {
     "digits_cnn": digits_cnn,
+    "small_cnn": small_cnn,
     "resnet9": resnet9,
     "resnet9_narrow": resnet9_narrow,
     "resnet18_cifar": resnet18_cifar,

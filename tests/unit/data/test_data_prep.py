@@ -195,6 +195,40 @@ def test_both_layouts_of_cifar10(tmp_path, batches):
     assert len(fingerprints) == 1
 
 
+@pytest.mark.parametrize("limit", [1, 7, 8, 35])
+def test_fewer_and_smaller_images_of_cifar10(tmp_path, batches, limit):
+    write_binary(tmp_path / "bin", batches)
+    write_python(tmp_path / "py", batches, Python2Pickler)
+    options = ["--pool", "4", "--limit", str(limit)]
+    for layout in ("bin", "py"):
+        output = tmp_path / f"from-{layout}"
+        assert main(["cifar10", "--source", str(tmp_path / layout), "--output", str(output), *options]) == 0
+        train, test = ShardedDataset(output), ShardedDataset(output, "test")
+        assert (len(train), len(test), train.shape) == (limit, 7, (8, 8, 3))
+        whole = np.concatenate([batches[f"data_batch_{number}"][0] for number in range(1, 6)])[:limit]
+        squares = whole.reshape(-1, 3, 8, 4, 8, 4).mean((3, 5)).transpose(0, 2, 3, 1)
+        np.testing.assert_array_equal(train.take(np.argsort(train.index)), np.rint(squares))
+    facts = json.loads((tmp_path / "from-bin" / "train" / "manifest.json").read_text())["preparation"]
+    assert (facts["pool"], facts["limit"]) == (4, limit)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--pool", "3", "must divide the images' sides, 32 and 32"),
+        ("--pool", "0", "--pool 0"),
+        ("--limit", "0", "from 1 to 35"),
+        ("--limit", "36", "from 1 to 35 training images"),
+    ],
+)
+def test_unfit_ways_to_shrink_cifar10(tmp_path, batches, capsys, option, value, message):
+    write_binary(tmp_path / "bin", batches)
+    arguments = ["cifar10", "--source", str(tmp_path / "bin"), "--output", str(tmp_path / "out"), option, value]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_python_batch_written_by_python_3(tmp_path, batches):
     data, labels = batches["test_batch"]
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": data, b"labels": labels.tolist()}, protocol=2))

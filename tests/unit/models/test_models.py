@@ -8,6 +8,7 @@ from hvdlocal.models import MODELS, build_model
 # Parameters: torchvision's documentation for 1,000 classes; Balles et al. and the original papers for the CIFAR networks.
 SIZES = [
     ("digits_cnn", 10, (8, 8, 1), 16_202),
+    ("small_cnn", 10, (16, 16, 3), 29_642),
     ("resnet9", 10, (32, 32, 3), 6_573_130),
     ("resnet9_narrow", 10, (32, 32, 3), 412_954),
     ("resnet18_cifar", 10, (32, 32, 3), 11_173_962),

@@ -1,0 +1,66 @@
+"""`hvdlocal advise CONFIG.yaml …`: whether local steps pay here, and with which H, from measurements on the ranks at hand."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import hvdlocal
+from hvdlocal.analysis.advice import advise
+from hvdlocal.analysis.advice_text import ALONE, advice_text, as_dict, measured_text
+from hvdlocal.cli.configuration import parse
+from hvdlocal.communicator import succeed_together
+from hvdlocal.training.measure import measure
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Measures on all ranks; rank 0 prints the advice."""
+    options, rest = _parser().parse_known_args(arguments)
+    if not rest:
+        raise ValueError("no configuration: mpirun -np N hvdlocal advise CONFIG.yaml (see experiments/)")
+    config, _ = parse(rest)
+    communicator = hvdlocal.init()
+
+    def prepare() -> None:
+        if options.json and communicator.rank == 0:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.touch()  # rather now than after the measurements
+
+    succeed_together(communicator, prepare, "hvdlocal.json")
+    measured = measure(config, communicator, options.seconds)
+    if communicator.rank == 0:
+        if communicator.size == 1:
+            text, facts = f"{measured_text(measured)}\n\n{ALONE}", {"measured": asdict(measured)}
+        else:
+            advice = advise(measured, config.method.c, config.method.statistics)
+            text, facts = advice_text(advice), as_dict(advice)
+        if options.json:
+            options.json.write_text(json.dumps(facts, indent=1) + "\n")
+        print(text, flush=True)
+    communicator.barrier("hvdlocal.end")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hvdlocal advise",
+        usage="mpirun -np N hvdlocal advise CONFIG.yaml [--section.key value …] [--seconds 60] [--json FILE]",
+        description="Measures steps, averagings and gradient statistics with the model, data and optimizer of a configuration on "
+        "these ranks, and says whether local steps pay, and with which H. Trains nothing for keeps.",
+        epilog="CONFIG.yaml and --section.key are those of hvdlocal train; its --help lists them.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--seconds", type=_positive, default=60.0, metavar="S", help="to measure for (default: 60)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write measurements and predictions there too")
+    return parser
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return number

@@ -1,0 +1,169 @@
+"""`hvdlocal reproduce STUDY [--scale small|paper] …`: the papers' grids, run and put beside what was published."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvdlocal.reproduction.studies import BASELINE, STUDIES, Cell, Grid, Study, cells
+
+if TYPE_CHECKING:
+    from hvdlocal.reproduction.results import Report
+    from hvdlocal.reproduction.runs import Job
+
+FIG7 = (
+    "fig7 is not among them: it plots how much the norm of the full gradient varies within a round, and runs record only its "
+    "estimate at each averaging"
+)
+
+OWN_OPTIONS = {
+    "--method.preset": "--methods",
+    "--method.period.period": "--periods",
+    "--seed": "--seeds",
+    "--data.path": "--data",
+}
+"""Settings of a run that the grid decides."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs a study, or what is missing of it, and writes its report after every run.
+
+    Returns:
+        0 when all runs are done; 1 when one failed; 85 when it was asked to stop: the same command goes on.
+
+    Raises:
+        ValueError: an option or a setting is wrong, data are missing, or there are runs with other settings.
+    """
+    options, train = _parser().parse_known_args(arguments)
+    study, grid = _study(options)
+    chosen = list(_cells(options, study, grid))
+    if meant := [OWN_OPTIONS[name] for word in train if (name := word.partition("=")[0]) in OWN_OPTIONS]:
+        raise ValueError(f"the grid decides this setting: use {meant[0]}")
+
+    from hvdlocal.reproduction.launcher import ranks_command, train_command
+    from hvdlocal.reproduction.runs import run_all  # torch takes seconds to load
+
+    output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
+    jobs = list(_jobs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
+    launcher = ranks_command(options.launcher)
+    if options.dry_run:
+        for job in jobs:
+            print(shlex.join(train_command(launcher, job.cell.workers, job.arguments)))
+        return 0
+    _prepare(jobs, grid)
+    output.mkdir(parents=True, exist_ok=True)
+    done = _report(study, grid, jobs).done
+    count = f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}"
+    print(f"{study.title}\n{grid.setting.title}: {count}, {done} done, in {output}", flush=True)
+
+    def after(job: Job) -> None:
+        report = _report(study, grid, jobs)
+        report.write(output / study.name)
+        print(f"  {report.line(job.cell)}", flush=True)
+
+    code = run_all(jobs, launcher, lambda text: print(text, flush=True), after)
+    report = _report(study, grid, jobs)
+    for claim in report.claims():
+        words = {True: "yes", False: "no", None: "not known"}
+        print(f"K = {claim['workers']}: {claim['claim']}: {words[claim['here']]}")
+    print(" ".join(str(path) for path in report.write(output / study.name)))
+    return code
+
+
+def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
+    """What is to be run, and where."""
+    if options.study not in STUDIES:
+        hint = FIG7 if options.study == "fig7" else f"choose one of {', '.join(STUDIES)}"
+        raise ValueError(f"no study {options.study!r}: {hint}")
+    study = STUDIES[options.study]
+    grid = study.paper if options.scale == "paper" else study.small
+    if grid is None:
+        raise ValueError(f"{study.name} has no small setting, which is CIFAR-10: table2, or {study.name} --scale paper")
+    return study, grid
+
+
+def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Cell]:
+    """The runs that are asked for."""
+    known = {method.name: method for method in (BASELINE, *study.methods)}
+    if unknown := [name for name in options.methods or () if name not in known]:
+        raise ValueError(f"--methods {unknown[0]}: {study.name} has {', '.join(known)}")
+    for name in ("workers", "periods"):
+        if wrong := [number for number in getattr(options, name) or () if number < 1]:
+            raise ValueError(f"--{name} {wrong[0]}: at least 1")
+    methods = [known[name] for name in options.methods or known]
+    lists = (methods, options.workers or grid.workers, options.periods or grid.periods, options.seeds)
+    return cells(*(list(dict.fromkeys(numbers)) for numbers in lists))
+
+
+def _jobs(grid: Grid, chosen: Sequence[Cell], output: Path, settings: Sequence[str]) -> Iterator[Job]:
+    """The runs with their configurations, all of them checked."""
+    from hvdlocal.cli.configuration import parse
+    from hvdlocal.reproduction.runs import Job
+    from hvdlocal.training.config import check_ranges
+
+    for cell in chosen:
+        directory = output / cell.name
+        arguments = [str(grid.setting.path), *settings, *cell.settings, f"--output={directory}"]
+        config, _ = parse(arguments)
+        check_ranges(config)
+        yield Job(cell, directory, arguments, config)
+
+
+def _prepare(jobs: Sequence[Job], grid: Grid) -> None:
+    """Looks for the data, and removes earlier runs if that is asked for."""
+    from hvdlocal.data.manifest import MANIFEST_NAME
+    from hvdlocal.training.run_directory import restart_count
+
+    data = jobs[0].config.data
+    for split in (data.train_split, data.test_split):
+        if not (Path(data.path) / split / MANIFEST_NAME).is_file():
+            raise ValueError(
+                f"no data in {data.path}/{split}: {grid.setting.prepare} --output {data.path}, or name another directory with "
+                "--data"
+            )
+    if jobs[0].config.overwrite and restart_count() == 0:  # a job that a batch system starts again goes on
+        for job in jobs:
+            job.clear()
+
+
+def _report(study: Study, grid: Grid, jobs: Sequence[Job]) -> Report:
+    """What is known so far."""
+    from hvdlocal.reproduction.results import Report
+    from hvdlocal.reproduction.runs import outcome
+
+    found = {job.cell: result for job in jobs if (result := outcome(job, grid.setting)) is not None}
+    return Report(study, grid.setting, jobs[0].config.epochs, found, len(jobs))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hvdlocal reproduce",
+        usage="hvdlocal reproduce STUDY [options] [--section.key value …]",
+        description="Run a table or figure of Balles et al. (TMLR 2024) again, for every K, H and method, and write it beside "
+        "the published one. A run is a directory; the same command goes on where it was interrupted. Options that are not "
+        "listed here go to hvdlocal train, such as --epochs 1.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", metavar="STUDY", help="table2, table3, table4, fig9 (and 8), fig10")
+    parser.add_argument(
+        "--scale",
+        choices=("small", "paper"),
+        default="small",
+        help="a small network on CIFAR-10, which takes about an hour on two cores, or the paper's setting (default: small)",
+    )
+    parser.add_argument("--workers", type=int, nargs="+", metavar="K", help="numbers of ranks")
+    parser.add_argument("--periods", type=int, nargs="+", metavar="H", help="local steps, or accumulated batches")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the study's, and baseline (one rank)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    parser.add_argument("--data", metavar="DIR", help="the data set; default: as in experiments/")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of the runs; default: runs/reproduce_<setting>")
+    parser.add_argument(
+        "--launcher",
+        metavar="WORDS",
+        help="what starts ranks, before their number; default: mpirun -np, with ranks that may outnumber the cores",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs and leave")
+    return parser

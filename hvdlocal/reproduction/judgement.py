@@ -1,0 +1,200 @@
+"""Whether what was measured is what was published: one rule for a run's outcome, and the paper's claims about a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+TOLERANCE_PERCENT = 1.5
+"""Points of accuracy that count as none: three standard deviations of a share of 10,000 test images are 1.4."""
+
+TOLERANCE_EPOCHS = 0.1
+"""Share of the epochs that counts as none."""
+
+RULE = (
+    f"A method holds the target if it reaches it less {TOLERANCE_PERCENT} points, collapses below the middle between the "
+    "target and chance, and degrades in between. A diverged run counts as chance. An outcome agrees if the published one, by "
+    "the same rule and the published target, is the same; in the paper's own setting, if the accuracies differ by at most "
+    f"{TOLERANCE_PERCENT} points or both collapse."
+)
+
+Kind = Literal["holds", "degrades", "collapses"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a method came to at one K and H. `epochs` are in units of the budget; None where they are not known."""
+
+    accuracy_percent: float
+    epochs: float | None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What accuracies are measured by: that of one worker, and that of chance."""
+
+    target_percent: float
+    chance_percent: float
+
+    def kind(self, accuracy_percent: float) -> Kind:
+        """What has become of the target."""
+        if accuracy_percent >= self.target_percent - TOLERANCE_PERCENT:
+            return "holds"
+        if accuracy_percent < (self.target_percent + self.chance_percent) / 2:
+            return "collapses"
+        return "degrades"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`agrees` is None where nothing was published."""
+
+    agrees: bool | None
+    text: str
+
+
+def judge(here: float, scale: Scale, published: float | None, published_scale: Scale, *, same_setting: bool) -> Verdict:
+    """Compares an accuracy with the published one, both in percent."""
+    kind = scale.kind(here)
+    if published is None:
+        return Verdict(None, kind)
+    published_kind = published_scale.kind(published)
+    if same_setting and not kind == published_kind == "collapses":
+        agrees = abs(here - published) <= TOLERANCE_PERCENT
+        return Verdict(agrees, f"{kind}, {here - published:+.2f} points" + ("" if agrees else " **differs**"))
+    if kind == published_kind:
+        return Verdict(True, f"{kind}, as published")
+    return Verdict(False, f"{kind}, published: {published_kind} **differs**")
+
+
+Results = Mapping[tuple[str, int], Point]
+"""By method and H, at one K."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Something that the paper says of a grid.
+
+    Attributes:
+        text: in a sentence.
+        holds: whether it does in some results, for one K and ascending H; KeyError where a run is missing.
+    """
+
+    text: str
+    holds: Callable[[Results, Sequence[int], Scale], bool]
+
+
+def _ends(periods: Sequence[int]) -> tuple[int, int]:
+    """The smallest and the largest H; KeyError where there is but one."""
+    if len(periods) < 2:
+        raise KeyError("a second H")
+    return periods[0], periods[-1]
+
+
+def _loses(results: Results, method: str, periods: Sequence[int]) -> bool:
+    few, many = (results[method, period].accuracy_percent for period in _ends(periods))
+    return many < few
+
+
+def _acc_lin_collapses(results: Results, periods: Sequence[int], scale: Scale) -> bool:
+    last = results["acc-lin", periods[-1]].accuracy_percent
+    return _loses(results, "acc-lin", periods) and scale.kind(last) == "collapses"
+
+
+def _local_lin_degrades(results: Results, periods: Sequence[int], _: Scale) -> bool:
+    local, accumulated = (results[method, periods[-1]].accuracy_percent for method in ("local-lin", "acc-lin"))
+    return _loses(results, "local-lin", periods) and local > accumulated
+
+
+def _adaptive_hold(results: Results, periods: Sequence[int], scale: Scale) -> bool:
+    return all(
+        scale.kind(results[method, period].accuracy_percent) == "holds"
+        for method in ("acc-ada", "local-ada")
+        for period in periods
+    )
+
+
+def _epochs(results: Results, method: str, period: int) -> float:
+    epochs = results[method, period].epochs
+    if epochs is None:
+        raise KeyError(method, period)
+    return epochs
+
+
+def _epochs_cross(results: Results, periods: Sequence[int], _: Scale) -> bool:
+    few, many = (
+        _epochs(results, "local-ada", period) - _epochs(results, "acc-ada", period) for period in _ends(periods)
+    )
+    return few > 0 > many
+
+
+def _same_accuracy(results: Results, periods: Sequence[int], _: Scale) -> bool:
+    return all(
+        abs(results["local-ada", period].accuracy_percent - results["local-ada-nostale", period].accuracy_percent)
+        <= TOLERANCE_PERCENT
+        for period in periods
+    )
+
+
+def _same_epochs(results: Results, periods: Sequence[int], _: Scale) -> bool:
+    return all(
+        abs(_epochs(results, "local-ada", period) / _epochs(results, "local-ada-nostale", period) - 1)
+        <= TOLERANCE_EPOCHS
+        for period in periods
+    )
+
+
+_WEIGHTS = ("c=0", "c=0.2", "c=0.4", "c=0.6", "c=0.8", "c=1")
+
+
+def _less_bias_is_faster(results: Results, periods: Sequence[int], _: Scale) -> bool:
+    return all(
+        _epochs(results, "c=0", period) == min(_epochs(results, name, period) for name in _WEIGHTS)
+        for period in periods
+    )
+
+
+def _adascale_generalises_worse(results: Results, periods: Sequence[int], _: Scale) -> bool:
+    period = periods[-1]
+    return results["c=0", period].accuracy_percent < results["c=1", period].accuracy_percent
+
+
+def _large_weights_hold(results: Results, periods: Sequence[int], scale: Scale) -> bool:
+    return all(
+        scale.kind(results[name, period].accuracy_percent) == "holds"
+        for name in ("c=0.6", "c=0.8", "c=1")
+        for period in periods
+    )
+
+
+_TABLE_CLAIMS = (
+    Claim("acc-lin loses accuracy as H grows, and collapses at the largest", _acc_lin_collapses),
+    Claim("local-lin loses accuracy as H grows, less than acc-lin", _local_lin_degrades),
+    Claim("acc-ada and local-ada hold the accuracy of one worker at every H", _adaptive_hold),
+    Claim("local-ada takes more epochs than acc-ada at the smallest H, fewer at the largest", _epochs_cross),
+)
+
+CLAIMS: dict[str, tuple[Claim, ...]] = {
+    "table2": _TABLE_CLAIMS,
+    "table3": _TABLE_CLAIMS,
+    "table4": _TABLE_CLAIMS,
+    "fig9": (
+        Claim(f"both reach the same accuracy, to {TOLERANCE_PERCENT} points", _same_accuracy),
+        Claim(f"both take the same number of epochs, to {TOLERANCE_EPOCHS:.0%}", _same_epochs),
+    ),
+    "fig10": (
+        Claim("c = 0, AdaScale's gain, takes the fewest epochs", _less_bias_is_faster),
+        Claim("at the largest H it reaches less accuracy than c = 1", _adascale_generalises_worse),
+        Claim("c ≥ 0.6 holds the accuracy of one worker", _large_weights_hold),
+    ),
+}
+"""By study. None of them is about a single K, so each is checked for every one."""
+
+
+def check(claim: Claim, results: Results, periods: Sequence[int], scale: Scale) -> bool | None:
+    """Whether a claim holds; None while runs that it is about are missing, or with a single H."""
+    try:
+        return claim.holds(results, periods, scale)
+    except KeyError:
+        return None

@@ -1,0 +1,149 @@
+"""The runs of a grid: which are done, what they came to, and doing the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from hvdlocal.reproduction.launcher import Supervisor, train_command
+from hvdlocal.reproduction.studies import Cell, Setting
+from hvdlocal.training import TrainConfig
+from hvdlocal.training.config import leaves
+from hvdlocal.training.run_directory import SUMMARY, Standing, clear, standing, write_whole
+
+EXIT_DIVERGED = 3
+EXIT_INTERRUPTED = 85
+
+DIVERGED = "diverged.json"
+"""Marks the directory of a run that ended in NaN: it would do so again."""
+
+ROOT = (
+    "Open MPI refuses to start ranks as root: use another account, or export OMPI_ALLOW_RUN_AS_ROOT=1 "
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+)
+
+
+class State(Enum):
+    """How far a run is."""
+
+    FINISHED = "finished"
+    DIVERGED = "diverged"
+    OPEN = "open"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a grid, with its configuration.
+
+    Attributes:
+        cell: which.
+        directory: its output.
+        arguments: of `hvdlocal train`.
+        config: what they mean.
+    """
+
+    cell: Cell
+    directory: Path
+    arguments: list[str]
+    config: TrainConfig
+
+    @property
+    def state(self) -> State:
+        """From what is on disk.
+
+        Raises:
+            ValueError: there is a run with other settings.
+        """
+        found = standing(self.directory, leaves(self.config), overwrite=False)
+        if found is Standing.FINISHED:
+            return State.FINISHED
+        return State.DIVERGED if found is Standing.STARTED and self._marker.exists() else State.OPEN
+
+    @property
+    def log(self) -> Path:
+        """What the run says."""
+        return self.directory.parent / "logs" / f"{self.directory.name}.log"
+
+    def mark_diverged(self, message: str) -> None:
+        """Notes that the run ended in NaN."""
+        write_whole(self._marker, json.dumps({"message": message}) + "\n")
+
+    def clear(self) -> None:
+        """Removes what the run left."""
+        clear(self.directory)
+        self._marker.unlink(missing_ok=True)
+
+    def last_words(self) -> str:
+        """The last thing that hvdlocal said in the log, else the last line."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip(" -")]
+        if any("as root is" in line for line in lines[-12:]):
+            return f"{ROOT} ({self.log})"
+        said = [line for line in lines if line.startswith("hvdlocal")]
+        return (said or lines or ["nothing was said"])[-1][:400]
+
+    @property
+    def _marker(self) -> Path:
+        return self.directory / DIVERGED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to; a diverged one has the accuracy of chance, and no epochs."""
+
+    accuracy_percent: float
+    epochs: float | None
+    seconds: float | None
+    diverged: bool = False
+
+
+def outcome(job: Job, setting: Setting) -> Outcome | None:
+    """What a run came to; None as long as it has not ended."""
+    state = job.state
+    if state is State.DIVERGED:
+        return Outcome(setting.chance_percent, None, None, diverged=True)
+    if state is State.OPEN:
+        return None
+    summary = json.loads((job.directory / SUMMARY).read_text(encoding="utf-8"))
+    accuracy = 100 * summary["evaluation"][setting.measure]
+    return Outcome(accuracy, summary["data_epochs"], summary["seconds"]["elapsed"])
+
+
+def run_all(
+    jobs: Sequence[Job], launcher: Sequence[str], say: Callable[[str], None], after: Callable[[Job], None]
+) -> int:
+    """Makes the runs that are not done, one after the other.
+
+    Args:
+        jobs: all of the grid.
+        launcher: see `ranks_command`.
+        say: prints a line.
+        after: called with every run that has ended.
+
+    Returns:
+        0; 1 if one failed; 85 if the run that was going was asked to stop, after which no other is started.
+    """
+    failed = False
+    with Supervisor() as supervisor:
+        for number, job in enumerate(jobs, 1):
+            if job.state is not State.OPEN:
+                continue
+            say(f"[{number}/{len(jobs)}] {job.cell.title} … {job.log}")
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            code = supervisor.run(train_command(launcher, job.cell.workers, job.arguments), job.log)
+            if code == EXIT_DIVERGED:
+                job.mark_diverged(job.last_words())
+            elif code and (code == EXIT_INTERRUPTED or supervisor.asked):
+                say(f"interrupted: {job.last_words()}")
+                return EXIT_INTERRUPTED
+            elif code:
+                say(f"  failed with exit code {code}: {job.last_words()}")
+                failed = True
+                continue
+            after(job)
+            if supervisor.asked:
+                return EXIT_INTERRUPTED
+    return int(failed)

@@ -1,0 +1,65 @@
+"""`hvdlocal advise` on ranks that really measure."""
+
+import json
+
+import pytest
+from conftest import HVDLOCAL, launch, mpirun
+
+from hvdlocal.analysis.payload import measure_payload
+from hvdlocal.cli.configuration import parse
+
+
+def test_two_ranks(config, tmp_path):
+    result = mpirun(2, *HVDLOCAL, "advise", str(config), "--seconds", "3", "--json", str(tmp_path / "advice.json"))
+    assert result.code == 0, result.err
+    assert not (tmp_path / "out").exists(), "nothing is written where the run would be"
+    assert "scale-invariant epoch" in result.out
+    advice = json.loads((tmp_path / "advice.json").read_text())
+    assert set(advice["m"]) == {"sync", "acc-lin", "acc-ada", "local-lin", "local-ada"}
+    assert all(one["epoch"] > 0 and one["epoch_error"] >= 0 for one in advice["predictions"])
+    assert advice["contest"]["verdict"] in ("local", "data-parallel", "undecided")
+    closings = advice["measured"]["blocks"][0]["closings"]
+    for name, preset in (("acc-lin", "sync"), ("local-lin", "local"), ("local-ada sketch", "local-ada")):
+        configured, _ = parse([str(config), "--method.preset", preset])
+        assert closings[name]["bytes"] == measure_payload(configured, 3, (8, 8, 1)).round
+
+
+def test_other_presets_and_settings(config):
+    settings = ["--method.preset", "local-ada-nostale", "--method.accumulate", "2", "--method.statistics", "exact"]
+    result = mpirun(
+        2,
+        *HVDLOCAL,
+        "advise",
+        str(config),
+        "--seconds",
+        "1",
+        *settings,
+        "--optimizer.name",
+        "adamw",
+        "--precision",
+        "bfloat16",
+    )
+    assert result.code == 0, result.err
+    assert "local-ada-nostale" in result.out
+    assert "the same in two collectives" in result.out
+
+
+def test_a_run_that_is_over_before_the_measurements(config):
+    short = ["--method.preset", "acc-lin", "--method.period.period", "4", "--epochs", "0.2"]
+    result = mpirun(2, *HVDLOCAL, "advise", str(config), "--seconds", "1", *short)
+    assert result.code == 0, result.err
+
+
+def test_one_rank(config):
+    result = launch(*HVDLOCAL, "advise", str(config), "--seconds", "1")
+    assert result.code == 0, result.err
+    assert "one rank has nothing to average" in result.out
+    assert "micro-batch" in result.out
+
+
+@pytest.mark.parametrize("mistake", [["--data.path", "/nowhere"], ["--json", "/proc/no/advice.json"]])
+def test_mistakes_are_said_once_per_rank(config, mistake):
+    result = mpirun(2, *HVDLOCAL, "advise", str(config), *mistake, timeout=60)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+    assert len([line for line in result.err.splitlines() if line.startswith("hvdlocal (rank")]) == 2
