@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from hvdlocal.averaging.gain import LinearScaling, Moment, NoScaling, Scaling
+from hvdlocal.averaging.gain import Moment, NoScaling, Scaling
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 
 
@@ -62,19 +63,18 @@ def plan_rounds(
         raise ValueError(
             f"{type(rule).__name__} depends on the training loss, which nobody knows beforehand: its rounds cannot be planned"
         )
-    gains = _Gains(scaling or NoScaling(), num_workers, accumulate, budget)
-    gains.statistics = None if stale else statistics
+    gains = _Gains(scaling or NoScaling(), num_workers, accumulate, budget, None if stale else statistics)
     done, progress, period = 0, 0.0, 1
     while not _ends(progress, budget):
         # The gain depends on H and H on the gain: as in LocalOptimizer, the rule sees the gain of the last H.
-        seen = gains(period, progress) if rate == "scaled" else 1.0
+        seen = gains.gain(period, progress) if rate == "scaled" else 1.0
         lr = seen * schedule(progress)
         period = rule(RoundStart(lr=lr, gain=seen, progress=progress))
         steps, after = _walk(gains, period, progress, period)
         while steps < period:  # a shorter round may have a larger gain
             period = steps
             steps, after = _walk(gains, period, progress, period)
-        yield Round(done, period, lr, gains(period, progress), progress, after)
+        yield Round(done, period, lr, gains.gain(period, progress), progress, after)
         done, progress, gains.statistics = done + period, after, statistics
 
 
@@ -91,49 +91,38 @@ def plan_steps(
     Returns:
         (optimizer steps, progress at the end).
     """
-    gains = _Gains(scaling, num_workers, accumulate, budget)
-    gains.statistics = statistics
+    gains = _Gains(scaling, num_workers, accumulate, budget, statistics)
     return _walk(gains, 1, 0.0, sys.maxsize)
 
 
+@dataclass
 class _Gains:
-    """The gain as a function of H and progress, remembered for rules that know no progress."""
+    """The gain, and the progress of a step, as functions of H; `statistics` are (G, σ²), None before the first estimate."""
 
-    def __init__(self, scaling: Scaling, num_workers: int, accumulate: int, budget: float) -> None:
-        self._scaling = scaling
-        self._num_workers = num_workers
-        self._accumulate = accumulate
-        self.budget = budget
-        self._statistics: tuple[float, float] | None = None
-        self._known: dict[int, float] = {}
-        self.constant = not isinstance(scaling, LinearScaling)
+    scaling: Scaling
+    num_workers: int
+    accumulate: int
+    budget: float
+    statistics: tuple[float, float] | None = None
 
-    @property
-    def statistics(self) -> tuple[float, float] | None:
-        """(G, σ²) from here on; None before the first estimate."""
-        return self._statistics
+    def gain(self, period: int, progress: float) -> float:
+        return self.scaling.gain(self._moment(period, progress))
 
-    @statistics.setter
-    def statistics(self, value: tuple[float, float] | None) -> None:
-        if value != self._statistics:
-            self._known.clear()
-        self._statistics = value
+    def progress(self, period: int) -> float:
+        """The same for all steps of a round: what changes during a run is only the gain of a warm-up."""
+        return self.scaling.progress(self._moment(period, 0.0))
 
-    def __call__(self, period: int, progress: float) -> float:
-        if self.constant and period in self._known:
-            return self._known[period]
-        grad_sqr, grad_var = self._statistics or (None, None)
-        now = Moment(self._num_workers, self._accumulate, period, progress, self.budget, grad_sqr, grad_var)
-        self._known[period] = gain = self._scaling.gain(now)
-        return gain
+    def _moment(self, period: int, progress: float) -> Moment:
+        grad_sqr, grad_var = self.statistics or (None, None)
+        return Moment(self.num_workers, self.accumulate, period, progress, self.budget, grad_sqr, grad_var)
 
 
 def _walk(gains: _Gains, period: int, progress: float, limit: int) -> tuple[int, float]:
     """(steps until the budget is used up, at most `limit`; the progress after them), summed as an optimizer does."""
     steps = 0
-    gain = gains(period, progress)
+    one = gains.progress(period)
     while steps < limit and not _ends(progress, gains.budget):
-        progress += gain if gains.constant else gains(period, progress)
+        progress += one
         steps += 1
     return steps, progress
 

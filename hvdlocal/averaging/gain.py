@@ -78,8 +78,12 @@ class Scaling:
         return f"{type(self).__name__}({vars(self)})"  # the same on every rank, unlike Python's own
 
     def gain(self, now: Moment) -> float:
-        """The factor on the base learning rate, which is also the progress that one step makes."""
+        """The factor on the base learning rate."""
         raise NotImplementedError
+
+    def progress(self, now: Moment) -> float:
+        """The scale-invariant iterations that one step counts for: its gain."""
+        return self.gain(now)
 
     def reference_batches(self, num_workers: int, accumulate: int) -> int:
         """Micro-batches of the step that the base learning rate was tuned for; a unit of progress consumes as many."""
@@ -101,6 +105,8 @@ class NoScaling(Scaling):
 class LinearScaling(Scaling):
     """Gain K·a after a linear warm-up from 1 (ACC-LIN and LOCAL-LIN; Goyal et al. 2018).
 
+    A step counts for K·a iterations in the warm-up too, so that a run takes exactly the base number of epochs.
+
     Args:
         warmup: share of the budget over which the gain rises; the paper's 5 %. 0 needs no budget.
     """
@@ -121,6 +127,9 @@ class LinearScaling(Scaling):
                 "iterations), or LinearScaling(warmup=0)"
             )
         return 1 + (full - 1) * min(1.0, now.progress / (self.warmup * now.budget))
+
+    def progress(self, now: Moment) -> float:
+        return float(now.num_workers * now.accumulate)
 
 
 @dataclass(frozen=True)

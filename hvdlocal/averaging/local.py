@@ -198,7 +198,7 @@ class LocalOptimizer(ReplicaOptimizer):
             if self._arena.statistics_scalars is not None:
                 self._take_statistics()
             self._period = self._next_period()
-        self._inner_step(self.scaling.gain(self._moment(self._period)))
+        self._inner_step(self._moment(self._period))
         self._steps_in_round += 1
         self._steps_since_statistics += 1
         if self._steps_in_round >= self._period:
@@ -229,7 +229,7 @@ class LocalOptimizer(ReplicaOptimizer):
             return period
         progress = self._progress
         for steps in range(1, period):
-            progress += self.scaling.gain(self._moment(period, progress))
+            progress += self.scaling.progress(self._moment(period, progress))
             if self._ends_at(progress):
                 return steps
         return period

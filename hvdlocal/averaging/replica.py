@@ -80,7 +80,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     @property
     def progress(self) -> float:
-        """s, scale-invariant iterations done: the sum of the gains of all steps."""
+        """s, scale-invariant iterations done: the sum of the gains of all steps (`Scaling.progress`)."""
         return self._progress
 
     @property
@@ -351,8 +351,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             grad_sqr, grad_var * micro_batches, default_smoothing(theta_batches) if theta is None else theta
         )
 
-    def _inner_step(self, gain: float) -> None:
+    def _inner_step(self, now: Moment) -> None:
         """Steps the wrapped optimizer at gain times the groups' learning rates, unless a micro-batch overflowed."""
+        gain = self.scaling.gain(now)
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         if not self._overflowed:
@@ -360,7 +361,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 self.optimizer.step()
         self._overflowed = False
         self._gain = gain
-        self._progress += gain
+        self._progress += self.scaling.progress(now)
 
     @contextmanager
     def _scaled_lr(self, gain: float) -> Iterator[None]:

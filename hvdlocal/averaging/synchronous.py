@@ -166,7 +166,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
                 theta_batches=count,
             )
         self._accumulated.give_back()
-        self._inner_step(self.scaling.gain(self._moment(1)))
+        self._inner_step(self._moment(1))
         self._steps += 1
 
     def _drop(self) -> None:

@@ -53,6 +53,6 @@ def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
     spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in seconds if name != "elapsed")
     lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}")
     lines.append(
-        f"  files           {config.output}/ (config.yaml, environment.json, metrics.jsonl, model.pt, best.pt)"
+        f"  files           {config.output}/ (config.yaml, environment.json, metrics.jsonl, summary.json, model.pt, best.pt)"
     )
     return "\n".join(lines)

@@ -11,16 +11,29 @@ BYTES_PER_AVERAGING = 1000
 STEP_SECONDS = {"computing": 0.005, "averaging": 0.003, "waiting_for_data": 0.002, "evaluating": 0.0}
 
 
-def write_run(directory: Path, preset="local-ada", *, workers=2, period=4, steps=800, finished=True, seed=0, **rule) -> Path:
+def write_run(
+    directory: Path, preset="local-ada", *, workers=2, period=4, steps=800, finished=True, seed=0, **rule
+) -> Path:
     """A run at gain 1 whose step takes 10 ms, half of it computing; an evaluation each 100 steps."""
     directory.mkdir(parents=True)
-    rules = {"alpha": None, "h_base": None, "exponent": None, "switch_epochs": None, "max_period": None, "rate": "scaled"}
+    rules = {
+        "alpha": None,
+        "h_base": None,
+        "exponent": None,
+        "switch_epochs": None,
+        "max_period": None,
+        "rate": "scaled",
+    }
     config = {
         "data": {"path": "data/digits", "batch_size": 32},
         "model": {"name": "digits_cnn"},
         "output": str(directory),
         "epochs": BUDGET_EPOCHS,
-        "method": {"preset": preset, "period": {"rule": "constant", "period": period, **rules, **rule}, "accumulate": 1},
+        "method": {
+            "preset": preset,
+            "period": {"rule": "constant", "period": period, **rules, **rule},
+            "accumulate": 1,
+        },
         "seed": seed,
         "log_every_seconds": 1.0,
     }
@@ -37,9 +50,19 @@ def write_run(directory: Path, preset="local-ada", *, workers=2, period=4, steps
             "elapsed_seconds": step / 100,
             "bytes_sent": step // per_averaging * BYTES_PER_AVERAGING if workers > 1 else 0,
         }
-        method = {"gain": 1.5, "lr": 0.1, "base_lr": 0.05, "period": period, "grad_sqr": 1.0, "grad_var": 2.0, "loss": 1 / step}
+        method = {
+            "gain": 1.5,
+            "lr": 0.1,
+            "base_lr": 0.05,
+            "period": period,
+            "grad_sqr": 1.0,
+            "grad_var": 2.0,
+            "loss": 1 / step,
+        }
         if local and step % period == 0:
-            records.append({"kind": "round", "step": step, "round": step // period, **state, **method, "divergence": 1e-3})
+            records.append(
+                {"kind": "round", "step": step, "round": step // period, **state, **method, "divergence": 1e-3}
+            )
         if step % 50 == 0:
             seconds = {f"{name}_seconds": step * each for name, each in STEP_SECONDS.items()}
             records.append({"kind": "steps", "step": step, **state, **method, **seconds})

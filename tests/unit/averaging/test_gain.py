@@ -113,6 +113,8 @@ def test_linear_scaling_warms_up_over_five_percent_of_the_budget():
         return hvdlocal.LinearScaling().gain(moment)
 
     assert [gain(0), gain(25), gain(50), gain(900)] == [1, 4.5, 8, 8]
+    start = Moment(num_workers=4, accumulate=2, period=1, progress=0, budget=1000)
+    assert hvdlocal.LinearScaling().progress(start) == 8, "as many iterations as without a warm-up"
     with pytest.raises(ValueError, match="budget"):
         hvdlocal.LinearScaling().gain(Moment(num_workers=4, accumulate=1, period=1, progress=0, budget=None))
 
