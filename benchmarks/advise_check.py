@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--json", type=Path)
     arguments, rest = parser.parse_known_args()
-    config, _ = parse(rest)
+    config = parse(rest)
     communicator = hvdlocal.init()
     first = communicator.rank == 0
     training = Training(config, communicator)

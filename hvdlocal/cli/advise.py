@@ -22,7 +22,7 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     if not rest:
         raise ValueError("no configuration: mpirun -np N hvdlocal advise CONFIG.yaml (see experiments/)")
-    config, _ = parse(rest)
+    config = parse(rest)
     communicator = hvdlocal.init()
 
     def prepare() -> None:

@@ -14,11 +14,8 @@ from hvdlocal.training import TrainConfig
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help shows each field's text
 
 
-def parse(arguments: Sequence[str]) -> tuple[TrainConfig, str]:
+def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that `CONFIG.yaml --section.key value …` describes; later arguments win.
-
-    Returns:
-        The configuration, and the same as YAML with every default filled in.
 
     Raises:
         ValueError: an unknown key (with the nearest known one), a value of the wrong type, or a missing one.
@@ -35,8 +32,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, str]:
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"configuration: {_explain(str(error))}") from error
     del namespace["config"]
-    text = parser.dump(namespace.clone(), skip_unset=False)
-    return TrainConfig(**vars(parser.instantiate(namespace))), text
+    return TrainConfig(**vars(parser.instantiate(namespace)))
 
 
 def _parser() -> jsonargparse.ArgumentParser:

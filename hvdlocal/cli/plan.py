@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(arguments)
     if not rest:
         raise ValueError("no configuration: hvdlocal plan CONFIG.yaml --workers K (see experiments/)")
-    config, _ = parse(rest)
+    config = parse(rest)
     data = _data(options, config)
     variants = [(_label(config), config), *_alternatives(rest, config, options.compare)]
     assumes = options.gain is not None or options.grad_var_over_sqr is not None
@@ -136,7 +136,7 @@ def _alternatives(
         rule = settings.get("method.period.rule", config.method.period.rule)
         if rule != config.method.period.rule:
             settings = {f"method.period.{name}": "null" for name in RULE_SETTINGS} | settings
-        yield text, parse([*arguments, *(f"--{key}={value}" for key, value in settings.items())])[0]
+        yield text, parse([*arguments, *(f"--{key}={value}" for key, value in settings.items())])
 
 
 def _setting(word: str) -> tuple[str, str]:

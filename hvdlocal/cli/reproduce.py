@@ -107,7 +107,7 @@ def _jobs(grid: Grid, chosen: Sequence[Cell], output: Path, settings: Sequence[s
     for cell in chosen:
         directory = output / cell.name
         arguments = [str(grid.setting.path), *settings, *cell.settings, f"--output={directory}"]
-        config, _ = parse(arguments)
+        config = parse(arguments)
         check_ranges(config)
         yield Job(cell, directory, arguments, config)
 

@@ -160,7 +160,7 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
     from hvdlocal.cli.configuration import parse  # torch takes seconds, and --list needs none of it
     from hvdlocal.training.config import check_ranges
 
-    config, _ = parse(given.run)
+    config = parse(given.run)
     check_ranges(config)
     if not Path(config.data.path).is_dir():
         print(f"hvdlocal slurm: no data at {config.data.path} yet", file=sys.stderr)

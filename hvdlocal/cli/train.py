@@ -14,7 +14,7 @@ EXIT_INTERRUPTED = 85
 
 def run(arguments: Sequence[str]) -> int:
     """Trains on all ranks; rank 0 prints the summary."""
-    config, _ = parse(arguments)
+    config = parse(arguments)
     communicator = hvdlocal.init()
     try:
         summary = Trainer(config, communicator).run()

@@ -15,7 +15,7 @@ FILES = sorted((Path(__file__).parents[3] / "experiments").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", FILES, ids=[path.stem for path in FILES])
 def test_it_can_be_trained(path):
-    config, _ = parse([str(path)])
+    config = parse([str(path)])
     check_ranges(config)
     assert config.model.name in MODELS
     assert unused_settings(config) == []
@@ -42,7 +42,7 @@ def test_it_says_what_it_is_and_how_to_start_it(path):
 )
 def test_hyperparameters_of_balles_et_al(name, lr, epochs, schedule):
     """App. H.1."""
-    config, _ = parse([str(FILES[0].with_name(f"{name}.yaml"))])
+    config = parse([str(FILES[0].with_name(f"{name}.yaml"))])
     optimizer, found = config.optimizer, config.schedule
     assert (optimizer.lr, optimizer.momentum, optimizer.weight_decay, config.epochs) == (lr, 0.9, 5e-4, epochs)
     shape = [found.name] if found.step_epochs is None else ["step", f"{found.step_epochs:g}", f"{found.step_factor:g}"]

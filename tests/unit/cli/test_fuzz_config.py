@@ -1,6 +1,7 @@
 """Whatever a configuration holds: a valid one, or one sentence. No other exception, no hang, and nothing of it is run."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hvdlocal.cli.configuration import parse
 from hvdlocal.cli.keys import keys
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import check_ranges
+from hvdlocal.training.run_directory import describe
 
 GOOD = {"data": {"path": "x", "batch_size": 8}, "model": {"name": "digits_cnn"}, "output": "o"}
 KEYS = sorted(keys(TrainConfig))
@@ -40,14 +42,13 @@ values = st.recursive(
 def outcome(*arguments: str) -> TrainConfig | None:
     """The configuration, which must be sound; None after an error, which must be one sentence."""
     try:
-        config, text = parse(list(arguments))
+        config = parse(list(arguments))
     except (ValueError, OSError) as error:
         assert is_a_sentence(error)  # noqa: PT017  (there need not be an error)
         return None
     assert isinstance(config, TrainConfig)
-    again = Path(arguments[0]).with_name("again.yaml")
-    again.write_text(text, encoding="utf-8")
-    assert repr(parse([str(again)])[0]) == repr(config)  # NaN is not equal to itself
+    describe(Path(arguments[0]).parent, asdict(config), {})  # what a run leaves can be given to another
+    assert repr(parse([str(Path(arguments[0]).with_name("config.yaml"))])) == repr(config)  # NaN is not equal to itself
     try:
         check_ranges(config)
     except ValueError as error:
@@ -162,7 +163,7 @@ def test_what_is_said(tmp_path, content, said):
 def test_a_byte_order_mark_and_an_empty_section_are_no_mistakes(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xef\xbb\xbfoptimizer:\n  # lr: 0.5\n" + yaml.safe_dump(GOOD).encode())
-    assert parse([str(path)])[0].optimizer.lr == 0.1
+    assert parse([str(path)]).optimizer.lr == 0.1
 
 
 @pytest.mark.parametrize("argument", ["", "/", "/dev/zero", "missing.yaml", "a\0b", "\udcff", "--config", "--config="])
