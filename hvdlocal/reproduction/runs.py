@@ -74,7 +74,8 @@ class Job:
     def clear(self) -> None:
         """Removes what the run left."""
         clear(self.directory)
-        self._marker.unlink(missing_ok=True)
+        for left in (self._marker, self.directory / "config.yaml"):  # which the next run replaces, if it is started
+            left.unlink(missing_ok=True)
 
     def last_words(self) -> str:
         """The last thing that hvdlocal said in the log, else the last line."""

@@ -64,7 +64,7 @@ MISTAKES = [
     (["--data.image_size", "4", "--data.crop_padding", "1"], "two ways of cropping"),
     (["--data.randaugment", "31"], "magnitude is 31"),
     (["--data.mixup", "-1"], "alpha is -1"),
-    (["--data.threads", "0"], "threads is 0"),
+    (["--data.threads", "0"], "threads=0: at least 1"),
     (["--data.storage", "disk"], "Got value: disk"),
 ]
 
