@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -109,6 +109,7 @@ class Trainer:
         self.communicator = communicator
         self.directory = Path(config.output)
         self.claim: IO[bytes] | None = None
+        self.data: list[ShardedDataset] = []
         self.probe = f".probe-{secrets.token_hex(8)}"
         try:
             self._set_up()
@@ -125,7 +126,9 @@ class Trainer:
         self.train_data = ShardedDataset(
             data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
         )
+        self.data.append(self.train_data)
         self.test_data = ShardedDataset(data.path, data.test_split, communicator=communicator)
+        self.data.append(self.test_data)
         succeed_together(communicator, self._prepare, "hvdlocal.prepare")
         require_agreement(communicator, self._facts(), "hvdlocal.preflight")
         self.threads = set_threads(config.threads, communicator)
@@ -173,7 +176,9 @@ class Trainer:
             (self.directory / self.probe).touch()
 
     def _release(self) -> None:
-        """Lets other runs into the output directory."""
+        """Gives back the memory of the images, and lets other runs into the output directory."""
+        for data in self.data:
+            data.close()
         if self.claim is not None:
             (self.directory / self.probe).unlink(missing_ok=True)
             self.claim.close()
@@ -399,23 +404,22 @@ class Trainer:
             console.say(f"note: without effect in this run: {', '.join(self.unused)}")
         if self.resumed is not None:
             self._say_resumed(console, self.resumed)
-        batches = self.loader.endless()
         self.model.train()
-        while not optimizer.finished:
-            self._micro_batch(batches)
-            if optimizer.micro_batches:
-                continue
-            position.steps += 1
-            due = self.ledger.elapsed >= self.next_line
-            if due:
-                self.next_line = self.ledger.elapsed + config.log_every_seconds
-                self.recorder.window(self.window, position.steps)
-            console.progress(optimizer.progress, self.recorder.status(), due)
-            if optimizer.in_sync:
-                self._after_round(console)
-            if not optimizer.finished:
-                self.keeper.after_step(position.steps)
-        batches.close()
+        with closing(self.loader.endless()) as batches:
+            while not optimizer.finished:
+                self._micro_batch(batches)
+                if optimizer.micro_batches:
+                    continue
+                position.steps += 1
+                due = self.ledger.elapsed >= self.next_line
+                if due:
+                    self.next_line = self.ledger.elapsed + config.log_every_seconds
+                    self.recorder.window(self.window, position.steps)
+                console.progress(optimizer.progress, self.recorder.status(), due)
+                if optimizer.in_sync:
+                    self._after_round(console)
+                if not optimizer.finished:
+                    self.keeper.after_step(position.steps)
         return self._end(console)
 
     def _end(self, console: Console) -> Summary:
