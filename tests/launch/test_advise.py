@@ -20,7 +20,7 @@ def test_two_ranks(config, tmp_path):
     assert advice["contest"]["verdict"] in ("local", "data-parallel", "undecided")
     closings = advice["measured"]["blocks"][0]["closings"]
     for name, preset in (("acc-lin", "sync"), ("local-lin", "local"), ("local-ada sketch", "local-ada")):
-        configured, _ = parse([str(config), "--method.preset", preset])
+        configured = parse([str(config), "--method.preset", preset])
         assert closings[name]["bytes"] == measure_payload(configured, 3, (8, 8, 1)).round
 
 
