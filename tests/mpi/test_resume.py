@@ -164,6 +164,20 @@ def test_a_run_killed_anywhere_comes_to_the_same_end(comm, place, monkeypatch, k
     assert same(outcome(final.directory), outcome(whole.directory)), (every, deaths)
 
 
+def test_the_means_of_a_long_log_interval_are_carried(comm, place, monkeypatch):
+    """With one line at the very end, it is the mean over all steps, those before the death included."""
+    runs = [config(place, "long-log-whole", **KINDS["local"]), config(place, "long-log-killed", 5, **KINDS["local"])]
+    for settings in runs:
+        settings.log_every_seconds = 1e6
+    whole = train(comm, runs[0], monkeypatch)
+    train(comm, runs[1], monkeypatch, 13)
+    final = train(comm, runs[1], monkeypatch)
+    assert final.resumed.step >= 5
+    records = outcome(whole.directory)[0]
+    assert len([record for record in records if record["kind"] == "steps"]) == 1
+    assert same(outcome(final.directory), outcome(whole.directory))
+
+
 def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
     """A checkpoint is finished at a poll that has heard that all have written; until then training goes on."""
     import time

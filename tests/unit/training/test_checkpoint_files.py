@@ -1,6 +1,7 @@
 """A checkpoint on disk: complete or not there, and every damage found."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -201,9 +202,10 @@ def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
     assert files.read_state(path, files.read_manifest(path), 0)["model"]["w"].tolist() == [1.0, 1.0]
 
 
-def test_a_file_that_vanished_is_no_checkpoint(tmp_path):
+@pytest.mark.parametrize("lose", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["vanished", "cut off"])
+def test_a_file_that_was_lost_before_the_end_is_no_checkpoint(tmp_path, lose):
     written = [files.write_state(tmp_path, 1, rank, state(rank, 1.0)) for rank in range(2)]
-    (tmp_path / "step-0000000001.tmp" / files.rank_file(1)).unlink()
+    lose(tmp_path / "step-0000000001.tmp" / files.rank_file(1))
     with pytest.raises(OSError, match="rank-00001"):
         files.complete(tmp_path, 1, {"num_workers": 2, "in_sync": False}, written)
     assert files.newest_first(tmp_path) == []
