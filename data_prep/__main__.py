@@ -25,13 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         communicator = _join()
     except (ImportError, RuntimeError, ValueError) as error:
-        print(f"data_prep: {error}", file=sys.stderr, flush=True)
+        _say(str(error))
         return 2
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data, which are not used
     try:
         return _run(argv, communicator)
     except CommunicationError as error:  # it cannot be known whether rank 0 hears of it
-        print(f"data_prep: {error}", file=sys.stderr, flush=True)
+        _say(str(error))
         if communicator is not None and isinstance(error, CollectiveTimeoutError):
             communicator.abort(2)  # an orderly end would wait for the rank that did not come
         return 2
@@ -49,15 +49,20 @@ def _run(argv: Sequence[str] | None, communicator: Communicator | None) -> int:
     except KeyboardInterrupt:
         if communicator is not None:
             raise  # which ends the other ranks too
-        print("data_prep: interrupted; the same command goes on from here", file=sys.stderr, flush=True)
+        _say("interrupted; the same command goes on from here")
         return 130
     except (ValueError, OSError) as error:
         if talks:
-            print(f"data_prep: {error}", file=sys.stderr, flush=True)
+            _say(str(error))
         if communicator is not None:
             communicator.barrier("data.end")  # the launcher ends all as soon as one fails, and rank 0 must be heard
         return 2
     return 0
+
+
+def _say(message: str) -> None:
+    sys.stderr.write(f"data_prep: {message}\n")  # one write: print() may send the end of a line by itself
+    sys.stderr.flush()
 
 
 def _join() -> Communicator | None:

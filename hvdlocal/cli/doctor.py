@@ -227,7 +227,7 @@ def _trial(mpirun: str, backend: str) -> str | None:
     """What went wrong in a sum over two ranks; None when nothing did."""
     program = (
         f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
-        "c.sum_(t, 'hvdlocal.doctor'); print('hvdlocal-doctor', c.size, float(t.min()), float(t.max()), 'end')"
+        "c.sum_(t, 'hvdlocal.doctor'); print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
     )
     options = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in _first_line([mpirun, "--version"]) else []
     command = [mpirun, *options, "-np", "2", sys.executable, "-c", program]
@@ -237,9 +237,9 @@ def _trial(mpirun: str, backend: str) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {TRIAL_SECONDS} s"
-    # Not by lines: the two ranks' ends of line may come late and together.
+    # Words, not lines, and one write: print() may send the end of a line by itself, and mpirun mixes the ranks' pieces.
     answers = re.findall(r"hvdlocal-doctor (\d+) (\S+) (\S+) end", result.stdout)
-    if result.returncode == 0 and answers == [("2", "3.0", "3.0")] * 2:
+    if result.returncode == 0 and answers == [("2", "3", "3")] * 2:
         return None
     if answers and answers[0][0] == "1":
         return "each of the two ranks believes to be alone: mpirun and the library belong to different MPIs"

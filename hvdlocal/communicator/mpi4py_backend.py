@@ -115,7 +115,7 @@ class Mpi4pyCommunicator(Communicator):
     def _abort_on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # To the process's own stderr: torch.distributed calls hooks with a buffer in its place, which would end with the process.
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)
-        print(f"{self.describe()}: uncaught {kind.__name__}; ending the job", file=sys.__stderr__)
+        print(f"{self.describe()}: uncaught {kind.__name__}; ending the job\n", end="", file=sys.__stderr__)
         self.abort(1)
 
 

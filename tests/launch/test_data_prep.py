@@ -91,7 +91,7 @@ writer = ShardWriter(sys.argv[1], "train", classes=["a"], num_shards=4, communic
 try:
     writer.write(images, np.zeros(100, int), identity="i")
 except ValueError as error:
-    print(f"{communicator.rank}: {error}", flush=True)
+    print(f"{communicator.rank}: {error}\\n", end="", flush=True)  # one write, also where nothing is buffered
     communicator.barrier("end")
 """
     result = mpirun(3, sys.executable, "-c", script, str(tmp_path))

@@ -112,7 +112,7 @@ import hvdlocal
 communicator = hvdlocal.init(timeout_seconds=30)
 dataset = hvdlocal.ShardedDataset(sys.argv[1], storage="ram", communicator=communicator)
 assert (dataset._storage.region is not None) == (communicator.size > 1)
-print("staged", flush=True)
+print("staged\\n", end="", flush=True)  # one write, also where nothing is buffered
 time.sleep(60)
 """
 
@@ -189,7 +189,7 @@ if __name__ == "__main__":
         images, mapped = pool.apply(read, (dataset, rows))
     assert np.array_equal(images, dataset.take(rows))
     assert mapped
-    print("found", flush=True)
+    print("found\\n", end="", flush=True)
     communicator.barrier("test.end")
 """
     )
