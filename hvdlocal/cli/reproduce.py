@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdlocal.reproduction.studies import BASELINE, STUDIES, Cell, Grid, Study, cells
+from hvdlocal.reproduction.studies import STUDIES, Cell, Grid, Study, cells
 
 if TYPE_CHECKING:
     from hvdlocal.reproduction.results import Report
+    from hvdlocal.reproduction.rules import RuleReport
     from hvdlocal.reproduction.runs import Job
 
 FIG7 = (
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"the grid decides this setting: use {meant[0]}")
 
     from hvdlocal.reproduction.launcher import ranks_command, train_command
-    from hvdlocal.reproduction.runs import run_all  # torch takes seconds to load
+    from hvdlocal.reproduction.runs import EXIT_INTERRUPTED, run_all  # torch takes seconds to load
 
     output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
     jobs = list(_jobs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
@@ -60,14 +61,19 @@ def run(arguments: Sequence[str]) -> int:
     print(f"{study.title}\n{grid.setting.title}: {count}, {done} done, in {output}", flush=True)
 
     def after(job: Job) -> None:
+        if not grid.periods:
+            _measure(job)
         report = _report(study, grid, jobs)
         report.write(output / study.name)
         print(f"  {report.line(job.cell)}", flush=True)
 
     code = run_all(jobs, launcher, lambda text: print(text, flush=True), after)
+    if not grid.periods and code != EXIT_INTERRUPTED:
+        for job in jobs:  # those that an interrupted command left
+            _measure(job)
     report = _report(study, grid, jobs)
     for claim in report.claims():
-        words = {True: "yes", False: "no", None: "not known"}
+        words = {True: "yes", False: "no", None: "not known" if grid.periods else "not resolved"}
         print(f"K = {claim['workers']}: {claim['claim']}: {words[claim['here']]}")
     print(" ".join(str(path) for path in report.write(output / study.name)))
     return code
@@ -80,6 +86,8 @@ def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
         raise ValueError(f"no study {options.study!r}: {hint}")
     study = STUDIES[options.study]
     grid = study.paper if options.scale == "paper" else study.small
+    if grid is None and options.scale == "paper":
+        raise ValueError(f"{study.name} has only the small setting: leave out --scale paper")
     if grid is None:
         raise ValueError(f"{study.name} has no small setting, which is CIFAR-10: table2, or {study.name} --scale paper")
     return study, grid
@@ -87,7 +95,7 @@ def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
 
 def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Cell]:
     """The runs that are asked for."""
-    known = {method.name: method for method in (BASELINE, *study.methods)}
+    known = {method.name: method for method in (study.baseline, *study.methods) if method}
     if unknown := [name for name in options.methods or () if name not in known]:
         raise ValueError(f"--methods {unknown[0]}: {study.name} has {', '.join(known)}")
     for name in ("workers", "periods"):
@@ -129,12 +137,26 @@ def _prepare(jobs: Sequence[Job], grid: Grid) -> None:
             job.clear()
 
 
-def _report(study: Study, grid: Grid, jobs: Sequence[Job]) -> Report:
+def _measure(job: Job) -> None:
+    """The sharpness of what a run found, unless it diverged."""
+    from hvdlocal.reproduction import curvature
+    from hvdlocal.reproduction.runs import State
+
+    if job.state is State.FINISHED and curvature.known(job.directory) is None:
+        curvature.measure(job.directory, job.config)
+
+
+def _report(study: Study, grid: Grid, jobs: Sequence[Job]) -> Report | RuleReport:
     """What is known so far."""
+    from hvdlocal.reproduction import curvature
     from hvdlocal.reproduction.results import Report
+    from hvdlocal.reproduction.rules import RuleReport
     from hvdlocal.reproduction.runs import outcome
 
     found = {job.cell: result for job in jobs if (result := outcome(job, grid.setting)) is not None}
+    if not grid.periods:
+        around = {job.cell: known for job in jobs if (known := curvature.known(job.directory)) is not None}
+        return RuleReport(study, grid.setting, jobs[0].config.epochs, found, around, len(jobs))
     return Report(study, grid.setting, jobs[0].config.epochs, found, len(jobs))
 
 

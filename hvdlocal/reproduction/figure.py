@@ -1,4 +1,4 @@
-"""A study as a picture: accuracy and epochs against H, or against c, with what was published."""
+"""A study as a picture: accuracy and epochs against H, against c, or against what was sent, with what was published."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
     from hvdlocal.reproduction.judgement import Results
     from hvdlocal.reproduction.results import Report
+    from hvdlocal.reproduction.rules import RuleReport
 
 _COLOR = {"acc-ada": COLORS[0], "local-ada": COLORS[1], "acc-lin": COLORS[2], "local-lin": COLORS[4]}
-_OTHERS = {"local-ada-nostale": COLORS[3]}
+_OTHERS = {"local-ada-nostale": COLORS[3], "exact": COLORS[3]}
 
 
 def draw(report: Report, path: Path) -> None:
@@ -30,6 +31,29 @@ def draw(report: Report, path: Path) -> None:
             row[1].set(ylabel="Epochs / budget")
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=4)
+    save(figure, path)
+
+
+def draw_rules(report: RuleReport, path: Path) -> None:
+    """Writes the figure: accuracy and sharpness of every rule against its communication, a point for each seed."""
+    from hvdlocal.reproduction.rules import TITLES
+
+    with style():
+        figure, axes = new_figure(1, 2, width=9.5, height=3.4)
+        for row, color in zip(report.rows, COLORS, strict=False):
+            share = [100 * one for one in row.communication]
+            for panel, values in zip(axes[0], (row.accuracies, row.largest), strict=True):
+                if len(values) == len(share):
+                    panel.plot(share, values, ".", color=color, alpha=0.6)
+                    mean = sum(values) / len(values)
+                    panel.plot(share[:1], [mean], "o", color=color, ms=6, label=TITLES.get(row.method, row.method))
+        for panel, label in zip(
+            axes[0], ("Test accuracy [%]", "Largest eigenvalue of the Hessian\nof the training loss"), strict=True
+        ):
+            panel.set(xlabel="Bytes sent [% of data parallelism's]", ylabel=label)
+            panel.set_xlim(0)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=3)
     save(figure, path)
 
 

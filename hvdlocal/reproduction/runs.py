@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from hvdlocal.reproduction.curvature import CURVATURE
 from hvdlocal.reproduction.launcher import Supervisor, train_command
 from hvdlocal.reproduction.studies import Cell, Setting
 from hvdlocal.training import TrainConfig
@@ -74,7 +75,11 @@ class Job:
     def clear(self) -> None:
         """Removes what the run left."""
         clear(self.directory)
-        for left in (self._marker, self.directory / "config.yaml"):  # which the next run replaces, if it is started
+        for left in (
+            self._marker,
+            self.directory / CURVATURE,
+            self.directory / "config.yaml",
+        ):  # which the next run replaces, if it is started
             left.unlink(missing_ok=True)
 
     def last_words(self) -> str:
@@ -93,12 +98,21 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to; a diverged one has the accuracy of chance, and no epochs."""
+    """What a finished run came to; a diverged one has the accuracy of chance, and no epochs.
+
+    Attributes:
+        accuracy_percent: of the final average on the test images.
+        epochs: passes over the data.
+        seconds: from the first step to the last.
+        diverged: it ended in NaN.
+        communication: bytes sent, as a share of data parallelism's.
+    """
 
     accuracy_percent: float
     epochs: float | None
     seconds: float | None
     diverged: bool = False
+    communication: float | None = None
 
 
 def outcome(job: Job, setting: Setting) -> Outcome | None:
@@ -110,7 +124,9 @@ def outcome(job: Job, setting: Setting) -> Outcome | None:
         return None
     summary = json.loads((job.directory / SUMMARY).read_text(encoding="utf-8"))
     accuracy = 100 * summary["evaluation"][setting.measure]
-    return Outcome(accuracy, summary["data_epochs"], summary["seconds"]["elapsed"])
+    saved = summary.get("communication_saved")
+    share = None if saved is None else 1 - saved
+    return Outcome(accuracy, summary["data_epochs"], summary["seconds"]["elapsed"], communication=share)
 
 
 def run_all(

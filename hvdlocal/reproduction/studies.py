@@ -15,7 +15,7 @@ class Setting:
     Attributes:
         file: name of the configuration in experiments/.
         title: for people.
-        table: name of the published table that its results are put beside.
+        table: name of the published table that its results are put beside; "" where none was published.
         published_epochs: the budget of that table's runs.
         is_published: whether this is the very setting of that table.
         measure: "accuracy" or "top5".
@@ -55,6 +55,16 @@ SMALL = Setting(
     10.0,
     "python -m data_prep cifar10 --source …/cifar-10-batches-bin --pool 2 --limit 20000",
 )
+SMALL_QSR = Setting(
+    "cifar10_small_qsr",
+    f"{SMALL.title}, 40 epochs",
+    "",
+    0,
+    False,
+    "accuracy",
+    10.0,
+    SMALL.prepare,
+)
 CIFAR10 = Setting(
     "cifar10_resnet18",
     "ResNet-18 on CIFAR-10",
@@ -89,7 +99,7 @@ IMAGENET = Setting(
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared.
+    """What is compared: a preset, which is run with every H of a grid, or one with a rule of its own for H.
 
     Attributes:
         name: in tables and on the command line.
@@ -111,13 +121,17 @@ def _weight(c: float) -> Method:
     return Method(f"c={c:g}", ("--method.preset=local-ada", f"--method.c={c}"), directory)
 
 
+def _rule(name: str, *settings: str) -> Method:
+    return Method(name, ("--method.preset=local", *settings), name)
+
+
 BASELINE = Method("baseline", ("--method.preset=sync",), "baseline")
 """One worker, whose accuracy the methods are to keep (Sec. 6.1)."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A setting with the K and H that are tried in it."""
+    """A setting with the K and H that are tried in it; without H, the methods have rules for it."""
 
     setting: Setting
     workers: tuple[int, ...]
@@ -126,16 +140,42 @@ class Grid:
 
 @dataclass(frozen=True)
 class Study:
-    """A table or figure of the paper; `small` is None where the small setting says nothing about it."""
+    """A table or figure of the papers, or a question beside them.
+
+    Attributes:
+        name, title: for the command line and for people.
+        methods: what is compared.
+        paper: in the paper's setting; None where there is none.
+        small: in the small one; None where that says nothing about it.
+        baseline: one worker, run beside; None where a method of the study is what the others are measured by.
+    """
 
     name: str
     title: str
     methods: tuple[Method, ...]
-    paper: Grid
+    paper: Grid | None
     small: Grid | None = None
+    baseline: Method | None = BASELINE
 
 
+_NO_RULE = ("--method.period.alpha=null", "--method.period.h_base=null")
 _TABLE_METHODS = tuple(_preset(name) for name in ("acc-lin", "acc-ada", "local-lin", "local-ada"))
+_RULES = (
+    Method("sync", ("--method.preset=sync", "--method.period.rule=constant", *_NO_RULE), "sync"),
+    _rule("constant", "--method.period.rule=constant", "--method.period.period=4", *_NO_RULE),
+    _rule("inverse", "--method.period.rule=power", "--method.period.exponent=1", "--method.period.alpha=0.16"),
+    _rule("qsr"),
+    _rule("cubic", "--method.period.rule=power", "--method.period.exponent=3", "--method.period.alpha=0.0635"),
+    _rule(
+        "post-local",
+        "--method.period.rule=post-local",
+        "--method.period.switch_epochs=20",
+        "--method.period.period=16",
+        *_NO_RULE,
+    ),
+)
+"""H = 1, H_base, H ∝ 1/η, 1/η², 1/η³; coefficients with which all leave H_base at the same η."""
+
 _WORKERS, _PERIODS = (8, 16, 24), (2, 4, 8, 16, 32, 64)
 _SMALL = Grid(SMALL, (8,), (2, 8, 32))
 
@@ -167,13 +207,31 @@ STUDIES = {
             Grid(IMAGENET32, (16,), (16, 32)),
             Grid(SMALL, (8,), (8, 32)),
         ),
+        Study(
+            "sketch",
+            "The statistics from a random projection of the gradient, or from the gradient itself",
+            (
+                _preset("local-ada"),
+                Method("exact", ("--method.preset=local-ada", "--method.statistics=exact"), "exact"),
+            ),
+            Grid(CIFAR10, _WORKERS, _PERIODS),
+            _SMALL,
+        ),
+        Study(
+            "qsr",
+            "Rules for H as the learning rate decays: accuracy, communication, sharpness",
+            _RULES,
+            None,
+            Grid(SMALL_QSR, (8,), ()),
+            None,
+        ),
     )
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid; `period` is None for the baseline."""
+    """One run of a grid; `period` is None for the baseline, and where a rule decides."""
 
     method: Method
     workers: int
@@ -212,7 +270,7 @@ def cells(
         if BASELINE in methods:
             yield Cell(BASELINE, 1, None, seed)
         for num_workers in workers:
-            for period in periods:
+            for period in periods or (None,):
                 for method in methods:
                     if method is not BASELINE:
                         yield Cell(method, num_workers, period, seed)

@@ -1,0 +1,80 @@
+"""How sharp the minimum is that a run found: measured once, on its own training images, and kept beside the run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from hvdlocal.analysis.sharpness import Sharpness, sharpness
+from hvdlocal.data import ShardedDataset, evaluation_batches
+from hvdlocal.models import build_model
+from hvdlocal.training import TrainConfig
+from hvdlocal.training.images import configured_images
+from hvdlocal.training.run_directory import write_whole
+
+CURVATURE = "curvature.json"
+IMAGES = 2_500
+BATCH = 500
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """The training loss around the final average: without augmentation, weight decay and label smoothing.
+
+    Attributes:
+        loss: its value.
+        largest, trace, trace_error: of its Hessian; see `Sharpness`.
+        images: over how many training images.
+    """
+
+    loss: float
+    largest: float
+    trace: float
+    trace_error: float
+    images: int
+
+
+def known(directory: Path) -> Curvature | None:
+    """What was measured before."""
+    path = directory / CURVATURE
+    return Curvature(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def measure(directory: Path, config: TrainConfig) -> Curvature:
+    """Measures the final model of a finished run on the CPU, and writes the result beside it.
+
+    Args:
+        directory: of the run.
+        config: of the run.
+
+    Raises:
+        ImportError: SciPy is missing.
+    """
+    with closing(ShardedDataset(config.data.path, config.data.train_split, storage="mmap")) as data:
+        images = configured_images(config.data, data)
+        model = build_model(config.model.name, data.num_classes, images.shape).eval()
+        model.load_state_dict(torch.load(directory / "model.pt", weights_only=True))
+        found = evaluation_batches(data, BATCH, crop=images.test_crop, transform=images.test_transform)
+        batches = []
+        for batch in found:
+            batches.append(batch)
+            if len(batches) * BATCH >= IMAGES:
+                break
+    total = sum(len(y) for _, y in batches)
+
+    def losses() -> Iterator[torch.Tensor]:
+        for x, y in batches:
+            yield F.cross_entropy(model(x).float(), y, reduction="sum") / total
+
+    with torch.no_grad():
+        loss = sum(part.item() for part in losses())
+    hessian: Sharpness = sharpness([p for p in model.parameters() if p.requires_grad], losses)
+    curvature = Curvature(loss, **asdict(hessian), images=total)
+    write_whole(directory / CURVATURE, json.dumps(asdict(curvature), indent=1) + "\n")
+    return curvature
