@@ -8,17 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvdlocal.cli.experiments import EXPERIMENTS
+from hvdlocal.cli.experiments import run as run_experiment
 from hvdlocal.reproduction.studies import STUDIES, Cell, Grid, Study, cells
 
 if TYPE_CHECKING:
     from hvdlocal.reproduction.results import Report
     from hvdlocal.reproduction.rules import RuleReport
     from hvdlocal.reproduction.runs import Job
-
-FIG7 = (
-    "fig7 is not among them: it plots how much the norm of the full gradient varies within a round, and runs record only its "
-    "estimate at each averaging"
-)
 
 OWN_OPTIONS = {
     "--method.preset": "--methods",
@@ -38,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
     Raises:
         ValueError: an option or a setting is wrong, data are missing, or there are runs with other settings.
     """
+    if arguments and arguments[0] in EXPERIMENTS:
+        return run_experiment(arguments)
     options, train = _parser().parse_known_args(arguments)
     study, grid = _study(options)
     chosen = list(_cells(options, study, grid))
@@ -82,8 +81,7 @@ def run(arguments: Sequence[str]) -> int:
 def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
     """What is to be run, and where."""
     if options.study not in STUDIES:
-        hint = FIG7 if options.study == "fig7" else f"choose one of {', '.join(STUDIES)}"
-        raise ValueError(f"no study {options.study!r}: {hint}")
+        raise ValueError(f"no study {options.study!r}: choose one of {', '.join((*STUDIES, *EXPERIMENTS))}")
     study = STUDIES[options.study]
     grid = study.paper if options.scale == "paper" else study.small
     if grid is None and options.scale == "paper":
@@ -169,7 +167,11 @@ def _parser() -> argparse.ArgumentParser:
         "listed here go to hvdlocal train, such as --epochs 1.",
         allow_abbrev=False,
     )
-    parser.add_argument("study", metavar="STUDY", help="table2, table3, table4, fig9 (and 8), fig10")
+    parser.add_argument(
+        "study",
+        metavar="STUDY",
+        help=f"{', '.join(STUDIES)}; {', '.join(EXPERIMENTS)}, which have a --help of their own",
+    )
     parser.add_argument(
         "--scale",
         choices=("small", "paper"),

@@ -12,15 +12,15 @@ import torch
 from torch.nn import functional as F
 
 from hvdlocal.analysis.sharpness import Sharpness, sharpness
-from hvdlocal.data import ShardedDataset, evaluation_batches
+from hvdlocal.data import ShardedDataset
 from hvdlocal.models import build_model
+from hvdlocal.reproduction.probe import first_images
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.images import configured_images
 from hvdlocal.training.run_directory import write_whole
 
 CURVATURE = "curvature.json"
 IMAGES = 2_500
-BATCH = 500
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,7 @@ def measure(directory: Path, config: TrainConfig) -> Curvature:
         images = configured_images(config.data, data)
         model = build_model(config.model.name, data.num_classes, images.shape).eval()
         model.load_state_dict(torch.load(directory / "model.pt", weights_only=True))
-        found = evaluation_batches(data, BATCH, crop=images.test_crop, transform=images.test_transform)
-        batches = []
-        for batch in found:
-            batches.append(batch)
-            if len(batches) * BATCH >= IMAGES:
-                break
+        batches = first_images(data, images, IMAGES)
     total = sum(len(y) for _, y in batches)
 
     def losses() -> Iterator[torch.Tensor]:

@@ -76,6 +76,9 @@ CLAIMS = (
 ERRORS = 2.0
 """Standard errors from which on a difference of means counts."""
 
+SMALLEST_ERROR = 1e-9
+"""So that equal differences have a finite number."""
+
 RULE = (
     f"A difference between two rules counts if its mean over the seeds is more than {ERRORS:g} standard errors from zero; "
     "both rules have the same seeds, so it is taken seed by seed. Otherwise the seeds do not resolve it."
@@ -87,8 +90,7 @@ def resolved(differences: Sequence[float]) -> float | None:
     if len(differences) < 2:
         return None
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    mean = statistics.fmean(differences)
-    return mean / error if error else math.copysign(math.inf, mean) if mean else 0.0
+    return statistics.fmean(differences) / max(error, SMALLEST_ERROR)
 
 
 class RuleReport:

@@ -130,7 +130,7 @@ def test_the_commands_can_be_seen_beforehand(reproduce):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["fig7"], "runs record only its estimate"),
+        (["qsr", "--scale", "paper"], "has only the small setting"),
         (["table5"], "choose one of table2, table3"),
         (["table3"], "table3 --scale paper"),
         (["table2", "--methods", "sync"], "table2 has baseline, acc-lin"),

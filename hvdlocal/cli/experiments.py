@@ -1,0 +1,102 @@
+"""`hvdlocal reproduce bounds|valley|fig7`: experiments in one process, seconds or minutes long."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvdlocal.reproduction.studies import CIFAR10, SMALL, Setting
+
+if TYPE_CHECKING:
+    from hvdlocal.reproduction.finding import Finding
+    from hvdlocal.training import TrainConfig
+
+EXPERIMENTS = {
+    "fig7": "how much the norm of the full gradient varies within a round (Eq. 40)",
+    "bounds": "divergence and gradient error within a round, and their bounds (Lemma C.1, Prop. 4.2)",
+    "valley": "the drift towards flat minima that QSR's theory predicts, in two dimensions",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs an experiment and writes its report.
+
+    Returns:
+        0.
+
+    Raises:
+        ValueError: an option or a setting is wrong, or data are missing.
+    """
+    options, train = _parser().parse_known_args(arguments)
+    if train and options.experiment != "fig7":
+        raise ValueError(f"{options.experiment} has no option {train[0]}: only --seed and --output")
+    finding = _fig7(options, train) if options.experiment == "fig7" else _simulation(options)
+    paths = finding.write(options.output / options.experiment)
+    for text, holds in finding.claims:
+        print(f"{text}: {'yes' if holds else 'no'}")
+    print(" ".join(map(str, paths)))
+    return 0
+
+
+def _simulation(options: argparse.Namespace) -> Finding:
+    if options.experiment == "bounds":
+        from hvdlocal.reproduction import bounds
+
+        return bounds.run(options.seed)
+    try:
+        import scipy.integrate  # noqa: F401  (before a minute of simulation)
+    except ImportError as error:
+        raise ValueError("valley needs SciPy: pip install hvdlocal[reproduce]") from error
+    from hvdlocal.reproduction import valley
+
+    return valley.run(options.seed)
+
+
+def _fig7(options: argparse.Namespace, train: Sequence[str]) -> Finding:
+    from hvdlocal.reproduction import gradient_norms
+
+    setting = CIFAR10 if options.scale == "paper" else SMALL
+    return gradient_norms.run(_config(setting, options, train), lambda text: print(text, flush=True))
+
+
+def _config(setting: Setting, options: argparse.Namespace, train: Sequence[str]) -> TrainConfig:
+    from hvdlocal.cli.configuration import parse
+    from hvdlocal.data.manifest import MANIFEST_NAME
+    from hvdlocal.training.config import check_ranges
+
+    settings = ["--model.name=resnet9"] if options.scale == "paper" else []
+    settings += [f"--data.path={options.data}"] if options.data else []
+    config = parse([str(setting.path), "--method.preset=sync", *settings, *train, f"--seed={options.seed}"])
+    check_ranges(config)
+    path = Path(config.data.path)
+    if not (path / config.data.train_split / MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"no data in {path}/{config.data.train_split}: {setting.prepare} --output {path}, or name another directory "
+            "with --data"
+        )
+    return config
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hvdlocal reproduce",
+        usage="hvdlocal reproduce {fig7,bounds,valley} [options]",
+        description="; ".join(f"{name}: {what}" for name, what in EXPERIMENTS.items())
+        + ". Options of fig7 that are not listed here go to hvdlocal train, such as --epochs 1.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="default: runs/reproduce"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=("small", "paper"),
+        default="small",
+        help="fig7: a small network on CIFAR-10, or the paper's ResNet-9 (default: small)",
+    )
+    parser.add_argument("--data", metavar="DIR", help="fig7: the data set; default: as in experiments/")
+    return parser

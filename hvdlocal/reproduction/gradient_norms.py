@@ -1,0 +1,144 @@
+"""Fig. 7 of Balles et al. (TMLR 2024): how much the norm of the full gradient varies within H steps.
+
+LocalAdaScale takes ‖∇f‖ for constant over a round (Eq. 40). Here one worker trains with SGD, as in the paper; at some moments of
+the run the full gradient is taken before each of the next steps, and its norm's standard deviation is divided by its mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hvdlocal.data import Loader, ShardedDataset
+from hvdlocal.models import build_model
+from hvdlocal.reproduction.finding import Finding
+from hvdlocal.reproduction.probe import first_images
+from hvdlocal.training import TrainConfig
+from hvdlocal.training.images import configured_images
+from hvdlocal.training.presets import build_inner
+from hvdlocal.training.schedules import build_schedule
+
+if TYPE_CHECKING:
+    from hvdlocal.analysis.figures_style import Figure
+
+PERIODS = (2, 8, 32)
+MOMENTS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
+"""When the full gradients are taken, as shares of the run."""
+IMAGES = 5_000
+"""The first training images, over which f is taken; without augmentation."""
+
+
+def coefficient_of_variation(norms: Sequence[float]) -> float:
+    """Standard deviation over mean."""
+    return statistics.pstdev(norms) / statistics.fmean(norms)
+
+
+def full_gradient_norm(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """‖∇f‖ of the mean cross-entropy; the model, with its batch-norm statistics, stays as it is."""
+    model = copy.deepcopy(model).train()
+    model.zero_grad()
+    total = sum(len(y) for _, y in batches)
+    for x, y in batches:
+        (F.cross_entropy(model(x).float(), y, reduction="sum") / total).backward()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack(norms).norm().item()
+
+
+def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[float, list[float]]]:
+    """Trains on one worker; yields (epoch, the norms before the next steps) at each of the moments.
+
+    Args:
+        config: data, model, optimizer, schedule, epochs and seed; the method is plain SGD.
+        say: prints a line.
+    """
+    with closing(ShardedDataset(config.data.path, config.data.train_split, storage=config.data.storage)) as data:
+        images = configured_images(config.data, data)
+        loader = Loader(
+            data,
+            config.data.batch_size,
+            seed=config.seed,
+            order=config.data.order,
+            tail=config.data.tail,
+            crop=images.crop,
+            transform=images.transform,
+            mix=images.mix,
+        )
+        budget = round(config.epochs * loader.steps_per_epoch)
+        if budget <= max(PERIODS):
+            raise ValueError(f"epochs={config.epochs} are {budget} steps: more than {max(PERIODS)} are needed")
+        schedule = build_schedule(config.schedule, config.optimizer.lr, budget, loader.steps_per_epoch)
+        torch.manual_seed(config.seed)
+        layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
+        model = build_model(config.model.name, data.num_classes, images.shape).to(memory_format=layout)  # type: ignore[call-overload]
+        optimizer = build_inner(config.optimizer, model)
+        probe = first_images(data, images, IMAGES)
+        starts = sorted({min(int(share * budget), budget - max(PERIODS)) for share in MOMENTS})
+        norms: list[float] = []
+        with closing(loader.endless()) as batches:
+            for step in range(budget):
+                if starts and step >= starts[0]:
+                    norms.append(full_gradient_norm(model, probe))
+                    if len(norms) == max(PERIODS):
+                        epoch = starts.pop(0) / loader.steps_per_epoch
+                        say(f"epoch {epoch:6.2f}  ‖∇f‖ {norms[0]:.4f}")
+                        yield epoch, norms
+                        norms = []
+                        if not starts:
+                            return
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule(step)
+                x, y = next(batches)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x.contiguous(memory_format=layout)), y).backward()
+                optimizer.step()
+
+
+def run(config: TrainConfig, say: Callable[[str], None]) -> Finding:
+    """The experiment: minutes. See `train`."""
+    windows = list(train(config, say))
+    rows = [
+        (epoch, norms[0], [coefficient_of_variation(norms[:period]) for period in PERIODS]) for epoch, norms in windows
+    ]
+    later = [max(variations) for _, _, variations in rows[1:]]
+    claims = [
+        ("after the start, the coefficient of variation is below 1 for every H", max(later) < 1),
+        ("and below 0.5", max(later) < 0.5),
+    ]
+    table = [[f"{epoch:.2f}", f"{norm:.4f}", *(f"{one:.3f}" for one in variations)] for epoch, norm, variations in rows]
+    record = {"periods": PERIODS, "windows": [{"epoch": epoch, "norms": norms} for epoch, norms in windows]}
+    return Finding(
+        "Fig. 7: the norm of the full gradient within H steps",
+        f"{config.model.name} on {config.data.path}, SGD with one worker, B = {config.data.batch_size}, {config.epochs:g} "
+        "epochs; "
+        f"‖∇f‖ of the cross-entropy of {IMAGES:,} training images without augmentation, before each of the next steps; its "
+        "standard deviation over H steps divided by its mean. The paper: ResNet-9, CIFAR-10.",
+        claims,
+        ("epoch", "‖∇f‖", *(f"H = {period}" for period in PERIODS)),
+        table,
+        [],
+        record,
+        lambda: _figure(rows),
+    )
+
+
+def _figure(rows: Sequence[tuple[float, float, list[float]]]) -> Figure:
+    from hvdlocal.analysis.figures_style import COLORS, new_figure, style
+
+    with style():
+        figure, axes = new_figure(1, 1, width=5.5, height=3.2)
+        panel = axes[0][0]
+        for i, period in enumerate(PERIODS):
+            panel.plot(
+                [row[0] for row in rows], [row[2][i] for row in rows], "o-", color=COLORS[i], label=f"H = {period}"
+            )
+        panel.axhline(1, color="#808080", lw=0.8)
+        panel.set(xlabel="Epoch", ylabel="Standard deviation of ‖∇f‖ / mean", ylim=(0, None))
+        panel.legend()
+    return figure

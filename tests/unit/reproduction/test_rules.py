@@ -1,0 +1,95 @@
+"""The report on rules for H: what counts as a difference, and the curvature of a finished run."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import hvdlocal
+from hvdlocal.cli.configuration import parse
+from hvdlocal.models import build_model
+from hvdlocal.reproduction import curvature
+from hvdlocal.reproduction.curvature import Curvature
+from hvdlocal.reproduction.rules import TITLES, RuleReport, resolved
+from hvdlocal.reproduction.runs import Outcome
+from hvdlocal.reproduction.studies import STUDIES, Cell
+
+STUDY = STUDIES["qsr"]
+
+
+def report(accuracies, largest=None):
+    outcomes, curvatures = {}, {}
+    for method in STUDY.methods:
+        for seed, accuracy in enumerate(accuracies.get(method.name, [])):
+            cell = Cell(method, 8, None, seed)
+            outcomes[cell] = Outcome(accuracy, 40.0, 1.0, communication=0.16)
+            curvatures[cell] = Curvature(0.5, (largest or {}).get(method.name, 10.0) + seed, 100.0, 1.0, 2500)
+    return RuleReport(STUDY, STUDY.small.setting, 40, outcomes, curvatures, 18)
+
+
+def test_a_difference_counts_from_two_standard_errors_on():
+    assert resolved([1.0]) is None
+    assert resolved([1.0, 2.0, 3.0]) == pytest.approx(2 / (1 / math.sqrt(3)))
+    assert resolved([0.0, 0.0]) == 0
+    assert resolved([-1.0, -1.0]) < -1e6
+
+
+def test_claims_are_judged_seed_by_seed():
+    """The seeds differ by more than the rules do, but QSR is ahead in each."""
+    found = report(
+        {
+            "sync": [60.0, 65.0, 70.0],
+            "qsr": [60.5, 65.4, 70.6],
+            "constant": [61.0, 65.9, 71.2],
+            "cubic": [60.4, 65.6, 70.5],
+        },
+        {"sync": 10.0, "qsr": 8.0},
+    )
+    here = {claim["claim"]: claim["here"] for claim in found.claims()}
+    assert here == {
+        "QSR generalises better than data parallelism": True,
+        "QSR generalises better than its smallest H throughout": False,
+        "QSR generalises better than H ∝ 1/η": None,
+        "QSR generalises better than H ∝ 1/η³": None,
+        "QSR generalises better than post-local": None,
+        "QSR ends in a flatter minimum than data parallelism": True,
+    }
+    text = found.markdown()
+    assert "| QSR generalises better than data parallelism | yes | +0.50 | +8.7 |" in text
+    assert "| H ∝ 1/η² (QSR) | 65.50 ± 5.05 | 16.0% | 0.500 ± 0.000 | 9 ± 1 | 100 ± 0 |" in text
+    assert "12 of 18 runs are done" in text
+
+
+def test_one_seed_resolves_nothing():
+    assert all(claim["here"] is None for claim in report({"sync": [60.0], "qsr": [70.0]}).claims())
+
+
+def test_every_rule_has_a_title_and_all_leave_h_base_at_the_same_rate():
+    assert [method.name for method in STUDY.methods] == list(TITLES)
+    for method in STUDY.methods:
+        config = parse([str(STUDY.small.setting.path), *method.settings, "--output=x"]).method.period
+        if config.rule in ("power", "qsr"):
+            exponent = config.exponent or 2
+            assert config.alpha / 4 ** (1 / exponent) == pytest.approx(0.04, rel=2e-3), "4 = (α/η)^p at η = 0.04"
+
+
+def test_the_curvature_of_a_run(tmp_path):
+    """Of a network that gives all classes the same: ln 10, whatever the images."""
+    pytest.importorskip("scipy")
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
+    for split in ("train", "test"):
+        hvdlocal.ShardWriter(tmp_path / "data", split, classes=list("abcdefghij")).write(images, np.arange(40) % 10)
+    run = tmp_path / "run"
+    run.mkdir()
+    config = parse([str(STUDY.small.setting.path), f"--data.path={tmp_path}/data", f"--output={run}"])
+    model = build_model("small_cnn", 10, (8, 8, 3))
+    torch.nn.init.zeros_(model[-1].weight)
+    torch.nn.init.zeros_(model[-1].bias)
+    torch.save(model.state_dict(), run / "model.pt")
+    assert curvature.known(run) is None
+    found = curvature.measure(run, config)
+    assert found.loss == pytest.approx(math.log(10))
+    assert found.images == 40
+    assert found.largest > 0
+    assert curvature.known(run) == found
