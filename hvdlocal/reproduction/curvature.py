@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from hvdlocal.analysis.sharpness import Sharpness, sharpness
 from hvdlocal.data import ShardedDataset
-from hvdlocal.models import build_model
 from hvdlocal.reproduction.probe import first_images
 from hvdlocal.training import TrainConfig
+from hvdlocal.training.configured import configured_model
 from hvdlocal.training.images import configured_images
 from hvdlocal.training.run_directory import write_whole
 
@@ -58,7 +58,7 @@ def measure(directory: Path, config: TrainConfig) -> Curvature:
     """
     with closing(ShardedDataset(config.data.path, config.data.train_split, storage="mmap")) as data:
         images = configured_images(config.data, data)
-        model = build_model(config.model.name, data.num_classes, images.shape).eval()
+        model = configured_model(config, data.num_classes, images).eval()
         model.load_state_dict(torch.load(directory / "model.pt", weights_only=True))
         batches = first_images(data, images, IMAGES)
     total = sum(len(y) for _, y in batches)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvdlocal.data import Loader, ShardedDataset
-from hvdlocal.models import build_model
+from hvdlocal.data import ShardedDataset
 from hvdlocal.reproduction.finding import Finding
 from hvdlocal.reproduction.probe import first_images
 from hvdlocal.training import TrainConfig
+from hvdlocal.training.configured import configured_loader, configured_model, memory_format
 from hvdlocal.training.images import configured_images
 from hvdlocal.training.presets import build_inner
 from hvdlocal.training.schedules import build_schedule
@@ -60,23 +60,12 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[flo
     """
     with closing(ShardedDataset(config.data.path, config.data.train_split, storage=config.data.storage)) as data:
         images = configured_images(config.data, data)
-        loader = Loader(
-            data,
-            config.data.batch_size,
-            seed=config.seed,
-            order=config.data.order,
-            tail=config.data.tail,
-            crop=images.crop,
-            transform=images.transform,
-            mix=images.mix,
-        )
+        loader = configured_loader(config, data, images)
         budget = round(config.epochs * loader.steps_per_epoch)
         if budget <= max(PERIODS):
             raise ValueError(f"epochs={config.epochs} are {budget} steps: more than {max(PERIODS)} are needed")
         schedule = build_schedule(config.schedule, config.optimizer.lr, budget, loader.steps_per_epoch)
-        torch.manual_seed(config.seed)
-        layout = torch.channels_last if config.model.channels_last else torch.contiguous_format
-        model = build_model(config.model.name, data.num_classes, images.shape).to(memory_format=layout)  # type: ignore[call-overload]
+        model, layout = configured_model(config, data.num_classes, images), memory_format(config.model)
         optimizer = build_inner(config.optimizer, model)
         probe = first_images(data, images, IMAGES)
         starts = sorted({min(int(share * budget), budget - max(PERIODS)) for share in MOMENTS})

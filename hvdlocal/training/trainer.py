@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -18,10 +18,10 @@ from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
 from hvdlocal.data.order import OrderMode
-from hvdlocal.models import build_model
 from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.checkpoint import Resumed, resume
 from hvdlocal.training.config import TrainConfig, check_ranges, leaves, unused_settings
+from hvdlocal.training.configured import configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.console import Console
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
@@ -130,7 +130,7 @@ class Trainer:
         self.test_data = ShardedDataset(data.path, data.test_split, communicator=communicator)
         self.data.append(self.test_data)
         succeed_together(communicator, self._prepare, "hvdlocal.prepare")
-        require_agreement(communicator, self._facts(), "hvdlocal.preflight")
+        require_agreement(communicator, facts(config, self.device, self._fingerprints()), "hvdlocal.preflight")
         self.threads = set_threads(config.threads, communicator)
         self.unused = unused_settings(config)
         self.optimizer = build_optimizer(config, self.model, self.budget, self.epoch)
@@ -211,42 +211,28 @@ class Trainer:
         if self.train_data.shape != self.test_data.shape or self.train_data.classes != self.test_data.classes:
             raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
         self.images = configured_images(config.data, self.train_data)
-        self.loader = self._loader(config.seed, config.data.order)
+        self.loader = self._loader()
         scaling = build_scaling(config.method)
         reference = scaling.reference_batches(communicator.size, micro_batches_per_step(config.method))
         self.epoch = self.loader.steps_per_epoch * communicator.size / reference
         self.budget = config.epochs * self.epoch
         self.schedule = build_schedule(config.schedule, config.optimizer.lr, self.budget, self.epoch)
 
-        torch.manual_seed(config.seed)
-        self.model = build_model(config.model.name, self.train_data.num_classes, self.images.shape).to(self.device)
-        self.memory_format = torch.channels_last if config.model.channels_last else torch.contiguous_format
-        self.model = self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        self.model = configured_model(config, self.train_data.num_classes, self.images, self.device)
+        self.memory_format = memory_format(config.model)
 
-    def _loader(self, seed: int, order: OrderMode | Literal["auto"]) -> Loader:
-        data, images = self.config.data, self.images
-        return Loader(
+    def _loader(self, *, seed: int | None = None, order: OrderMode | None = None) -> Loader:
+        rank, size = self.communicator.rank, self.communicator.size
+        return configured_loader(
+            self.config,
             self.train_data,
-            data.batch_size,
-            rank=self.communicator.rank,
-            num_workers=self.communicator.size,
+            self.images,
+            self.device,
+            rank=rank,
+            num_workers=size,
             seed=seed,
             order=order,
-            tail=data.tail,
-            crop=images.crop,
-            transform=images.transform,
-            mix=images.mix,
-            device=self.device,
-            prefetch=data.prefetch,
-            threads=data.threads,
         )
-
-    def _facts(self) -> dict[str, Any]:
-        facts = {f"config {key}": value for key, value in leaves(self.config).items()}
-        facts |= {f"version of {package}": version for package, version in versions().items()}
-        facts |= {f"{split} data (fingerprint)": print for split, print in self._fingerprints().items()}
-        facts["kind of device"] = self.device.type
-        return facts
 
     def _fingerprints(self) -> dict[str, str]:
         return {"training": self.train_data.fingerprint, "test": self.test_data.fingerprint}
@@ -333,7 +319,7 @@ class Trainer:
         contents = resumed.contents
         if self.config.data.order == "auto" and contents["loader"]["order"] != self.loader.state_dict()["order"]:
             # This node stores the data in another way than that before, for which another order would be quicker.
-            self.loader = self._loader(self.config.seed, contents["loader"]["order"])
+            self.loader = self._loader(order=contents["loader"]["order"])
         self.loader.load_state_dict(contents["loader"])
         self.keeper.writer.write_seconds = contents["write_seconds"]
         position = Position(**contents["position"])
@@ -525,7 +511,7 @@ class Trainer:
 
     def _reestimation_batches(self) -> Iterator[torch.Tensor]:
         """The same images whatever the number of steps before: the first batches of an order of their own."""
-        loader = self._loader(self.config.seed + 1, self.config.data.order)
+        loader = self._loader(seed=self.config.seed + 1)
         batches = loader.endless()
         for _ in range(self.config.method.reestimate_batches):
             yield next(batches)[0].contiguous(memory_format=self.memory_format)

@@ -17,10 +17,10 @@ from torch import nn
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
-from hvdlocal.data import Loader, ShardedDataset
-from hvdlocal.models import build_model
-from hvdlocal.training.config import PeriodConfig, Preset, TrainConfig, check_ranges, leaves
-from hvdlocal.training.environment import choose_device, set_threads, versions
+from hvdlocal.data import ShardedDataset
+from hvdlocal.training.config import PeriodConfig, Preset, TrainConfig, check_ranges
+from hvdlocal.training.configured import configured_loader, configured_model, facts, memory_format
+from hvdlocal.training.environment import choose_device, set_threads
 from hvdlocal.training.images import configured_images
 from hvdlocal.training.measured import Closing, Pace, Series, unsmoothed
 from hvdlocal.training.presets import (
@@ -56,10 +56,8 @@ class Workbench:
             data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
         )
         succeed_together(communicator, self._prepare, "hvdlocal.prepare")
-        facts = {f"config {key}": value for key, value in leaves(config).items()}
-        facts |= {f"version of {package}": version for package, version in versions().items()}
-        facts |= {"training data (fingerprint)": self.data.fingerprint, "kind of device": self.device.type}
-        require_agreement(communicator, facts, "hvdlocal.preflight")
+        agreed = facts(config, self.device, {"training": self.data.fingerprint})
+        require_agreement(communicator, agreed, "hvdlocal.preflight")
         set_threads(config.threads, communicator)
         self.batches = self.loader.endless()
 
@@ -68,23 +66,10 @@ class Workbench:
         self.device = choose_device(self.config.device, self.communicator)
 
     def _prepare(self) -> None:
-        config, data, workers = self.config, self.config.data, self.communicator.size
-        self.images = configured_images(data, self.data)
-        self.loader = Loader(
-            self.data,
-            data.batch_size,
-            rank=self.communicator.rank,
-            num_workers=workers,
-            seed=config.seed,
-            order=data.order,
-            tail=data.tail,
-            crop=self.images.crop,
-            transform=self.images.transform,
-            mix=self.images.mix,
-            device=self.device,
-            prefetch=data.prefetch,
-            threads=data.threads,
-        )
+        config, workers = self.config, self.communicator.size
+        self.images = configured_images(config.data, self.data)
+        rank = self.communicator.rank
+        self.loader = configured_loader(config, self.data, self.images, self.device, rank=rank, num_workers=workers)
         self.epoch = self.loader.steps_per_epoch * workers
         self.schedule = build_schedule(config.schedule, config.optimizer.lr, config.epochs * self.epoch, self.epoch)
         # The method in the configuration is not run, but a mistake in it should be heard of now.
@@ -113,9 +98,7 @@ class Workbench:
 
     def model(self) -> nn.Module:
         """The configured model as it is before training."""
-        torch.manual_seed(self.config.seed)
-        model = build_model(self.config.model.name, self.data.num_classes, self.images.shape).to(self.device)
-        return model.to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        return configured_model(self.config, self.data.num_classes, self.images, self.device)
 
     @property
     def smoothing(self) -> float:
@@ -128,7 +111,7 @@ class Workbench:
     @property
     def memory_format(self) -> torch.memory_format:
         """Of the model and its inputs."""
-        return torch.channels_last if self.config.model.channels_last else torch.contiguous_format
+        return memory_format(self.config.model)
 
     def optimizer(self, preset: Preset, period: int, statistics: str) -> LocalOptimizer | SynchronousOptimizer:
         """An optimizer with a replica of its own, as the configuration has it but for the method; a collective."""
