@@ -48,12 +48,13 @@ def run(arguments: Sequence[str]) -> int:
 
     output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
     jobs = list(_jobs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
-    launcher = ranks_command(options.launcher)
+    launcher = [] if options.report else ranks_command(options.launcher)
     if options.dry_run:
         for job in jobs:
             print(shlex.join(train_command(launcher, job.cell.workers, job.arguments)))
         return 0
-    _prepare(jobs, grid)
+    if not options.report:
+        _prepare(jobs, grid)
     output.mkdir(parents=True, exist_ok=True)
     done = _report(study, grid, jobs).done
     count = f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}"
@@ -66,7 +67,7 @@ def run(arguments: Sequence[str]) -> int:
         report.write(output / study.name)
         print(f"  {report.line(job.cell)}", flush=True)
 
-    code = run_all(jobs, launcher, lambda text: print(text, flush=True), after)
+    code = 0 if options.report else run_all(jobs, launcher, lambda text: print(text, flush=True), after)
     if not grid.periods and code != EXIT_INTERRUPTED:
         for job in jobs:  # those that an interrupted command left
             _measure(job)
@@ -189,5 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WORDS",
         help="what starts ranks, before their number; default: mpirun -np, with ranks that may outnumber the cores",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the commands of the runs and leave")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="print the commands of the runs and leave")
+    only.add_argument("--report", action="store_true", help="write the report of the runs that are done and leave")
     return parser

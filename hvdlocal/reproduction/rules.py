@@ -138,7 +138,9 @@ class RuleReport:
     def claims(self) -> list[dict[str, Any]]:
         """The paper's claims, with the mean difference and how many standard errors it is from zero."""
         rows = {row.method: row for row in self.rows}
-        found = []
+        found: list[dict[str, Any]] = []
+        if not rows:
+            return found
         for claim in CLAIMS:
             mine, other = rows.get(claim.rule), rows.get(claim.other)
             differences = []
@@ -207,7 +209,7 @@ class RuleReport:
             "runs_done": self.done,
             "runs_expected": self.expected,
             "rows": [asdict(row) for row in self.rows],
-            "claims": self.claims() if self.rows else [],
+            "claims": self.claims(),
         }
 
     def write(self, stem: Path) -> list[Path]:

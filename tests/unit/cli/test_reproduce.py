@@ -119,6 +119,17 @@ def test_several_seeds_have_a_spread(reproduce):
     assert record["rows"][0]["accuracies"] == pytest.approx([70, 72, 74])
 
 
+def test_a_report_of_what_is_done(reproduce):
+    reproduce("table2", *GRID, "--methods", "baseline", "local-ada")
+    (reproduce.directory / "table2.md").unlink()
+    out, starts = reproduce("table2", *GRID, "--report")
+    assert starts == []
+    assert "9 runs, 3 done" in out
+    text = (reproduce.directory / "table2.md").read_text()
+    assert "3 of 9 runs are done" in text
+    assert text.count("| local-ada |") == 2
+
+
 def test_the_commands_can_be_seen_beforehand(reproduce):
     out, starts = reproduce("table3", "--scale", "paper", "--dry-run")
     lines = out.splitlines()

@@ -61,6 +61,10 @@ def test_claims_are_judged_seed_by_seed():
     assert "12 of 18 runs are done" in text
 
 
+def test_without_runs_there_is_nothing_to_say(tmp_path):
+    assert [path.name for path in report({}).write(tmp_path / "qsr")] == ["qsr.json"]
+
+
 def test_one_seed_resolves_nothing():
     assert all(claim["here"] is None for claim in report({"sync": [60.0], "qsr": [70.0]}).claims())
 
