@@ -129,10 +129,12 @@ class Run:
 
     @property
     def data_parallel_share(self) -> float | None:
-        """Bytes sent over those that averaging every micro-batch's gradient would have; known at the end, None for one rank."""
-        if self.end is None or not self.end["data_parallel_bytes"]:
-            return None
-        return float(self.end["bytes_sent"] / self.end["data_parallel_bytes"])
+        """Bytes sent over those that averaging every micro-batch's gradient would have; None for one rank."""
+        if self.end is not None:
+            sent, parallel = self.end["bytes_sent"], self.end["data_parallel_bytes"]
+        else:
+            sent, parallel = self.steps.last("bytes_sent"), self.steps.last("data_parallel_bytes")
+        return float(sent / parallel) if sent is not None and parallel else None
 
     @property
     def seconds(self) -> dict[str, float]:

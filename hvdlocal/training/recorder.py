@@ -19,6 +19,7 @@ class Recorder:
         metrics: where to.
         optimizer, loader, ledger: what is recorded.
         epoch: progress of one scale-invariant epoch.
+        gradient_bytes: what data parallelism would send for every micro-batch; 0 for one rank.
     """
 
     def __init__(
@@ -28,12 +29,18 @@ class Recorder:
         loader: Loader,
         ledger: Ledger,
         epoch: float,
+        gradient_bytes: int,
     ) -> None:
         self.metrics = metrics
         self._optimizer = optimizer
         self._loader = loader
         self._ledger = ledger
         self._epoch = epoch
+        self._gradient_bytes = gradient_bytes
+
+    def data_parallel_bytes(self, steps: int) -> int:
+        """What data parallelism would have sent in so many optimizer steps, averaging the gradient of every micro-batch."""
+        return self._gradient_bytes * steps * self._optimizer.accumulate
 
     def status(self) -> str:
         """The optimizer's state in a few words."""
@@ -68,6 +75,7 @@ class Recorder:
             accuracy=accuracy,
             divergence=self._optimizer.divergence,
             bytes_sent=self._ledger.bytes_sent,
+            data_parallel_bytes=self.data_parallel_bytes(steps),
             **{f"{name}_seconds": seconds for name, seconds in self._ledger.seconds().items()},
             **{f"loader_{name}": value for name, value in self._loader.stats().items()},
         )

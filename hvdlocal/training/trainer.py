@@ -162,7 +162,9 @@ class Trainer:
             environment["decoder"] = decoder_description()
         self.metrics: Metrics = NoMetrics()
         succeed_together(communicator, lambda: self._open_records(environment), "hvdlocal.records")
-        self.recorder = Recorder(self.metrics, self.optimizer, self.loader, self.ledger, self.epoch)
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        gradient_bytes = 4 * trained if communicator.size > 1 else 0
+        self.recorder = Recorder(self.metrics, self.optimizer, self.loader, self.ledger, self.epoch, gradient_bytes)
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -521,19 +523,17 @@ class Trainer:
 
     def _summary(self, evaluation: Evaluation) -> Summary:
         optimizer, ledger, steps = self.optimizer, self.ledger, self.position.steps
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        micro_batches = steps * optimizer.accumulate
         return Summary(
             evaluation=evaluation,
             steps=steps,
-            micro_batches=micro_batches,
+            micro_batches=steps * optimizer.accumulate,
             rounds=optimizer.round,
             progress=optimizer.progress,
             scale_invariant_epochs=optimizer.progress / self.epoch,
             data_epochs=self.loader.epoch,
             collectives=ledger.collectives,
             bytes_sent=ledger.bytes_sent,
-            data_parallel_bytes=4 * trained * micro_batches if self.communicator.size > 1 else 0,
+            data_parallel_bytes=self.recorder.data_parallel_bytes(steps),
             seconds=ledger.seconds(),
         )
 

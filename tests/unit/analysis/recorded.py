@@ -65,7 +65,10 @@ def write_run(
             )
         if step % 50 == 0:
             seconds = {f"{name}_seconds": step * each for name, each in STEP_SECONDS.items()}
-            records.append({"kind": "steps", "step": step, **state, **method, **seconds})
+            parallel = step * BYTES_PER_AVERAGING if workers > 1 else 0
+            records.append(
+                {"kind": "steps", "step": step, **state, **method, **seconds, "data_parallel_bytes": parallel}
+            )
         if step % 100 == 0:
             scores = {"samples": 10, "loss": 1 / step, "accuracy": 1 - 10 / step, "top5": None}
             records.append({"kind": "evaluation", "step": step, **state, **scores})

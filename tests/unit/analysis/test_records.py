@@ -59,7 +59,7 @@ def test_running_and_interrupted(tmp_path):
     os.utime(directory / "metrics.jsonl", (silent, silent))
     run = read_run(directory)
     assert run.state is State.INTERRUPTED
-    assert run.data_parallel_share is None, "known at the end only"
+    assert run.data_parallel_share == pytest.approx(112 * BYTES_PER_AVERAGING / (450 * BYTES_PER_AVERAGING))
     assert run.seconds["elapsed"] == pytest.approx(4.5)
 
 
