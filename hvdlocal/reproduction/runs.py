@@ -141,9 +141,10 @@ def run_all(
         after: called with every run that has ended.
 
     Returns:
-        0; 1 if one failed; 85 if the run that was going was asked to stop, after which no other is started.
+        0; 1 if one failed, the others being tried unless two in succession failed for the same reason; 85 if the run that was
+        going was asked to stop, after which no other is started.
     """
-    failed = False
+    failed, reason = False, ""
     with Supervisor() as supervisor:
         for number, job in enumerate(jobs, 1):
             if job.state is not State.OPEN:
@@ -157,9 +158,14 @@ def run_all(
                 say(f"interrupted: {job.last_words()}")
                 return EXIT_INTERRUPTED
             elif code:
-                say(f"  failed with exit code {code}: {job.last_words()}")
-                failed = True
+                words = job.last_words()
+                say(f"  failed with exit code {code}: {words}")
+                failed, before, reason = True, reason, words.replace(job.directory.name, "")
+                if reason == before:
+                    say("the same as in the run before: the others are not tried")
+                    return 1
                 continue
+            reason = ""
             after(job)
             if supervisor.asked:
                 return EXIT_INTERRUPTED

@@ -43,3 +43,23 @@ def test_ctrl_c_and_the_same_command_again(data, tmp_path):
     [row] = json.loads((output / "table2.json").read_text())["rows"]
     assert (row["method"], row["workers"], row["period"]) == ("local-ada", 2, 4)
     assert row["accuracy"] > 60
+
+
+def test_rules_for_h_and_how_flat_their_minima_are(data, tmp_path):
+    output = tmp_path / "runs"
+    command = [*HVDLOCAL, "reproduce", "qsr", "--methods", "sync", "qsr", "--workers", "2", "--data", str(data)]
+    command += ["--output", str(output), "--epochs=3", "--data.batch_size=64"]
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    result = launch(*command, **root)
+    assert result.code == 0, result.out + result.err
+    found = json.loads((output / "qsr.json").read_text())
+    synchronous, quadratic = found["rows"]
+    assert synchronous["communication"] == [1.0]
+    assert 0 < quadratic["communication"][0] < 0.3
+    for row in found["rows"]:
+        assert row["largest"][0] > 0
+        assert row["traces"][0] > row["largest"][0], "most eigenvalues are positive"
+    curvature = output / "qsr-K2-seed0" / "curvature.json"
+    curvature.unlink()
+    assert launch(*command, **root).code == 0
+    assert curvature.exists(), "measured again, without another run"

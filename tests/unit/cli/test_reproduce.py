@@ -102,6 +102,15 @@ def test_a_failed_run_is_reported_and_tried_again(reproduce):
     assert reproduce(*arguments)[1] == ["local-ada-K2-H2-seed0 2 1"]
 
 
+def test_two_runs_that_fail_for_the_same_reason_end_the_grid(reproduce):
+    """Such as an mpirun that does not start at all."""
+    plan = {f"local-ada-K2-H{period}-seed0": [2, 0, 0] for period in (2, 4, 8, 16)}
+    arguments = ["table2", "--workers", "2", "--periods", "2", "4", "8", "16", "--methods", "local-ada"]
+    out, starts = reproduce(*arguments, plan=plan, expect=1)
+    assert len(starts) == 2
+    assert "the same as in the run before: the others are not tried" in out
+
+
 def test_an_interrupted_run_ends_the_grid(reproduce):
     arguments = ["table2", *GRID, "--methods", "local-ada"]
     out, starts = reproduce(*arguments, plan={"local-ada-K2-H2-seed0": [85, 0, 0]}, expect=85)
