@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,18 @@ EXPERIMENTS = {
 }
 
 
+FIG7_SETTINGS = ("data.", "model.name", "model.channels_last", "optimizer.", "schedule.", "epochs")
+"""What fig7 reads of a configuration, but for the names in `_NOT_READ`."""
+
+_NOT_READ = ("optimizer.max_norm",)
+
+
+def require_scipy(name: str) -> None:
+    """Raises ValueError without SciPy: before the minutes that it is needed after."""
+    if find_spec("scipy") is None:
+        raise ValueError(f"{name} needs SciPy: pip install hvdlocal[reproduce]")
+
+
 def run(arguments: Sequence[str]) -> int:
     """Runs an experiment and writes its report.
 
@@ -28,12 +41,19 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises:
         ValueError: an option or a setting is wrong, or data are missing.
+        OSError: the report cannot be written, which is tried beforehand.
     """
-    options, train = _parser().parse_known_args(arguments)
-    if train and options.experiment != "fig7":
-        raise ValueError(f"{options.experiment} has no option {train[0]}: only --seed and --output")
-    finding = _fig7(options, train) if options.experiment == "fig7" else _simulation(options)
-    paths = finding.write(options.output / options.experiment)
+    name = arguments[0]
+    options, train = _parser(name).parse_known_args(arguments)
+    if train and name != "fig7":
+        raise ValueError(f"{name} has no option {train[0]}: only --seed and --output")
+    for word in train:
+        key = word.removeprefix("--").partition("=")[0]
+        if word.startswith("--") and (not key.startswith(FIG7_SETTINGS) or key in _NOT_READ):
+            raise ValueError(f"fig7 is plain SGD on one worker, to which {key} means nothing: leave it out")
+    options.output.mkdir(parents=True, exist_ok=True)
+    finding = _fig7(options, train) if name == "fig7" else _simulation(options)
+    paths = finding.write(options.output / name)
     for text, holds in finding.claims:
         print(f"{text}: {'yes' if holds else 'no'}")
     print(" ".join(map(str, paths)))
@@ -45,10 +65,7 @@ def _simulation(options: argparse.Namespace) -> Finding:
         from hvdlocal.reproduction import bounds
 
         return bounds.run(options.seed)
-    try:
-        import scipy.integrate  # noqa: F401  (before a minute of simulation)
-    except ImportError as error:
-        raise ValueError("valley needs SciPy: pip install hvdlocal[reproduce]") from error
+    require_scipy("valley")
     from hvdlocal.reproduction import valley
 
     return valley.run(options.seed)
@@ -79,24 +96,26 @@ def _config(setting: Setting, options: argparse.Namespace, train: Sequence[str])
     return config
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(name: str) -> argparse.ArgumentParser:
+    more = " Options that are not listed here go to hvdlocal train, such as --epochs 1." if name == "fig7" else ""
     parser = argparse.ArgumentParser(
         prog="hvdlocal reproduce",
-        usage="hvdlocal reproduce {fig7,bounds,valley} [options]",
-        description="; ".join(f"{name}: {what}" for name, what in EXPERIMENTS.items())
-        + ". Options of fig7 that are not listed here go to hvdlocal train, such as --epochs 1.",
+        usage=f"hvdlocal reproduce {name} [options]",
+        description=f"{name}: {EXPERIMENTS[name]}. One process, no MPI.{more}",
         allow_abbrev=False,
     )
-    parser.add_argument("experiment", choices=tuple(EXPERIMENTS))
+    parser.add_argument("experiment", choices=tuple(EXPERIMENTS), help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/reproduce"), metavar="DIR", help="default: runs/reproduce"
     )
+    if name != "fig7":
+        return parser
     parser.add_argument(
         "--scale",
         choices=("small", "paper"),
         default="small",
-        help="fig7: a small network on CIFAR-10, or the paper's ResNet-9 (default: small)",
+        help="a small network on CIFAR-10, or the paper's ResNet-9 on CIFAR-10, which wants a GPU (default: small)",
     )
-    parser.add_argument("--data", metavar="DIR", help="fig7: the data set; default: as in experiments/")
+    parser.add_argument("--data", metavar="DIR", help="the data set; default: as in experiments/")
     return parser

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdlocal.cli.experiments import EXPERIMENTS
+from hvdlocal.cli.experiments import EXPERIMENTS, require_scipy
 from hvdlocal.cli.experiments import run as run_experiment
 from hvdlocal.reproduction.studies import STUDIES, Cell, Grid, Study, cells
 
@@ -37,9 +37,13 @@ def run(arguments: Sequence[str]) -> int:
     """
     if arguments and arguments[0] in EXPERIMENTS:
         return run_experiment(arguments)
+    if named := [word for word in arguments if word in EXPERIMENTS]:
+        raise ValueError(f"the experiment's name comes first: hvdlocal reproduce {named[0]} …")
     options, train = _parser().parse_known_args(arguments)
     study, grid = _study(options)
     chosen = list(_cells(options, study, grid))
+    if not grid.periods and (wrong := [word for word in train if word.startswith("--method.")]):
+        raise ValueError(f"{study.name} decides the method: leave out {wrong[0]}, and choose with --methods")
     if meant := [OWN_OPTIONS[name] for word in train if (name := word.partition("=")[0]) in OWN_OPTIONS]:
         raise ValueError(f"the grid decides this setting: use {meant[0]}")
 
@@ -61,20 +65,16 @@ def run(arguments: Sequence[str]) -> int:
     print(f"{study.title}\n{grid.setting.title}: {count}, {done} done, in {output}", flush=True)
 
     def after(job: Job) -> None:
-        if not grid.periods:
-            _measure(job)
         report = _report(study, grid, jobs)
         report.write(output / study.name)
         print(f"  {report.line(job.cell)}", flush=True)
 
     code = 0 if options.report else run_all(jobs, launcher, lambda text: print(text, flush=True), after)
-    if not grid.periods and code != EXIT_INTERRUPTED:
-        for job in jobs:  # those that an interrupted command left
-            _measure(job)
+    if not (grid.periods or options.report or code == EXIT_INTERRUPTED):
+        code |= _measure(jobs)
     report = _report(study, grid, jobs)
     for claim in report.claims():
-        words = {True: "yes", False: "no", None: "not known" if grid.periods else "not resolved"}
-        print(f"K = {claim['workers']}: {claim['claim']}: {words[claim['here']]}")
+        print(f"K = {claim['workers']}: {claim['claim']}: {report.answer(claim)}")
     print(" ".join(str(path) for path in report.write(output / study.name)))
     return code
 
@@ -100,6 +100,8 @@ def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Ce
     for name in ("workers", "periods"):
         if wrong := [number for number in getattr(options, name) or () if number < 1]:
             raise ValueError(f"--{name} {wrong[0]}: at least 1")
+    if not grid.periods and (options.periods or len(options.workers or ()) > 1):
+        raise ValueError(f"{study.name} compares rules for H with one K: no --periods, and one number of --workers")
     methods = [known[name] for name in options.methods or known]
     lists = (methods, options.workers or grid.workers, options.periods or grid.periods, options.seeds)
     return cells(*(list(dict.fromkeys(numbers)) for numbers in lists))
@@ -116,6 +118,12 @@ def _jobs(grid: Grid, chosen: Sequence[Cell], output: Path, settings: Sequence[s
         arguments = [str(grid.setting.path), *settings, *cell.settings, f"--output={directory}"]
         config = parse(arguments)
         check_ranges(config)
+        switch = config.method.period.switch_epochs
+        if switch is not None and switch >= config.epochs:
+            raise ValueError(
+                f"{cell.method.name} switches after {switch:g} epochs, and the run has {config.epochs:g}: leave it out with "
+                "--methods"
+            )
         yield Job(cell, directory, arguments, config)
 
 
@@ -124,6 +132,8 @@ def _prepare(jobs: Sequence[Job], grid: Grid) -> None:
     from hvdlocal.data.manifest import MANIFEST_NAME
     from hvdlocal.training.run_directory import restart_count
 
+    if not grid.periods:
+        require_scipy("qsr")
     data = jobs[0].config.data
     for split in (data.train_split, data.test_split):
         if not (Path(data.path) / split / MANIFEST_NAME).is_file():
@@ -136,13 +146,29 @@ def _prepare(jobs: Sequence[Job], grid: Grid) -> None:
             job.clear()
 
 
-def _measure(job: Job) -> None:
-    """The sharpness of what a run found, unless it diverged."""
+def _measure(jobs: Sequence[Job]) -> int:
+    """The sharpness of what the runs found, where it is not known.
+
+    Returns:
+        0, or 1 where it could not be measured.
+    """
     from hvdlocal.reproduction import curvature
     from hvdlocal.reproduction.runs import State
 
-    if job.state is State.FINISHED and curvature.known(job.directory) is None:
-        curvature.measure(job.directory, job.config)
+    failed = 0
+    for job in jobs:
+        if job.state is not State.FINISHED or curvature.known(job.directory) is not None:
+            continue
+        try:
+            found = curvature.measure(job.directory, job.config)
+        except (RuntimeError, ValueError, OSError) as error:
+            print(f"{job.cell.title}: the sharpness could not be measured: {error}", flush=True)
+            failed = 1
+        else:
+            print(
+                f"{job.cell.title}: training loss {found.loss:.3f}, largest eigenvalue {found.largest:.3g}", flush=True
+            )
+    return failed
 
 
 def _report(study: Study, grid: Grid, jobs: Sequence[Job]) -> Report | RuleReport:

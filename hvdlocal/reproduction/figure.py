@@ -40,13 +40,21 @@ def draw_rules(report: RuleReport, path: Path) -> None:
 
     with style():
         figure, axes = new_figure(1, 2, width=9.5, height=3.4)
-        for row, color in zip(report.rows, COLORS, strict=False):
-            share = [100 * one for one in row.communication]
-            for panel, values in zip(axes[0], (row.accuracies, row.largest), strict=True):
-                if len(values) == len(share):
-                    panel.plot(share, values, ".", color=color, alpha=0.6)
-                    mean = sum(values) / len(values)
-                    panel.plot(share[:1], [mean], "o", color=color, ms=6, label=TITLES.get(row.method, row.method))
+        for (name, runs), color in zip(report.runs.items(), COLORS, strict=False):
+            known = [(100 * run.communication, run) for run in runs if run.communication is not None]
+            for panel, points in zip(
+                axes[0],
+                (
+                    [(share, run.accuracy) for share, run in known],
+                    [(share, run.largest) for share, run in known if run.largest is not None],
+                ),
+                strict=True,
+            ):
+                if points:
+                    shares, values = zip(*points, strict=True)
+                    panel.plot(shares, values, ".", color=color, alpha=0.6)
+                    mean = ([sum(shares) / len(shares)], [sum(values) / len(values)])
+                    panel.plot(*mean, "o", color=color, ms=6, label=TITLES.get(name, name))
         for panel, label in zip(
             axes[0], ("Test accuracy [%]", "Largest eigenvalue of the Hessian\nof the training loss"), strict=True
         ):

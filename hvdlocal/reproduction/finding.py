@@ -21,7 +21,7 @@ class Finding:
     Attributes:
         title: in a line.
         setting: what was done, in a paragraph.
-        claims: sentences of the paper, and whether they hold here.
+        claims: sentences, the paper's or our own, and whether they hold here.
         header, table: numbers, as text.
         remarks: what the claims do not say, a paragraph each.
         record: all of it for programs.

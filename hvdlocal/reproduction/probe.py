@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hvdlocal.data import ShardedDataset, evaluation_batches
@@ -10,10 +11,13 @@ from hvdlocal.training.images import Images
 BATCH = 500
 
 
-def first_images(data: ShardedDataset, images: Images, number: int) -> list[tuple[Tensor, Tensor]]:
+def first_images(
+    data: ShardedDataset, images: Images, number: int, device: str | torch.device = "cpu"
+) -> list[tuple[Tensor, Tensor]]:
     """The first images of a data set, whose order on disk is random, in batches: cut like test images, not augmented."""
     batches: list[tuple[Tensor, Tensor]] = []
-    for batch in evaluation_batches(data, BATCH, crop=images.test_crop, transform=images.test_transform):
+    crop, transform = images.test_crop, images.test_transform
+    for batch in evaluation_batches(data, BATCH, crop=crop, transform=transform, device=device):
         batches.append(batch)
         if len(batches) * BATCH >= number:
             break

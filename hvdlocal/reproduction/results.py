@@ -143,6 +143,11 @@ class Report:
                 found.append({"workers": workers, "claim": claim.text, "here": here, "published": published})
         return found
 
+    @staticmethod
+    def answer(claim: Mapping[str, Any]) -> str:
+        """Whether a claim holds here, in words."""
+        return {True: "yes", False: "no", None: "not known"}[claim["here"]]
+
     # -- as text -----------------------------------------------------------------------------------------------------
 
     def line(self, cell: Cell) -> str:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hvdlocal.reproduction.curvature import Curvature
+from hvdlocal.reproduction.curvature import IMAGES, Curvature
 from hvdlocal.reproduction.runs import Outcome
 from hvdlocal.reproduction.studies import Cell, Setting, Study
 from hvdlocal.training.run_directory import write_whole
@@ -26,23 +26,40 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class RuleRow:
-    """A rule over all seeds that are done; lists have one entry a seed.
+class Run:
+    """One seed of a rule; `curvature` is None until it is measured, and for a run that diverged."""
 
-    Attributes:
-        accuracies: in percent.
-        communication: bytes sent, as a share of data parallelism's.
-        losses: of the final average on training images as they are.
-        largest, traces: of its Hessian.
-    """
+    seed: int
+    outcome: Outcome
+    curvature: Curvature | None
 
-    method: str
-    seeds: list[int]
-    accuracies: list[float]
-    communication: list[float]
-    losses: list[float]
-    largest: list[float]
-    traces: list[float]
+    @property
+    def accuracy(self) -> float:
+        """In percent; chance where it diverged."""
+        return self.outcome.accuracy_percent
+
+    @property
+    def communication(self) -> float | None:
+        """Bytes sent, as a share of data parallelism's; None where it diverged."""
+        return self.outcome.communication
+
+    @property
+    def loss(self) -> float | None:
+        """Of the final average on training images as they are."""
+        return None if self.curvature is None else self.curvature.loss
+
+    @property
+    def largest(self) -> float | None:
+        """Eigenvalue of that loss's Hessian."""
+        return None if self.curvature is None else self.curvature.largest
+
+    @property
+    def trace(self) -> float | None:
+        """Of that Hessian."""
+        return None if self.curvature is None else self.curvature.trace
+
+
+Measure = Callable[[Run], float | None]
 
 
 @dataclass(frozen=True)
@@ -52,49 +69,54 @@ class RuleClaim:
     text: str
     rule: str
     other: str
-    measure: Callable[[RuleRow], list[float]]
+    measure: Measure
     sign: int
 
 
-def _accuracies(row: RuleRow) -> list[float]:
-    return row.accuracies
+def _accuracy(run: Run) -> float:
+    return run.accuracy
 
 
-def _largest(row: RuleRow) -> list[float]:
-    return row.largest
+def _largest(run: Run) -> float | None:
+    return run.largest
 
 
 CLAIMS = (
-    RuleClaim("QSR generalises better than data parallelism", "qsr", "sync", _accuracies, 1),
-    RuleClaim("QSR generalises better than its smallest H throughout", "qsr", "constant", _accuracies, 1),
-    RuleClaim("QSR generalises better than H ∝ 1/η", "qsr", "inverse", _accuracies, 1),
-    RuleClaim("QSR generalises better than H ∝ 1/η³", "qsr", "cubic", _accuracies, 1),
-    RuleClaim("QSR generalises better than post-local", "qsr", "post-local", _accuracies, 1),
+    RuleClaim("QSR generalises better than data parallelism", "qsr", "sync", _accuracy, 1),
+    RuleClaim("QSR generalises better than its smallest H throughout", "qsr", "constant", _accuracy, 1),
+    RuleClaim("QSR generalises better than H ∝ 1/η", "qsr", "inverse", _accuracy, 1),
+    RuleClaim("QSR generalises better than H ∝ 1/η³", "qsr", "cubic", _accuracy, 1),
+    RuleClaim("QSR generalises better than post-local", "qsr", "post-local", _accuracy, 1),
     RuleClaim("QSR ends in a flatter minimum than data parallelism", "qsr", "sync", _largest, -1),
 )
 
-ERRORS = 2.0
-"""Standard errors from which on a difference of means counts."""
-
-SMALLEST_ERROR = 1e-9
-"""So that equal differences have a finite number."""
+CONFIDENCE = 0.95
 
 RULE = (
-    f"A difference between two rules counts if its mean over the seeds is more than {ERRORS:g} standard errors from zero; "
-    "both rules have the same seeds, so it is taken seed by seed. Otherwise the seeds do not resolve it."
+    f"A difference between two rules is taken seed by seed and counts if Student's t, two-sided with {CONFIDENCE:.0%}, resolves "
+    f"it; there are {len(CLAIMS)} claims, so about one in {round(1 / (1 - CONFIDENCE) / len(CLAIMS))} such tables has a yes or "
+    "no by chance alone."
 )
 
 
-def resolved(differences: Sequence[float]) -> float | None:
-    """The mean difference in standard errors; None for fewer than two seeds."""
+def resolved(differences: Sequence[float]) -> int | None:
+    """The sign of the mean difference if it is resolved, 0 if not, None for fewer than two seeds.
+
+    Raises:
+        ImportError: SciPy is missing.
+    """
+    from scipy.stats import t
+
     if len(differences) < 2:
         return None
+    mean = statistics.fmean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.fmean(differences) / max(error, SMALLEST_ERROR)
+    needed = t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)
+    return int(math.copysign(1, mean)) if error and abs(mean) > needed * error else 0
 
 
 class RuleReport:
-    """What is known of a study of rules so far.
+    """What is known of a study of rules, for one K, so far.
 
     Args:
         study: which.
@@ -117,54 +139,42 @@ class RuleReport:
         self.study, self.setting, self.epochs = study, setting, epochs
         self.done, self.expected = len(outcomes), expected
         self.workers = sorted({cell.workers for cell in outcomes})
-        names = list(dict.fromkeys(cell.method.name for cell in outcomes))
-        self.rows = [self._row(name, outcomes, curvatures) for name in names]
-
-    @staticmethod
-    def _row(name: str, outcomes: Mapping[Cell, Outcome], curvatures: Mapping[Cell, Curvature]) -> RuleRow:
-        cells = sorted((cell for cell in outcomes if cell.method.name == name), key=lambda cell: cell.seed)
-        mine = [outcomes[cell] for cell in cells]
-        around = [curvatures[cell] for cell in cells if cell in curvatures]
-        return RuleRow(
-            name,
-            [cell.seed for cell in cells],
-            [outcome.accuracy_percent for outcome in mine],
-            [outcome.communication for outcome in mine if outcome.communication is not None],
-            [one.loss for one in around],
-            [one.largest for one in around],
-            [one.trace for one in around],
-        )
+        self.runs: dict[str, list[Run]] = {}
+        for cell, outcome in sorted(outcomes.items(), key=lambda item: item[0].seed):
+            self.runs.setdefault(cell.method.name, []).append(Run(cell.seed, outcome, curvatures.get(cell)))
+        self.runs = {method.name: self.runs[method.name] for method in study.methods if method.name in self.runs}
 
     def claims(self) -> list[dict[str, Any]]:
         """The paper's claims, with the mean difference and how many standard errors it is from zero."""
-        rows = {row.method: row for row in self.rows}
-        found: list[dict[str, Any]] = []
-        if not rows:
-            return found
-        for claim in CLAIMS:
-            mine, other = rows.get(claim.rule), rows.get(claim.other)
-            differences = []
-            if mine is not None and other is not None and mine.seeds == other.seeds:
-                pairs = list(zip(claim.measure(mine), claim.measure(other), strict=False))
-                differences = [a - b for a, b in pairs] if len(pairs) == len(mine.seeds) else []
-            errors = resolved(differences)
-            here = None if errors is None or abs(errors) <= ERRORS else errors * claim.sign > 0
-            found.append(
-                {
-                    "workers": self.workers[0],
-                    "claim": claim.text,
-                    "here": here,
-                    "difference": statistics.fmean(differences) if differences else None,
-                    "standard_errors": errors,
-                }
-            )
-        return found
+        return [self._claim(claim) for claim in CLAIMS] if self.runs else []
+
+    def _claim(self, claim: RuleClaim) -> dict[str, Any]:
+        other = {run.seed: claim.measure(run) for run in self.runs.get(claim.other, [])}
+        pairs = [(claim.measure(run), other.get(run.seed)) for run in self.runs.get(claim.rule, [])]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        sign = resolved(differences)
+        spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+        return {
+            "workers": self.workers[0],
+            "claim": claim.text,
+            "here": None if not sign else sign == claim.sign,
+            "seeds": len(differences),
+            "difference": statistics.fmean(differences) if differences else None,
+            "standard_error": spread / math.sqrt(len(differences)) if spread else None,
+        }
+
+    @staticmethod
+    def answer(claim: Mapping[str, Any]) -> str:
+        """Whether a claim holds here, in words."""
+        if claim["here"] is None:
+            return "not resolved" if claim["seeds"] > 1 else "not known"
+        return "yes" if claim["here"] else "no"
 
     def line(self, cell: Cell) -> str:
         """The row of a run in a few words."""
-        row = next(row for row in self.rows if row.method == cell.method.name)
-        largest = f", largest eigenvalue {_mean(row.largest)}" if row.largest else ""
-        return f"{_mean(row.accuracies, '.2f')} %, {_mean(row.communication, '.1%')} of the communication{largest}"
+        runs = self.runs[cell.method.name]
+        accuracy, communication = _mean(runs, _accuracy, ".2f"), _mean(runs, lambda run: run.communication, ".1%")
+        return f"{accuracy} %, {communication} of the communication" if communication else f"{accuracy} %: diverged"
 
     def markdown(self) -> str:
         """The whole report."""
@@ -174,28 +184,35 @@ class RuleReport:
             f"{self.setting.title}; K = {self.workers[0]}, {self.epochs:g} epochs for every rule. {self.done} of "
             f"{self.expected} runs are done; ± is the standard deviation over the seeds. Communication: bytes, as a share of "
             "data parallelism's. Training loss, largest eigenvalue and trace of its Hessian: of the final average, on the first "
-            "training images without augmentation.",
+            f"{IMAGES:,} training images (or all, if there are fewer) without augmentation. A run that diverged counts as "
+            "chance.",
             "",
             "| rule | test accuracy | communication | training loss | largest eigenvalue | trace |",
             "|---|---|---|---|---|---|",
         ]
-        for row in self.rows:
+        for name, runs in self.runs.items():
+            diverged = sum(run.outcome.diverged for run in runs)
             cells = [
-                TITLES.get(row.method, row.method),
-                _mean(row.accuracies, ".2f"),
-                f"{statistics.fmean(row.communication):.1%}" if row.communication else "",
-                _mean(row.losses, ".3f"),
-                _mean(row.largest),
-                _mean(row.traces),
+                TITLES.get(name, name),
+                _mean(runs, _accuracy, ".2f") + (f" ({diverged} diverged)" if diverged else ""),
+                _mean(runs, lambda run: run.communication, ".1%"),
+                _mean(runs, lambda run: run.loss, ".3f"),
+                _mean(runs, _largest, ".3g"),
+                _mean(runs, lambda run: run.trace, ".3g"),
             ]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", f"What Gu, Lyu, Arora, Zhang and Huang (ICLR 2024) say of large networks on ImageNet. {RULE}", ""]
-        lines += ["| claim | here | difference | standard errors |", "|---|---|---|---|"]
-        words = {True: "yes", False: "**no**", None: "not resolved"}
+        lines += ["| claim | here | difference | standard error | seeds |", "|---|---|---|---|---|"]
         for claim in self.claims():
-            difference, errors = claim["difference"], claim["standard_errors"]
-            numbers = "" if difference is None else f"{difference:+.2f}", "" if errors is None else f"{errors:+.1f}"
-            lines.append(f"| {claim['claim']} | {words[claim['here']]} | {' | '.join(numbers)} |")
+            difference, error = claim["difference"], claim["standard_error"]
+            cells = [
+                claim["claim"],
+                "**no**" if claim["here"] is False else self.answer(claim),
+                "" if difference is None else f"{difference:+.2f}",
+                "" if error is None else f"{error:.2f}",
+                str(claim["seeds"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
     def record(self) -> dict[str, Any]:
@@ -208,7 +225,7 @@ class RuleReport:
             "rule": RULE,
             "runs_done": self.done,
             "runs_expected": self.expected,
-            "rows": [asdict(row) for row in self.rows],
+            "rows": [{"method": name, "runs": [asdict(run) for run in runs]} for name, runs in self.runs.items()],
             "claims": self.claims(),
         }
 
@@ -216,7 +233,7 @@ class RuleReport:
         """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
         paths = [stem.with_suffix(".json")]
         write_whole(paths[0], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
-        if not self.rows:
+        if not self.runs:
             return paths
         paths.append(stem.with_suffix(".md"))
         write_whole(paths[-1], self.markdown())
@@ -229,8 +246,9 @@ class RuleReport:
         return paths
 
 
-def _mean(values: Sequence[float], form: str = ".3g") -> str:
-    """The mean, with the standard deviation over several seeds."""
+def _mean(runs: Sequence[Run], measure: Measure, form: str) -> str:
+    """The mean, with the standard deviation over several seeds; empty where nothing is known."""
+    values = [value for run in runs if (value := measure(run)) is not None]
     if not values:
         return ""
     spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""

@@ -57,7 +57,7 @@ SMALL = Setting(
 )
 SMALL_QSR = Setting(
     "cifar10_small_qsr",
-    f"{SMALL.title}, 40 epochs",
+    SMALL.title,
     "",
     0,
     False,
@@ -164,7 +164,7 @@ _RULES = (
     Method("sync", ("--method.preset=sync", "--method.period.rule=constant", *_NO_RULE), "sync"),
     _rule("constant", "--method.period.rule=constant", "--method.period.period=4", *_NO_RULE),
     _rule("inverse", "--method.period.rule=power", "--method.period.exponent=1", "--method.period.alpha=0.16"),
-    _rule("qsr"),
+    _rule("qsr", "--method.period.rule=qsr", "--method.period.alpha=0.08"),
     _rule("cubic", "--method.period.rule=power", "--method.period.exponent=3", "--method.period.alpha=0.0635"),
     _rule(
         "post-local",
@@ -174,7 +174,7 @@ _RULES = (
         *_NO_RULE,
     ),
 )
-"""H = 1, H_base, H ∝ 1/η, 1/η², 1/η³; coefficients with which all leave H_base at the same η."""
+"""H = 1, H_base, H ∝ 1/η, 1/η², 1/η³; coefficients with which all reach H_base at the same η."""
 
 _WORKERS, _PERIODS = (8, 16, 24), (2, 4, 8, 16, 32, 64)
 _SMALL = Grid(SMALL, (8,), (2, 8, 32))

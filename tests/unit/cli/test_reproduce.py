@@ -151,6 +151,13 @@ def test_the_commands_can_be_seen_beforehand(reproduce):
     ("arguments", "message"),
     [
         (["qsr", "--scale", "paper"], "has only the small setting"),
+        (["qsr", "--periods", "2", "8"], "no --periods, and one number of --workers"),
+        (["qsr", "--workers", "4", "8"], "no --periods, and one number of --workers"),
+        (["qsr", "--method.period.alpha=1"], "qsr decides the method: leave out --method.period.alpha=1"),
+        (
+            ["qsr", "--epochs", "10"],
+            "post-local switches after 20 epochs, and the run has 10: leave it out with --methods",
+        ),
         (["table5"], "choose one of table2, table3"),
         (["table3"], "table3 --scale paper"),
         (["table2", "--methods", "sync"], "table2 has baseline, acc-lin"),
