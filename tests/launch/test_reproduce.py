@@ -1,11 +1,13 @@
 """A tiny grid, interrupted as by Ctrl-C and finished by the same command."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import time
 
+import pytest
 from conftest import HVDLOCAL, ROOT, environment, launch
 
 
@@ -53,13 +55,19 @@ def test_rules_for_h_and_how_flat_their_minima_are(data, tmp_path):
     result = launch(*command, **root)
     assert result.code == 0, result.out + result.err
     found = json.loads((output / "qsr.json").read_text())
-    synchronous, quadratic = found["rows"]
-    assert synchronous["communication"] == [1.0]
-    assert 0 < quadratic["communication"][0] < 0.3
-    for row in found["rows"]:
-        assert row["largest"][0] > 0
-        assert row["traces"][0] > row["largest"][0], "most eigenvalues are positive"
+    [synchronous], [quadratic] = (row["runs"] for row in found["rows"])
+    assert synchronous["outcome"]["communication"] == pytest.approx(1, rel=2e-3), (
+        "and a few numbers beside the gradient"
+    )
+    assert 0 < quadratic["outcome"]["communication"] < 0.4
+    for run in (synchronous, quadratic):
+        assert run["curvature"]["largest"] > 0
+        assert run["curvature"]["loss"] < math.log(10), "of the trained model, not of a fresh one"
     curvature = output / "qsr-K2-seed0" / "curvature.json"
     curvature.unlink()
-    assert launch(*command, **root).code == 0
-    assert curvature.exists(), "measured again, without another run"
+    assert launch(*command, "--report", **root).code == 0
+    assert not curvature.exists(), "a report only"
+    again = launch(*command, **root)
+    assert again.code == 0
+    assert "[1/2]" not in again.out, "no other run"
+    assert curvature.exists()
