@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,9 +25,13 @@ from hvdlocal.data.order import pre_shuffle
 from hvdlocal.data.pixels import mean_and_std
 from hvdlocal.data.shard import open_shard
 from hvdlocal.data.team import Team
+from hvdlocal.lock import hold
 
 UNFINISHED = ".unfinished"
 """Directory inside the split's, where shards wait until all are there; named as no class of an image tree can be."""
+
+LOCK = ".lock"
+"""File inside the split's directory, while it is written."""
 
 BAD_FILES = "bad_files.txt"
 """Report inside the split's directory: one line per sample that could not be used."""
@@ -129,6 +133,7 @@ class SplitWriter:
         self._team = Team(communicator)
         self._progress = progress
         self._unfinished = self.directory / UNFINISHED
+        self._lock: IO[bytes] | None = None
 
     def _check_labels(self, labels: ArrayLike, n: int, things: str) -> NDArray[np.int32]:
         if n < self.num_shards:
@@ -165,7 +170,7 @@ class SplitWriter:
             preparation: as in the manifest.
             skip_bad: whether bad samples are left out; otherwise they are refused once all have been tried.
         """
-        n, team = len(labels), self._team
+        team = self._team
         plan = sha256_of_json(
             {
                 "split": self.split,
@@ -178,6 +183,22 @@ class SplitWriter:
             }
         )
         team.agree({"the plan of the data set": plan}, "data.plan")
+        team.first(self._claim, "data.claim")
+        try:
+            return self._write_claimed(plan, shape, labels, write_shard, preparation, skip_bad)
+        finally:
+            self._release()
+
+    def _write_claimed(
+        self,
+        plan: str,
+        shape: tuple[int, int, int] | None,
+        labels: NDArray[np.int32],
+        write_shard: Callable[[Path, str, NDArray[np.int64]], Receipt],
+        preparation: Mapping[str, Any],
+        skip_bad: bool,
+    ) -> Manifest:
+        n, team = len(labels), self._team
         draft = Manifest(
             self.split, shape, self.classes, self.seed, (), (), (), "jpeg" if shape is None else "images", {}, plan
         )
@@ -199,18 +220,13 @@ class SplitWriter:
                 number, rows[number], draft, write_shard
             )
 
-        try:
-            receipts = self._each(damaged, make, [len(rows[number]) for number in damaged])
-            if existing is not None:
-                manifest = self._mended(existing, dict(zip(damaged, receipts, strict=True)))
-            else:
-                bad = sorted((index, reason) for receipt in receipts for index, reason in receipt.bad)
-                self._report([reason for _, reason in bad], n, skip_bad)
-                manifest = self._manifest(draft, receipts, preparation)
-        except BaseException:
-            if team.rank == 0:
-                self._remove_if_empty()
-            raise
+        receipts = self._each(damaged, make, [len(rows[number]) for number in damaged])
+        if existing is not None:
+            manifest = self._mended(existing, dict(zip(damaged, receipts, strict=True)))
+        else:
+            bad = sorted((index, reason) for receipt in receipts for index, reason in receipt.bad)
+            self._report([reason for _, reason in bad], n, skip_bad)
+            manifest = self._manifest(draft, receipts, preparation)
         team.first(lambda: self._publish(manifest, changed=bool(damaged), mended=existing is not None), "data.publish")
         return manifest
 
@@ -420,12 +436,31 @@ class SplitWriter:
                 leftover.unlink()
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
-    def _remove_if_empty(self) -> None:
+    def _claim(self) -> None:
+        """Keeps other writers out of the split's directory; rank 0 only."""
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._lock = hold(self.directory / LOCK)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"{self.directory} is being written by another process ({error}); wait for it, or choose another directory"
+            ) from None
+        except OSError:
+            pass  # a finished data set may lie where nobody can write; others are told when they begin to
+
+    def _release(self) -> None:
+        """Lets others in, and leaves no empty directories behind."""
+        if self._team.rank != 0:
+            return
+        if self._lock is not None:
+            (self.directory / LOCK).unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
         for directory in (self._unfinished, self.directory):
             try:
                 directory.rmdir()
             except OSError:
-                return
+                continue
 
     def _is_intact(self, manifest: Manifest, number: int) -> bool:
         try:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import enum
-import fcntl
 import json
 import os
 import shutil
-import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +14,7 @@ from typing import IO, Any
 
 import yaml
 
+from hvdlocal.lock import PATIENCE_SECONDS, hold
 from hvdlocal.training.config import FREE_TO_CHANGE
 
 CHECKPOINTS = "checkpoints"
@@ -38,11 +37,8 @@ MAX_STARTS_WITHOUT_PROGRESS = 3
 """So often a batch system may start a run from the same step; then it is no accident."""
 
 
-LOCK_SECONDS = 5.0
-"""How long a start waits for the end of a job before it."""
-
 REQUEUED_LOCK_SECONDS = 120.0
-"""And one that a batch system makes: the lock of a node that died may live as long."""
+"""How long a start that a batch system makes waits for the lock of the one before: that of a node that died may live so long."""
 
 
 class Standing(enum.Enum):
@@ -61,39 +57,18 @@ def claim(directory: Path) -> IO[bytes]:
     Raises:
         ValueError: another run is using the directory, or it cannot be written.
     """
+    patience = REQUEUED_LOCK_SECONDS if restart_count() else PATIENCE_SECONDS
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = (directory / ".lock").open("ab")
+        return hold(directory / ".lock", patience)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{directory} is in use by another run ({error}): choose another --output, or end that one"
+        ) from None
     except OSError as error:
         raise ValueError(
             f"output={directory} cannot be used ({error}): name a directory that can be written"
         ) from error
-    try:
-        _lock(lock)
-    except BlockingIOError:
-        lock.close()
-        who = (directory / ".lock").read_text(errors="replace")
-        raise ValueError(
-            f"{directory} is in use by another run ({who}): choose another --output, or end that one"
-        ) from None
-    except OSError:
-        pass  # no locks here
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}, job {os.environ.get('SLURM_JOB_ID', '-')}".encode())
-    lock.flush()
-    return lock
-
-
-def _lock(lock: IO[bytes]) -> None:
-    """Waits a little: mpirun does not wait for a rank that it has just killed."""
-    patience = time.monotonic() + (REQUEUED_LOCK_SECONDS if restart_count() else LOCK_SECONDS)
-    while True:
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > patience:
-                raise
-        time.sleep(0.1)
 
 
 def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> Standing:

@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
     """A directory with a small data set and a configuration."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hvdlocal.communicator.launch._current", Solo())
-    monkeypatch.setattr("hvdlocal.training.run_directory.LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("hvdlocal.training.run_directory.PATIENCE_SECONDS", 0.1)
     write("train", 24)
     write("test", 9)
     Path("run.yaml").write_text(GOOD)

@@ -10,6 +10,7 @@ import pytest
 from hvdlocal.data.manifest import Manifest
 from hvdlocal.data.order import pre_shuffle
 from hvdlocal.data.writer import JpegShardWriter, ShardWriter, verify
+from hvdlocal.lock import hold
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 STEPS = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "test.read")
@@ -247,3 +248,33 @@ def test_a_full_disk(tmp_path, source):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, old)
     assert not content(tmp_path)
+
+
+def test_one_writer_at_a_time(tmp_path, monkeypatch):
+    """The second is told who the first is; the first leaves no trace of it."""
+    monkeypatch.setattr("hvdlocal.data.split_writer.hold", lambda path: hold(path, patience_seconds=0.1))
+    inside = []
+
+    class Images(np.ndarray):
+        def __getitem__(self, rows):
+            if not inside:
+                inside.append(True)
+                with pytest.raises(
+                    FileExistsError, match=rf"is being written by another process \(process {os.getpid()}"
+                ):
+                    ShardWriter(tmp_path, "train", classes=["a"]).write(
+                        np.ones((9, 2, 2, 1), np.uint8), np.zeros(9, int)
+                    )
+            return super().__getitem__(rows)
+
+    images = np.zeros((9, 2, 2, 1), np.uint8).view(Images)
+    ShardWriter(tmp_path, "train", classes=["a"]).write(images, np.zeros(9, int), identity="i")
+    assert inside
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["manifest.json", "train-00000-of-00001.h5"]
+
+
+def test_a_lock_without_its_process_is_none(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / ".lock").write_text("process 1 on a node that died")
+    ShardWriter(tmp_path, "train", classes=["a"]).write(np.zeros((9, 2, 2, 1), np.uint8), np.zeros(9, int))
+    assert not (tmp_path / "train" / ".lock").exists()

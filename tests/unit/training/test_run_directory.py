@@ -53,7 +53,7 @@ def test_an_unreadable_config_is_no_invitation(tmp_path, content):
 
 
 def test_a_directory_is_claimed_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(run_directory, "PATIENCE_SECONDS", 0.1)
     claim = run_directory.claim(tmp_path / "run")
     with pytest.raises(ValueError, match=f"in use by another run \\(process {os.getpid()} on"):
         run_directory.claim(tmp_path / "run")
