@@ -16,7 +16,6 @@ import hvdlocal
 from hvdlocal.communicator import SetupError
 from hvdlocal.models import build_model
 from hvdlocal.training import AlreadyFinished, Interrupted, Trainer, interruption
-from hvdlocal.training import trainer as trainer_module
 from hvdlocal.training.checkpoint import CheckpointError, files
 from hvdlocal.training.config import (
     CheckpointConfig,
@@ -85,7 +84,7 @@ def _dropout(monkeypatch):
     def build(name, num_classes, shape):
         return torch.nn.Sequential(torch.nn.Dropout(0.1), build_model(name, num_classes, shape))
 
-    monkeypatch.setattr(trainer_module, "build_model", build)
+    monkeypatch.setattr("hvdlocal.training.configured.build_model", build)
 
 
 def config(place, output, every_steps=None, **settings):
