@@ -111,6 +111,12 @@ def test_two_runs_that_fail_for_the_same_reason_end_the_grid(reproduce):
     assert "the same as in the run before: the others are not tried" in out
 
 
+def test_runs_that_fail_for_the_same_reason_but_not_in_succession_do_not(reproduce):
+    plan = {f"local-ada-K2-H{period}-seed0": [2, 0, 0] for period in (2, 8)}
+    arguments = ["table2", "--workers", "2", "--periods", "2", "4", "8", "16", "--methods", "local-ada"]
+    assert len(reproduce(*arguments, plan=plan, expect=1)[1]) == 4
+
+
 def test_an_interrupted_run_ends_the_grid(reproduce):
     arguments = ["table2", *GRID, "--methods", "local-ada"]
     out, starts = reproduce(*arguments, plan={"local-ada-K2-H2-seed0": [85, 0, 0]}, expect=85)
