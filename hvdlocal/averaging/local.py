@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar
+from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar, StatisticsScalar
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.period import PeriodRule, RoundStart
@@ -246,23 +246,26 @@ class LocalOptimizer(ReplicaOptimizer):
             self._sketch.project(gradients, vector)
         else:
             torch.cat([gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients], out=vector)
-        sqr_norm = float(torch.dot(vector, vector))
-        valid = not self._overflowed and math.isfinite(sqr_norm)
-        if not valid:
-            vector.zero_()
-            sqr_norm = 0.0
-        self._arena.statistics_scalars.copy_(torch.tensor([sqr_norm, float(valid)]))
+        sqr_norm = torch.dot(vector, vector)
+        scalars = self._arena.statistics_scalars
+        scalars[StatisticsScalar.SQR_NORM].copy_(sqr_norm)
+        if self._overflowed:
+            scalars[StatisticsScalar.VALID].zero_()
+        else:
+            scalars[StatisticsScalar.VALID].copy_(sqr_norm.isfinite())  # not read: a local step does not wait for a GPU
         if not self.scaling.stale:
             self._timed_sum(self._arena.with_statistics_scalars, "hvdlocal.statistics")
-            self._read_statistics()
+            self._use_statistics(*self._summed_statistics().tolist())
 
-    def _read_statistics(self) -> None:
-        """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike."""
+    def _summed_statistics(self) -> torch.Tensor:
+        """Σ ‖g‖², how many ranks' gradients are finite, and ‖Σ g‖², all of the summed statistics: float32 (3,)."""
         assert self._arena.statistics_scalars is not None
-        workers = self.communicator.size
         vector = self._arena.statistics
-        sum_sqr_norm, valid = self._arena.statistics_scalars.tolist()
-        sqr_norm_of_sum = float(torch.dot(vector, vector))
+        return torch.cat([self._arena.statistics_scalars, torch.dot(vector, vector).view(1)])
+
+    def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float) -> None:
+        """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike."""
+        workers = self.communicator.size
         if valid > workers - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
             self._update_statistics(
                 sum_sqr_norm,
@@ -279,18 +282,26 @@ class LocalOptimizer(ReplicaOptimizer):
         self._check_parameters()
         self._check_arena()
         self._adopt_moments()
-        bad = self._write_scalars()
+        mine = self._write_scalars()
         with_statistics = self._arena.statistics_scalars is not None and self._stale
         if self.communicator.size > 1:
             self._timed_sum(self._arena.flat if with_statistics else self._arena.without_statistics, "hvdlocal.average")
-        scalars = self._arena.scalars.tolist()
         workers = self.communicator.size
-        healthy = workers - round(scalars[Scalar.NONFINITE])
-        lost = not (healthy and self._scale(self._arena.replica, 1 / healthy))
-        self._check_steps(scalars)
-        self._measure_divergence(scalars[Scalar.DISPLACEMENT], healthy)
+        on_device = self._arena.scalars
+        healthy_ranks = (workers - on_device[Scalar.NONFINITE]).clamp_(min=1)
+        nonfinite = self._scale(self._arena.replica, healthy_ranks.reciprocal_())
+        # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
+        wanted = [on_device, nonfinite, mine.view(1), self._sample.distance().view(1)]
         if with_statistics:
-            self._read_statistics()
+            wanted.append(self._summed_statistics())
+        numbers = torch.cat(wanted).tolist()
+        scalars, (found, bad, moved, *statistics) = numbers[: len(Scalar)], numbers[len(Scalar) :]
+        healthy = workers - round(scalars[Scalar.NONFINITE])
+        lost = not healthy or found > 0
+        self._check_steps(scalars)
+        self._measure_divergence(scalars[Scalar.DISPLACEMENT], moved, healthy)
+        if with_statistics:
+            self._use_statistics(*statistics)
         self._stop_requested = scalars[Scalar.STOP] > 0.5
         if self._momentum_policy == "reset" or lost or (bad and self._momentum_policy == "local"):
             self.state.clear()
@@ -298,43 +309,41 @@ class LocalOptimizer(ReplicaOptimizer):
         self._steps_in_round = 0
         self._read_loss(scalars, complete=healthy == workers)
         if lost:
-            self._raise_nonfinite(bad, "no rank holds a usable model any more.")
+            self._raise_nonfinite(bool(bad), "no rank holds a usable model any more.")
         if healthy < workers:
-            self._raise_nonfinite(bad, "the model is now the average of the other ranks.")
+            self._raise_nonfinite(bool(bad), "the model is now the average of the other ranks.")
 
     @property
     def _stale(self) -> bool:
         return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
 
-    def _write_scalars(self) -> bool:
+    def _write_scalars(self) -> torch.Tensor:
         """Fills in the numbers that ride along; a replica that is seen not to be finite takes its contribution back.
 
         Seen by its losses, or at the sampled coordinates: NaN spreads through a network fast, and to look at every parameter
         would cost a tenth of an averaging. What escapes is found in the sum.
 
         Returns:
-            Whether this rank's replica is not finite.
+            Whether this rank's replica is not finite: 0 or 1, on the device and of shape ().
         """
-        displacement = float(self._sample.distance())
-        loss_sum = float(self._loss_sum)
-        bad = not math.isfinite(displacement + loss_sum)
-        if bad:
+        scalars = self._arena.scalars
+        displacement = self._sample.distance()
+        scalars[Scalar.DISPLACEMENT].copy_(displacement)
+        scalars[Scalar.LOSS_SUM].copy_(self._loss_sum)
+        scalars[Scalar.LOSS_COUNT].fill_(self._loss_count)
+        bad = displacement.isfinite().logical_and_(self._loss_sum.isfinite()).logical_not_()
+        if bad.device.type != "cpu":
+            self._arena.flat.masked_fill_(bad, 0.0)  # reads all of it, which costs a GPU less than to be waited for
+        elif bad:
             self._arena.flat.zero_()
-            displacement = loss_sum = 0.0
         steps_hash = self._steps_in_round % 31  # small: the sum of its square is exact in float32 up to 18,000 ranks
-        values = {
-            Scalar.DISPLACEMENT: displacement,
-            Scalar.LOSS_SUM: loss_sum,
-            Scalar.LOSS_COUNT: 0 if bad else self._loss_count,
-            Scalar.STEPS_HASH: steps_hash,
-            Scalar.STEPS_HASH_SQR: steps_hash**2,
-            Scalar.NONFINITE: bad,
-            Scalar.STOP: self._stop,
-        }
-        self._arena.scalars.copy_(torch.tensor([float(values[scalar]) for scalar in Scalar]))
+        scalars[Scalar.STEPS_HASH].fill_(steps_hash)
+        scalars[Scalar.STEPS_HASH_SQR].fill_(steps_hash**2)
+        scalars[Scalar.NONFINITE].copy_(bad)
+        scalars[Scalar.STOP].fill_(self._stop)
         self._loss_sum.zero_()
         self._loss_count = 0
-        return bad
+        return bad.to(torch.float32)
 
     def _check_steps(self, scalars: list[float]) -> None:
         """Refuses ranks that took different numbers of steps, whose averagings would pair up wrongly from here on.
@@ -351,10 +360,10 @@ class LocalOptimizer(ReplicaOptimizer):
                 "optimizer.progress or by the step, never by a rank's own loss."
             )
 
-    def _measure_divergence(self, sum_displacement: float, healthy: int) -> None:
-        """(1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began."""
+    def _measure_divergence(self, sum_displacement: float, moved: float, healthy: int) -> None:
+        """(1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began; the last is `moved`."""
         if healthy:
-            self._divergence = max(sum_displacement / healthy - float(self._sample.distance()), 0.0)
+            self._divergence = max(sum_displacement / healthy - moved, 0.0)
         self._sample.move_origin()
 
     def _read_loss(self, scalars: list[float], complete: bool) -> None:

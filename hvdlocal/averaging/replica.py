@@ -393,12 +393,16 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 buffer.copy_(part.div_(self.communicator.size).view(buffer.shape))
         return round(notice.item())
 
-    def _scale(self, flat: torch.Tensor, factor: float) -> bool:
-        """Multiplies in place. Returns whether all of it is finite: GradScaler's kernel does both in one pass."""
+    def _scale(self, flat: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+        """Multiplies in place, and looks for NaN and infinity: GradScaler's kernel does both in one pass.
+
+        Returns:
+            Positive where there is such a number, else 0; float32 (1,), on the device and overwritten by the next call.
+        """
         self._nonfinite_found.zero_()
         self._factor.fill_(factor)
         torch._amp_foreach_non_finite_check_and_unscale_([flat], self._nonfinite_found, self._factor)
-        return not self._nonfinite_found.item()
+        return self._nonfinite_found
 
     def _timed_sum(self, tensor: torch.Tensor, name: str) -> None:
         start = time.perf_counter()

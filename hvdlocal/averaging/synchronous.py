@@ -125,11 +125,16 @@ class SynchronousOptimizer(ReplicaOptimizer):
         self._check_parameters()
         self._accumulated.fill_unseen()
         flat = self._accumulated.flat
-        bad = not self._overflowed and not math.isfinite(float(self._sqr_norm) + float(self._loss_sum))
+        mine = torch.stack([self._sqr_norm, self._loss_sum])
         self._reduce()
-        totals = self._scalars.tolist()
-        finite = self._scale(flat, 1 / self._micro_batches_of_all)
-        if totals[OVERFLOW] < 0.5 and not (finite and math.isfinite(totals[SQR_NORM] + totals[LOSS_SUM])):
+        # Everything that is wanted of a GPU is asked for first, and then read at once: a step waits for it once.
+        wanted = [self._scalars, mine, self._scale(flat, 1 / self._micro_batches_of_all)]
+        if self._estimates:
+            wanted.append(torch.dot(flat, flat).view(1))
+        numbers = torch.cat(wanted).tolist()
+        totals, (my_sqr_norm, my_loss_sum, found, *sqr_norm) = numbers[:NUM_SCALARS], numbers[NUM_SCALARS:]
+        bad = not self._overflowed and not math.isfinite(my_sqr_norm + my_loss_sum)
+        if totals[OVERFLOW] < 0.5 and not (found == 0 and math.isfinite(totals[SQR_NORM] + totals[LOSS_SUM])):
             self._drop()
             self._raise_nonfinite(bad, "the step was not taken; the model is that of the step before.")
         if totals[LOSS_COUNT]:
@@ -138,11 +143,15 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if totals[OVERFLOW] > 0.5:  # on any rank: GradScaler's rule is to skip the step, and all ranks skip it
             self._drop()
             return
-        self._step_on_mean(totals[SQR_NORM])
+        self._step_on_mean(totals[SQR_NORM], *sqr_norm)
 
     def _reduce(self) -> None:
-        values = [float(self._sqr_norm), float(self._loss_sum), self._loss_count, self._overflowed, self._stop]
-        self._scalars.copy_(torch.tensor([float(value) for value in values]))
+        scalars = self._scalars
+        scalars[SQR_NORM].copy_(self._sqr_norm)
+        scalars[LOSS_SUM].copy_(self._loss_sum)
+        scalars[LOSS_COUNT].fill_(self._loss_count)
+        scalars[OVERFLOW].fill_(self._overflowed)
+        scalars[STOP].fill_(self._stop)
         self._sqr_norm.zero_()
         self._loss_sum.zero_()
         self._loss_count = 0
@@ -153,14 +162,18 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def _micro_batches_of_all(self) -> int:
         return self.communicator.size * self.accumulate
 
-    def _step_on_mean(self, sum_sqr_norm: float) -> None:
+    @property
+    def _estimates(self) -> bool:
+        """Whether a step gives an estimate of the gradient's statistics."""
+        return self.scaling.uses_statistics and self._micro_batches_of_all > 1
+
+    def _step_on_mean(self, sum_sqr_norm: float, sqr_norm_of_mean: float | None = None) -> None:
         """Takes the step on what now holds the mean of all workers' micro-batch gradients."""
         count = self._micro_batches_of_all
-        if self.scaling.uses_statistics and count > 1:
-            flat = self._accumulated.flat
+        if sqr_norm_of_mean is not None:
             self._update_statistics(
                 sum_sqr_norm,
-                float(torch.dot(flat, flat)) * count**2,
+                sqr_norm_of_mean * count**2,
                 gradients=count,
                 micro_batches=1,
                 theta_batches=count,
