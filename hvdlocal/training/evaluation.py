@@ -46,7 +46,7 @@ def evaluate(
         best = logits.topk(min(5, num_classes), dim=1).indices == y[:, None]
         totals += torch.stack(
             [
-                torch.tensor(float(len(y)), dtype=torch.float64, device=device),
+                torch.full((), float(len(y)), dtype=torch.float64, device=device),
                 F.cross_entropy(logits, y, reduction="sum").double(),
                 best[:, 0].sum().double(),
                 best.any(1).sum().double(),

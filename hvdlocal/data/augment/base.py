@@ -112,11 +112,17 @@ def check_images(images: Tensor, channels: Sequence[int] | None = None) -> None:
         raise ValueError(f"images have {images.shape[3]} channels; {' or '.join(map(str, channels))} are needed")
 
 
+def on_device(values: NDArray[np.generic] | Tensor, device: torch.device) -> Tensor:
+    """``values`` on the device of a batch. A GPU copies them from pinned memory, so that the program does not wait for it."""
+    tensor = values if isinstance(values, Tensor) else torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def replace_some(images: Tensor, chosen: NDArray[np.int64], change: Callable[[Tensor], Tensor]) -> None:
     """``change`` those of the ``images`` (n, …) whose numbers are ``chosen`` (m,), in place."""
     if images.device.type == "cpu":  # where NumPy's indexing is several times faster than torch's
         array = images.numpy()
         array[chosen] = change(torch.from_numpy(array[chosen])).numpy()
     else:
-        index = torch.from_numpy(chosen).to(images.device)
+        index = on_device(chosen, images.device)
         images.index_copy_(0, index, change(images.index_select(0, index)))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdlocal.data.augment.base import FLIP, check_images, check_keys, replace_some, uniforms
+from hvdlocal.data.augment.base import FLIP, check_images, check_keys, on_device, replace_some, uniforms
 from hvdlocal.data.augment.normalize import Normalize
 
 
@@ -60,7 +60,7 @@ class CropFlip(Normalize):
         self, images: Tensor, top: NDArray[np.int64], left: NDArray[np.int64], mirrored: NDArray[np.bool_]
     ) -> Tensor:
         n, height, width, channels = images.shape
-        top_, left_, mirrored_ = (torch.from_numpy(draw).to(images.device) for draw in (top, left, mirrored))
+        top_, left_, mirrored_ = (on_device(draw, images.device) for draw in (top, left, mirrored))
         rows = torch.arange(height, device=images.device) + top_[:, None]
         columns = torch.arange(width, device=images.device).expand(n, width)
         columns = torch.where(mirrored_[:, None], width - 1 - columns, columns) + left_[:, None]

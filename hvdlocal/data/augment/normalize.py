@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdlocal.data.augment.base import on_device
 from hvdlocal.data.recycle import Recycler
 
 _CHUNK = 1 << 17  # elements that pass through all steps while they are in the cache
@@ -40,7 +41,7 @@ class Normalize:
                 f"uint8 with {len(self._scale)}"
             )
         if images.device.type != "cpu":
-            scale, shift = self._scale.to(images.device), self._shift.to(images.device)
+            scale, shift = on_device(self._scale, images.device), on_device(self._shift, images.device)
             pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             return pixels.mul_(scale).add_(shift)
         out = self._buffers.empty(images.shape, torch.float32)

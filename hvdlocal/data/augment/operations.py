@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hvdlocal.data.augment.base import on_device
+
 _BYTES = torch.arange(256, dtype=torch.float32)
 
 
@@ -79,7 +81,7 @@ def contrast_tables(images: Tensor, factor: float) -> Tensor:
     """Each image drawn from its mean grey level: uint8 (n, C, 256)."""
     n, channels = len(images), images.shape[3]
     mean = (grey(images).flatten(1).sum(1, dtype=torch.float64) / images[0, :, :, 0].numel()).float()
-    values = _BYTES.to(images.device).expand(n, 256)
+    values = on_device(_BYTES, images.device).expand(n, 256)
     return _blend(values, mean[:, None], factor)[:, None].expand(n, channels, 256)
 
 
@@ -87,7 +89,7 @@ def autocontrast_tables(images: Tensor) -> Tensor:
     """Each channel stretched so that its values span 0..255: uint8 (n, C, 256)."""
     flat = images.flatten(1, 2)
     low, high = flat.amin(1).float()[:, :, None], flat.amax(1).float()[:, :, None]
-    values = _BYTES.to(images.device)
+    values = on_device(_BYTES, images.device)
     stretched = (values - low).div_((high - low).mul_(1.0 / 255)).clamp_(0, 255)
     return torch.where(high == low, values, stretched).to(torch.uint8)
 

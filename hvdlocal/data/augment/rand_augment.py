@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdlocal.data.augment import operations
-from hvdlocal.data.augment.base import RAND_AUGMENT, check_images, check_keys, replace_some, uniforms
+from hvdlocal.data.augment.base import RAND_AUGMENT, check_images, check_keys, on_device, replace_some, uniforms
 
 _BINS = 31  # magnitudes 0..30
 
@@ -70,7 +70,7 @@ class RandAugment:
             return images
         if name in _WARPS:
             height, width = images.shape[1:3]
-            return operations.warp(images, self._map(name, height, width, sign).to(images.device))
+            return operations.warp(images, on_device(self._map(name, height, width, sign), images.device))
         if name == "Color":
             return operations.adjust_color(images, 1 + sign * self._strength(0.9))
         if name == "Sharpness":
@@ -101,7 +101,7 @@ class RandAugment:
             table = operations.posterize_table(8 - round(self.magnitude * 4 / (_BINS - 1)))
         else:
             table = operations.solarize_table(255 - self._strength(255))
-        return table.to(images.device).expand(len(images), images.shape[3], 256)
+        return on_device(table, images.device).expand(len(images), images.shape[3], 256)
 
     def _strength(self, strongest: float) -> float:
         """The strength on a scale that ends at ``strongest``, in torchvision's precision."""

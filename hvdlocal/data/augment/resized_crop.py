@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdlocal.data.augment.base import RESIZED_CROP, check_images, check_keys, uniforms
+from hvdlocal.data.augment.base import RESIZED_CROP, check_images, check_keys, on_device, uniforms
 
 _ATTEMPTS = 10
 
@@ -144,13 +144,13 @@ def _weights(
     inverse = 1 / np.maximum(step, 1)
     pixel = torch.arange(length, device=device)
     exists = (pixel >= _column(first, device)) & (pixel < _column(stop, device))
-    distance = (pixel - torch.from_numpy(centre).float().to(device)[:, :, None]).abs_()
+    distance = (pixel - on_device(centre.astype(np.float32), device)[:, :, None]).abs_()
     weights = (1 - distance.mul_(_column(inverse, device).float())).clamp_(min=0).mul_(exists)
     return weights.div_(weights.sum(dim=2, keepdim=True))
 
 
 def _column(values: NDArray[np.generic], device: torch.device) -> Tensor:
-    return torch.from_numpy(values).to(device)[:, None, None]
+    return on_device(values, device)[:, None, None]
 
 
 def _resample(images: Tensor, down: Tensor, right: Tensor) -> Tensor:
