@@ -12,6 +12,7 @@
 #   HVDLOCAL_SITE          what the site needs: modules, fabric (default: site.sh beside this file)
 #   HVDLOCAL_BIN           directory of the Python environment (default: .venv/bin, where there is one)
 #   HVDLOCAL_MAX_RESTARTS  a job that was started again so often is not once more after a failure (default: 30)
+#                          (three starts in a row that fail within a minute end it sooner)
 #   MPIRUN                 the mpirun to use (default: the one on PATH); Open MPI 5 refuses a wrapper that adds --bind-to as well
 
 say() { printf 'slurm/common.sh: %s\n' "$*"; }
@@ -42,6 +43,7 @@ trap 'on_signal TERM' TERM
 
 # -- the environment of a rank -----------------------------------------------------------------------------------------
 templates=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+soon=60 # seconds; site.sh may raise it where a start takes minutes before the training
 set +u # modules read variables that may be unset
 # shellcheck source=slurm/site.sh
 source "${HVDLOCAL_SITE:-$templates/site.sh}"
@@ -61,6 +63,7 @@ export PYTHONFAULTHANDLER=1                         # a crash in a library says 
 # The bare id of an array's last task is that of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-}}
+failure_log=$PWD/hvdlocal-$job.failures
 
 # The trainer stops in time by it. Older versions of Slurm do not set it; a job without a limit has none.
 if [[ -z ${SLURM_JOB_END_TIME:-} && -n $job ]]; then
@@ -97,6 +100,7 @@ srun_over() {
 
 # -- running, and the end of the job: docs/slurm.md has the exit codes ---------------------------------------------------
 run() {
+  local began=$SECONDS
   code=85
   [[ -z $interrupted ]] || return 0 # nothing is begun any more, and nothing is lost
   setsid "$@" &
@@ -108,6 +112,7 @@ run() {
     wait "$launcher" || code=$?
     [[ -n $signalled ]] || break # `wait` also ends when a signal comes, with 128 + its number
   done
+  lasted=$((SECONDS - began))
   # bash can lose the code of a command that ends just when a signal comes. Another start finds out: a finished run says so.
   if [[ -n $interrupted ]] && ((code < 0 || code == 127)); then code=85; fi
   # When mpirun was killed, ranks may be left over: on this node they are in its session. On the others Slurm ends them with the
@@ -118,34 +123,47 @@ run() {
 
 finish() {
   local why failed=1
-  if ((code == 85)); then
-    why="stopped by a signal or the time limit, checkpoint written" failed=
-  elif ((code > 128)) && [[ -n $interrupted ]]; then
-    why="ended by signal $((code - 128)) after SIG$interrupted" failed= # the launcher was quicker than the last rank's exit code
-  elif ((code > 192)); then # no signal has such a number: the launcher's own errors
-    why="the launcher failed"
-    # At once: its options are wrong. Later: it has lost a node.
-    if ((SECONDS < 60)); then
-      say "exit code $code: $why"
+  case $code in
+    0 | 2 | 3) # finished, a mistake, diverged: another start would come to the same
+      forget_failures
       exit "$code"
-    fi
-  elif ((code > 128)); then
-    why="a rank or its launcher was killed by signal $((code - 128))"
-  elif ((code == 4)); then
-    why="a rank died or hung"
-  else
-    exit "$code" # finished, or what another start would not mend
+      ;;
+    4) why="a rank died or hung" ;;
+    85) why="stopped by a signal or the time limit, checkpoint written" failed= ;;
+    # Every other code is taken for an accident, because it does not tell one from a bug: after the death of a rank Open MPI 5 ends
+    # with the code of that rank, of its signal, or of the MPI error that the others met; after a TERM with 1, as Python after a bug.
+    *) why="a rank or its launcher failed" ;;
+  esac
+  if ((code > 128 && code < 193)); then why="a rank or its launcher was killed by signal $((code - 128))"; fi
+  if [[ -n $interrupted && -n $failed ]]; then
+    why="ended after SIG$interrupted" failed= # the launcher was quicker than the last rank's exit code
   fi
   say "exit code $code: $why"
+  if [[ -n $failed ]] && ((lasted < soon)); then note_failure; else forget_failures; fi
   if [[ -z $job ]]; then
     say "not in a Slurm job: start it again by hand"
   elif [[ -n $failed ]] && ((${SLURM_RESTART_COUNT:-0} >= ${HVDLOCAL_MAX_RESTARTS:-30})); then
     say "started again $SLURM_RESTART_COUNT times already (HVDLOCAL_MAX_RESTARTS): not once more"
+    forget_failures
+  elif (($(failures) >= 3)); then
+    say "failed three times in a row within $soon s of its start: not started again"
+    forget_failures
   else
     requeue
   fi
   exit "$code"
 }
+
+# Failures that come soon after the start, one a line: wrong options of the launcher or a library that is missing come again at
+# every start, and before the trainer can see that it makes no progress. The next start may be on another node, so the file is in
+# the working directory.
+failures() { if [[ -n $job && -f $failure_log ]]; then wc -l <"$failure_log"; else echo 0; fi; }
+note_failure() {
+  if [[ -n $job ]]; then
+    echo "$(date +%FT%T) start $((${SLURM_RESTART_COUNT:-0} + 1)) failed with exit code $code after $lasted s" >>"$failure_log" || true
+  fi
+}
+forget_failures() { if [[ -n $job ]]; then rm -f "$failure_log" || true; fi; }
 
 requeue() {
   # Incomplete: what its owner has cancelled in the meantime stays cancelled.

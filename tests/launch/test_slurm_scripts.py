@@ -97,10 +97,8 @@ def node(tmp_path) -> Node:
 
 ENDS = [  # what the launcher does, restarts so far, the script's exit code, whether the job is started again
     ("exit 0", 0, 0, False),
-    ("exit 1", 0, 1, False),
     ("exit 2", 0, 2, False),
     ("exit 3", 0, 3, False),
-    ("exit 127", 0, 127, False),
     ("exit 4", 0, 4, True),
     ("exit 4", 29, 4, True),
     ("exit 4", 30, 4, False),
@@ -109,6 +107,11 @@ ENDS = [  # what the launcher does, restarts so far, the script's exit code, whe
     ("kill -KILL $$", 0, 137, True),
     ("kill -KILL $$", 30, 137, False),
     ("exit 134", 2, 134, True),
+    ("exit 1", 0, 1, True),  # a bug, and Open MPI 5's mpirun after a TERM
+    ("exit 1", 30, 1, False),
+    ("exit 14", 0, 14, True),  # Open MPI 5 after the death of a rank on another node
+    ("exit 127", 0, 127, True),
+    ("exit 251", 0, 251, True),  # the launcher's own
 ]
 
 
@@ -121,12 +124,58 @@ def test_exit_codes(node, template, end, restarts, code, again):
     assert node.noted("scontrol") == (["requeue Incomplete 7"] if again else [])
 
 
-def test_errors_of_the_launcher_itself(node):
-    """Wrong options, at once; a lost node, later."""
-    assert node.run("cpu", "run.yaml", launcher="exit 251", SLURM_JOB_ID="7")[0] == 251
-    assert node.noted("scontrol") == []
-    assert node.run("cpu", "run.yaml", launcher="exit 251", SLURM_JOB_ID="7", SECONDS="60")[0] == 251
-    assert node.noted("scontrol") == ["requeue Incomplete 7"]
+class Chain:
+    """The starts of one job, the first and those after it."""
+
+    def __init__(self, node: Node):
+        self.node, self.starts = node, 0
+
+    def start(self, launcher: str, **variables: str) -> tuple[bool, str]:
+        """Whether the job is to be started again after this start, and what the script said."""
+        (self.node.record / "scontrol").unlink(missing_ok=True)
+        count = {"SLURM_RESTART_COUNT": str(self.starts)} if self.starts else {}
+        _, said = self.node.run("cpu", "run.yaml", launcher=launcher, SLURM_JOB_ID="7", **count, **variables)
+        self.starts += 1
+        return bool(self.node.noted("scontrol")), said
+
+
+@pytest.mark.parametrize("end", ["exit 1", "exit 14", "exit 213", "kill -SEGV $$", "exit 4"])
+def test_failures_soon_after_the_start_end_the_chain(node, end):
+    chain = Chain(node)
+    assert [chain.start(end)[0] for _ in range(2)] == [True, True]
+    log = node.work / "hvdlocal-7.failures"
+    assert [line.split()[1:3] for line in log.read_text().splitlines()] == [["start", "1"], ["start", "2"]]
+    again, said = chain.start(end)
+    assert not again
+    assert "failed three times in a row within 60 s" in said
+    assert not log.exists(), "the owner mends it, and queues the job again"
+
+
+def test_only_failures_in_a_row_count(node):
+    chain = Chain(node)
+    for _ in range(4):
+        assert chain.start("exit 14")[0]
+        assert chain.start("exit 14")[0]
+        assert chain.start("exit 85")[0]
+    assert chain.start("exit 14")[0]
+    assert not chain.start("exit 0")[0]
+    assert list(node.work.glob("*.failures")) == []
+
+
+def test_failures_after_a_while_are_left_to_the_trainer(node, tmp_path):
+    """It gives up by itself when it makes no progress, with code 2."""
+    site = tmp_path / "site.sh"
+    site.write_text("soon=0\n")
+    chain = Chain(node)
+    assert all(chain.start("exit 14", HVDLOCAL_SITE=str(site))[0] for _ in range(5))
+    assert not chain.start("exit 2", HVDLOCAL_SITE=str(site))[0]
+
+
+def test_a_directory_that_cannot_be_written(node):
+    """Then HVDLOCAL_MAX_RESTARTS is the limit."""
+    (node.work / "hvdlocal-7.failures").mkdir()
+    chain = Chain(node)
+    assert all(chain.start("exit 14")[0] for _ in range(4))
 
 
 def test_the_limit_of_restarts_can_be_set(node):
@@ -154,10 +203,17 @@ def test_a_signal_reaches_the_launcher_once(node, template, names):
 
 @pytest.mark.parametrize(
     ("end", "code", "again"),
-    [("exit 0", 0, False), ("exit 2", 2, False), ("exit 3", 3, False), ("exit 137", 137, True)],
+    [
+        ("exit 0", 0, False),
+        ("exit 2", 2, False),
+        ("exit 3", 3, False),
+        ("exit 137", 137, True),
+        ("exit 1", 1, True),
+        ("exit 14", 14, True),
+    ],
 )
 def test_what_comes_of_a_run_after_a_signal(node, end, code, again):
-    """Finished just then; stopped by the trainer itself; killed by mpirun before its exit code was heard."""
+    """Finished just then; stopped by the trainer itself; ended by mpirun before its exit code was there."""
     variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1000"}
     script = node.start("cpu", "run.yaml", launcher=WAIT + end, **variables)
     node.wait_for("ready")

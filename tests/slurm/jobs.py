@@ -83,6 +83,10 @@ class Job:
             if re.match(r"\S*python\S* -m hvdlocal train ", command)
         }
 
+    def launcher(self) -> int:
+        """The mpirun of the job; Open MPI 5 calls it prterun."""
+        return min(pid for pid, command in self.processes().items() if re.match(r"\S*(mpirun|prterun) ", command))
+
     def report(self) -> str:
         """All there is to say about it when something went wrong."""
         facts = ", ".join(f"{name}={self.fact(name)}" for name in ("JobState", "Reason", "ExitCode", "Restarts"))

@@ -27,6 +27,14 @@ run bash -c "$train"
 finish
 """
 
+WRONG = """\
+#!/bin/bash
+source slurm/common.sh
+mpirun_over "$tasks"
+run "${mpirun[@]}" --no-such-option true
+finish
+"""
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(data, tmp_path_factory) -> Path:
@@ -64,6 +72,25 @@ def test_a_killed_rank_costs_a_restart_and_nothing_else(sbatch, data, tmp_path, 
     assert job.restarts == 1, job.report()
     assert_continued(job)
     assert_same_numbers(tmp_path / "out", uninterrupted)
+
+
+def test_a_launcher_that_gets_term_costs_a_restart(sbatch, data, tmp_path):
+    """Not from the script, which would send USR2. Open MPI 5 answers with 1, as Python after a bug; Open MPI 4 does not."""
+    job = sbatch(TEMPLATE, write_config(tmp_path, data, epochs=40), "--checkpoint.every_steps", "40")
+    job.wait_for("checkpoint", (tmp_path / "out" / "checkpoints" / "latest").exists, 120)
+    os.kill(job.launcher(), signal.SIGTERM)
+    job.wait_for_state("COMPLETED", 240)
+    assert job.restarts == 1, job.report()
+    assert_continued(job)
+
+
+def test_a_launcher_that_never_starts_is_not_started_for_ever(sbatch, tmp_path):
+    script = tmp_path / "wrong.sbatch"
+    script.write_text(WRONG)
+    job = sbatch(script)
+    job.wait_for_state("FAILED", 90)
+    assert job.restarts == 2, job.report()
+    assert "failed three times in a row" in job.text()
 
 
 def test_a_job_leaves_before_its_time_limit(sbatch, data, tmp_path):
