@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 
+from hvdlocal import terminal
 from hvdlocal.training import interruption
 from hvdlocal.version import __version__
 
@@ -24,6 +26,9 @@ COMMANDS = {
     "slurm": "make a batch script for Slurm, or submit one",
 }
 
+LASTING = ("train", "advise", "reproduce")
+"""Commands that go on when nobody can read what they print any more; what the others print is their purpose."""
+
 HEARING_SECONDS = 0.5
 """mpirun ends all ranks as soon as one leaves with an error. Ranks that have not met yet wait so long before they leave, so that
 each can say what is wrong."""
@@ -32,6 +37,8 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DIVERGED = 3
 EXIT_COMMUNICATION = 4
+EXIT_UNREAD = 141
+"""What a shell reports of a program whose reader has left (`| head`): 128 and SIGPIPE."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,9 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0; 2 after a user's mistake; 3 when training diverged; 4 when another rank failed; 85 when training was interrupted and
-        can be continued; 1 when this rank failed, for a bug with a traceback.
+        can be continued; 141 when the reader of the output has left; 1 when this rank failed, for a bug with a traceback.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with terminal.guarded(lasting=arguments[:1] in [[name] for name in LASTING]):
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+            return code
+        except terminal.OutputError as error:
+            if isinstance(error.__cause__, BrokenPipeError):
+                return EXIT_UNREAD
+            _complain(str(error))
+            return EXIT_FAILED
+
+
+def _run(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"hvdlocal {__version__}")
         return 0
@@ -54,8 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USAGE
     if command == "train":  # before torch is imported, which may take minutes: a signal would end the process
         interruption.install_handlers()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # losing the terminal costs its lines, not the run
     try:
         return importlib.import_module(f"hvdlocal.cli.{command}").run(rest)
+    except terminal.OutputError:
+        raise
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -115,9 +138,7 @@ def _complain(message: str) -> None:
     from hvdlocal.communicator import launched_rank
 
     rank = launched_rank()
-    # One write: with PYTHONUNBUFFERED print() sends the end of the line by itself, and mpirun mixes the ranks' pieces.
-    sys.stderr.write(f"hvdlocal{'' if rank is None else f' (rank {rank})'}: {message}\n")
-    sys.stderr.flush()
+    terminal.complain(f"hvdlocal{'' if rank is None else f' (rank {rank})'}: {message}")
 
 
 def _help() -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 
 from tqdm import tqdm
 
+from hvdlocal import terminal
 from hvdlocal.communicator import Communicator, launched_rank
 
 
 class Console:
-    """Rank 0's voice; silent on the other ranks.
+    """Rank 0's voice; silent on the other ranks. What cannot be written is lost, and the run goes on.
 
     Args:
         communicator: of the run.
@@ -23,26 +23,27 @@ class Console:
     def __init__(self, communicator: Communicator, total: float, unit: float, start: float = 0.0) -> None:
         self._speaks = communicator.rank == 0
         self._bar = None
-        if self._speaks and _is_watched():
+        self._output = terminal.output()
+        if self._speaks and _is_watched(self._output):
             layout = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}{postfix}]"
             # The terminals that mpirun gives its ranks say that they have 0 columns and lines, and tqdm would draw nothing.
-            columns, lines = os.get_terminal_size(sys.stdout.fileno())
+            columns, lines = _size(self._output)
             self._bar = tqdm(
                 total=total / unit,
                 initial=start / unit,
                 bar_format=layout,
                 ncols=columns or 110,
                 nrows=lines or 24,
-                file=sys.stdout,
+                file=self._output,
             )
         self._total, self._unit = total, unit
 
     def say(self, text: str) -> None:
         """Prints a line."""
         if self._bar is not None:
-            self._bar.write(text)
+            self._bar.write(text, file=self._output)
         elif self._speaks:
-            print(text, flush=True)
+            print(text, file=self._output, flush=True)
 
     def progress(self, progress: float, text: str, due: bool) -> None:
         """Shows how far the run is: on the bar always, in a log only when a line is due."""
@@ -59,9 +60,17 @@ class Console:
             self._bar = None
 
 
-def _is_watched() -> bool:
+def _size(output: terminal.Guarded) -> tuple[int, int]:
+    """Columns and lines of a terminal; 0 when it is gone."""
+    try:
+        return os.get_terminal_size(output.fileno())
+    except (OSError, ValueError):
+        return 0, 0
+
+
+def _is_watched(output: terminal.Guarded) -> bool:
     """Whether a person looks on. Under mpirun every rank has a terminal of its own, so its launcher is asked."""
-    if not sys.stdout.isatty():
+    if not output.isatty():
         return False
     if launched_rank() is None:
         return True

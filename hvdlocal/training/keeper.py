@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from hvdlocal.communicator import Communicator
+from hvdlocal.terminal import warn
 from hvdlocal.training import interruption
 from hvdlocal.training.checkpoint import CheckpointWriter, Pace
 from hvdlocal.training.config import CheckpointConfig
@@ -149,9 +149,3 @@ class Keeper:
     def _warn_of_failures(self, wait: bool = False) -> None:
         for problem in self.writer.failures(wait):
             warn(f"could not be written or removed: {problem}")
-
-
-def warn(text: str) -> None:
-    """Says on standard error what must not be overlooked. For rank 0."""
-    sys.stderr.write(f"hvdlocal: WARNING: {text}\n")
-    sys.stderr.flush()

@@ -18,6 +18,7 @@ from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
 from hvdlocal.data.order import OrderMode
+from hvdlocal.terminal import warn
 from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.checkpoint import Resumed, resume
 from hvdlocal.training.config import TrainConfig, check_ranges, leaves, unused_settings
@@ -26,7 +27,7 @@ from hvdlocal.training.console import Console
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
 from hvdlocal.training.images import configured_images
-from hvdlocal.training.keeper import Keeper, warn
+from hvdlocal.training.keeper import Keeper
 from hvdlocal.training.ledger import Ledger, Window
 from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
