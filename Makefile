@@ -32,6 +32,8 @@ mpi: setup
 	  echo "== tests/mpi: $$backend, $$ranks ranks"; \
 	  HVDLOCAL_BACKEND=$$backend $(MPI_TEST) tests/mpi; \
 	done; done
+	set -e; for dtype in bfloat16 float64; do echo "== tests/mpi: inside hvdlocal the default dtype is $$dtype"; ranks=2; \
+	  export TEST_DEFAULT_DTYPE=$$dtype; $(MPI_TEST) tests/mpi/test_{local,policies,state,synchronous,refusals}.py; done
 	@echo "== tests/mpi: horovod, 8 ranks"
 	ranks=8; $(MPI_TEST) tests/mpi/test_local.py tests/mpi/test_synchronous.py tests/mpi/test_large.py
 

@@ -117,9 +117,10 @@ class CoordinateSample:
     def __init__(self, flat: torch.Tensor) -> None:
         size = min(self.SIZE, flat.numel())
         generator = torch.Generator().manual_seed(0x5EED)
-        inside = torch.rand(size, generator=generator, dtype=torch.float64)
+        inside = torch.rand(size, generator=generator, dtype=torch.float64, device="cpu")
         stretch = flat.numel() / size
-        where = ((torch.arange(size) + (inside if stretch > 1 else 0)) * stretch).long().clamp_(max=flat.numel() - 1)
+        begin = torch.arange(size, dtype=torch.float64, device="cpu")
+        where = ((begin + (inside if stretch > 1 else 0)) * stretch).long().clamp_(max=flat.numel() - 1)
         self._flat = flat
         self._where = where.to(flat.device)
         self._scale = stretch

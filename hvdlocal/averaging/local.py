@@ -123,7 +123,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._owners = [_owner(model, name) for name in [*self._names, *averaged]]
         self._accumulated = None
         if accumulate > 1:
-            flat = torch.zeros(self._arena.layout.numel, device=device)
+            flat = torch.zeros(self._arena.layout.numel, dtype=torch.float32, device=device)
             self._accumulated = GradientBuffer(self._parameters, self._arena.layout, flat)
 
         self._round = 0

@@ -244,7 +244,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         """
         own = {**state_dict.get("hvdlocal", {}), "progress": progress, "rank": self.communicator.rank}
         own |= {"num_workers": self.communicator.size, "loss_count": 0, "accumulated": {}, "overflowed": False}
-        own["loss_sum"] = torch.zeros(())
+        own["loss_sum"] = torch.zeros((), dtype=torch.float32, device="cpu")
         self.load_state_dict({**state_dict, "hvdlocal": {**own, **self._after_averaging(own)}})
 
     # -- for the two optimizers --------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         buffers = list(float_buffers(self.model).values())
         if not buffers:
             return int(faulty)
-        notice = torch.tensor([float(faulty)], device=buffers[0].device)
+        notice = torch.tensor([float(faulty)], dtype=torch.float64, device=buffers[0].device)
         flat = torch.cat([part.reshape(-1).double() for part in [*buffers, notice]])
         if self.communicator.size > 1:
             self._timed_sum(flat, "hvdlocal.buffers")

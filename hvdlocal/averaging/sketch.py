@@ -106,4 +106,4 @@ def default_size(numel: int) -> int:
 
 
 def _random_signs(count: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(0, 2, (count,), generator=generator).mul_(2).sub_(1).float()
+    return torch.randint(0, 2, (count,), generator=generator, dtype=torch.int64, device="cpu").mul_(2).sub_(1).float()

@@ -66,7 +66,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         )
         scaling.gain(self._moment(1))  # refuses a rule that needs a budget now, not at the first step
         layout = FlatViews(self._parameters)
-        self._flat = torch.zeros(layout.numel + NUM_SCALARS, device=self._parameters[0].device)
+        self._flat = torch.zeros(layout.numel + NUM_SCALARS, dtype=torch.float32, device=self._parameters[0].device)
         self._scalars = self._flat[layout.numel :]
         gradients = self._flat[: layout.numel]
         self._accumulated: GradientBuffer = GradientBuffer(self._parameters, layout, gradients)
@@ -191,7 +191,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         return {**super()._own_state(), "steps": self._steps, "sqr_norm": self._sqr_norm.clone()}
 
     def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
-        return {"sqr_norm": torch.zeros(())}
+        return {"sqr_norm": torch.zeros((), dtype=torch.float32, device="cpu")}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)

@@ -126,7 +126,7 @@ class Communicator(ABC):
 
     def barrier(self, name: str) -> None:
         """Returns when every rank has called it."""
-        self.sum_(torch.zeros(1), name)
+        self.sum_(torch.zeros(1, dtype=torch.float32, device="cpu"), name)
 
     def describe(self) -> str:
         """This process, for the beginning of a message: 'rank 3 of 8 on node17'."""

@@ -42,7 +42,9 @@ class HorovodCommunicator(Communicator):
 
     def _gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         payload = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        sizes = self._allgather(torch.tensor([payload.numel()]), f"{name}.size").tolist()
+        sizes = self._allgather(
+            torch.tensor([payload.numel()], dtype=torch.int64, device="cpu"), f"{name}.size"
+        ).tolist()
         together = self._allgather(payload, name)
         return [part.numpy().tobytes() for part in together.split(sizes)]
 

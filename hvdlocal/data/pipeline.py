@@ -167,7 +167,7 @@ class Pipeline:
             parts = [decode(slice(i, i + _JPEGS_PER_PART)) for i in range(0, max(n, 1), _JPEGS_PER_PART)]
 
         def finish() -> tuple[Tensor, Tensor, NDArray[np.uint64], Effort]:
-            labels = torch.empty(n, dtype=torch.int64, pin_memory=pinned)
+            labels = torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=pinned)
             labels.numpy()[:] = dataset.labels[samples]
             batch = images, labels
             if self.device.type == "cpu":

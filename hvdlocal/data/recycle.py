@@ -49,13 +49,13 @@ class Recycler:
         """
         num_bytes = math.prod(shape) * dtype.itemsize
         if pinned or num_bytes < _SMALLEST:
-            return torch.empty(tuple(shape), dtype=dtype, pin_memory=pinned)
+            return torch.empty(tuple(shape), dtype=dtype, device="cpu", pin_memory=pinned)
         block = self._block(-(-num_bytes // _PAGE) * _PAGE)
         lease = block.numpy()[:num_bytes]
         weakref.finalize(lease, self._idle.append, block).atexit = False
         storage = torch.from_numpy(lease).untyped_storage()
-        strides = torch.empty(tuple(shape), device="meta").stride()
-        return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), strides)
+        strides = torch.empty(tuple(shape), dtype=dtype, device="meta").stride()
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, tuple(shape), strides)
 
     def _block(self, num_bytes: int) -> Tensor:
         for _ in range(len(self._idle)):
@@ -66,7 +66,7 @@ class Recycler:
             if block.numel() == num_bytes:
                 return block
             self._idle.appendleft(block)
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
     def __reduce__(self) -> tuple[type["Recycler"], tuple[int | None]]:
         return Recycler, (self._idle.maxlen,)

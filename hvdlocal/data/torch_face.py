@@ -195,5 +195,10 @@ class EpochSampler(data.Sampler[int]):
 
 
 def _keys(indices: Sequence[int]) -> NDArray[np.uint64]:
-    keys = [index.key if isinstance(index, SampleIndex) else int(torch.randint(2**63 - 1, ())) for index in indices]
+    keys = [
+        index.key
+        if isinstance(index, SampleIndex)
+        else int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        for index in indices
+    ]
     return np.array(keys, np.uint64)

@@ -91,7 +91,7 @@ class Window:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._totals = torch.zeros(2, device=device)
+        self._totals = torch.zeros(2, dtype=torch.float32, device=device)
         self._images = 0
         self.micro_batches = 0
 

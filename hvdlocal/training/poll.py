@@ -44,7 +44,7 @@ class Poll:
     def __init__(self, communicator: Communicator) -> None:
         self._communicator = communicator
         # float64, or Horovod might pack it into one buffer with the averaging's float32, and copy that.
-        self._sums = torch.zeros(4, dtype=torch.float64)
+        self._sums = torch.zeros(4, dtype=torch.float64, device="cpu")
         self._pending: Callable[[], None] | None = None
         self._next_step = 0
         self._last: tuple[int, float] | None = None
@@ -72,7 +72,7 @@ class Poll:
         # At most twice the last gap: the first steps may be slow, or the next ones.
         wanted = min(max(round(POLL_SECONDS / max(seconds_per_step, 1e-9)), 1), 2 * gap, _MOST_STEPS)
         mine = [*astuple(news), wanted if self._communicator.rank == 0 else 0]
-        self._sums.copy_(torch.tensor(mine, dtype=torch.float64))
+        self._sums.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
         self._pending = self._communicator.start_sum_(self._sums, "hvdlocal.poll")
         self._next_step = step + gap
         return answer

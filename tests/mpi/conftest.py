@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.config import create_terminal_writer
+from default_dtype import _another_default_dtype  # noqa: F401
 
 import hvdlocal
 

@@ -61,8 +61,8 @@ class CropFlip(Normalize):
     ) -> Tensor:
         n, height, width, channels = images.shape
         top_, left_, mirrored_ = (on_device(draw, images.device) for draw in (top, left, mirrored))
-        rows = torch.arange(height, device=images.device) + top_[:, None]
-        columns = torch.arange(width, device=images.device).expand(n, width)
+        rows = torch.arange(height, dtype=torch.int64, device=images.device) + top_[:, None]
+        columns = torch.arange(width, dtype=torch.int64, device=images.device).expand(n, width)
         columns = torch.where(mirrored_[:, None], width - 1 - columns, columns) + left_[:, None]
 
         # One gather of bytes does the crop and the flip; only then do the pixels grow to four bytes each.

@@ -25,9 +25,9 @@ class Normalize:
             raise ValueError(
                 f"mean {mean} and std {std} must hold one number per channel, and every std must be positive"
             )
-        std_tensor = torch.tensor(std, dtype=torch.float64).view(-1, 1, 1)
+        std_tensor = torch.tensor(std, dtype=torch.float64, device="cpu").view(-1, 1, 1)
         self._scale = (1 / (255 * std_tensor)).float()
-        self._shift = (-torch.tensor(mean, dtype=torch.float64).view(-1, 1, 1) / std_tensor).float()
+        self._shift = (-torch.tensor(mean, dtype=torch.float64, device="cpu").view(-1, 1, 1) / std_tensor).float()
         self._buffers = Recycler()
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64] | None = None) -> Tensor:

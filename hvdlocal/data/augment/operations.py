@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hvdlocal.data.augment.base import on_device
 
-_BYTES = torch.arange(256, dtype=torch.float32)
+_BYTES = torch.arange(256, dtype=torch.float32, device="cpu")
 
 
 def shear_map(height: int, width: int, x: float, y: float) -> Tensor:
@@ -104,7 +104,7 @@ def equalize_tables(images: Tensor) -> Tensor:
     step = (flat.shape[2] - last) // 255
     below = histogram.cumsum(2) - histogram
     table = ((below + step // 2) // step.clamp(min=1)).clamp_(0, 255)
-    return torch.where(step > 0, table, torch.arange(256, device=images.device)).to(torch.uint8)
+    return torch.where(step > 0, table, torch.arange(256, dtype=torch.int64, device=images.device)).to(torch.uint8)
 
 
 def adjust_color(images: Tensor, factor: float) -> Tensor:
@@ -130,8 +130,8 @@ def grey(images: Tensor) -> Tensor:
     if images.shape[3] == 1:
         return images.float()
     red, green, blue = images.split(1, dim=3)
-    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
+    return red.float().mul_(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_()
 
 
 def _blend(images: Tensor, other: Tensor, ratio: float) -> Tensor:
-    return images.mul(ratio).add_(other, alpha=1.0 - ratio).clamp_(0, 255).to(torch.uint8)
+    return images.float().mul(ratio).add_(other, alpha=1.0 - ratio).clamp_(0, 255).to(torch.uint8)

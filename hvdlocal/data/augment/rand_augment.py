@@ -105,4 +105,4 @@ class RandAugment:
 
     def _strength(self, strongest: float) -> float:
         """The strength on a scale that ends at ``strongest``, in torchvision's precision."""
-        return float(torch.linspace(0, strongest, _BINS)[self.magnitude])
+        return float(torch.linspace(0, strongest, _BINS, dtype=torch.float32, device="cpu")[self.magnitude])

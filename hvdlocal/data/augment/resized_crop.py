@@ -142,7 +142,7 @@ def _weights(
     """
     centre = start[:, None] + (np.arange(size) + 0.5) * step[:, None] - 0.5
     inverse = 1 / np.maximum(step, 1)
-    pixel = torch.arange(length, device=device)
+    pixel = torch.arange(length, dtype=torch.int64, device=device)
     exists = (pixel >= _column(first, device)) & (pixel < _column(stop, device))
     distance = (pixel - on_device(centre.astype(np.float32), device)[:, :, None]).abs_()
     weights = (1 - distance.mul_(_column(inverse, device).float())).clamp_(min=0).mul_(exists)

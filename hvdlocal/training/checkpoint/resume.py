@@ -138,7 +138,7 @@ class _Mean:
 
     def reduce(self, communicator: Communicator) -> None:
         """Adds what the other ranks took in; a collective."""
-        counts = torch.tensor([float(count) for count in self._counts.values()])
+        counts = torch.tensor([float(count) for count in self._counts.values()], dtype=torch.float64, device="cpu")
         communicator.sum_(counts, "hvdlocal.resume.counts")
         self._counts = dict(zip(self._counts, map(round, counts.tolist()), strict=True))
         for i, total in enumerate(self._sums.values()):
