@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi launch test-slurm bench clean
+.PHONY: setup train test lint unit mpi launch test-slurm test-gpu bench clean
 
 setup:
 	@install/setup.sh
@@ -44,6 +44,10 @@ launch: setup
 test-slurm: setup
 	install/slurm.sh || true
 	python -m pytest tests/slurm
+
+# On one GPU. Needs no Horovod: `python -m pytest tests/gpu` does the same in any environment with torch and mpi4py.
+test-gpu: setup
+	python -m pytest tests/gpu
 
 # Every figure that the README and docs/ quote. BENCH_DATA holds cifar-10-batches-bin and jpeg-sample; what is not there is left out.
 BENCH_DATA ?= ../shared/data

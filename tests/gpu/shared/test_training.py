@@ -1,0 +1,198 @@
+"""The trainer on the device: methods learn, evaluations are exact, the loop does not wait, a killed run continues bit for bit."""
+
+import json
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_averaging import equal_everywhere
+from waiting import no_waits
+
+import hvdlocal
+from hvdlocal.models import build_model
+from hvdlocal.training import Trainer
+from hvdlocal.training.checkpoint import files
+from hvdlocal.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PeriodConfig,
+    TrainConfig,
+)
+from hvdlocal.training.keeper import Keeper
+
+PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
+TEST_IMAGES = 31
+
+
+@pytest.fixture(scope="module")
+def place(comm):
+    """A directory that all ranks share, with three classes of 8×8 images that differ in where they are bright."""
+    path = Path(comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", "test.place")[0])
+    if comm.rank == 0:
+        generator = np.random.default_rng(0)
+        for split, count in (("train", 96), ("test", TEST_IMAGES)):
+            labels = np.arange(count) % 3
+            images = generator.integers(0, 60, (count, 8, 8, 1), dtype=np.uint8)
+            for image, label in zip(images, labels, strict=True):
+                image[2 * label : 2 * label + 3] += 150
+            hvdlocal.ShardWriter(path / "data", split, classes=["a", "b", "c"]).write(images, labels)
+    comm.barrier("test.data")
+    yield path
+    comm.barrier("test.place_end")
+    if comm.rank == 0:
+        shutil.rmtree(path)
+
+
+def configuration(place, output, device, method, **settings):
+    settings = {"epochs": 6.0, "optimizer": OptimizerConfig(lr=0.02), **settings}
+    return TrainConfig(
+        data=DataConfig(str(place / "data"), batch_size=8, flip=True, crop_padding=1, storage="ram", threads=1),
+        model=ModelConfig("digits_cnn", channels_last=True),
+        output=str(place / output),
+        method=method,
+        evaluate_every_epochs=3.0,
+        log_every_seconds=1e6,
+        device=device.type,
+        **settings,
+    )
+
+
+def run(comm, config):
+    trainer = Trainer(config, comm)
+    summary = trainer.run()
+    comm.barrier("test.trained")
+    return trainer, summary
+
+
+HALF = [(preset, precision) for preset in ("sync", "local-ada") for precision in ("bfloat16", "float16")]
+
+
+@pytest.mark.parametrize(("preset", "precision"), [*((preset, "float32") for preset in PRESETS), *HALF])
+def test_every_preset_learns(comm, place, device, preset, precision):
+    method = MethodConfig(preset, period=PeriodConfig(period=2))
+    trainer, summary = run(comm, configuration(place, f"{preset}-{precision}", device, method, precision=precision))
+    assert all(p.device == device for p in trainer.model.parameters())
+    assert summary.evaluation.samples == TEST_IMAGES, "every test image once"
+    assert summary.evaluation.accuracy == 1.0
+    assert equal_everywhere(comm, torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()]))
+    saved = torch.load(trainer.directory / "model.pt", weights_only=True)
+    assert all(tensor.device.type == "cpu" for tensor in saved.values())
+
+
+@pytest.mark.parametrize("buffers", ["average", "reestimate"])
+def test_an_evaluation_is_that_of_the_saved_model_on_the_cpu(comm, place, device, buffers):
+    method = MethodConfig("local-ada", period=PeriodConfig(period=3), buffers=buffers)
+    config = configuration(place, f"evaluated-{buffers}", device, method, epochs=0.5)
+    trainer, summary = run(comm, config)
+    model = build_model("digits_cnn", 3, (8, 8, 1)).eval()
+    model.load_state_dict(torch.load(trainer.directory / "model.pt", weights_only=True))
+    data = hvdlocal.ShardedDataset(config.data.path, "test")
+    x, y = next(hvdlocal.data.evaluation_batches(data, TEST_IMAGES, transform=trainer.images.test_transform))
+    with torch.no_grad():
+        logits = model(x)
+    assert summary.evaluation.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-3)
+    assert summary.evaluation.accuracy == pytest.approx(float((logits.argmax(1) == y).double().mean()), abs=1.01 / 31)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_loop_does_not_wait_inside_a_round(comm, place, device, monkeypatch, preset):
+    """Loader, augmentation, forward and backward pass, step, and on a GPU also records and checkpoints that are not due."""
+    from test_waiting import averages_now
+
+    method = MethodConfig(preset, period=PeriodConfig(period=4), accumulate=1 if preset.startswith("acc") else 2)
+    config = configuration(place, f"waiting-{preset}", device, method, precision="bfloat16")
+    trainer = Trainer(config, comm)
+    free = 0
+    original = Trainer._micro_batch
+    with ExitStack() as watch:
+
+        def micro_batch(self, batches):
+            """Watches this micro-batch and all that the loop does until the next one."""
+            nonlocal free
+            watch.close()
+            optimizer = self.optimizer
+            alone = comm.size == 1  # without statistics, and so without a collective for them
+            first_of_all = optimizer.round == 0  # starts the device's libraries
+            if not first_of_all and not (averages_now(optimizer) and not (alone and not_last(optimizer))):
+                watch.enter_context(no_waits(device))
+                free += 1
+            original(self, batches)
+            if (
+                device.type == "cpu"
+            ):  # where the poll's numbers, which are always there, cannot be told from the device's
+                watch.close()
+
+        monkeypatch.setattr(Trainer, "_micro_batch", micro_batch)
+        monkeypatch.setattr(
+            Trainer, "_end", lambda self, console, end=Trainer._end: (watch.close(), end(self, console))[1]
+        )
+        trainer.run()
+    comm.barrier("test.waited")
+    assert free >= 4
+
+
+def not_last(optimizer) -> bool:
+    """Whether the next step does not end the round."""
+    return isinstance(optimizer, hvdlocal.LocalOptimizer) and optimizer.steps_in_round < optimizer.period - 1
+
+
+class Killed(BaseException):
+    """In place of SIGKILL."""
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("preset", ["local-ada", "acc-ada"])
+def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device, monkeypatch, preset):
+    """With AdamW's moments, bfloat16, and a network whose steps depend on the device's random state."""
+
+    def build(name, num_classes, shape):
+        return torch.nn.Sequential(torch.nn.Dropout(0.1), build_model(name, num_classes, shape))
+
+    monkeypatch.setattr("hvdlocal.training.configured.build_model", build)
+    method = MethodConfig(preset, period=PeriodConfig(period=3))
+    settings = {"optimizer": OptimizerConfig("adamw", lr=0.01), "precision": "bfloat16"}
+
+    def config(output, every=None):
+        made = configuration(place, f"{preset}-{output}", device, method, **settings)
+        made.checkpoint = CheckpointConfig(every_steps=every, keep=3)
+        return made
+
+    whole, _ = run(comm, config("whole"))
+    original = Keeper.after_step
+
+    def after_step(self, steps):
+        original(self, steps)
+        if steps == 5:
+            raise Killed
+
+    killed = Trainer(config("killed", 2), comm)
+    with monkeypatch.context() as patch:
+        patch.setattr(Keeper, "after_step", after_step)
+        with pytest.raises(Killed):
+            killed.run()
+    killed.keeper._poll.close()
+    killed.keeper.writer.close()
+    comm.barrier("test.killed")
+    step = files.newest_first(killed.directory / "checkpoints")[0]
+    assert files.read_manifest(files.directory(killed.directory / "checkpoints", step))["in_sync"] is (
+        preset == "acc-ada"
+    )
+    final, _ = run(comm, config("killed", 2))
+    assert final.resumed is not None
+    assert final.resumed.step == step
+    for name in ("model.pt", "best.pt"):
+        a, b = (torch.load(trainer.directory / name, weights_only=True) for trainer in (whole, final))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert losses(final.directory) == losses(whole.directory)
+
+
+def losses(directory):
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [(record["kind"], record["step"], record.get("loss")) for record in records]
