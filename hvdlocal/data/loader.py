@@ -15,7 +15,7 @@ import torch
 from hvdlocal.data.keys import sample_keys
 from hvdlocal.data.order import OrderMode
 from hvdlocal.data.pipeline import Batch, Pipeline, Selection, Stats, resolve_device
-from hvdlocal.data.plan import Plan, Tail, check_batch, resolve_order
+from hvdlocal.data.plan import Plan, Tail, check_batch, require_samples, resolve_order
 
 if TYPE_CHECKING:
     from hvdlocal.data.augment import Crop, Mix, Transform
@@ -80,6 +80,7 @@ class Loader:
         prefetch: int = 2,
         threads: int | None = None,
     ) -> None:
+        require_samples(dataset, "Loader")
         self._plan = Plan(
             dataset,
             batch_size,
@@ -217,6 +218,7 @@ def evaluation_batches(
 
     Args, batches, errors: see ``Loader``.
     """
+    require_samples(dataset, "evaluation_batches")
     check_batch(batch_size, rank, num_workers)
     n = len(dataset)
     first, last = rank * n // num_workers, (rank + 1) * n // num_workers

@@ -14,6 +14,7 @@ from typing import Any, Literal
 FORMAT = "hvdlocal-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
+OVERWRITE = "--overwrite (from Python: overwrite=True)"  # for messages
 
 Kind = Literal["images", "jpeg"]
 """How samples are stored: as equally sized uint8 images, or as JPEG files of any size."""
@@ -125,7 +126,7 @@ class Manifest:
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path} is not a usable manifest: {reason}; write the data set again with overwrite"
+                f"{path} is not a usable manifest: {reason}; write the data set again with {OVERWRITE}"
             ) from error
         return manifest
 

@@ -109,6 +109,20 @@ class Plan:
         return int(consumed)
 
 
+def require_samples(dataset: object, taker: str) -> None:
+    """Raises ValueError for what is no data set of hvdlocal, a torch `Subset` for example; `taker` is what it was given to."""
+    if hasattr(dataset, "fingerprint"):
+        return
+    kind = type(dataset).__name__
+    if kind == "TorchDataset":
+        raise ValueError(f"{taker} takes what a TorchDataset is made of: give its attribute dataset")
+    raise ValueError(
+        f"{taker} takes a ShardedDataset, or what open_hdf5 gives, and not a {kind}: write the samples as a split of their own "
+        "(ShardWriter), or use torch.utils.data.DistributedSampler with num_replicas and rank of the communicator, which "
+        "repeats some samples"
+    )
+
+
 def check_batch(batch_size: int, rank: int, num_workers: int) -> None:
     """Raises ValueError for numbers that no rank can have."""
     for name, value in (("batch_size", batch_size), ("rank", rank), ("num_workers", num_workers)):

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdlocal.data.hdf5 import open_for_reading
 from hvdlocal.data.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, classes_sha256
 
 CRC_BLOCK = 64  # images per checksum: small enough to name the damage, large enough to cost 0.02 % of the bytes
@@ -151,12 +152,7 @@ def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
         raise FileNotFoundError(f"shard {path} is missing; copy it again, or {_REWRITE}")
     if (size := path.stat().st_size) != entry.bytes:
         raise ValueError(f"{path} has {size} bytes where the manifest says {entry.bytes}; copy it again")
-    try:
-        file = h5py.File(path, "r", locking=False)
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be opened as HDF5 ({error}); unless this program holds it open, copy it again, or {_REWRITE}"
-        ) from error
+    file = open_for_reading(path, f"copy it again, or {_REWRITE}")
     try:
         with file:
             shard = _read_shard(path, file, entry, manifest)

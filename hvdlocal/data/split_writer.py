@@ -13,8 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hvdlocal.communicator import Communicator
+from hvdlocal.data.labels import class_numbers
 from hvdlocal.data.manifest import (
     MANIFEST_NAME,
+    OVERWRITE,
     Manifest,
     ShardEntry,
     sha256_of_json,
@@ -54,7 +56,7 @@ class BadSamplesError(ValueError):
         first = "; ".join(self.lines[:3]) + ("; …" if len(self.lines) > 3 else "")
         super().__init__(
             f"{len(self.lines)} of {num_samples} samples cannot be used ({first}); {report} lists them all; mend or "
-            "remove them and write with overwrite, or leave them out (--bad skip)"
+            f"remove them and write again with {OVERWRITE}, or leave them out with --bad skip (from Python: skip_bad=True)"
         )
 
 
@@ -138,9 +140,10 @@ class SplitWriter:
     def _check_labels(self, labels: ArrayLike, n: int, things: str) -> NDArray[np.int32]:
         if n < self.num_shards:
             raise ValueError(f"{n} {things} cannot fill {self.num_shards} shards; choose a smaller num_shards")
-        array = np.asarray(labels)
-        if array.shape != (n,) or array.dtype.kind not in "iu":
-            raise ValueError(f"labels are {array.dtype} {array.shape}; one integer per image, shape ({n},), is needed")
+        try:
+            array = class_numbers(np.asarray(labels), n, things)
+        except ValueError as error:
+            raise ValueError(f"labels are {error}") from None
         out_of_range = np.flatnonzero((array < 0) | (array >= len(self.classes)))
         if len(out_of_range):
             first = int(out_of_range[0])
@@ -284,7 +287,8 @@ class SplitWriter:
             shards = f"{len(foreign)} shard{'s' if len(foreign) > 1 else ''}"
             raise FileExistsError(
                 f"{self._unfinished} holds {shards} of a different data set that was never finished; finish it with the "
-                "options and the source that it was begun with, choose another directory, or overwrite"
+                "options and the source that it was begun with, choose another directory, or replace them with "
+                f"{OVERWRITE}"
             )
         if existing is None:
             self._unfinished.mkdir(parents=True, exist_ok=True)
@@ -308,7 +312,7 @@ class SplitWriter:
             if not known:
                 raise FileExistsError(
                     f"{shard} is there without a {MANIFEST_NAME}; copy the manifest too, choose another directory, or "
-                    "overwrite"
+                    f"replace it with {OVERWRITE}"
                 )
 
     def _finished(
@@ -472,7 +476,7 @@ class SplitWriter:
 
     def _refusal(self) -> FileExistsError:
         return FileExistsError(
-            f"{self.directory} already holds a different data set; choose another directory, or overwrite"
+            f"{self.directory} already holds a different data set; choose another directory, or replace it with {OVERWRITE}"
         )
 
 

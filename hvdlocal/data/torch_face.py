@@ -13,7 +13,7 @@ from torch.utils import data
 
 from hvdlocal.data.keys import sample_keys
 from hvdlocal.data.order import OrderMode
-from hvdlocal.data.plan import Plan, resolve_order
+from hvdlocal.data.plan import Plan, require_samples, resolve_order
 
 if TYPE_CHECKING:
     from hvdlocal.data.augment import Crop, Transform
@@ -61,6 +61,7 @@ class TorchDataset(data.Dataset[tuple[Any, int]]):
         batch_transform: Transform | None = None,
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
+        require_samples(dataset, "TorchDataset")
         if (crop is None) == (dataset.kind == "jpeg"):
             raise ValueError(
                 f"crop is {crop}; it is needed for JPEGs and only for them, and the samples are {dataset.kind}"
@@ -135,6 +136,7 @@ class EpochSampler(data.Sampler[int]):
                 f"tail is {tail!r}; a sampler can do 'carry' or 'drop', as a DataLoader knows no empty batches"
             )
         stored = dataset.dataset if isinstance(dataset, TorchDataset) else dataset
+        require_samples(stored, "EpochSampler")
         self._plan = Plan(
             stored,
             batch_size,

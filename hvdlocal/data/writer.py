@@ -81,6 +81,11 @@ class ShardWriter(SplitWriter):
                     f"images are {images.dtype} {tuple(images.shape)}; "
                     "uint8 (N, height, width, channels) without an empty axis is needed"
                 )
+            if images.shape[1] <= 4 < images.shape[3]:
+                raise ValueError(
+                    f"images of shape {tuple(images.shape)} have their channels first; (N, height, width, channels) is needed, "
+                    "as numpy.moveaxis(images, 1, 3) makes it"
+                )
             return self._check_labels(labels, images.shape[0], "images"), identity or _sha256_of_images(images)
 
         label_array, source = self._team.together(check, "data.check")

@@ -214,6 +214,31 @@ def test_a_users_own_file(comm, directory, share):
         assert (dataset.fingerprint, dataset.mean, dataset.std) == (alone.fingerprint, alone.mean, alone.std)
 
 
+@pytest.mark.parametrize("storage", ["ram", "mmap", "stream"])
+def test_images_behind_a_link_where_every_node_has_a_folder_of_its_own(comm, directory, storage):
+    mine = directory / f"node{comm.rank}"
+    (mine / "far").mkdir(parents=True)
+    with h5py.File(mine / "far" / "source.h5", "w") as file:
+        file["before"], file["images"] = np.arange(5000), images_of(N)
+    with h5py.File(mine / "a.h5", "w") as file:
+        file["images"], file["labels"] = h5py.ExternalLink("far/source.h5", "/images"), np.arange(N) % 3
+    with open_hdf5(mine / "a.h5", storage=storage, communicator=comm) as dataset:
+        assert np.array_equal(dataset.take(np.arange(N)), images_of(N))
+        assert dataset._layout.extents[0].path == mine / "far" / "source.h5"
+        assert len(set(comm.gather(dataset.fingerprint, "test.fingerprints"))) == 1
+
+
+def test_a_file_that_one_rank_names_twice_is_one_sentence_on_every_rank(comm, directory):
+    own, other = directory / "own.h5", directory / f"other{comm.rank}.h5"
+    if comm.rank == comm.size - 1:
+        other.symlink_to(own)
+    else:
+        shutil.copy(own, other)
+    with pytest.raises(SetupError, match="are the same images, so each of them would come twice") as caught:
+        open_hdf5([own, other], communicator=comm)
+    assert len(set(comm.gather(str(caught.value), "test.messages"))) == 1
+
+
 @pytest.mark.parametrize("where", ["for writing", "for reading"])
 def test_memory_that_one_rank_cannot_map_is_one_sentence_on_every_rank(comm, directory, monkeypatch, where):
     def refuse(*args, **options):

@@ -57,8 +57,12 @@ def open_storage(
         # Before anything is chosen: memory that is shared already needs no room.
         with contextlib.suppress(OSError):  # its process is gone, or on another node
             return RamStorage(layout, "shared with the process that opened the data set", region=region)
-    mappable = not any(isinstance(extent, Unmappable) for extent in layout.extents)
-    choice = choose(storage, layout.total_bytes, layout.extents[0].path, mappable, communicator)
+    path, obstacle = layout.extents[0].path, None
+    for extent in layout.extents:
+        if isinstance(extent, Unmappable):
+            path, obstacle = extent.path, extent.obstacle
+            break
+    choice = choose(storage, layout.total_bytes, path, obstacle, communicator)
     if choice.mode == "ram":
         return RamStorage(layout, choice.reason, communicator, share)
 

@@ -55,7 +55,17 @@ class Reader(Protocol):
 
 @runtime_checkable
 class Unmappable(Protocol):
-    """An extent whose bytes do not lie in its file as they are (chunked, compressed): it brings its own reader."""
+    """An extent whose bytes do not lie in its file as they are (chunked, compressed): it brings its own reader.
+
+    Attributes:
+        path: the file.
+        obstacle: why its bytes do not lie there as they are, "chunked or compressed" for instance.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def obstacle(self) -> str: ...
 
     def open_reader(self) -> Reader:
         """Opens the file."""

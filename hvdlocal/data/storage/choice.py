@@ -73,14 +73,16 @@ def this_node() -> Node:
     return Node(f"{socket.gethostname()} {boot}", namespace)
 
 
-def choose(storage: str, total_bytes: int, path: Path, mappable: bool, communicator: Communicator | None) -> Choice:
+def choose(
+    storage: str, total_bytes: int, path: Path, obstacle: str | None, communicator: Communicator | None
+) -> Choice:
     """Decides where the bytes of a split shall lie; a collective if there is a communicator.
 
     Args:
         storage: "auto", or what the user wants.
         total_bytes: the size of the data.
-        path: one of the files.
-        mappable: whether the bytes lie in the files as they are.
+        path: one of the files; with an obstacle, one that has it.
+        obstacle: why the bytes do not lie in the files as they are ("chunked or compressed"); None if they do.
 
     Raises:
         ValueError: on every rank, when the user's wish cannot be met.
@@ -103,14 +105,14 @@ def choose(storage: str, total_bytes: int, path: Path, mappable: bool, communica
         raise ValueError(
             f"storage 'ram' needs {size}, more than {room}; choose 'mmap' or 'stream', or ask for more memory"
         )
-    if not mappable:
+    if obstacle is not None:
         if storage not in ("auto", "ram") or total_bytes > available:
             wish = f"storage {storage!r} cannot read" if storage != "auto" else f"{room} cannot hold"
             raise ValueError(
-                f"{wish} the {size} of {path}, which are chunked or compressed; rewrite the file with "
-                "`h5repack -f NONE -l CONTI`, or as shards with ShardWriter"
+                f"{wish} the {size} of images of which those in {path} are {obstacle}; write them as shards with ShardWriter, "
+                "or as uint8 (N, H, W, C) in one piece (`h5repack -f NONE -l CONTI` does that for chunked ones)"
             )
-        return Choice("ram", f"{size}, chunked or compressed in the file, are unpacked once", stream_bytes)
+        return Choice("ram", f"{size}, {obstacle}, are unpacked once", stream_bytes)
     if storage != "auto":
         return Choice(storage, "as asked for", stream_bytes)
     if total_bytes <= available // 2:

@@ -115,6 +115,7 @@ def test_same_statistics_as_shards(tmp_path):
 def test_chunked_files_are_read_a_run_of_whole_chunks_at_a_time(tmp_path, monkeypatch):
     """In slices of at least 8 MiB that begin at chunks: every chunk is unpacked once."""
     images = np.zeros((3000, 64, 64, 1), np.uint8)
+    images[:, 0, 0] = 1  # else they would be taken for images that were never written
     path = write(tmp_path / "a.h5", images, np.zeros(3000, int), chunks=(77, 64, 64, 1), compression="gzip")
     slices = []
     read_direct = h5py.Dataset.read_direct
@@ -160,7 +161,9 @@ def test_more_refusals(tmp_path):
     with pytest.raises(ValueError, match="at least one path"):
         open_hdf5([])
     other = write(tmp_path / "other.h5", np.zeros((N, 4, 4), np.uint8))
-    with pytest.raises(ValueError, match=r"images of shapes \[\(4, 4, 1\), \(20, 10, 3\)\]; one shape"):
+    with pytest.raises(
+        ValueError, match=r"one shape .*\(20, 10, 3\) are in .*a\.h5, and .*other\.h5 of shape \(4, 4, 1\)"
+    ):
         open_hdf5([path, other])
     (tmp_path / "text.h5").write_text("not HDF5")
     with pytest.raises(ValueError, match=r"text\.h5 cannot be opened as HDF5"):
@@ -175,7 +178,7 @@ def test_more_refusals(tmp_path):
 @pytest.mark.parametrize("storage", ["mmap", "stream"])
 def test_compressed_files_are_unpacked_into_memory_only(tmp_path, storage):
     path = write(tmp_path / "a.h5", chunks=(100, *SHAPE), compression="gzip")
-    with pytest.raises(ValueError, match=rf"storage '{storage}' cannot read .*a\.h5, which are chunked.*h5repack"):
+    with pytest.raises(ValueError, match=rf"storage '{storage}' cannot read .*a\.h5 are chunked.*h5repack"):
         open_hdf5(path, storage=storage)
 
 

@@ -47,7 +47,7 @@ def machine(monkeypatch):
 )
 def test_auto(machine, tmp_path, size, kind, mode, reason):
     machine(8 * GIB, kind)
-    found = choose("auto", size, tmp_path, True, None)
+    found = choose("auto", size, tmp_path, None, None)
     assert found.mode == mode
     assert reason in found.reason
     assert found.stream_bytes == 2 * GIB
@@ -56,39 +56,44 @@ def test_auto(machine, tmp_path, size, kind, mode, reason):
 def test_the_smallest_node_decides_for_all(machine, tmp_path):
     machine(64 * GIB, "ext4")
     there = choice.Node("there", 1)
-    found = choose("auto", 8 * GIB, tmp_path, True, Ranks((there, 8 * GIB, "ext4"), (there, 8 * GIB, "ext4")))
+    found = choose("auto", 8 * GIB, tmp_path, None, Ranks((there, 8 * GIB, "ext4"), (there, 8 * GIB, "ext4")))
     assert found.mode == "mmap"
     assert found.stream_bytes == GIB, "a quarter of the free memory, for each of the ranks there"
-    found = choose("auto", 8 * GIB, tmp_path, True, Ranks((there, 8 * GIB, "lustre")))
+    found = choose("auto", 8 * GIB, tmp_path, None, Ranks((there, 8 * GIB, "lustre")))
     assert found.mode == "stream"
 
 
 def test_ranks_that_do_not_see_each_other_need_a_copy_each(machine, tmp_path):
     machine(8 * GIB, "ext4")
     same, container = choice.Node("here", 1), choice.Node("here", 2)
-    assert choose("auto", 3 * GIB, tmp_path, True, Ranks((same, 8 * GIB, "ext4"))).mode == "ram"
-    assert choose("auto", 3 * GIB, tmp_path, True, Ranks((container, 8 * GIB, "ext4"))).mode == "mmap"
+    assert choose("auto", 3 * GIB, tmp_path, None, Ranks((same, 8 * GIB, "ext4"))).mode == "ram"
+    assert choose("auto", 3 * GIB, tmp_path, None, Ranks((container, 8 * GIB, "ext4"))).mode == "mmap"
 
 
 def test_a_wish_is_followed(machine, tmp_path):
     machine(8 * GIB, "lustre")
     for mode in ("ram", "mmap", "stream"):
-        assert choose(mode, 5 * GIB, tmp_path, True, None).mode == mode
+        assert choose(mode, 5 * GIB, tmp_path, None, None).mode == mode
 
 
 @pytest.mark.parametrize(
-    ("storage", "size", "mappable", "message"),
+    ("storage", "size", "obstacle", "message"),
     [
-        ("ram", 9 * GIB, True, r"'ram' needs 9 GiB, more than the 8 GiB .* choose 'mmap' or 'stream'"),
-        ("disk", 1, True, "storage is 'disk'; choose"),
-        ("mmap", 1, False, r"storage 'mmap' cannot read .*chunked or compressed.*h5repack"),
-        ("auto", 9 * GIB, False, r"the 8 GiB that the node can give cannot hold the 9 GiB of .*h5repack"),
+        ("ram", 9 * GIB, None, r"'ram' needs 9 GiB, more than the 8 GiB .* choose 'mmap' or 'stream'"),
+        ("disk", 1, None, "storage is 'disk'; choose"),
+        ("mmap", 1, "chunked or compressed", r"storage 'mmap' cannot read .*chunked or compressed.*h5repack"),
+        (
+            "auto",
+            9 * GIB,
+            "chunked or compressed",
+            r"the 8 GiB that the node can give cannot hold the 9 GiB of .*h5repack",
+        ),
     ],
 )
-def test_impossible_wishes(machine, tmp_path, storage, size, mappable, message):
+def test_impossible_wishes(machine, tmp_path, storage, size, obstacle, message):
     machine(8 * GIB, "ext4")
     with pytest.raises(ValueError, match=message):
-        choose(storage, size, tmp_path, mappable, None)
+        choose(storage, size, tmp_path, obstacle, None)
 
 
 def test_wishes_of_a_user(make_dataset, tmp_path):

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 import hvdlocal
 from hvdlocal.data import Loader, ShardedDataset, ShardWriter
 from hvdlocal.data.augment import CenterCrop, CropFlip, Normalize, RandomResizedCrop
+from hvdlocal.data.loader import evaluation_batches
 from hvdlocal.data.torch_face import EpochSampler, SampleIndex, TorchDataset
 
 
@@ -234,3 +235,16 @@ def test_the_example_of_the_documentation_runs(source, tmp_path, monkeypatch):
         exec(code, names)
     assert names["loader"].samples_consumed >= 300
     assert names["images"].shape == (128, 2, 4, 3)
+
+
+def test_what_is_no_data_set_of_hvdlocal(make_dataset):
+    items = TorchDataset(make_dataset(20))
+    for other in (Subset(items, range(5)), ConcatDataset([items, items]), [1, 2], None):
+        for taker in (lambda data: EpochSampler(data, 2), TorchDataset, lambda data: Loader(data, 2)):
+            with pytest.raises(
+                ValueError, match=rf"takes a ShardedDataset.*not a {type(other).__name__}: .*DistributedSampler"
+            ):
+                taker(other)
+    for taker in (TorchDataset, lambda data: Loader(data, 2), lambda data: evaluation_batches(data, 2)):
+        with pytest.raises(ValueError, match="takes what a TorchDataset is made of: give its attribute dataset"):
+            taker(items)

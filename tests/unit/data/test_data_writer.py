@@ -145,6 +145,15 @@ def test_an_hdf5_dataset_can_be_the_source(tmp_path, source):
     np.testing.assert_array_equal(dataset.take(np.argsort(dataset.index)), images)
 
 
+@pytest.mark.parametrize("form", [lambda labels: labels[:, None], lambda labels: np.eye(5)[labels], list])
+def test_labels_of_other_shapes_make_the_same_data_set(tmp_path, source, form):
+    images, labels = source(20)
+    manifest = ShardWriter(tmp_path, "train", classes=CLASSES).write(images, form(labels))
+    assert manifest.plan == ShardWriter(tmp_path / "plain", "train", classes=CLASSES).write(images, labels).plan
+    dataset = ShardedDataset(tmp_path)
+    np.testing.assert_array_equal(dataset.labels, labels[dataset.index])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -153,7 +162,17 @@ def test_an_hdf5_dataset_can_be_the_source(tmp_path, source):
         (lambda images, labels: (images[:0], labels[:0]), r"images are uint8 \(0, 4, 3, 2\)"),
         (lambda images, labels: (images[:2], labels[:2]), "2 images cannot fill 3 shards"),
         (lambda images, labels: (images, labels[:-1]), r"labels are int64 \(9,\).*shape \(10,\)"),
-        (lambda images, labels: (images, labels / 2), "labels are float64"),
+        (lambda images, labels: (images, labels / 2), r"labels are float64 .*labels\.astype\(int\)"),
+        (
+            lambda images, labels: (images, np.full((10, 5), 0.2)),
+            r"labels are float64 .*these are not one-hot",
+        ),
+        (lambda images, labels: (images, np.array(CLASSES)[labels]), r"labels are <U3 .*numpy\.unique"),
+        (lambda images, labels: (images, np.array(CLASSES, "S")[labels]), r"labels are \|S3 .*numpy\.unique"),
+        (
+            lambda images, labels: (np.zeros((10, 3, 8, 8), np.uint8), labels),
+            r"shape \(10, 3, 8, 8\) have their channels first; .*numpy\.moveaxis\(images, 1, 3\)",
+        ),
         (
             lambda images, labels: (images, np.where(np.arange(10) == 6, 5, labels)),
             "label 5 of sample 6 is out of range",
@@ -248,7 +267,10 @@ def test_shards_without_a_manifest_are_not_touched(tmp_path, source, name):
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / name).write_bytes(b"the only copy of somebody's work")
     before = files(tmp_path)
-    with pytest.raises(FileExistsError, match=rf"{name} is there without a manifest\.json; .*or overwrite"):
+    with pytest.raises(
+        FileExistsError,
+        match=rf"{name} is there without a manifest\.json; .*with --overwrite \(from Python: overwrite=True\)",
+    ):
         ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2).write(*source(100))
     assert files(tmp_path) == before
     ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2, overwrite=True).write(*source(100))

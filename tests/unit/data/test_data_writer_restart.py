@@ -215,7 +215,10 @@ def test_another_data_set_half_way_is_refused_unless_overwrite(tmp_path, source)
     with pytest.raises(OSError, match="source lost"):
         ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2).write(Broken(images), labels, identity="i")
     before = content(tmp_path)
-    with pytest.raises(FileExistsError, match=r"unfinished holds 1 shard of a different data set.*or overwrite"):
+    with pytest.raises(
+        FileExistsError,
+        match=r"unfinished holds 1 shard of a different data set.*with --overwrite \(from Python: overwrite=True\)",
+    ):
         ShardWriter(tmp_path, "train", classes=CLASSES, num_shards=2, seed=1).write(images, labels, identity="i")
     assert content(tmp_path) == before
     for directory, overwrite in ((tmp_path, True), (tmp_path / "direct", False)):
