@@ -35,7 +35,7 @@ class StatisticsScalar(IntEnum):
     """Numbers that travel with the gradient statistics."""
 
     SQR_NORM = 0  # Σ ‖g‖² of the rank's micro-batches
-    VALID = 1  # ranks whose gradient is finite
+    VALID = 1  # ranks that have a gradient, a finite one
 
 
 class FlatViews:

@@ -12,6 +12,10 @@ from hvdlocal.averaging.arena import FlatViews
 class GradientBuffer:
     """Collects the gradients of micro-batches and gives their sum back as the parameters' gradients.
 
+    Attributes:
+        micro_batches: collected so far.
+        empty: of them, those that brought no gradient at all.
+
     Args:
         parameters: whose `.grad` is collected.
         layout: places of the parameters in `flat`.
@@ -23,7 +27,7 @@ class GradientBuffer:
         self._views = layout.of(flat)
         self._seen = [False] * len(parameters)
         self.flat = flat
-        self.micro_batches = 0
+        self.micro_batches = self.empty = 0
 
     def collect(self) -> None:
         """Adds the present gradients and takes them away from the parameters, so that the next backward starts at zero."""
@@ -38,6 +42,7 @@ class GradientBuffer:
             self._seen[i] = True
             self._parameters[i].grad = None
         self.micro_batches += 1
+        self.empty += not pairs
 
     def fill_unseen(self) -> None:
         """Makes the gradient of a parameter that took no part zero."""
@@ -55,13 +60,14 @@ class GradientBuffer:
     def drop(self) -> None:
         """Forgets what was collected."""
         self._seen = [False] * len(self._parameters)
-        self.micro_batches = 0
+        self.micro_batches = self.empty = 0
 
     def state(self) -> dict[str, object]:
         """What was collected so far; empty between two steps."""
         if not self.micro_batches:
             return {}
-        return {"micro_batches": self.micro_batches, "seen": list(self._seen), "sum": self.flat.clone()}
+        counts = {"micro_batches": self.micro_batches, "empty": self.empty}
+        return {**counts, "seen": list(self._seen), "sum": self.flat.clone()}
 
     def load_state(self, state: dict) -> None:
         """The reverse of `state`."""
@@ -70,6 +76,7 @@ class GradientBuffer:
             parameter.grad = None  # it may be a view of what is written below
         if state:
             self.micro_batches = state["micro_batches"]
+            self.empty = state.get("empty", 0)
             self._seen = list(state["seen"])
             self.flat.copy_(state["sum"])
 

@@ -188,16 +188,21 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _take_gradient(self) -> None:
         self._unscale()
+        empty = 0
         if self._accumulated:
             self._accumulated.collect()
             if self._accumulated.micro_batches < self.accumulate:
                 return
+            empty = self._accumulated.empty
             self._accumulated.flat.div_(self.accumulate)
             self._accumulated.give_back()
         if self._steps_in_round == 0:
             if self._arena.statistics_scalars is not None:
-                self._take_statistics()
+                self._take_statistics(valid=not (empty or self._overflowed) and bool(self._gradients()))
             self._period = self._next_period()
+            if self._progress == 0 and self._smoothed.grad_sqr is not None:
+                # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.
+                self._smoothed.weigh_first(self._theta(self.communicator.size * self._period * self.accumulate))
         self._inner_step(self._moment(self._period))
         self._steps_in_round += 1
         self._steps_since_statistics += 1
@@ -236,8 +241,13 @@ class LocalOptimizer(ReplicaOptimizer):
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
-    def _take_statistics(self) -> None:
-        """Puts what this rank's first gradient of the round tells into the arena."""
+    def _take_statistics(self, valid: bool) -> None:
+        """Puts what this rank's first gradient of the round tells into the arena.
+
+        Args:
+            valid: whether every micro-batch brought a gradient without overflow. Else there is no estimate on any rank: no
+                gradient is not a gradient of zero.
+        """
         assert isinstance(self.scaling, LocalAdaScale)
         assert self._arena.statistics_scalars is not None
         vector = self._arena.statistics
@@ -249,10 +259,10 @@ class LocalOptimizer(ReplicaOptimizer):
         sqr_norm = torch.dot(vector, vector)
         scalars = self._arena.statistics_scalars
         scalars[StatisticsScalar.SQR_NORM].copy_(sqr_norm)
-        if self._overflowed:
-            scalars[StatisticsScalar.VALID].zero_()
-        else:
+        if valid:
             scalars[StatisticsScalar.VALID].copy_(sqr_norm.isfinite())  # not read: a local step does not wait for a GPU
+        else:
+            scalars[StatisticsScalar.VALID].zero_()
         if not self.scaling.stale:
             self._timed_sum(self._arena.with_statistics_scalars, "hvdlocal.statistics")
             self._use_statistics(*self._summed_statistics().tolist())
@@ -264,7 +274,9 @@ class LocalOptimizer(ReplicaOptimizer):
         return torch.cat([self._arena.statistics_scalars, torch.dot(vector, vector).view(1)])
 
     def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float) -> None:
-        """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike."""
+        """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike, and so
+        does a rank without a gradient.
+        """
         workers = self.communicator.size
         if valid > workers - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
             self._update_statistics(

@@ -346,10 +346,12 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             theta_batches: micro-batches of all workers since the last estimate, for the moving average's default.
         """
         grad_sqr, grad_var = gradient_statistics(sum_sqr_norm / gradients, sqr_norm_of_sum / gradients**2, gradients)
+        self._smoothed.update(grad_sqr, grad_var * micro_batches, self._theta(theta_batches))
+
+    def _theta(self, micro_batches: int) -> float:
+        """θ of the moving averages when all workers have consumed so many micro-batches since the last estimate."""
         theta = getattr(self.scaling, "smoothing", None)
-        self._smoothed.update(
-            grad_sqr, grad_var * micro_batches, default_smoothing(theta_batches) if theta is None else theta
-        )
+        return default_smoothing(micro_batches) if theta is None else theta
 
     def _inner_step(self, now: Moment) -> None:
         """Steps the wrapped optimizer at gain times the groups' learning rates, unless a micro-batch overflowed."""

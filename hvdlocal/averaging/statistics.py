@@ -47,6 +47,11 @@ class MovingAverage:
         self.weighted = theta * self.weighted + (1 - theta) * x
         self.weight = theta * self.weight + (1 - theta)
 
+    def weigh(self, weight: float) -> None:
+        """Gives what there is another weight; the value stays."""
+        self.weighted *= weight / self.weight
+        self.weight = weight
+
     @property
     def value(self) -> float | None:
         """The average; None before the first update."""
@@ -64,6 +69,11 @@ class SmoothedStatistics:
         """Takes in one unclamped estimate."""
         self._grad_sqr.update(max(grad_sqr, 0.0), theta)
         self._grad_var.update(max(grad_var, MIN_GRAD_VAR), theta)
+
+    def weigh_first(self, theta: float) -> None:
+        """Gives the only estimate so far the weight that `theta` stands for."""
+        self._grad_sqr.weigh(1 - theta)
+        self._grad_var.weigh(1 - theta)
 
     @property
     def grad_sqr(self) -> float | None:

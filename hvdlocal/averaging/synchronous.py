@@ -13,8 +13,8 @@ from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.communicator import Communicator
 
-SQR_NORM, LOSS_SUM, LOSS_COUNT, OVERFLOW, STOP = range(5)
-NUM_SCALARS = 5
+SQR_NORM, LOSS_SUM, LOSS_COUNT, OVERFLOW, STOP, EMPTY = range(6)
+NUM_SCALARS = 6
 
 
 class SynchronousOptimizer(ReplicaOptimizer):
@@ -23,7 +23,8 @@ class SynchronousOptimizer(ReplicaOptimizer):
     ACC-LIN and ACC-ADA of Balles et al. (Alg. 2), and with `accumulate=1` and no scaling plain data parallelism. One
     collective per step carries the gradients and, for AdaScale, each worker's Σ‖g_i‖². It follows the backward pass and does
     not overlap with it. Loop, learning-rate schedulers and GradScaler as with `LocalOptimizer`; every rank must call `step` the
-    same number of times. A parameter without a gradient on a rank counts as one with gradient zero.
+    same number of times. A parameter without a gradient on a rank counts as one with gradient zero; a micro-batch without any
+    gradient gives no estimate of the statistics.
 
     Args:
         optimizer: steps the replica; its learning rates are the base rates γ.
@@ -143,6 +144,8 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if totals[OVERFLOW] > 0.5:  # on any rank: GradScaler's rule is to skip the step, and all ranks skip it
             self._drop()
             return
+        if totals[EMPTY] > 0.5:  # no gradient is not a gradient of zero: there is no estimate
+            sqr_norm = []
         self._step_on_mean(totals[SQR_NORM], *sqr_norm)
 
     def _reduce(self) -> None:
@@ -152,6 +155,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         scalars[LOSS_COUNT].fill_(self._loss_count)
         scalars[OVERFLOW].fill_(self._overflowed)
         scalars[STOP].fill_(self._stop)
+        scalars[EMPTY].fill_(self._accumulated.empty)
         self._sqr_norm.zero_()
         self._loss_sum.zero_()
         self._loss_count = 0

@@ -173,9 +173,8 @@ def test_default_smoothing_counts_the_micro_batches_between_two_estimates(comm, 
     variance = hvdlocal.gradient_statistics(10 * mean([x * x for x in c]), 10 * mean(c) ** 2, comm.size)[1]
     # σ² is 1, 9 and 0 (1e-6) times this variance; M before the second and third estimate:
     between = (1, 4) if stale else (4, 1)
-    before = (4, *between) if stale else (1, *between)  # before the first estimate at least one
+    before = (4, *between)  # the first counts for its own round of 4, also where it is used at once
     thetas = [1 - comm.size * steps / 1000 for steps in before]
-    thetas[0] = thetas[0] if stale else 1 - 1 / 1000
     debiased = _ema([variance, 9 * variance, 1e-6], thetas)
     assert optimizer.grad_var == pytest.approx(debiased, rel=1e-4)
 
