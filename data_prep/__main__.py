@@ -16,25 +16,26 @@ from data_prep.source import Source
 from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, Communicator, init, launched_size
 from hvdlocal.data.team import Team
 from hvdlocal.data.writer import BadSamplesError, JpegShardWriter, ShardWriter, verify
+from hvdlocal.exit_codes import ExitCode
 
 _SHARD_BYTES = 512 << 20  # few enough files for a parallel file system, enough of them to be copied side by side
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 after one sentence on stderr."""
+    """Run the command line; returns an `ExitCode`, after one sentence on stderr where it is not 0."""
     try:
         communicator = _join()
     except (ImportError, RuntimeError, ValueError) as error:
         _say(str(error))
-        return 2
+        return ExitCode.MISTAKE
     warnings.filterwarnings("ignore", module="PIL")  # of odd EXIF data, which are not used
     try:
         return _run(argv, communicator)
     except CommunicationError as error:  # it cannot be known whether rank 0 hears of it
         _say(str(error))
         if communicator is not None and isinstance(error, CollectiveTimeoutError):
-            communicator.abort(2)  # an orderly end would wait for the rank that did not come
-        return 2
+            communicator.abort(ExitCode.PEER_FAILED)  # an orderly end would wait for the rank that did not come
+        return ExitCode.PEER_FAILED
 
 
 def _run(argv: Sequence[str] | None, communicator: Communicator | None) -> int:
@@ -50,14 +51,14 @@ def _run(argv: Sequence[str] | None, communicator: Communicator | None) -> int:
         if communicator is not None:
             raise  # which ends the other ranks too
         _say("interrupted; the same command goes on from here")
-        return 130
+        return ExitCode.STOPPED
     except (ValueError, OSError) as error:
         if talks:
             _say(str(error))
         if communicator is not None:
             communicator.barrier("data.end")  # the launcher ends all as soon as one fails, and rank 0 must be heard
-        return 2
-    return 0
+        return ExitCode.MISTAKE
+    return ExitCode.FINISHED
 
 
 def _say(message: str) -> None:

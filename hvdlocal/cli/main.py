@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from hvdlocal import terminal
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.training import interruption
 from hvdlocal.version import __version__
 
@@ -33,20 +34,12 @@ HEARING_SECONDS = 0.5
 """mpirun ends all ranks as soon as one leaves with an error. Ranks that have not met yet wait so long before they leave, so that
 each can say what is wrong."""
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_DIVERGED = 3
-EXIT_COMMUNICATION = 4
-EXIT_UNREAD = 141
-"""What a shell reports of a program whose reader has left (`| head`): 128 and SIGPIPE."""
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 after a user's mistake; 3 when training diverged; 4 when another rank failed; 85 when training was interrupted and
-        can be continued; 141 when the reader of the output has left; 1 when this rank failed, for a bug with a traceback.
+        An `ExitCode`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     with terminal.guarded(lasting=arguments[:1] in [[name] for name in LASTING]):
@@ -56,9 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         except terminal.OutputError as error:
             if isinstance(error.__cause__, BrokenPipeError):
-                return EXIT_UNREAD
+                return ExitCode.UNREAD
             _complain(str(error))
-            return EXIT_FAILED
+            return ExitCode.FAILED
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -71,7 +64,7 @@ def _run(arguments: Sequence[str]) -> int:
     command, *rest = arguments
     if command not in COMMANDS:
         _complain(f"no command {command!r}: choose one of {', '.join(COMMANDS)}")
-        return EXIT_USAGE
+        return ExitCode.MISTAKE
     if command == "train":  # before torch is imported, which may take minutes: a signal would end the process
         interruption.install_handlers()
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # losing the terminal costs its lines, not the run
@@ -80,7 +73,7 @@ def _run(arguments: Sequence[str]) -> int:
     except terminal.OutputError:
         raise
     except KeyboardInterrupt:
-        return 130
+        return ExitCode.STOPPED
     except Exception as error:
         return _explain(error)
 
@@ -104,20 +97,20 @@ def _explain(error: Exception) -> int:
 
     if isinstance(error, CollectiveTimeoutError):
         _complain(str(error))
-        current().abort(EXIT_COMMUNICATION)  # the other ranks cannot be reached: an orderly end would wait for them
+        current().abort(ExitCode.PEER_FAILED)  # the other ranks cannot be reached: an orderly end would wait for them
     if isinstance(error, CommunicationError):
         _complain(str(error))
-        return EXIT_COMMUNICATION
+        return ExitCode.PEER_FAILED
     if isinstance(error, DivergedError | SetupError | DisagreementError):  # raised on all ranks
         _complain(str(error))
         with suppress(CommunicationError):  # another rank left without waiting
             current().barrier("hvdlocal.end")
-        return EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USAGE
+        return ExitCode.DIVERGED if isinstance(error, DivergedError) else ExitCode.MISTAKE
     if isinstance(error, ValueError | OSError | ImportError | LaunchError):
         _complain(str(error) or type(error).__name__)
         if launched_rank() is not None:
             time.sleep(HEARING_SECONDS)
-        return EXIT_USAGE
+        return ExitCode.MISTAKE
     if isinstance(error, LostRankError):
         if isinstance(error.__cause__, ValueError):  # damaged data or a bug: who knows
             traceback.print_exception(error.__cause__)
@@ -128,10 +121,10 @@ def _explain(error: Exception) -> int:
     try:
         communicator = current()
     except RuntimeError:
-        return EXIT_FAILED
+        return ExitCode.FAILED
     if communicator.size > 1:
-        communicator.abort(EXIT_FAILED)
-    return EXIT_FAILED
+        communicator.abort(ExitCode.FAILED)
+    return ExitCode.FAILED
 
 
 def _complain(message: str) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from hvdlocal.cli.experiments import EXPERIMENTS, require_scipy
 from hvdlocal.cli.experiments import run as run_experiment
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.reproduction.studies import STUDIES, Cell, Grid, Study, cells
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"the grid decides this setting: use {meant[0]}")
 
     from hvdlocal.reproduction.launcher import ranks_command, train_command
-    from hvdlocal.reproduction.runs import EXIT_INTERRUPTED, run_all  # torch takes seconds to load
+    from hvdlocal.reproduction.runs import run_all  # torch takes seconds to load
 
     output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
     jobs = list(_jobs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
@@ -70,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
         print(f"  {report.line(job.cell)}", flush=True)
 
     code = 0 if options.report else run_all(jobs, launcher, lambda text: print(text, flush=True), after)
-    if not (grid.periods or options.report or code == EXIT_INTERRUPTED):
+    if not (grid.periods or options.report or code == ExitCode.INTERRUPTED):
         code |= _measure(jobs)
     report = _report(study, grid, jobs)
     for claim in report.claims():

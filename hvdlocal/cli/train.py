@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import hvdlocal
 from hvdlocal.cli.configuration import parse
-from hvdlocal.training import AlreadyFinished, Interrupted, Summary, TrainConfig, Trainer
-
-EXIT_INTERRUPTED = 85
-"""A checkpoint was written: start the same command again."""
+from hvdlocal.exit_codes import ExitCode
+from hvdlocal.training import AlreadyFinished, Interrupted, Summary, TrainConfig, Trainer, interruption
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -19,14 +17,16 @@ def run(arguments: Sequence[str]) -> int:
     try:
         summary = Trainer(config, communicator).run()
     except (AlreadyFinished, Interrupted) as reason:
+        interruption.ignore()
         if communicator.rank == 0:
             print(reason, flush=True)
         communicator.barrier("hvdlocal.end")
-        return EXIT_INTERRUPTED if isinstance(reason, Interrupted) else 0
+        return ExitCode.INTERRUPTED if isinstance(reason, Interrupted) else ExitCode.FINISHED
+    interruption.ignore()
     if communicator.rank == 0:
         print(render(summary, config, communicator.size), flush=True)
     communicator.barrier("hvdlocal.end")
-    return 0
+    return ExitCode.FINISHED
 
 
 def render(summary: Summary, config: TrainConfig, ranks: int) -> str:

@@ -2,7 +2,8 @@
 
 from hvdlocal.communicator.agreement import DisagreementError, SetupError, require_agreement, succeed_together
 from hvdlocal.communicator.base import CollectiveTimeoutError, CommunicationError, Communicator
-from hvdlocal.communicator.launch import LaunchError, current, init, launched_rank, launched_size
+from hvdlocal.communicator.launch import LaunchError, current, init
+from hvdlocal.launched import launched_rank, launched_size
 
 __all__ = [
     "CollectiveTimeoutError",

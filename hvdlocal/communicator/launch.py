@@ -7,15 +7,10 @@ import os
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.horovod_backend import HorovodCommunicator
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
+from hvdlocal.launched import launched_size
 
 BACKENDS = ("horovod", "mpi4py")
 DEFAULT_TIMEOUT_SECONDS = 1800.0
-
-_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""How Open MPI, MPICH/Intel MPI/Cray, MVAPICH and srun tell a process how many ranks were started. Slurm's comes last: below
-an mpirun that srun started it counts mpirun's daemons."""
-
-_LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 
 _current: Communicator | None = None
 
@@ -68,16 +63,6 @@ def current() -> Communicator:
     if _current is None:
         raise RuntimeError("hvdlocal is not initialised: call hvdlocal.init() first, once, on every rank")
     return _current
-
-
-def launched_size() -> int | None:
-    """How many ranks the launcher says it started; None when no launcher that is known did. Needs no `init`."""
-    return next((int(told) for name in _LAUNCHER_SIZES if (told := os.environ.get(name, "")).isdigit()), None)
-
-
-def launched_rank() -> int | None:
-    """What the launcher calls this process; None as for `launched_size`. Needs no `init`."""
-    return next((int(told) for name in _LAUNCHER_RANKS if (told := os.environ.get(name, "")).isdigit()), None)
 
 
 def _horovod(timeout_seconds: float) -> Communicator:

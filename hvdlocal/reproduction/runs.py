@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.reproduction.curvature import CURVATURE
 from hvdlocal.reproduction.launcher import Supervisor, train_command
 from hvdlocal.reproduction.studies import Cell, Setting
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import leaves
 from hvdlocal.training.run_directory import SUMMARY, Standing, clear, standing, write_whole
-
-EXIT_DIVERGED = 3
-EXIT_INTERRUPTED = 85
 
 DIVERGED = "diverged.json"
 """Marks the directory of a run that ended in NaN: it would do so again."""
@@ -152,21 +150,21 @@ def run_all(
             say(f"[{number}/{len(jobs)}] {job.cell.title} … {job.log}")
             job.log.parent.mkdir(parents=True, exist_ok=True)
             code = supervisor.run(train_command(launcher, job.cell.workers, job.arguments), job.log)
-            if code == EXIT_DIVERGED:
+            if code == ExitCode.DIVERGED:
                 job.mark_diverged(job.last_words())
-            elif code and (code == EXIT_INTERRUPTED or supervisor.asked):
+            elif code and (code == ExitCode.INTERRUPTED or supervisor.asked):
                 say(f"interrupted: {job.last_words()}")
-                return EXIT_INTERRUPTED
+                return ExitCode.INTERRUPTED
             elif code:
                 words = job.last_words()
                 say(f"  failed with exit code {code}: {words}")
                 failed, before, reason = True, reason, words.replace(job.directory.name, "")
                 if reason == before:
                     say("the same as in the run before: the others are not tried")
-                    return 1
+                    return ExitCode.FAILED
                 continue
             reason = ""
             after(job)
             if supervisor.asked:
-                return EXIT_INTERRUPTED
-    return int(failed)
+                return ExitCode.INTERRUPTED
+    return ExitCode.FAILED if failed else ExitCode.FINISHED

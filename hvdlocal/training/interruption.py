@@ -1,14 +1,21 @@
-"""When to leave: signals of the batch system, and the end of the time it gives."""
+"""When to leave: signals of the user and of the batch system, and the end of the time that it gives."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM)
-"""USR2 is what the templates send; NCCL may use USR1 for itself. Slurm sends TERM before it kills."""
+from hvdlocal import terminal
+from hvdlocal.exit_codes import ExitCode
+from hvdlocal.launched import launched_rank
+
+SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+"""USR2 is what the templates send; NCCL may use USR1 for itself. Slurm sends TERM before it kills. INT is Ctrl-C."""
 
 SLURM_GRACE_SECONDS = 30.0
 """Of Slurm's end of a job nothing is used: the end comes up to a minute early, and the clocks of nodes differ."""
@@ -16,15 +23,42 @@ SLURM_GRACE_SECONDS = 30.0
 _received: signal.Signals | None = None
 
 
+def _nothing_saved() -> str:
+    return "training had not begun, and nothing has changed"
+
+
+_saved: Callable[[], str] = _nothing_saved
+
+
 def install_handlers() -> None:
     """Makes the signals set a flag. To be called first of all: until then they end the process."""
     for number in SIGNALS:
-        signal.signal(number, _note)
+        # A shell starts `hvdlocal train … &` with INT ignored, because Ctrl-C is not meant for it.
+        if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
+    # What is said of a signal is said by a thread of its own: the main one may be in a step or a collective for seconds, and
+    # mpirun leaves its ranks a quarter of a second.
+    arrivals, arrival = os.pipe()
+    os.set_blocking(arrival, False)
+    signal.set_wakeup_fd(arrival, warn_on_full_buffer=False)
+    threading.Thread(target=_announce, args=(arrivals,), name="hvdlocal-signals", daemon=True).start()
 
 
 def received() -> signal.Signals | None:
     """The first signal that asked this process to stop."""
     return _received
+
+
+def remember(saved: Callable[[], str]) -> None:
+    """Takes what is said, when the process may not live to say more, of what the run has saved and how it goes on."""
+    global _saved
+    _saved = saved
+
+
+def ignore() -> None:
+    """Ends the listening: how the run ends is settled, and a signal that comes now must not turn it into a failure."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # stays so while Python itself ends; a handler of ours would not
 
 
 class Deadline:
@@ -58,3 +92,43 @@ def _note(number: int, _: FrameType | None) -> None:
     global _received
     if _received is None:
         _received = signal.Signals(number)
+
+
+def _announce(arrivals: int) -> None:
+    """Tells the user what comes of each signal, on rank 0; leaves at the second Ctrl-C."""
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGTTOU}
+    )  # or `stty tostop` would stop a rank that writes to the terminal
+    speaks = launched_rank() in (None, 0)
+    interrupts = 0
+    while True:
+        for number in os.read(arrivals, 64):
+            interrupts += number == signal.SIGINT
+            if speaks and (text := _announcement(number, interrupts)) is not None:
+                _tell(text)
+            if interrupts > 1:
+                os._exit(ExitCode.STOPPED)  # as safe as a kill, whatever the main thread waits for
+
+
+def _announcement(number: int, interrupts: int) -> str | None:
+    if number == signal.SIGINT and interrupts == 1:
+        return "Ctrl-C: the run writes a checkpoint and stops. Ctrl-C again stops it at once."
+    if number == signal.SIGINT:
+        return f"stopped: {_saved()}."
+    if number == signal.SIGTERM and launched_rank() is not None:
+        return f"SIGTERM: {_saved()}. (After Ctrl-C or TERM mpirun leaves no time for a checkpoint; after `kill -USR2` it does.)"
+    return None  # Slurm's and other senders' signals are told of when the checkpoint is written
+
+
+def _tell(text: str) -> None:
+    """Writes a line to the user."""
+    if launched_rank() is not None:
+        with suppress(OSError):  # there is no terminal
+            # Open MPI 5 does not hand on any more what its ranks print once it got Ctrl-C.
+            descriptor = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY)
+            try:
+                os.write(descriptor, f"\nhvdlocal: {text}\n".encode())
+            finally:
+                os.close(descriptor)
+            return
+    terminal.complain(f"hvdlocal: {text}")

@@ -21,6 +21,7 @@ from hvdlocal.data.order import OrderMode
 from hvdlocal.terminal import warn
 from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.checkpoint import Resumed, resume
+from hvdlocal.training.checkpoint.files import newest_first
 from hvdlocal.training.config import TrainConfig, check_ranges, leaves, unused_settings
 from hvdlocal.training.configured import configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.console import Console
@@ -163,6 +164,7 @@ class Trainer:
             environment["decoder"] = decoder_description()
         self.metrics: Metrics = NoMetrics()
         succeed_together(communicator, lambda: self._open_records(environment), "hvdlocal.records")
+        interruption.remember(self._saved)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         gradient_bytes = 4 * trained if communicator.size > 1 else 0
         self.recorder = Recorder(self.metrics, self.optimizer, self.loader, self.ledger, self.epoch, gradient_bytes)
@@ -308,6 +310,16 @@ class Trainer:
             "fingerprints": self._fingerprints(),
             "versions": versions(),
         }
+
+    def _saved(self) -> str:
+        """What is on disk, and how the run goes on."""
+        if (self.directory / SUMMARY).exists():
+            return f"the run in {self.directory} is finished"
+        if steps := newest_first(self.directory / CHECKPOINTS):
+            return (
+                f"the same command continues from the checkpoint of step {steps[0]} in {self.directory / CHECKPOINTS}"
+            )
+        return f"no checkpoint was due yet, so {self.directory} holds nothing to continue from, and the same command begins anew"
 
     def _not_ours(self, contents: Mapping[str, Any]) -> str | None:
         """Why a checkpoint is not of this run."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -80,12 +81,26 @@ def wait(path: str) -> None:
         time.sleep(0.02)
 
 
+def block(_: str) -> None:
+    """Signals are handled, but the main thread does not go on."""
+    time.sleep(600)
+
+
+def bombard(_: str) -> None:
+    """Every signal that asks a run to stop, again and again until this process has gone, Python's own end included."""
+    numbers = [int(number) for number in interruption.SIGNALS]
+    sending = f"import os\nwhile True:\n for number in {numbers}: os.kill({os.getpid()}, number)"
+    subprocess.Popen([sys.executable, "-c", sending], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    time.sleep(0.5)
+
+
 FAULTS: dict[str, Callable[[str], None]] = {
     "kill": send(signal.SIGKILL),
     "stop": send(signal.SIGSTOP),
     "usr1": send(signal.SIGUSR1),
     "usr2": send(signal.SIGUSR2),
     "term": send(signal.SIGTERM),
+    "int": send(signal.SIGINT),
     "raise": fail,
     "bad_data": fail_on_bad_data,
     "memory": run_out_of_memory,
@@ -93,6 +108,8 @@ FAULTS: dict[str, Callable[[str], None]] = {
     "nan": lose_numbers,
     "fill": fill_disk,  # fill=DIRECTORY
     "wait": wait,  # wait=FILE
+    "block": block,
+    "bombard": bombard,
 }
 
 
@@ -172,9 +189,20 @@ def ending() -> None:
     before(run_directory, "write_whole", "ending", lambda path, _: path.name == run_directory.SUMMARY)
 
 
+def settled() -> None:
+    """How the run ends is known, and it is about to be said."""
+    ignore = interruption.ignore
+
+    def ignoring() -> None:
+        ignore()
+        passes("settled")
+
+    interruption.ignore = ignoring
+
+
 POINTS = {
     point.__name__: point
-    for point in (starting, opening, computing, averaging, checkpointing, completing, evaluating, ending)
+    for point in (starting, opening, computing, averaging, checkpointing, completing, evaluating, ending, settled)
 }
 
 due: dict[tuple[str, int], list[tuple[str, str]]] = {}

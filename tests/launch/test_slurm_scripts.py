@@ -5,6 +5,7 @@ tests/slurm does the same with a real Slurm.
 
 import itertools
 import os
+import re
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+from hvdlocal.exit_codes import ExitCode
 
 # A launcher that notes how it was started, then does what LAUNCHER says. It hears USR2 as the ranks would through mpirun.
 LAUNCHER = """\
@@ -122,6 +125,23 @@ def test_exit_codes(node, template, end, restarts, code, again):
     variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts), "SLURM_NTASKS": "2"}
     assert node.run(template, "run.yaml", launcher=end, **variables)[0] == code
     assert node.noted("scontrol") == (["requeue Incomplete 7"] if again else [])
+
+
+def documented() -> dict[int, str]:
+    """What docs/checkpoints.md says that the templates do, by exit code."""
+    text = (ROOT / "docs/checkpoints.md").read_text()
+    rows = re.findall(r"^\| ([0-9]+) \|.*\| ([a-z ]+) \|$", text, re.MULTILINE)
+    return {int(code): templates for code, templates in rows}
+
+
+def test_every_exit_code_is_documented():
+    assert sorted(documented()) == sorted(ExitCode)
+
+
+@pytest.mark.parametrize("code", list(ExitCode))
+def test_the_documentation_says_what_the_templates_do(node, code):
+    node.run("cpu", "run.yaml", launcher=f"exit {code}", SLURM_JOB_ID="7")
+    assert documented()[code] == ("start it again" if node.noted("scontrol") else "end")
 
 
 class Chain:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hvdlocal.communicator import launch
+from hvdlocal.communicator import launch, launched_rank, launched_size
 
 VARIABLES = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
 
@@ -31,10 +31,10 @@ def test_slurm_counts_the_daemons_of_mpirun(monkeypatch):
 def test_what_the_launcher_says(monkeypatch):
     for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    assert (launch.launched_rank(), launch.launched_size()) == (None, None)
+    assert (launched_rank(), launched_size()) == (None, None)
     monkeypatch.setenv("PMI_RANK", "0")
     monkeypatch.setenv("PMI_SIZE", "3")
-    assert (launch.launched_rank(), launch.launched_size()) == (0, 3)
+    assert (launched_rank(), launched_size()) == (0, 3)
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-3", "nan"])
