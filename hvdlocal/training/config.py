@@ -28,8 +28,12 @@ class DataConfig:
     image_size: int | None = None
     """Bring images to so many pixels a side: training images by a random resized crop, test images by resizing and a central
     crop. Needed for JPEGs; images of one size are left as they are by default."""
-    min_area: float = 0.08
-    """Smallest share of an image that a random resized crop keeps."""
+    min_area: float | None = None
+    """Smallest share of an image that a random resized crop keeps; by default 0.08 if most training images are larger than
+    image_size on their shorter side, else 0.25."""
+    test_crop: float | None = None
+    """Share of the side of a resized test image that its central crop keeps; by default 0.875 (224 of 256 pixels) if most test
+    images are larger than image_size on their shorter side, else 1."""
     randaugment: int = 0
     """Magnitude of RandAugment, 1 to 30; 0 for none."""
     randaugment_ops: int = 2
@@ -241,6 +245,8 @@ def check_ranges(config: TrainConfig) -> None:
             data.image_size is None or 0 < data.image_size <= 16384,
             "from 1 to 16384",
         ),
+        ("data.min_area", data.min_area, data.min_area is None or 0 < data.min_area <= 1, "above 0, at most 1"),
+        ("data.test_crop", data.test_crop, data.test_crop is None or 0 < data.test_crop <= 1, "above 0, at most 1"),
         ("data.randaugment_ops", data.randaugment_ops, 0 <= data.randaugment_ops <= 100, "from 0 to 100"),
         ("data.prefetch", data.prefetch, 0 < data.prefetch <= 1024, "at least 1, at most 1024"),
         ("data.threads", data.threads, data.threads is None or 0 < data.threads <= 1024, "at least 1, at most 1024"),
@@ -317,6 +323,7 @@ def unused_settings(config: TrainConfig) -> list[str]:
         "method.smoothing": adaptive,
         "method.linear_warmup": method.preset.endswith("-lin"),
         "data.min_area": config.data.image_size is not None,
+        "data.test_crop": config.data.image_size is not None,
         "data.randaugment_ops": config.data.randaugment > 0,
         "data.share": config.data.storage in ("auto", "ram"),
     }

@@ -20,8 +20,14 @@ from hvdlocal.data import (
 )
 from hvdlocal.training.config import DataConfig
 
-RESIZE_FACTOR = 256 / 224
-"""Test images are resized so that the shorter side is this much longer than the central crop: the usual 256 for 224."""
+USUAL_TEST_CROP = 224 / 256
+"""Share of a resized test image's side that its central crop keeps where images are reduced: the usual protocol of ImageNet."""
+
+USUAL_MIN_AREA = 0.08
+"""Smallest share of a training image that a random resized crop keeps where images are reduced: Szegedy et al. (CVPR 2015)."""
+
+MIN_AREA_OF_SMALL_IMAGES = 0.25
+"""The same where images are not reduced: then no crop is enlarged to more than about twice its side."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,7 @@ class Images:
         shape: (height, width, channels) of what the model sees.
         crop, transform, mix: of the training images; see `Loader`.
         test_crop, test_transform: of the test images; see `evaluation_batches`.
+        description: what is cut out of the images, for a log; empty if they are left as they are.
     """
 
     shape: tuple[int, int, int]
@@ -40,10 +47,16 @@ class Images:
     mix: Mix | None
     test_crop: Crop | None
     test_transform: Transform
+    description: str = ""
 
 
-def configured_images(config: DataConfig, data: ShardedDataset) -> Images:
+def configured_images(config: DataConfig, data: ShardedDataset, test_data: ShardedDataset | None = None) -> Images:
     """What the configuration makes of a data set's images.
+
+    Args:
+        config: the settings.
+        data: the training images, to which the normalisation belongs.
+        test_data: the test images; the training images too unless given.
 
     Raises:
         ValueError: settings that contradict each other or the data.
@@ -65,10 +78,28 @@ def configured_images(config: DataConfig, data: ShardedDataset) -> Images:
         else:
             augment.append(normalize)
         return Images(data.shape, None, Compose(augment), mix, None, normalize)
-    crop = RandomResizedCrop(size, scale=(config.min_area, 1.0))
-    center = CenterCrop(size, round(size * RESIZE_FACTOR))
+    min_area, test_crop = config.min_area, config.test_crop
+    if min_area is None:
+        min_area = USUAL_MIN_AREA if _most_are_larger(data, size) else MIN_AREA_OF_SMALL_IMAGES
+    if test_crop is None:
+        test_crop = USUAL_TEST_CROP if _most_are_larger(test_data or data, size) else 1.0
+    crop = RandomResizedCrop(size, scale=(min_area, 1.0))
+    center = CenterCrop(size, max(size, round(size / test_crop)))
     transform = Compose([*([Flip()] if config.flip else []), *augment, normalize])
+    kept = "the whole image" if test_crop == 1 else f"the central {100 * test_crop:g} % of each side"
+    description = (
+        f"brought to {size} pixels; training takes random crops of {100 * min_area:g} to 100 % of the area, "
+        f"testing {kept}"
+    )
     if data.shape is None:
-        return Images((size, size, 3), crop, transform, mix, center, normalize)
+        return Images((size, size, 3), crop, transform, mix, center, normalize, description)
     shape = (size, size, data.shape[2])
-    return Images(shape, None, Compose([crop, transform]), mix, None, Compose([center, normalize]))
+    return Images(shape, None, Compose([crop, transform]), mix, None, Compose([center, normalize]), description)
+
+
+def _most_are_larger(data: ShardedDataset, size: int) -> bool:
+    """Whether the shorter side of at least half of the images is longer than `size`, so that they are reduced."""
+    if data.shape is not None:
+        return min(data.shape[:2]) > size
+    assert data.dims is not None
+    return bool((data.dims.min(axis=1) > size).mean() >= 0.5)

@@ -156,6 +156,7 @@ class Trainer:
             succeed_together(communicator, lambda: self._restore(resumed), "hvdlocal.restore")
         environment = describe_run(communicator, self.device, self.threads) | {
             "training images": self.train_data.describe(),
+            "images": self.images.description or "as they are",
             "settings without effect": self.unused,
         }
         if self.train_data.kind == "jpeg":
@@ -215,7 +216,7 @@ class Trainer:
         config, communicator = self.config, self.communicator
         if self.train_data.shape != self.test_data.shape or self.train_data.classes != self.test_data.classes:
             raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
-        self.images = configured_images(config.data, self.train_data)
+        self.images = configured_images(config.data, self.train_data, self.test_data)
         self.loader = self._loader()
         scaling = build_scaling(config.method)
         reference = scaling.reference_batches(communicator.size, micro_batches_per_step(config.method))
@@ -401,6 +402,8 @@ class Trainer:
         self.keeper.start()
 
         console.say(f"training images: {self.train_data.describe()}")
+        if self.images.description:
+            console.say(f"images: {self.images.description}")
         if self.unused:
             console.say(f"note: without effect in this run: {', '.join(self.unused)}")
         if self.resumed is not None:
