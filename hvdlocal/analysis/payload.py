@@ -11,7 +11,7 @@ from hvdlocal.averaging.local import averaged_moments
 from hvdlocal.averaging.replica import float_buffers
 from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
-from hvdlocal.models import build_model
+from hvdlocal.models import build_model, check_images
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.presets import LOCAL_PRESETS, build_inner, build_scaling
 
@@ -42,6 +42,7 @@ def measure_payload(config: TrainConfig, num_classes: int, shape: tuple[int, int
     Raises:
         ValueError: the model cannot be built so.
     """
+    check_images(config.model.name, num_classes, shape, config.data.batch_size)
     with torch.device("meta"):
         model = build_model(config.model.name, num_classes, shape)
     parameters = [p for p in model.parameters() if p.requires_grad]

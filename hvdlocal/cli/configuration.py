@@ -18,8 +18,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     """The configuration that `CONFIG.yaml --section.key value …` describes; later arguments win.
 
     Raises:
-        ValueError: an unknown key (with the nearest known one), a value of the wrong type, or a missing one.
-        OSError: a file cannot be read.
+        ValueError: a file that cannot be read, an unknown key (with the nearest known one), a value of the wrong type, or a
+            missing one.
         SystemExit: after --help or --print_config.
     """
     if not arguments:
@@ -78,13 +78,15 @@ def _explain(message: str) -> str:
     for pattern, plain in (
         (r'Parser key "([\w.]+)":', r"\1:"),
         (
-            r"Does not validate .*? Errors: - (Expected .*?) - Expected a <class 'NoneType'> .*? value: ",
-            r"\1 or null. Got value: ",
+            r"Does not validate .*? Subtypes: \[(<class '\w+'>), <class 'NoneType'>\] Errors: .* Given value: ?",
+            r"Expected a \1 or null. Got value: ",
         ),
         (r"a <class 'int'>", "a whole number"),
         (r"a <class 'float'>", "a number"),
         (r"a <class 'bool'>", "true or false"),
         (r"a <class 'tuple'>", "a list"),
+        (r"a tuple with (\d+) elements", r"a list of \1 values"),
+        (r"^unrecognized arguments: (.*)", r"\1 is not a setting; one is written --section.key value"),
         (r"a typing\.Literal", "one of "),
     ):
         message = re.sub(pattern, plain, message)

@@ -94,6 +94,7 @@ def _explain(error: Exception) -> int:
         launched_rank,
     )
     from hvdlocal.training import DivergedError, LostRankError
+    from hvdlocal.training.memory import out_of_memory
 
     if isinstance(error, CollectiveTimeoutError):
         _complain(str(error))
@@ -107,7 +108,7 @@ def _explain(error: Exception) -> int:
             current().barrier("hvdlocal.end")
         return ExitCode.DIVERGED if isinstance(error, DivergedError) else ExitCode.MISTAKE
     if isinstance(error, ValueError | OSError | ImportError | LaunchError):
-        _complain(str(error) or type(error).__name__)
+        _complain((terminal.plain(error) if isinstance(error, OSError) else str(error)) or type(error).__name__)
         if launched_rank() is not None:
             time.sleep(HEARING_SECONDS)
         return ExitCode.MISTAKE
@@ -115,6 +116,8 @@ def _explain(error: Exception) -> int:
         if isinstance(error.__cause__, ValueError):  # damaged data or a bug: who knows
             traceback.print_exception(error.__cause__)
         _complain(str(error))
+    elif shortage := out_of_memory(error):
+        _complain(shortage)
     else:
         traceback.print_exception(error)
         _complain(f"ended by {type(error).__name__}, which is a bug of hvdlocal or of what it uses; see the traceback")

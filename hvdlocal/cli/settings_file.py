@@ -29,11 +29,16 @@ def arguments_of(path: str | Path, known: Mapping[str, bool]) -> list[str]:
         known: the keys that there are, and whether they can be null.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not what the head of this module describes, or holds an unknown key; the message names the line.
+        ValueError: the file cannot be read, is not what the head of this module describes, or holds an unknown key; the message
+            names the line.
     """
-    with open(path, "rb") as file:
-        content = file.read(MOST_BYTES + 1)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}: give the path of a YAML file, from where the job starts") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): give the path of a YAML file") from error
     if len(content) > MOST_BYTES:
         raise ValueError(f"{path} is longer than {MOST_BYTES} bytes, as no configuration is: name a YAML file")
     try:

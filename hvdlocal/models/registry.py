@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from hvdlocal.models.digits import digits_cnn
@@ -62,6 +64,50 @@ def build_model(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"no model {name!r}: {hint}choose one of {', '.join(MODELS)}")
     return MODELS[name](num_classes, shape)
+
+
+LARGEST_TRIED = 64
+"""Side of the largest image that is tried when a model refuses smaller ones."""
+
+
+def check_images(name: str, num_classes: int, shape: tuple[int, int, int], batch_size: int) -> None:
+    """Refuses images for which a model can be built and on which it cannot be trained: pooling may leave nothing of them.
+
+    Args:
+        name, num_classes, shape: as for `build_model`.
+        batch_size: of the smallest batch: batch norm wants more than one value.
+
+    Raises:
+        ValueError: no such model, or images or batches that it cannot take; the message gives the smallest that it can.
+    """
+    reason = _refusal(name, num_classes, shape, batch_size)
+    if reason is None:
+        return
+    height, width, channels = shape
+    if _refusal(name, num_classes, shape, 2) is None:
+        raise ValueError(
+            f"{name} cannot be trained on a batch of {batch_size} of {height}×{width} pixels ({reason}): let every batch of a "
+            "rank hold at least 2 images (data.batch_size, data.tail)"
+        )
+    larger = range(min(height, width) + 1, LARGEST_TRIED + 1)
+    side = next((side for side in larger if _refusal(name, num_classes, (side, side, channels), 2) is None), None)
+    remedy = (
+        "choose another model" if side is None else f"set data.image_size to {side} or more, or choose another model"
+    )
+    raise ValueError(f"{name} cannot take images of {height}×{width} pixels ({reason}): {remedy}")
+
+
+def _refusal(name: str, num_classes: int, shape: tuple[int, int, int], batch_size: int) -> str | None:
+    """Why a forward pass fails, tried on torch's meta device, which computes nothing but shapes."""
+    height, width, channels = shape
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a layer for what is left of such images has no weights
+        model = build_model(name, num_classes, shape)
+        try:
+            model(torch.empty(batch_size, channels, height, width))
+        except (RuntimeError, ValueError) as error:
+            return " ".join(str(error).split())
+    return None
 
 
 def _require_rgb(name: str, shape: tuple[int, int, int]) -> None:

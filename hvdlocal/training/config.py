@@ -219,76 +219,105 @@ FREE_TO_CHANGE = (
 """Settings that may differ when a run is continued: where and how it runs, not what it computes."""
 
 
+@dataclass(frozen=True)
+class Range:
+    """What a number may be: from `low` to `high`, either of which can be left out of it."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+
+    def holds(self, number: float) -> bool:
+        """Whether it does; NaN never does."""
+        over = number > self.low if self.above else number >= self.low
+        return over and (number < self.high if self.below else number <= self.high)
+
+    def __str__(self) -> str:
+        low, high = f"{self.low:,}", "1e30" if self.high == LARGE else f"{self.high:,}"
+        if self.above:
+            return f"{'positive' if self.low == 0 else f'above {low}'}, and at most {high}"
+        return f"at least {low}, and below {high}" if self.below else f"from {low} to {high}"
+
+
+LARGE = 1e30
+"""Larger numbers would overflow float32 in a product."""
+COUNT = Range(1, 2**31 - 1)
+BATCH = Range(1, 2**20)
+THREADS = Range(1, 1024)
+POSITIVE = Range(0, LARGE, above=True)
+NOT_NEGATIVE = Range(0, LARGE)
+SHARE = Range(0, 1, below=True)
+
+RANGES = {
+    "data.batch_size": BATCH,
+    "data.crop_padding": Range(0, 1024),
+    "data.image_size": Range(1, 16384),
+    "data.min_area": Range(0, 1, above=True),
+    "data.test_crop": Range(0, 1, above=True),
+    "data.randaugment": Range(0, 30),
+    "data.randaugment_ops": Range(0, 100),
+    "data.mixup": Range(0, 1000),
+    "data.prefetch": Range(1, 1024),
+    "data.threads": THREADS,
+    "optimizer.lr": POSITIVE,
+    "optimizer.momentum": SHARE,
+    "optimizer.betas": SHARE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.max_norm": POSITIVE,
+    "schedule.warmup_epochs": NOT_NEGATIVE,
+    "schedule.final_lr": NOT_NEGATIVE,
+    "schedule.step_epochs": Range(1e-6, LARGE),
+    "schedule.step_factor": Range(0, 1, above=True),
+    "method.period.period": COUNT,
+    "method.period.alpha": POSITIVE,
+    "method.period.h_base": COUNT,
+    "method.period.exponent": Range(0, 100, above=True),
+    "method.period.switch_epochs": NOT_NEGATIVE,
+    "method.period.max_period": COUNT,
+    "method.accumulate": BATCH,
+    "method.reestimate_batches": BATCH,
+    "method.sketch_size": Range(16, 2**31 - 1),
+    "method.c": NOT_NEGATIVE,
+    "method.smoothing": SHARE,
+    "method.linear_warmup": SHARE,
+    "epochs": POSITIVE,
+    "seed": Range(0, 2**62, below=True),
+    "label_smoothing": SHARE,
+    "evaluate_every_epochs": POSITIVE,
+    "evaluation_batch_size": BATCH,
+    "log_every_seconds": NOT_NEGATIVE,
+    "threads": THREADS,
+    "checkpoint.every_steps": COUNT,
+    "checkpoint.every_minutes": POSITIVE,
+    "checkpoint.failure_hours": POSITIVE,
+    "checkpoint.keep": COUNT,
+    "time_limit_minutes": POSITIVE,
+}
+"""What each number may be, whether or not the chosen method uses it."""
+
+
 def check_ranges(config: TrainConfig) -> None:
-    """Refuses numbers that no run can have; what depends on the data or the ranks is checked where it is used.
+    """Refuses what no run can have; what depends on the data or the ranks is checked where it is used.
 
     Raises:
         ValueError: naming the setting, its value and what it may be.
     """
     for name, value in leaves(config).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not abs(number) <= 1e30:  # NaN too; more would overflow float32
-                raise ValueError(f"{name}={value}: must be a finite number")
-            if type(number) is int and name != "seed" and abs(number) >= 2**31:
-                raise ValueError(f"{name}={value}: must be below 2**31")
-    data, optimizer, method = config.data, config.optimizer, config.method
-    checkpoint, limit = config.checkpoint, config.time_limit_minutes
-    every_steps, every_minutes = checkpoint.every_steps, checkpoint.every_minutes
-    checks: list[tuple[str, Any, bool, str]] = [
-        ("data.path", data.path, data.path != "", "name a directory"),
-        ("output", config.output, config.output != "", "name a directory"),
-        ("data.batch_size", data.batch_size, 0 < data.batch_size <= 2**20, "at least 1, at most 2**20"),
-        ("data.crop_padding", data.crop_padding, 0 <= data.crop_padding <= 1024, "from 0 to 1024"),
-        (
-            "data.image_size",
-            data.image_size,
-            data.image_size is None or 0 < data.image_size <= 16384,
-            "from 1 to 16384",
-        ),
-        ("data.min_area", data.min_area, data.min_area is None or 0 < data.min_area <= 1, "above 0, at most 1"),
-        ("data.test_crop", data.test_crop, data.test_crop is None or 0 < data.test_crop <= 1, "above 0, at most 1"),
-        ("data.randaugment_ops", data.randaugment_ops, 0 <= data.randaugment_ops <= 100, "from 0 to 100"),
-        ("data.prefetch", data.prefetch, 0 < data.prefetch <= 1024, "at least 1, at most 1024"),
-        ("data.threads", data.threads, data.threads is None or 0 < data.threads <= 1024, "at least 1, at most 1024"),
-        ("optimizer.momentum", optimizer.momentum, 0 <= optimizer.momentum < 1, "from 0 to below 1"),
-        ("optimizer.weight_decay", optimizer.weight_decay, optimizer.weight_decay >= 0, "must not be negative"),
-        ("optimizer.betas", optimizer.betas, all(0 <= beta < 1 for beta in optimizer.betas), "each from 0 to below 1"),
-        ("schedule.step_factor", config.schedule.step_factor, config.schedule.step_factor > 0, "must be positive"),
-        ("method.accumulate", method.accumulate, 0 < method.accumulate <= 2**20, "at least 1, at most 2**20"),
-        ("epochs", config.epochs, config.epochs > 0, "must be positive"),
-        ("seed", config.seed, 0 <= config.seed < 2**62, "from 0 to below 2**62"),
-        ("evaluate_every_epochs", config.evaluate_every_epochs, config.evaluate_every_epochs > 0, "must be positive"),
-        (
-            "evaluation_batch_size",
-            config.evaluation_batch_size,
-            0 < config.evaluation_batch_size <= 2**20,
-            "at least 1, at most 2**20",
-        ),
-        ("log_every_seconds", config.log_every_seconds, config.log_every_seconds >= 0, "must not be negative"),
-        ("label_smoothing", config.label_smoothing, 0 <= config.label_smoothing < 1, "from 0 to below 1"),
-        ("threads", config.threads, config.threads is None or 0 < config.threads <= 1024, "at least 1, at most 1024"),
-        ("optimizer.lr", optimizer.lr, optimizer.lr > 0, "must be positive"),
-        (
-            "method.reestimate_batches",
-            method.reestimate_batches,
-            0 < method.reestimate_batches <= 2**20,
-            "at least 1, at most 2**20",
-        ),
-        ("checkpoint.every_steps", every_steps, every_steps is None or every_steps > 0, "at least 1"),
-        ("checkpoint.every_minutes", every_minutes, every_minutes is None or every_minutes > 0, "must be positive"),
-        (
-            "checkpoint.every_minutes",
-            every_minutes,
-            every_minutes is None or every_steps is None,
-            "give this or checkpoint.every_steps, not both",
-        ),
-        ("checkpoint.failure_hours", checkpoint.failure_hours, checkpoint.failure_hours > 0, "must be positive"),
-        ("checkpoint.keep", checkpoint.keep, checkpoint.keep > 0, "at least 1"),
-        ("time_limit_minutes", limit, limit is None or limit > 0, "must be positive"),
-    ]
-    for name, value, holds, rule in checks:
-        if not holds:
-            raise ValueError(f"{name}={value}: {rule}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if name in RANGES and value is not None and not all(map(RANGES[name].holds, numbers)):
+            raise ValueError(f"{name}={value}: must be {RANGES[name]}")
+    for name, path in (("data.path", config.data.path), ("output", config.output)):
+        if not path:
+            raise ValueError(f"{name}={path!r}: name a directory")
+        if "\0" in path:
+            raise ValueError(f"{name}={path!r}: a path has no zero byte")
+    checkpoint = config.checkpoint
+    if checkpoint.every_steps is not None and checkpoint.every_minutes is not None:
+        raise ValueError(
+            f"checkpoint.every_minutes={checkpoint.every_minutes} and checkpoint.every_steps={checkpoint.every_steps}: give one "
+            "of them"
+        )
 
 
 def unused_settings(config: TrainConfig) -> list[str]:

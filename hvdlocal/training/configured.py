@@ -10,10 +10,11 @@ from torch import nn
 
 from hvdlocal.data import Loader, ShardedDataset
 from hvdlocal.data.order import OrderMode
-from hvdlocal.models import build_model
-from hvdlocal.training.config import ModelConfig, TrainConfig, leaves
+from hvdlocal.models import build_model, check_images
+from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig, leaves
 from hvdlocal.training.environment import versions
 from hvdlocal.training.images import Images
+from hvdlocal.training.memory import out_of_memory
 
 CPU = torch.device("cpu")
 
@@ -33,11 +34,36 @@ def configured_model(config: TrainConfig, num_classes: int, images: Images, devi
         device: where it is to be.
 
     Raises:
-        ValueError: no such model, or images that it cannot take.
+        ValueError: no such model, images that it cannot take, or no memory for it.
     """
     torch.manual_seed(config.seed)
-    model = build_model(config.model.name, num_classes, images.shape).to(device)
-    return model.to(memory_format=memory_format(config.model))  # type: ignore[call-overload]
+    try:
+        model = build_model(config.model.name, num_classes, images.shape).to(device)
+        return model.to(memory_format=memory_format(config.model))  # type: ignore[call-overload]
+    except (RuntimeError, MemoryError) as error:
+        if (shortage := out_of_memory(error)) is None:
+            raise
+        raise ValueError(
+            f"model.name={config.model.name} on {images.shape[0]}×{images.shape[1]} pixels: {shortage}"
+        ) from error
+
+
+def check_model(config: TrainConfig, data: ShardedDataset, images: Images, num_workers: int = 1) -> None:
+    """Refuses a model that cannot be trained on these images in such batches.
+
+    Raises:
+        ValueError: no such model, or images or batches that it cannot take.
+    """
+    smallest = smallest_batch(config.data, len(data), num_workers)
+    check_images(config.model.name, data.num_classes, images.shape, smallest)
+
+
+def smallest_batch(config: DataConfig, samples: int, num_workers: int) -> int:
+    """Images of the smallest batch that a rank is given: of the last of an epoch, with tail partial."""
+    rest = samples % (config.batch_size * num_workers)
+    if config.tail != "partial" or rest < num_workers:  # so few are taken by the batch before
+        return config.batch_size
+    return rest // num_workers
 
 
 def configured_loader(

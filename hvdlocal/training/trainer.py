@@ -23,13 +23,14 @@ from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.checkpoint import Resumed, resume
 from hvdlocal.training.checkpoint.files import newest_first
 from hvdlocal.training.config import TrainConfig, check_ranges, leaves, unused_settings
-from hvdlocal.training.configured import configured_loader, configured_model, facts, memory_format
+from hvdlocal.training.configured import check_model, configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.console import Console
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
 from hvdlocal.training.images import configured_images
 from hvdlocal.training.keeper import Keeper
 from hvdlocal.training.ledger import Ledger, Window
+from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
 from hvdlocal.training.recorder import Recorder
@@ -224,6 +225,7 @@ class Trainer:
         self.budget = config.epochs * self.epoch
         self.schedule = build_schedule(config.schedule, config.optimizer.lr, self.budget, self.epoch)
 
+        check_model(config, self.train_data, self.images, communicator.size)
         self.model = configured_model(config, self.train_data.num_classes, self.images, self.device)
         self.memory_format = memory_format(config.model)
 
@@ -382,10 +384,14 @@ class Trainer:
             return summary
         except NonFiniteError as error:
             raise DivergedError(f"{error} {self._save_last_good()}") from error
-        except (OSError, ValueError, MemoryError, torch.OutOfMemoryError) as error:
+        except (OSError, ValueError, MemoryError, RuntimeError) as error:
+            shortage = out_of_memory(error)
+            if isinstance(error, RuntimeError) and shortage is None:
+                raise
             raise LostRankError(
                 f"{self.communicator.describe()} cannot go on after step {self.position.steps}: "
-                f"{str(error) or type(error).__name__}. Once that is mended, the same command continues from the last checkpoint."
+                f"{shortage or str(error) or type(error).__name__}. Once that is mended, the same command continues from the "
+                "last checkpoint."
             ) from error
         finally:
             console.close()

@@ -19,7 +19,7 @@ from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import ShardedDataset
 from hvdlocal.training.config import PeriodConfig, Preset, TrainConfig, check_ranges
-from hvdlocal.training.configured import configured_loader, configured_model, facts, memory_format
+from hvdlocal.training.configured import check_model, configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.environment import choose_device, set_threads
 from hvdlocal.training.images import configured_images
 from hvdlocal.training.measured import Closing, Pace, Series, unsmoothed
@@ -68,6 +68,7 @@ class Workbench:
     def _prepare(self) -> None:
         config, workers = self.config, self.communicator.size
         self.images = configured_images(config.data, self.data)
+        check_model(config, self.data, self.images, workers)
         rank = self.communicator.rank
         self.loader = configured_loader(config, self.data, self.images, self.device, rank=rank, num_workers=workers)
         self.epoch = self.loader.steps_per_epoch * workers

@@ -15,6 +15,7 @@ MISTAKES = [
     (["--method.presett", "sync"], r"no key 'method.presett': did you mean 'method.preset'\?"),
     (["--data.path", "/nowhere"], r"/nowhere"),
     (["--method.period.period", "0"], r"period=0"),
+    (["--data.image_size", "3"], r"digits_cnn cannot take images of 3×3 pixels .*set data.image_size to 4 or more"),
     (["--output", "/proc/run"], r"/proc/run"),
 ]
 

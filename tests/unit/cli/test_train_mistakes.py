@@ -1,14 +1,18 @@
 """Wrong settings of `hvdlocal train`: exit code 2 and one sentence with the value and the remedy, nothing written."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+import torch
 
 import hvdlocal
 from data_prep.__main__ import main as data_prep
 from hvdlocal.cli import main
 from hvdlocal.communicator import Communicator
+from hvdlocal.models import MODELS
+from hvdlocal.training import Trainer
 
 
 class Solo(Communicator):
@@ -62,10 +66,21 @@ MISTAKES = [
     (["--method.sketch_size", "4"], "sketch_size=4"),
     (["--tensorboard", "maybe"], "maybe"),
     (["--data.image_size", "4", "--data.crop_padding", "1"], "two ways of cropping"),
-    (["--data.randaugment", "31"], "magnitude is 31"),
-    (["--data.mixup", "-1"], "alpha is -1"),
-    (["--data.threads", "0"], "threads=0: at least 1"),
+    (["--data.randaugment", "31"], "data.randaugment=31: must be from 0 to 30"),
+    (["--data.mixup", "-1"], "data.mixup=-1.0: must be from 0 to 1,000"),
+    (["--data.threads", "0"], "data.threads=0: must be from 1 to 1,024"),
     (["--data.storage", "disk"], "Got value: disk"),
+    (["--data.image_size", "3"], "digits_cnn cannot take images of 3×3 pixels"),
+    (["--data.image_size", "1"], "set data.image_size to 4 or more, or choose another model"),
+    (["--model.name", "resnet18_cifar", "--data.batch_size", "1"], "let every batch of a rank hold at least 2 images"),
+    (["--model.name", "resnet18_cifar", "--data.batch_size", "23", "--data.tail", "partial"], "on a batch of 1 of 8×8"),
+    (["--schedule.step_factor", "1e30"], "schedule.step_factor=1e+30: must be positive, and at most 1"),
+    (["--threads="], "threads: Expected a whole number or null. Got value:"),
+    (["--threads=true"], "threads: Expected a whole number or null. Got value: true"),
+    (["--method.smoothing=-"], "method.smoothing: Expected a number or null. Got value: -"),
+    (["--optimizer.betas=[1,2,3]"], "optimizer.betas: Expected a list of 2 values. Got value: [1, 2, 3]"),
+    (["surplus"], "surplus is not a setting; one is written --section.key value"),
+    (["--output", "a\0b"], "output='a\\x00b': a path has no zero byte"),
 ]
 
 
@@ -76,7 +91,50 @@ def test_wrong_settings(run, tmp_path, capsys, arguments, message):
     assert said.startswith("hvdlocal")
     assert message in said
     assert said.count("\n") == 1
+    assert not re.search("<class|typing|NoneType|Errno", said), "words of Python"
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["nosuch.yaml", "/", "run.yaml/x"])
+def test_a_configuration_that_cannot_be_read(run, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", name]) == 2
+    said = capsys.readouterr().err
+    assert f"{name}" in said
+    assert said.endswith(("from where the job starts\n", "give the path of a YAML file\n"))
+    assert "Errno" not in said
+
+
+def test_no_memory_for_the_model(run, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "huge", huge)
+    assert run("--model.name", "huge") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("hvdlocal: model.name=huge on 8×8 pixels: out of memory (")
+    assert said.count("\n") == 1
+
+
+def huge(num_classes, shape):
+    """Two layers of which the first, four petabytes large, is used by no forward pass."""
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
+    model.unused = torch.nn.Linear(2**40, 2**10)
+    model.forward = lambda x: model[1](model[0](x))
+    return model
+
+
+def test_no_memory_in_training(run, tmp_path, monkeypatch, capsys):
+    """It is a sentence, and no bug of hvdlocal: exit code 1, and the same command goes on."""
+
+    def micro_batch(self, batches):
+        torch.empty(2**50)
+
+    monkeypatch.setattr(Trainer, "_micro_batch", micro_batch)
+    assert run() == 1
+    said = capsys.readouterr().err
+    assert (
+        "cannot go on after step 0: out of memory (4,194,304.0 GiB were asked for at once): lower data.batch_size"
+        in said
+    )
+    assert "Traceback" not in said
 
 
 def test_jpegs_need_a_size(run, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hvdlocal.models import MODELS, build_model
+from hvdlocal.models import MODELS, build_model, check_images
 
 # Parameters: torchvision's documentation for 1,000 classes; Balles et al. and the original papers for the CIFAR networks.
 SIZES = [
@@ -56,3 +56,41 @@ def test_vit_takes_the_image_size():
 def test_refusals(name, shape, message):
     with pytest.raises(ValueError, match=message):
         build_model(name, 10, shape)
+
+
+SMALLEST = {"digits_cnn": 4, "small_cnn": 4, "resnet9": 8, "resnet9_narrow": 8, "vit_b_16": 16}
+"""Side of the smallest images that a model can be trained on; the others, without pooling of a fixed size, take any."""
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_images_that_are_too_small(name):
+    smallest = SMALLEST.get(name, 1)
+    check_images(name, 10, (smallest, smallest, 3), 2)
+    for side in range(1, smallest):
+        with pytest.raises(ValueError, match=f"^{name} .*{side}×{side}") as error:
+            check_images(name, 10, (side, side, 3), 2)
+        if name != "vit_b_16":  # which says that it needs a multiple of 16
+            assert str(error.value).endswith(f"set data.image_size to {smallest} or more, or choose another model")
+
+
+def test_images_that_are_flat():
+    with pytest.raises(
+        ValueError, match=r"resnet9 cannot take images of 4×64 pixels .* set data.image_size to 8 or more"
+    ):
+        check_images("resnet9", 10, (4, 64, 3), 2)
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet18_cifar", 8), ("resnet50", 32)])
+def test_a_batch_of_one_image(name, side):
+    """Batch norm has no variance of a single value."""
+    with pytest.raises(
+        ValueError, match=rf"{name} cannot be trained on a batch of 1 of {side}×{side} .*at least 2 images"
+    ):
+        check_images(name, 10, (side, side, 3), 1)
+    check_images("digits_cnn", 10, (8, 8, 1), 1)
+
+
+def test_trying_a_model_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    check_images("resnet18_cifar", 10, (8, 8, 3), 2)
+    assert torch.equal(torch.get_rng_state(), before)

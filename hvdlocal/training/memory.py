@@ -1,0 +1,30 @@
+"""Recognising that memory has run out, which torch reports in three ways."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+_ALLOCATOR = re.compile(r"can't allocate memory: you tried to allocate (\d+) bytes")
+_TOO_LARGE = (
+    "Storage size calculation overflowed",
+    "Overflow when unpacking long",
+    "numel: integer multiplication overflow",
+)
+
+REMEDY = "lower data.batch_size, evaluation_batch_size or data.image_size, take a smaller model, or start fewer ranks on a node"
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What ran out and what to do, in a sentence; None for an error of another kind."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the GPU is out of memory ({str(error).partition('. ')[0]}): {REMEDY}"
+    if isinstance(error, MemoryError):
+        return f"out of memory ({error}): {REMEDY}" if str(error) else f"out of memory: {REMEDY}"
+    if isinstance(error, RuntimeError):
+        if found := _ALLOCATOR.search(str(error)):
+            return f"out of memory ({int(found[1]) / 2**30:,.1f} GiB were asked for at once): {REMEDY}"
+        if any(words in str(error) for words in _TOO_LARGE):
+            return f"out of memory (more was asked for than can be addressed): {REMEDY}"
+    return None
