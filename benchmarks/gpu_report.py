@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -39,12 +40,14 @@ class Stage:
         commands: arguments, for Python unless they begin with a program's path.
         seconds: that it may take.
         keep: the output lines that belong on the page.
+        result: more lines for the page, once the commands have ended, in whatever way.
     """
 
     name: str
     commands: list[list[str]]
     seconds: float
     keep: str = r"^\||^[A-Z].*\.$"
+    result: Callable[[], list[str]] = list
     state: str = "not reached"
     lines: list[str] = field(default_factory=list)
 
@@ -55,9 +58,10 @@ class Report:
     Args:
         arguments: of the command line.
         environment: for the stages.
+        name: at the end of the page's file name.
     """
 
-    def __init__(self, arguments: argparse.Namespace, environment: dict[str, str]) -> None:
+    def __init__(self, arguments: argparse.Namespace, environment: dict[str, str], name: str = "") -> None:
         self._arguments = arguments
         self._environment = environment
         self._end = time.monotonic() + 60 * arguments.minutes - 5
@@ -68,7 +72,7 @@ class Report:
         day = datetime.now(timezone.utc).date().isoformat()
         card = re.sub(r"[^a-z0-9]+", "-", self._facts["device"].lower()).strip("-")
         arguments.output.mkdir(parents=True, exist_ok=True)
-        self.page = arguments.output / f"{day}-{card}.md"
+        self.page = arguments.output / f"{day}-{card}{name}.md"
         self._log = self.page.with_suffix(".log").open("w")
 
     def run(self, stages: list[Stage], at_once: bool = False) -> None:
@@ -89,6 +93,7 @@ class Report:
     def _run(self, stage: Stage) -> None:
         began = time.monotonic()
         deadline = min(began + stage.seconds, self._end)
+        stage.state = "ok"
         for command in stage.commands:
             if deadline - time.monotonic() < 5:
                 stage.state = "out of time before it began"
@@ -97,6 +102,7 @@ class Report:
             stage.state = "ok" if code == 0 else "out of time" if code is None else f"failed, exit code {code}"
             if code != 0:
                 break
+        stage.lines += stage.result()
         stage.state += "" if stage.state == "ok" else f" ({time.monotonic() - began:.0f} s)"
         print(f"[{time.monotonic() - self._began:5.0f} s] {stage.name}: {stage.state}", flush=True)
         self._write()
@@ -135,7 +141,7 @@ class Report:
         with self._lock:
             lines = [f"# hvdlocal on {self._facts['device']}", ""]
             lines += [f"* {name}: {value}" for name, value in self._facts.items()]
-            if self._arguments.at_once:
+            if getattr(self._arguments, "at_once", False):
                 lines += ["* all stages at the same time: the figures say nothing about speed"]
             lines += [f"* command: `{' '.join(['python', *sys.argv])}`, {time.monotonic() - self._began:.0f} s"]
             for stage in self._stages:
