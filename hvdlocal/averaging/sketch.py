@@ -6,7 +6,7 @@ projections. With random signs, E‖projection‖² = ‖g‖² with a relative 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -66,6 +66,25 @@ class GradientSketch:
             self._matrices.append(_Matrix(by_pattern, windows, work[:patterns]) if patterns else None)
             used += patterns
         self._sum = torch.empty(self.size, dtype=torch.float32, device=device)
+        self._kernel = self._one_kernel(shapes, row_signs, column_signs) if device.type == "cuda" else None
+
+    def _one_kernel(
+        self, shapes: list[tuple[int, int]], row_signs: Sequence[torch.Tensor], column_signs: torch.Tensor
+    ) -> Callable[[Sequence[torch.Tensor], torch.Tensor], None] | None:
+        """All matrices in one launch, for a GPU; None where there is no compiler for it."""
+        try:
+            from hvdlocal.averaging.sketch_kernel import RowSum
+        except ImportError:  # torch for some platforms comes without Triton
+            return None
+        parts = []
+        used = 0
+        for tensor, (patterns, depth) in enumerate(shapes):
+            rows = torch.arange(patterns * depth, dtype=torch.int64, device="cpu")
+            pattern = rows % max(patterns, 1)
+            parts.append(torch.stack([torch.full_like(rows, tensor), rows * self.size, used + pattern]))
+            used += patterns
+        tensors, offsets, windows = torch.cat(parts, dim=1)
+        return RowSum(tensors, offsets, torch.cat(list(row_signs)), windows, column_signs, self.size)
 
     def project(self, gradients: Sequence[torch.Tensor], out: torch.Tensor) -> None:
         """Writes the projection of `gradients` to `out`.
@@ -81,6 +100,9 @@ class GradientSketch:
                 for tail, (_, end) in zip(tails, self._tails, strict=True)
             ]
             torch.cat(flat_tails, out=self._tail[: self._tail_numel])
+        if self._kernel is not None:
+            self._kernel([*gradients, self._tail], out)
+            return
         out.zero_()
         for gradient, matrix in zip([*gradients, self._tail], self._matrices, strict=True):
             if matrix is None:
