@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 import hvdlocal
+from hvdlocal.directory import Directory
 from hvdlocal.models import build_model
 from hvdlocal.training.checkpoint import CheckpointWriter
 
@@ -37,7 +38,7 @@ def main() -> None:
     optimizer = hvdlocal.LocalOptimizer(inner, model, period=hvdlocal.ConstantPeriod(2))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    writer = CheckpointWriter(communicator, root, keep=1)
+    writer = CheckpointWriter(communicator, Directory(root), keep=1)
 
     averaging, held_up, on_disk = [], [], []
     for turn in range(options.turns):

@@ -22,6 +22,8 @@ try:
 except ImportError as error:
     raise ImportError("figures need Matplotlib: pip install hvdlocal[figures]") from error
 
+from hvdlocal.directory import user_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -73,8 +75,8 @@ def new_figure(
 def save(figure: Figure, path: Path) -> None:
     """Writes a figure in the format of the path's suffix."""
     options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-    with style():
-        figure.savefig(path, dpi=160, **options)
+    with style(), user_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:], dpi=160, **options)
 
 
 def data_uri(figure: Figure) -> str:

@@ -14,6 +14,7 @@ from hvdlocal.analysis.advice import advise
 from hvdlocal.analysis.advice_text import ALONE, advice_text, as_dict, measured_text
 from hvdlocal.cli.configuration import parse
 from hvdlocal.communicator import succeed_together
+from hvdlocal.directory import user_file
 from hvdlocal.training.measure import measure
 
 
@@ -39,7 +40,8 @@ def run(arguments: Sequence[str]) -> int:
             advice = advise(measured, config.method.c, config.method.statistics)
             text, facts = advice_text(advice), as_dict(advice)
         if options.json:
-            options.json.write_text(json.dumps(facts, indent=1) + "\n")
+            with user_file(options.json) as file:
+                file.write((json.dumps(facts, indent=1) + "\n").encode())
         print(text, flush=True)
     communicator.barrier("hvdlocal.end")
     return 0

@@ -6,9 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvdlocal.directory import user_file
 from hvdlocal.training.checkpoint import averaged_model, files
 from hvdlocal.training.run_directory import CHECKPOINTS
-from hvdlocal.training.saved_model import save_state
+from hvdlocal.training.saved_model import write_state
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -26,7 +27,8 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     path = _checkpoint(options.run)
     state = averaged_model(path)
-    save_state(state, options.output)
+    with user_file(options.output) as file:
+        write_state(state, file)
     print(f"{options.output}: the average of {path} ({len(state)} tensors)")
     return 0
 

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvdlocal.directory import user_file
+
 
 def run(arguments: Sequence[str]) -> int:
     """Writes one page about one run or many."""
@@ -24,7 +26,8 @@ def run(arguments: Sequence[str]) -> int:
 
     report = make_report(options.runs)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(report.html(), encoding="utf-8")
+    with user_file(options.output) as file:
+        file.write(report.html().encode())
     print(
         f"{options.output}: {len(report.lines)} run{'s' if len(report.lines) > 1 else ''}, {len(report.drawings)} figures"
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from hvdlocal.directory import user_file
 from hvdlocal.slurm import options as check
 from hvdlocal.slurm.template import NAMES, Place, Template, directory
 
@@ -188,7 +189,8 @@ def _place(site: str | None) -> Place:
 def _write(path: Path, script: str) -> None:
     if path.exists() and not path.read_bytes().startswith(b"#!"):
         raise ValueError(f"--output {path} is there and is not a script: not replaced")
-    path.write_text(script, encoding="utf-8")
+    with user_file(path) as file:
+        file.write(script.encode())
 
 
 def _submit(script: str, path: Path | None) -> str:

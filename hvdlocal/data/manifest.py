@@ -11,6 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from hvdlocal.directory import write_text
+
 FORMAT = "hvdlocal-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -81,9 +83,9 @@ class Manifest:
         return sha256_of_json(content)
 
     def save(self, path: Path) -> None:
-        """Write the manifest as JSON to ``path``."""
+        """Write the manifest as JSON to ``path``, whole or not at all."""
         content = self._content() | {"num_samples": self.num_samples, "fingerprint": self.fingerprint}
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def _content(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, "split": self.split, "kind": self.kind} | asdict(self)

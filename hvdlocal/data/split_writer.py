@@ -27,6 +27,7 @@ from hvdlocal.data.order import pre_shuffle
 from hvdlocal.data.pixels import mean_and_std
 from hvdlocal.data.shard import open_shard
 from hvdlocal.data.team import Team
+from hvdlocal.directory import Directory, LinkError, write_text
 from hvdlocal.lock import hold
 
 UNFINISHED = ".unfinished"
@@ -80,7 +81,7 @@ class Receipt:
 
     def save(self, path: Path) -> None:
         """Write it, whole or not at all."""
-        _write_whole(path, json.dumps(asdict(self)))
+        write_text(path, json.dumps(asdict(self)))
 
     @classmethod
     def load(cls, path: Path) -> "Receipt":
@@ -359,7 +360,7 @@ class SplitWriter:
             if receipt.entry.num_samples:
                 open_shard(temporary, receipt.entry, draft).verify()
                 os.replace(temporary, path)
-                _fsync(self._unfinished)
+                _sync(self._unfinished)
         finally:
             temporary.unlink(missing_ok=True)
         receipt.save(self._unfinished / f"{name}.json")
@@ -371,7 +372,7 @@ class SplitWriter:
 
         def write() -> None:
             if lines:
-                _write_whole(path, "".join(f"{line}\n" for line in lines))
+                write_text(path, "".join(f"{line}\n" for line in lines))
             else:
                 path.unlink(missing_ok=True)
 
@@ -424,15 +425,12 @@ class SplitWriter:
             target = self.directory / MANIFEST_NAME
             if not mended:
                 target.unlink(missing_ok=True)
-            _fsync(self.directory)
+            _sync(self.directory)
             for shard in manifest.shards:
                 if (self._unfinished / shard.file).exists():
                     os.replace(self._unfinished / shard.file, self.directory / shard.file)
-            _fsync(self.directory)
-            manifest.save(temporary)
-            _fsync(temporary)
-            os.replace(temporary, target)
-            _fsync(self.directory)
+            _sync(self.directory)
+            manifest.save(target)
         temporary.unlink(missing_ok=True)  # of a run that was killed while it mended
         if self.overwrite:  # what is left of a data set with another number of shards would never be read again
             ours = {self.directory / shard.file for shard in manifest.shards}
@@ -444,11 +442,16 @@ class SplitWriter:
         """Keeps other writers out of the split's directory; rank 0 only."""
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._lock = hold(self.directory / LOCK)
+            with Directory(self.directory) as directory:
+                self._lock = hold(directory, LOCK)
+                if directory.exists(UNFINISHED):
+                    directory.inner(UNFINISHED).close()
         except BlockingIOError as error:
             raise FileExistsError(
                 f"{self.directory} is being written by another process ({error}); wait for it, or choose another directory"
             ) from None
+        except LinkError:
+            raise
         except OSError:
             pass  # a finished data set may lie where nobody can write; others are told when they begin to
 
@@ -480,17 +483,6 @@ class SplitWriter:
         )
 
 
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(directory: Path) -> None:
+    with Directory(directory) as held:
+        held.sync()

@@ -13,11 +13,11 @@ from torch.nn import functional as F
 
 from hvdlocal.analysis.sharpness import Sharpness, sharpness
 from hvdlocal.data import ShardedDataset
+from hvdlocal.directory import write_text
 from hvdlocal.reproduction.probe import first_images
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.configured import configured_model
 from hvdlocal.training.images import configured_images
-from hvdlocal.training.run_directory import write_whole
 
 CURVATURE = "curvature.json"
 IMAGES = 2_500
@@ -71,5 +71,5 @@ def measure(directory: Path, config: TrainConfig) -> Curvature:
         loss = sum(part.item() for part in losses())
     hessian: Sharpness = sharpness([p for p in model.parameters() if p.requires_grad], losses)
     curvature = Curvature(loss, **asdict(hessian), images=total)
-    write_whole(directory / CURVATURE, json.dumps(asdict(curvature), indent=1) + "\n")
+    write_text(directory / CURVATURE, json.dumps(asdict(curvature), indent=1) + "\n")
     return curvature

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvdlocal.training.run_directory import write_whole
+from hvdlocal.directory import write_text
 
 if TYPE_CHECKING:
     from hvdlocal.analysis.figures_style import Figure
@@ -51,10 +51,10 @@ class Finding:
         """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
         stem.parent.mkdir(parents=True, exist_ok=True)
         paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
-        write_whole(paths[0], self.markdown())
+        write_text(paths[0], self.markdown())
         claims = [{"claim": text, "here": holds} for text, holds in self.claims]
         record = {"title": self.title, "setting": self.setting, "claims": claims} | self.record
-        write_whole(paths[1], json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        write_text(paths[1], json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         try:
             from hvdlocal.analysis.figures_style import save
         except ImportError:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hvdlocal.analysis.published import Table, read_table
+from hvdlocal.directory import write_text
 from hvdlocal.reproduction.judgement import CLAIMS, RULE, Point, Results, Scale, Verdict, check, judge
 from hvdlocal.reproduction.runs import Outcome
 from hvdlocal.reproduction.studies import BASELINE, Cell, Setting, Study
-from hvdlocal.training.run_directory import write_whole
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ class Report:
     def write(self, stem: Path) -> list[Path]:
         """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
         paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
-        write_whole(paths[0], self.markdown())
-        write_whole(paths[1], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
+        write_text(paths[0], self.markdown())
+        write_text(paths[1], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
         if self.workers:
             try:
                 from hvdlocal.reproduction.figure import draw

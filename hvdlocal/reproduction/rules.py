@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdlocal.directory import write_text
 from hvdlocal.reproduction.curvature import IMAGES, Curvature
 from hvdlocal.reproduction.runs import Outcome
 from hvdlocal.reproduction.studies import Cell, Setting, Study
-from hvdlocal.training.run_directory import write_whole
 
 TITLES = {
     "sync": "data parallel (H = 1)",
@@ -232,11 +232,11 @@ class RuleReport:
     def write(self, stem: Path) -> list[Path]:
         """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
         paths = [stem.with_suffix(".json")]
-        write_whole(paths[0], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
+        write_text(paths[0], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
         if not self.runs:
             return paths
         paths.append(stem.with_suffix(".md"))
-        write_whole(paths[-1], self.markdown())
+        write_text(paths[-1], self.markdown())
         try:
             from hvdlocal.reproduction.figure import draw_rules
         except ImportError:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from hvdlocal.directory import Directory, write_text
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.reproduction.curvature import CURVATURE
 from hvdlocal.reproduction.launcher import Supervisor, train_command
 from hvdlocal.reproduction.studies import Cell, Setting
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import leaves
-from hvdlocal.training.run_directory import SUMMARY, Standing, clear, standing, write_whole
+from hvdlocal.training.run_directory import SUMMARY, Standing, clear, standing
 
 DIVERGED = "diverged.json"
 """Marks the directory of a run that ended in NaN: it would do so again."""
@@ -68,11 +69,12 @@ class Job:
 
     def mark_diverged(self, message: str) -> None:
         """Notes that the run ended in NaN."""
-        write_whole(self._marker, json.dumps({"message": message}) + "\n")
+        write_text(self._marker, json.dumps({"message": message}) + "\n")
 
     def clear(self) -> None:
         """Removes what the run left."""
-        clear(self.directory)
+        with Directory(self.directory) as directory:
+            clear(directory)
         for left in (
             self._marker,
             self.directory / CURVATURE,

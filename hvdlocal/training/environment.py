@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import socket
@@ -75,8 +76,9 @@ def sharing(mine: tuple[str, list[int]], everyone: list[tuple[str, list[int]]]) 
     return sum(host == mine[0] and not set(cores).isdisjoint(mine[1]) for host, cores in everyone)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
-    """What must be the same on every rank for the same numbers."""
+    """What must be the same on every rank for the same numbers; read once, since an installation may change under a long run."""
     found = {"hvdlocal": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("horovod", "mpi4py", "torchvision", "numpy", "h5py"):
         try:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from hvdlocal.communicator import Communicator
+from hvdlocal.directory import Directory
 from hvdlocal.terminal import warn
 from hvdlocal.training import interruption
 from hvdlocal.training.checkpoint import CheckpointWriter, Pace
 from hvdlocal.training.config import CheckpointConfig
 from hvdlocal.training.ledger import Ledger
 from hvdlocal.training.poll import POLL_SECONDS, News, Poll
+from hvdlocal.training.run_directory import CHECKPOINTS
 
 
 class Interrupted(Exception):  # noqa: N818  (no error: the run goes on later)
@@ -25,18 +26,18 @@ class Keeper:
     Args:
         communicator: the ranks.
         config: how often, and how many.
-        root: directory of the checkpoints.
+        output: directory of the run.
         deadline: by which the process must have left; only rank 0's counts.
         ledger: times the run, and is told what is not training.
         state: this rank's state, to be copied.
-        contents: what the manifest says beside the files.
+        contents: what the manifest says beside the files; asked on rank 0 only.
     """
 
     def __init__(
         self,
         communicator: Communicator,
         config: CheckpointConfig,
-        root: Path,
+        output: Directory,
         deadline: interruption.Deadline,
         ledger: Ledger,
         state: Callable[[], dict[str, Any]],
@@ -44,7 +45,7 @@ class Keeper:
     ) -> None:
         self._communicator = communicator
         self._every_steps = config.every_steps
-        self._root = root
+        self._output = output
         self._deadline = deadline
         self._ledger = ledger
         self._state = state
@@ -54,7 +55,7 @@ class Keeper:
         self._cost = 0.0
         self._asked = False  # whether a poll has been begun since the last checkpoint was begun or finished
         self._polled = 0.0
-        self.writer = CheckpointWriter(communicator, root, config.keep)
+        self.writer = CheckpointWriter(communicator, output, config.keep)
 
     def start(self) -> None:
         """Training begins, or goes on."""
@@ -67,6 +68,7 @@ class Keeper:
         Raises:
             Interrupted: on all ranks: one was asked to stop, or the time is over.
             OSError: so it is, but the checkpoint could not be written.
+            MovedError: on rank 0: the directory of the run is not where it was.
         """
         if self._every_steps is not None and steps % self._every_steps == 0:
             if self.writer.open_step is not None:
@@ -74,6 +76,8 @@ class Keeper:
             self._begin(steps)
         if not self._poll.is_at(steps):
             return
+        if self._communicator.rank == 0:
+            self._output.check()
         self._warn_of_failures()
         with self._ledger.beside_training():
             start = self._ledger.elapsed
@@ -112,7 +116,7 @@ class Keeper:
     def _begin(self, steps: int) -> None:
         self._asked = False
         start = self._ledger.elapsed
-        self.writer.begin(steps, self._state(), self._contents())
+        self.writer.begin(steps, self._state(), self._contents() if self._communicator.rank == 0 else {})
         self._cost = self._ledger.elapsed - start
         self._pace.start(self._ledger.elapsed)
 
@@ -137,13 +141,16 @@ class Keeper:
             problem = self.writer.finish(wait=True)
         self.writer.close()
         self._warn_of_failures(wait=True)
+        if self._communicator.rank == 0:
+            self._output.check()
         asked = self._communicator.gather(interruption.received(), "hvdlocal.interruption")
         reasons = [f"{signal.name} on rank {rank}" for rank, signal in enumerate(asked) if signal is not None]
         reason = reasons[0] if reasons else "the time is over"
         if problem:
             raise OSError(f"{reason}, but {problem}")
         raise Interrupted(
-            f"interrupted after step {steps}: {reason}. The checkpoint is in {self._root}; the same command continues from it."
+            f"interrupted after step {steps}: {reason}. The checkpoint is in {self._output.path / CHECKPOINTS}; "
+            "the same command continues from it."
         )
 
     def _warn_of_failures(self, wait: bool = False) -> None:

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
+
+from hvdlocal.directory import NO_ROOM, Directory
+
+METRICS = "metrics.jsonl"
+
+BUFFER_BYTES = 2**16
+"""Records that wait for the next `flush` take no more memory than that."""
 
 
 class Metrics(Protocol):
@@ -48,46 +56,71 @@ class JsonLines:
     """`metrics.jsonl`, the source of truth: strict JSON (NaN and infinity become null), in the order of writing.
 
     Args:
-        path: of the file.
+        directory: of the file.
         keep: bytes of an earlier attempt to keep; what it wrote after its last checkpoint is written again.
+        room_returns: whether something else of this run has taken room that it will give back, such as a checkpoint that is
+            being written. Until then records that find no room wait in memory.
 
     Raises:
         OSError: the file cannot be written, from any method; the message names it.
     """
 
-    def __init__(self, path: Path, keep: int = 0) -> None:
-        self._file = path.open("ab")
-        self._file.truncate(_end_of_records(path, keep))
+    def __init__(self, directory: Directory, keep: int = 0, room_returns: Callable[[], bool] = lambda: False) -> None:
+        self._path = directory.path / METRICS
+        self._room_returns = room_returns
+        self._waiting = bytearray()
+        self._file = directory.open_to_append(METRICS)
+        with self._named():
+            self._file.truncate(_end_of_records(self._file, keep))
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """See `Metrics`."""
         record = {"kind": kind, "step": step, **{name: _strict(value) for name, value in values.items()}}
-        with self._named():
-            self._file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        if len(self._waiting) > BUFFER_BYTES:
+            self.flush()
 
     def flush(self) -> None:
         """See `Metrics`."""
         with self._named():
-            self._file.flush()
+            self._write_out()
 
     def position(self) -> int:
         """See `Metrics`."""
         with self._named():
-            self._file.flush()
+            while not self._write_out():  # no checkpoint is open here, so it is the thread alone that takes room
+                time.sleep(0.01)
             os.fsync(self._file.fileno())
             return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """See `Metrics`."""
         with self._named():
-            self._file.close()
+            try:
+                self._write_out(patient=False)
+            finally:
+                self._waiting.clear()
+                self._file.close()
+
+    def _write_out(self, patient: bool = True) -> bool:
+        """Hands to the system what waits; returns whether all of it has found room."""
+        while self._waiting:
+            room_returns = patient and self._room_returns()  # asked first: the room may come back in between
+            try:
+                written = self._file.write(self._waiting)
+            except OSError as error:
+                if error.errno in NO_ROOM and room_returns:
+                    return False
+                raise
+            del self._waiting[: written or 0]
+        return True
 
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self._file.name) from error
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
 class TensorBoard:
@@ -123,11 +156,12 @@ class TensorBoard:
         self._writer.close()
 
 
-def _end_of_records(path: Path, keep: int) -> int:
+def _end_of_records(file: IO[bytes], keep: int) -> int:
     """`keep`, or less when the file has lost so much: then to the end of its last whole record."""
-    if path.stat().st_size >= keep:
+    if os.fstat(file.fileno()).st_size >= keep:
         return keep
-    return path.read_bytes().rfind(b"\n") + 1
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
 
 
 def _strict(value: Any) -> Any:

@@ -5,31 +5,33 @@ from __future__ import annotations
 import enum
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
 
+from hvdlocal.directory import Directory
 from hvdlocal.lock import PATIENCE_SECONDS, hold
 from hvdlocal.training.config import FREE_TO_CHANGE
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 ATTEMPTS = "attempts.jsonl"
+ENVIRONMENT = "environment.json"
+TENSORBOARD = "tensorboard"
 WRITTEN = (
     "config.yaml",
-    "environment.json",
+    ENVIRONMENT,
     ATTEMPTS,
     "metrics.jsonl",
     "model.pt",
     "best.pt",
     "last_good.pt",
     SUMMARY,
-    "tensorboard",
+    TENSORBOARD,
     CHECKPOINTS,
 )
 
@@ -49,26 +51,49 @@ class Standing(enum.Enum):
     FINISHED = "finished"
 
 
-def claim(directory: Path) -> IO[bytes]:
-    """Makes the directory, checks that it can be written, and keeps other runs out of it as long as the result is open.
+class Claimed(Directory):
+    """The directory of a run, which other runs are kept out of until it is closed.
 
     The lock ends with the process, however it ends. On file systems without locks there is none.
 
     Raises:
+        BlockingIOError: another run is using the directory; the message says which.
+        OSError: it cannot be written, or what a run writes to is a link there, perhaps to files of somebody else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            patience = REQUEUED_LOCK_SECONDS if restart_count() else PATIENCE_SECONDS
+            self._lock = hold(self, ".lock", patience)
+            for name in (CHECKPOINTS, TENSORBOARD):
+                if self.exists(name):
+                    self.inner(name).close()
+        except BaseException:
+            super().close()
+            raise
+
+    def close(self) -> None:
+        """Lets other runs in."""
+        self._lock.close()
+        super().close()
+
+
+def claim(path: Path) -> Claimed:
+    """Makes the directory, checks that it can be written, and keeps other runs out of it as long as the result is open.
+
+    Raises:
         ValueError: another run is using the directory, or it cannot be written.
     """
-    patience = REQUEUED_LOCK_SECONDS if restart_count() else PATIENCE_SECONDS
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        return hold(directory / ".lock", patience)
+        path.mkdir(parents=True, exist_ok=True)
+        return Claimed(path)
     except BlockingIOError as error:
         raise ValueError(
-            f"{directory} is in use by another run ({error}): choose another --output, or end that one"
+            f"{path} is in use by another run ({error}): choose another --output, or end that one"
         ) from None
     except OSError as error:
-        raise ValueError(
-            f"output={directory} cannot be used ({error}): name a directory that can be written"
-        ) from error
+        raise ValueError(f"output={path} cannot be used ({error}): name a directory that can be written") from error
 
 
 def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> Standing:
@@ -106,46 +131,51 @@ def first_difference(earlier: Mapping[str, Any], settings: Mapping[str, Any]) ->
     return None
 
 
-def clear(directory: Path) -> None:
+def clear(directory: Directory) -> None:
     """Removes what an earlier run left, once the new one is sure to start; rank 0 only.
 
     At no moment does what is left look like a run to continue: what makes it one goes first, and its config.yaml is left for
     `describe` to replace.
     """
     for name in (SUMMARY, CHECKPOINTS, *(name for name in WRITTEN if name != "config.yaml")):
-        path = directory / name
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
+        if directory.is_directory(name):
+            with directory.inner(name) as inner:  # which may be a disk of its own, and stays
+                inner.clear()
         else:
-            for inner in path.iterdir():  # the directory itself may be a link, or a disk of its own
-                if inner.is_dir() and not inner.is_symlink():
-                    shutil.rmtree(inner)
-                else:
-                    inner.unlink()
+            directory.remove(name)
 
 
-def describe(directory: Path, config: dict[str, Any], environment: dict[str, Any]) -> None:
+def describe(directory: Directory, config: dict[str, Any], environment: dict[str, Any]) -> None:
     """Writes what the run was told, all defaults resolved, and where it runs."""
-    write_whole(directory / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    write_whole(directory / "environment.json", json.dumps(environment, indent=1) + "\n")
+    directory.write_text("config.yaml", yaml.safe_dump(config, sort_keys=False))
+    directory.write_text(ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
 
 
-def note_attempt(directory: Path, step: int, ranks: int) -> None:
+def run_id(directory: Directory) -> str | None:
+    """What tells the run in the directory from every other; None for one that was begun before there was such a thing."""
+    try:
+        told = json.loads(directory.read_text(ENVIRONMENT)).get("run")
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
+    return told if isinstance(told, str) else None
+
+
+def note_attempt(directory: Directory, step: int, ranks: int) -> None:
     """Notes that the run starts from a step.
 
     Raises:
         ValueError: a batch system has restarted it from this step several times in a row.
     """
-    steps = [attempt.get("step") for attempt in _attempts(directory)]
+    earlier = _attempts(directory.path)
+    steps = [attempt.get("step") for attempt in earlier]
     recent = steps[-MAX_STARTS_WITHOUT_PROGRESS:]
-    path = directory / ATTEMPTS
     if restart_count() and recent == [step] * MAX_STARTS_WITHOUT_PROGRESS:
         raise ValueError(
             f"this run has been started {len(recent)} times from step {step} and never came to its next checkpoint: look for the "
-            f"cause in its log, then remove {path} and submit it again"
+            f"cause in its log, then remove {directory.path / ATTEMPTS} and submit it again"
         )
     note = {"step": step, "ranks": ranks, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "job": _job()}
-    write_whole(path, "".join(json.dumps(attempt) + "\n" for attempt in [*_attempts(directory), note]))
+    directory.write_text(ATTEMPTS, "".join(json.dumps(attempt) + "\n" for attempt in [*earlier, note]))
 
 
 def _attempts(directory: Path) -> list[dict[str, Any]]:
@@ -172,20 +202,6 @@ def restart_count() -> int:
     """How often the batch system has started this job again."""
     told = os.environ.get("SLURM_RESTART_COUNT", "")
     return int(told) if told.isdigit() else 0
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file whole or not at all, down to the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _holds_something(path: Path) -> bool:

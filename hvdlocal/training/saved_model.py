@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
+
+from hvdlocal.directory import Directory
 
 SNAPSHOT_SHARE = 0.01
 """Share of the run's time that copies of the model may take."""
 
 
-def save_model(model: torch.nn.Module, path: Path) -> None:
+def save_state(state: dict[str, torch.Tensor], directory: Directory, name: str) -> None:
     """Writes the plain `state_dict` that the same model loads without hvdlocal; whole or not at all."""
-    save_state(copy_of(model), path)
+    with directory.replacing(name) as file:
+        write_state(state, file)
 
 
 def copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -22,6 +24,31 @@ def copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     otherwise be written with each of them.
     """
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+
+
+class BestModel:
+    """The model of the best evaluation so far, kept in memory until it is on disk.
+
+    Args:
+        directory, name: of its file.
+    """
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._unwritten: dict[str, torch.Tensor] | None = None
+
+    def take(self, state: dict[str, torch.Tensor]) -> None:
+        """This is the best from now on; it is not written yet."""
+        self._unwritten = state
+
+    def write(self) -> None:
+        """Writes what is not on disk yet. What finds no room can be written later, when a checkpoint has given its room back."""
+        state = self._unwritten
+        if state is not None:
+            save_state(state, self._directory, self._name)
+            if self._unwritten is state:
+                self._unwritten = None
 
 
 class LastGood:
@@ -47,22 +74,18 @@ class LastGood:
         end = time.perf_counter()
         self._next = end + (end - start) / SNAPSHOT_SHARE
 
-    def save(self, path: Path) -> bool:
-        """Writes the copy like `save_model`; returns whether there is one."""
+    def save(self, directory: Directory, name: str) -> bool:
+        """Writes the copy like `save_state`; returns whether there is one."""
         if self._copy:
-            save_state(self._copy, path)
+            save_state(self._copy, directory, name)
         return bool(self._copy)
 
 
-def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes a state_dict, down to the disk, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_state(state: dict[str, Any], file: Any) -> None:
+    """torch.save, whose failure to write is the file's own OSError."""
     try:
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # where there is no room it would take what is left
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
         raise

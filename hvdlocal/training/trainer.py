@@ -6,10 +6,10 @@ import json
 import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, closing, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
 from hvdlocal.data.order import OrderMode
+from hvdlocal.directory import Directory, MovedError
 from hvdlocal.terminal import warn
 from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.checkpoint import Resumed, resume
@@ -31,11 +32,11 @@ from hvdlocal.training.images import configured_images
 from hvdlocal.training.keeper import Keeper
 from hvdlocal.training.ledger import Ledger, Window
 from hvdlocal.training.memory import out_of_memory
-from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
+from hvdlocal.training.metrics import METRICS, JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
 from hvdlocal.training.recorder import Recorder
-from hvdlocal.training.run_directory import CHECKPOINTS, SUMMARY, Standing
-from hvdlocal.training.saved_model import LastGood, copy_of, save_model, save_state
+from hvdlocal.training.run_directory import CHECKPOINTS, SUMMARY, TENSORBOARD, Standing
+from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
 from hvdlocal.training.schedules import build_schedule
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -111,13 +112,13 @@ class Trainer:
         self.config = config
         self.communicator = communicator
         self.directory = Path(config.output)
-        self.claim: IO[bytes] | None = None
-        self.data: list[ShardedDataset] = []
+        self.held = ExitStack()
+        self.run_id: str | None = None
         self.probe = f".probe-{secrets.token_hex(8)}"
         try:
             self._set_up()
         except BaseException:
-            self._release()
+            self.held.close()
             raise
 
     def _set_up(self) -> None:
@@ -129,9 +130,9 @@ class Trainer:
         self.train_data = ShardedDataset(
             data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
         )
-        self.data.append(self.train_data)
+        self.held.callback(self.train_data.close)
         self.test_data = ShardedDataset(data.path, data.test_split, communicator=communicator)
-        self.data.append(self.test_data)
+        self.held.callback(self.test_data.close)
         succeed_together(communicator, self._prepare, "hvdlocal.prepare")
         require_agreement(communicator, facts(config, self.device, self._fingerprints()), "hvdlocal.preflight")
         self.threads = set_threads(config.threads, communicator)
@@ -146,16 +147,18 @@ class Trainer:
         self.next_line = config.log_every_seconds
         # Dropout and the like differ between ranks from here on; the weights above do not.
         torch.manual_seed((config.seed * communicator.size + communicator.rank + 1) % 2**63)
-        checkpoints = self.directory / CHECKPOINTS
         self.keeper = Keeper(
-            communicator, config.checkpoint, checkpoints, self.deadline, self.ledger, self._state, self._contents
+            communicator, config.checkpoint, self.output, self.deadline, self.ledger, self._state, self._contents
         )
         self.resumed: Resumed | None = None
         if standing is Standing.STARTED:
-            self.resumed = resume(communicator, checkpoints, self._not_ours)
+            self.resumed = resume(communicator, self.directory / CHECKPOINTS, self._not_ours, self.run_id)
         if (resumed := self.resumed) is not None:
             succeed_together(communicator, lambda: self._restore(resumed), "hvdlocal.restore")
+        # A run that was begun by an older hvdlocal has no name of its own yet.
+        self.run_id = self.run_id or (resumed and resumed.contents.get("run")) or secrets.token_hex(8)
         environment = describe_run(communicator, self.device, self.threads) | {
+            "run": self.run_id,
             "training images": self.train_data.describe(),
             "images": self.images.description or "as they are",
             "settings without effect": self.unused,
@@ -176,28 +179,25 @@ class Trainer:
     def _check(self) -> None:
         """What can be known to be wrong before any data are read."""
         check_ranges(self.config)
+        versions()  # read once, where a failure is everybody's
         self.device = choose_device(self.config.device, self.communicator)
         if self.communicator.rank == 0:
-            self.claim = run_directory.claim(self.directory)
+            self.output: Directory = self.held.enter_context(run_directory.claim(self.directory))
             self.standing = run_directory.standing(self.directory, leaves(self.config), self.config.overwrite)
-            (self.directory / self.probe).touch()
-
-    def _release(self) -> None:
-        """Gives back the memory of the images, and lets other runs into the output directory."""
-        for data in self.data:
-            data.close()
-        if self.claim is not None:
-            (self.directory / self.probe).unlink(missing_ok=True)
-            self.claim.close()
+            self.held.callback(self.output.remove, self.probe)
+            self.output.write_text(self.probe, "")
 
     def _look_around(self) -> Standing:
         """What rank 0 found in the output directory, once every rank is sure to see the same one; a collective."""
         communicator, rank = self.communicator, self.communicator.rank
-        mine = (self.probe, self.standing) if rank == 0 else ("", Standing.NEW)
-        probe, standing = communicator.gather(mine, "hvdlocal.standing")[0]
+        found = (self.probe, self.standing, run_directory.run_id(self.output)) if rank == 0 else None
+        probe, standing, run_id = communicator.gather(found, "hvdlocal.standing")[0]
+        self.run_id = run_id if standing is Standing.STARTED else None
 
         def see() -> None:
-            if not (self.directory / probe).exists():
+            if rank:
+                self.output = self.held.enter_context(Directory(self.directory))
+            if not self.output.exists(probe):
                 raise ValueError(
                     f"output={self.directory} is not the directory that rank 0 sees: it must be on a file system that all "
                     "nodes share"
@@ -205,7 +205,7 @@ class Trainer:
 
         succeed_together(communicator, see, "hvdlocal.shared_output")
         if rank == 0:
-            (self.directory / probe).unlink(missing_ok=True)
+            self.output.remove(probe)
         if standing is Standing.FINISHED:
             raise AlreadyFinished(
                 f"{self.directory} holds this run, finished: nothing to do. --overwrite true runs it again."
@@ -250,15 +250,16 @@ class Trainer:
             return
         steps, kept = self.position.steps, 0
         if self.resumed is None and self.standing is Standing.NEW:
-            run_directory.clear(self.directory)
+            run_directory.clear(self.output)
         else:
             kept = self._clear_up()
-        run_directory.describe(self.directory, asdict(self.config), environment)
-        run_directory.note_attempt(self.directory, steps, self.communicator.size)
-        self.metrics = JsonLines(self.directory / "metrics.jsonl", kept)
+        run_directory.describe(self.output, asdict(self.config), environment)
+        run_directory.note_attempt(self.output, steps, self.communicator.size)
+        writer = self.keeper.writer
+        self.metrics = JsonLines(self.output, kept, lambda: writer.takes_room)
         if self.config.tensorboard:
             first = 0 if self.resumed is None else steps + 1
-            self.metrics = TensorBoard(self.directory / "tensorboard", self.metrics, first)
+            self.metrics = TensorBoard(self.directory / TENSORBOARD, self.metrics, first)
 
     def _clear_up(self) -> int:
         """Takes away what the last attempt left unfinished, and what it did after its last good checkpoint.
@@ -272,7 +273,7 @@ class Trainer:
         for problem in self.resumed.skipped:
             warn(f"{problem}: going back to step {self.resumed.step}")
         kept = self.resumed.contents["metrics_bytes"]
-        path = self.directory / "metrics.jsonl"
+        path = self.directory / METRICS
         size = path.stat().st_size if path.exists() else 0
         if size < kept:
             warn(f"{path} has lost {kept - size} bytes that were in it at the checkpoint of step {self.resumed.step}")
@@ -312,6 +313,7 @@ class Trainer:
             "settings": leaves(self.config),
             "fingerprints": self._fingerprints(),
             "versions": versions(),
+            "run": self.run_id,
         }
 
     def _saved(self) -> str:
@@ -390,17 +392,27 @@ class Trainer:
                 raise
             raise LostRankError(
                 f"{self.communicator.describe()} cannot go on after step {self.position.steps}: "
-                f"{shortage or str(error) or type(error).__name__}. Once that is mended, the same command continues from the "
-                "last checkpoint."
+                f"{self._reason(shortage or str(error) or type(error).__name__)}"
             ) from error
         finally:
             console.close()
             with suppress(OSError):  # said above
                 self.metrics.close()
-            self._release()
+            self.held.close()
+
+    def _reason(self, what: str) -> str:
+        """Why this rank cannot go on, and what to do."""
+        try:
+            self.output.check()
+        except MovedError as moved:
+            return (
+                f"{moved}. Move it back and start the same command to continue from the last checkpoint, or start anew."
+            )
+        return f"{what}. Once that is mended, the same command continues from the last checkpoint."
 
     def _train(self, console: Console) -> Summary:
         config, optimizer, position = self.config, self.optimizer, self.position
+        self.best_model = BestModel(self.output, "best.pt")
         self.last_good = LastGood(self.model) if self.communicator.rank == 0 else None
         if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
@@ -442,11 +454,13 @@ class Trainer:
         summary = self._summary(position.evaluation)
         self.keeper.finish()
         if self.communicator.rank == 0:
-            save_model(self.model, self.directory / "model.pt")
+            self.best_model.write()
+            save_state(copy_of(self.model), self.output, "model.pt")
             record = {**asdict(summary), "communication_saved": summary.communication_saved}
             self.metrics.write("end", position.steps, **record)
             self.metrics.position()
-            run_directory.write_whole(self.directory / SUMMARY, json.dumps(record, indent=1) + "\n")
+            self.output.write_text(SUMMARY, json.dumps(record, indent=1) + "\n")
+            self.output.check()
         return summary
 
     def _after_round(self, console: Console) -> None:
@@ -510,7 +524,8 @@ class Trainer:
         if evaluation.accuracy > position.best:
             position.best = evaluation.accuracy
             if self.communicator.rank == 0:
-                self.keeper.writer.also(save_state, copy_of(self.model), self.directory / "best.pt")
+                self.best_model.take(copy_of(self.model))
+                self.keeper.writer.also(self.best_model.write)
         console.say(
             f"epoch {progress / self.epoch:7.2f}  test accuracy {100 * evaluation.accuracy:.2f} %  loss {evaluation.loss:.4f}"
         )
@@ -561,11 +576,12 @@ class Trainer:
 
     def _save_last_good(self) -> str:
         """Saves the last good average on rank 0, and says where it is; a collective."""
-        path = self.directory / "last_good.pt"
+        name = "last_good.pt"
+        path = self.directory / name
         told = f"The last good average is in {path}."
         if self.last_good is not None:
             try:
-                if not self.last_good.save(path) and not path.exists():
+                if not self.last_good.save(self.output, name) and not self.output.exists(name):
                     told = f"The checkpoints in {self.directory / CHECKPOINTS} are from before."
             except (OSError, RuntimeError) as error:
                 told = f"The last good average could not be saved in {path}: {error}"

@@ -170,9 +170,9 @@ def checkpointing() -> None:
 
 def completing() -> None:
     """In rank 0's background thread: the manifest is written, and the directory has not got its name yet."""
-    from hvdlocal.training.checkpoint import files
+    from hvdlocal.directory import Directory
 
-    before(files, "_sync_directory", "completing", lambda path: path.suffix == ".tmp")
+    before(Directory, "rename", "completing", lambda self, name, new: name.startswith("step-") and name == f"{new}.tmp")
 
 
 def evaluating() -> None:
@@ -184,9 +184,10 @@ def evaluating() -> None:
 
 def ending() -> None:
     """The model is saved; the summary, which says that the run has ended, is not."""
-    from hvdlocal.training import run_directory
+    from hvdlocal.directory import Directory
+    from hvdlocal.training.run_directory import SUMMARY
 
-    before(run_directory, "write_whole", "ending", lambda path, _: path.name == run_directory.SUMMARY)
+    before(Directory, "write_text", "ending", lambda self, name, text: name == SUMMARY)
 
 
 def settled() -> None:

@@ -379,8 +379,26 @@ def test_no_room_for_checkpoints(make, undisturbed):
         assert "Traceback" not in result.err
 
 
+def test_a_small_disk(make, undisturbed):
+    """Checkpoints give back the room that they could not use: training ends as if there were none, with all of its files."""
+    plain = undisturbed()
+    # From just enough for what is written without checkpoints to enough for two of them beside it.
+    for kilobytes in (308, 640, 1200):
+        run = make()
+        with small_disk(run.output, f"{kilobytes}k"):
+            result = run.start()
+            assert result.code == 0, f"{kilobytes} KB\n{result.err}"
+            assert "no checkpoint of step 5: " in result.err or kilobytes > 640
+            assert "No space left on device" in result.err
+            assert "Training goes on" in result.err
+            assert "Traceback" not in result.err
+            assert_the_same(run, plain)
+            left = [path.name for path in run.output.rglob("*") if path.name.endswith(".tmp") or path.name == "reserve"]
+            assert left == []
+
+
 def test_a_disk_that_others_fill(make, undisturbed):
-    run = make(ranks=0)
+    run = make("--checkpoint.every_steps", "1000", ranks=0)  # with no checkpoint that would give its room back
     with small_disk(run.output, "4m"):
         result = run.start(f"fill={run.output}:computing:0:23")
         assert result.code == 1, result.err
@@ -415,6 +433,83 @@ def test_two_runs_in_one_directory(make, undisturbed, tmp_path):
         go.touch()
         assert process.wait() == 0
     assert_the_same(first, undisturbed(ranks=0))
+
+
+FATES = ("moved", "removed", "replaced by another run")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_a_directory_that_is_not_there_any_more(make, undisturbed, tmp_path, ranks):
+    """The run ends with an error, and writes nothing into what has taken its place."""
+    for fate in FATES:
+        run, go = make(ranks=ranks), tmp_path / fate
+        with run.started(f"wait={go}:computing:0:7") as process:
+            if fate == "moved":
+                run.output.rename(run.output.with_name("elsewhere"))
+            else:
+                while run.output.exists():  # a checkpoint may be under way
+                    shutil.rmtree(run.output, ignore_errors=True)
+            other = replace(run, ranks=0)
+            if fate == "replaced by another run":
+                assert other.start("kill:computing:0:30").code == -signal.SIGKILL
+                before = {path: path.read_bytes() for path in run.output.rglob("*") if path.is_file()}
+            go.touch()
+            said = process.stderr.read()
+            assert process.wait() == 1, said
+            assert f"the directory {run.output} was moved or removed, or replaced by another one. Move it back" in said
+            assert "Traceback" not in said
+        if fate == "replaced by another run":
+            assert {path: path.read_bytes() for path in run.output.rglob("*") if path.is_file()} == before
+            assert other.start().code == 0
+            assert_the_same(other, undisturbed(ranks=0))
+        else:
+            assert not run.output.exists()
+            if fate == "moved":
+                run.output.with_name("elsewhere").rename(run.output)
+                assert run.start().code == 0
+                assert_the_same(run, undisturbed(ranks=ranks))
+
+
+def test_a_directory_that_is_moved_at_the_end(make, undisturbed, tmp_path):
+    """What was trained is kept, where the directory is now; but the run does not say that it is where it was."""
+    run, go = make(ranks=0), tmp_path / "go"
+    with run.started(f"wait={go}:ending:0:1") as process:
+        elsewhere = run.output.rename(run.output.with_name("elsewhere"))
+        go.touch()
+        said = process.stderr.read()
+        assert process.wait() == 1, said
+        assert f"the directory {run.output} was moved or removed" in said
+    assert not run.output.exists()
+    assert_the_same(replace(run, output=elsewhere), undisturbed(ranks=0))
+
+
+def test_an_overwriting_run_does_not_follow_links(make, tmp_path):
+    precious = tmp_path / "precious"
+    (precious / "step-0000000001").mkdir(parents=True)
+    (precious / "file").write_text("precious")
+    for name in ("checkpoints", ".lock"):
+        run = make("--overwrite", "true", ranks=0)
+        run.output.mkdir()
+        (run.output / name).symlink_to(precious if name == "checkpoints" else precious / "file")
+        result = run.start()
+        assert result.code == 2, result.err
+        assert f"a symbolic link, which hvdlocal does not follow here: remove it: '{run.output}/{name}'" in result.err
+        assert (precious / "file").read_text() == "precious"
+        assert (precious / "step-0000000001").is_dir()
+
+
+def test_checkpoints_that_are_not_what_they_are_called(copied, undisturbed):
+    """One bears the name of another step, one was left by another run."""
+    *_, good, newest = copied.checkpoints
+    place, foreign = copied.output / "checkpoints", undisturbed().checkpoints[-1]
+    shutil.rmtree(place / f"step-{newest:010}")
+    shutil.copytree(place / f"step-{good:010}", place / f"step-{newest:010}")
+    shutil.copytree(undisturbed().output / f"checkpoints/step-{foreign:010}", place / f"step-{foreign:010}")
+    result = copied.start(step=good)
+    assert result.code == 0, result.err
+    assert f"manifest.json is that of step {good}, so the directory has a wrong name: going back to" in result.err
+    assert f"step-{foreign:010} was written by another run: going back to step {good}" in result.err
+    assert_the_same(copied, undisturbed())
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
     from hvdlocal.training import poll
     from hvdlocal.training.checkpoint import writer
 
-    write, slow, held = files.write_state, [], []
+    write, slow, held = files.write_rank, [], []
 
     def slowly(*arguments):
         time.sleep(1.0)
@@ -200,7 +200,7 @@ def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
         time.sleep(0.05)  # steps that take a while, so that there are many of them in a second
 
     monkeypatch.setattr(poll, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(writer.files, "write_state", slowly)
+    monkeypatch.setattr(writer.files, "write_rank", slowly)
     monkeypatch.setattr(Keeper, "after_step", after_step)
     settings = config(place, "slow", **KINDS["local"])
     settings.checkpoint = CheckpointConfig(every_minutes=1e-6, keep=3)

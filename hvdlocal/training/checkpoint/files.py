@@ -11,24 +11,25 @@ The files are written to `step-….tmp` and the directory is renamed last.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import re
-import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import torch
+
+from hvdlocal.directory import NO_ROOM, TEMPORARY, Directory
+from hvdlocal.training.saved_model import write_state
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
+RESERVE = "reserve"
 _COMPLETE = re.compile(r"step-(\d{10,})")
-_TEMPORARY = ".tmp"
 _DAMAGED = ".damaged"
 
 
@@ -44,9 +45,14 @@ class Written:
     sha256: str
 
 
+def directory_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:010}"
+
+
 def directory(root: Path, step: int) -> Path:
     """Where the checkpoint of a step is."""
-    return root / f"step-{step:010}"
+    return root / directory_name(step)
 
 
 def rank_file(rank: int) -> str:
@@ -54,91 +60,110 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05}.pt"
 
 
-def write_state(root: Path, step: int, rank: int, state: dict[str, Any]) -> Written:
+def write_rank(root: Directory, step: int, rank: int, state: dict[str, Any]) -> Written:
     """Writes a rank's file of a checkpoint that is not complete yet, down to the disk.
 
     Args:
+        root: directory of the checkpoints.
         state: tensors, numbers, strings and containers of them; tensors with memory of their own.
+
+    Raises:
+        OSError: the file could not be written, and takes no room.
     """
-    temporary = _temporary(root, step)
-    temporary.mkdir(parents=True, exist_ok=True)
-    with (temporary / rank_file(rank)).open("wb") as file:
+    with root.inner(_temporary(step), create=True) as temporary, temporary.creating(rank_file(rank)) as file:
         hashed = _HashingFile(file)
-        torch.save(state, cast(IO[bytes], hashed))
-        file.flush()
-        os.fsync(file.fileno())
+        write_state(state, hashed)
     return Written(hashed.bytes, hashed.sha256.hexdigest())
 
 
-def complete(root: Path, step: int, contents: dict[str, Any], written: list[Written]) -> Path:
+def reserve(root: Directory, step: int, bytes_: int) -> None:
+    """Takes room beside the files of a checkpoint that is not complete yet, and gives it back when it is.
+
+    So a checkpoint never takes the last room of a disk, which the run needs for its records and its models.
+
+    Raises:
+        OSError: there is not so much room.
+    """
+    with root.inner(_temporary(step), create=True) as temporary, temporary.creating(RESERVE) as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, bytes_)
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                raise
+            # This file system cannot set room aside.
+
+
+def complete(root: Directory, step: int, contents: dict[str, Any], written: list[Written]) -> Path:
     """Writes the manifest and makes the checkpoint one: the last act, by one rank, when all have written.
 
     Args:
-        contents: of the manifest, JSON; `files`, `format` and `sha256` are added.
+        root: directory of the checkpoints.
+        contents: of the manifest, JSON; `files`, `format`, `step` and `sha256` are added.
         written: what each rank wrote.
 
     Raises:
         OSError: a file is not as it was written, or the manifest cannot be.
     """
-    temporary, final = _temporary(root, step), directory(root, step)
-    for rank, one in enumerate(written):
-        if (size := (temporary / rank_file(rank)).stat().st_size) != one.bytes:
-            raise OSError(f"{temporary / rank_file(rank)} has {size} bytes where rank {rank} wrote {one.bytes}")
-    files = {rank_file(rank): asdict(one) for rank, one in enumerate(written)}
-    manifest = {"format": FORMAT, "step": step, **contents, "files": files}
-    manifest["sha256"] = _checksum(manifest)
-    with (temporary / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync_directory(temporary)
-    temporary.rename(final)
-    _sync_directory(root)
-    link = root / (LATEST + _TEMPORARY)
-    link.unlink(missing_ok=True)
+    with root.inner(_temporary(step)) as temporary:
+        for rank, one in enumerate(written):
+            if (size := temporary.stat(rank_file(rank)).st_size) != one.bytes:
+                path = temporary.path / rank_file(rank)
+                raise OSError(f"{path} has {size} bytes where rank {rank} wrote {one.bytes}")
+        files = {rank_file(rank): asdict(one) for rank, one in enumerate(written)}
+        manifest = {"format": FORMAT, "step": step, **contents, "files": files}
+        manifest["sha256"] = _checksum(manifest)
+        temporary.write_text(MANIFEST, json.dumps(manifest, indent=1))
+        temporary.remove(RESERVE)
+    root.rename(_temporary(step), directory_name(step))
+    root.sync()
+    link = LATEST + TEMPORARY
     with suppress(OSError):  # a convenience, and some file systems have no links
-        link.symlink_to(final.name)
-        link.replace(root / LATEST)
-    return final
+        root.remove(link)
+        root.link(link, directory_name(step))
+        root.rename(link, LATEST)
+    return directory(root.path, step)
 
 
 def newest_first(root: Path) -> list[int]:
     """Steps of the complete checkpoints."""
-    names = [path.name for path in root.iterdir()] if root.is_dir() else []
+    return steps_of([path.name for path in root.iterdir()] if root.is_dir() else [])
+
+
+def steps_of(names: list[str]) -> list[int]:
+    """The steps that the names of complete checkpoints tell, the newest first."""
     return sorted((int(match[1]) for name in names if (match := _COMPLETE.fullmatch(name))), reverse=True)
 
 
-def keep_newest(root: Path, keep: int) -> None:
+def keep_newest(root: Directory, keep: int) -> None:
     """Removes all complete checkpoints but the newest `keep`.
 
     Raises:
         OSError: some could not be removed; tells of the first.
     """
     errors = []
-    for step in newest_first(root)[keep:]:
+    for step in steps_of(root.names())[keep:]:
         try:
-            _discard(directory(root, step))
+            _discard(root, directory_name(step))
         except OSError as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-def discard_incomplete(root: Path, step: int | None = None) -> None:
+def discard_incomplete(root: Directory, step: int | None = None) -> None:
     """Removes what was not completed: of one step; or, before training, of an interrupted attempt."""
-    for path in root.glob(f"*{_TEMPORARY}") if step is None else [_temporary(root, step)]:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+    for name in root.names() if step is None else [_temporary(step)]:
+        if name.endswith(TEMPORARY):
+            with suppress(OSError):
+                root.remove(name)
 
 
-def set_aside(root: Path, step: int) -> Path:
-    """Renames a checkpoint that cannot be used, so that its step can be written again; returns the new name."""
-    path = directory(root, step)
-    aside = path.with_name(path.name + _DAMAGED)
-    if aside.exists():
-        shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    return aside
+def set_aside(root: Directory, step: int) -> None:
+    """Renames a checkpoint that cannot be used, so that its step can be written again."""
+    name = directory_name(step)
+    with suppress(OSError):
+        root.remove(name + _DAMAGED)
+    root.rename(name, name + _DAMAGED)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -156,6 +181,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: its checksum is wrong")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} has format {manifest.get('format')}; this hvdlocal reads format {FORMAT}")
+    named = _COMPLETE.fullmatch(path.name)
+    if named and manifest.get("step") != int(named[1]):
+        raise CheckpointError(f"{file} is that of step {manifest.get('step')}, so the directory has a wrong name")
     workers, listed = manifest.get("num_workers"), manifest.get("files")
     if (
         type(workers) is not int
@@ -174,7 +202,7 @@ def read_state(path: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any
     """
     file = path / rank_file(rank)
     if rank >= manifest["num_workers"]:
-        raise CheckpointError(f"{path / MANIFEST} knows no file {file.name}")
+        raise CheckpointError(f"{path / MANIFEST} lists no file {file.name}")
     try:
         expected = manifest["files"][file.name]
         size = file.stat().st_size
@@ -225,24 +253,12 @@ def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _temporary(root: Path, step: int) -> Path:
-    path = directory(root, step)
-    return path.with_name(path.name + _TEMPORARY)
+def _temporary(step: int) -> str:
+    return directory_name(step) + TEMPORARY
 
 
-def _discard(path: Path) -> None:
+def _discard(root: Directory, name: str) -> None:
     """Removes a checkpoint so that at no moment half of one bears its name."""
-    doomed = path.with_name(path.name + ".old" + _TEMPORARY)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems know no such thing
-            raise
-    finally:
-        os.close(descriptor)
+    doomed = name + ".old" + TEMPORARY
+    root.rename(name, doomed)
+    root.remove(doomed)

@@ -36,13 +36,19 @@ class Resumed:
     skipped: list[str]
 
 
-def resume(communicator: Communicator, root: Path, check: Callable[[Mapping[str, Any]], str | None]) -> Resumed | None:
+def resume(
+    communicator: Communicator,
+    root: Path,
+    check: Callable[[Mapping[str, Any]], str | None],
+    run: str | None = None,
+) -> Resumed | None:
     """Reads the newest checkpoint that every rank can read; a collective.
 
     Args:
         communicator: the ranks.
         root: directory of the checkpoints.
-        check: says why a checkpoint, by its manifest, is not one of this run; None when it is.
+        check: says why a checkpoint, by its manifest, cannot be continued with these settings; None when it can.
+        run: tells this run from others. A checkpoint that another one has left here is skipped; one without a name is not.
 
     Returns:
         None when there is no checkpoint at all.
@@ -55,7 +61,7 @@ def resume(communicator: Communicator, root: Path, check: Callable[[Mapping[str,
     for step in steps:
         found, problem = None, None
         try:
-            found = _read(communicator, files.directory(root, step))
+            found = _read(communicator, files.directory(root, step), run)
         except CheckpointError as error:
             problem = str(error)
         problems = communicator.gather(problem, "hvdlocal.resume.read")
@@ -101,9 +107,11 @@ def averaged_model(path: Path) -> State:
     return mean.result()["model"]
 
 
-def _read(communicator: Communicator, path: Path) -> tuple[dict[str, Any], State | _Mean]:
+def _read(communicator: Communicator, path: Path, run: str | None) -> tuple[dict[str, Any], State | _Mean]:
     """The manifest, and this rank's own state; with another number of ranks, its share of the average."""
     manifest = files.read_manifest(path)
+    if run is not None and manifest.get("run", run) != run:
+        raise CheckpointError(f"{path} was written by another run")
     old, rank, size = manifest["num_workers"], communicator.rank, communicator.size
     if old != size:
         mean = _Mean(files.read_state(path, manifest, 0), include=rank == 0)

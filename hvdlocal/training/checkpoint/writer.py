@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from hvdlocal.communicator import Communicator
+from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint import files
+from hvdlocal.training.run_directory import CHECKPOINTS
+
+RECORDS_BYTES = 2**18
+"""Room that a checkpoint leaves for records."""
 
 
 @dataclass
@@ -32,13 +37,13 @@ class CheckpointWriter:
 
     Args:
         communicator: the ranks.
-        root: directory of the checkpoints, on a file system that all ranks share.
+        output: directory of the run, on a file system that all ranks share; checkpoints go into `checkpoints/` inside.
         keep: how many complete ones to keep.
     """
 
-    def __init__(self, communicator: Communicator, root: Path, keep: int) -> None:
+    def __init__(self, communicator: Communicator, output: Directory, keep: int) -> None:
         self._communicator = communicator
-        self._root = root
+        self._output = output
         self._keep = keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hvdlocal-checkpoint")
         self._open: _Open | None = None
@@ -50,6 +55,11 @@ class CheckpointWriter:
     def open_step(self) -> int | None:
         """The step of the checkpoint that was begun and not finished; None when there is none. The same on all ranks."""
         return None if self._open is None else self._open.step
+
+    @property
+    def takes_room(self) -> bool:
+        """Whether there may be files on the disk that this rank, or another, is going to complete or to remove."""
+        return self._open is not None or self.is_writing
 
     @property
     def is_writing(self) -> bool:
@@ -64,7 +74,7 @@ class CheckpointWriter:
         Args:
             step: optimizer steps done.
             state: of this rank: values and tensors of any device, which may change afterwards.
-            contents: of the manifest; the same on all ranks.
+            contents: of the manifest; those of rank 0 count.
         """
         assert self._open is None
         self._open = _Open(step, contents, self._thread.submit(self._write, step, _copy(state)))
@@ -76,22 +86,21 @@ class CheckpointWriter:
             wait: until it is complete on disk, rather than leave that to the thread.
 
         Returns:
-            Why there is no checkpoint, the same on all ranks, or None. Without `wait`, what fails later is told by `failure`.
+            Why there is no checkpoint, the same on all ranks, or None. Without `wait`, what fails later is told by
+            `failures`.
         """
         assert self._open is not None
         opened, self._open = self._open, None
         mine: files.Written | str
         try:
             mine = opened.write.result()
-        except RuntimeError as error:  # what torch.save makes of an OSError of its file
-            mine = str(error.__context__ or error)
-        except (OSError, ArithmeticError) as error:
+        except (OSError, RuntimeError, ArithmeticError) as error:
             mine = str(error)
         everyone = self._communicator.gather(mine, "hvdlocal.checkpoint")
         failures = [f"{one} (rank {rank})" for rank, one in enumerate(everyone) if isinstance(one, str)]
         if failures:
             if self._communicator.rank == 0:
-                files.discard_incomplete(self._root, opened.step)
+                self._discard(opened.step)
             self._communicator.barrier("hvdlocal.checkpoint.discarded")  # before another one may be begun
             return f"no checkpoint of step {opened.step}: {failures[0]}"
         if self._communicator.rank == 0:
@@ -125,26 +134,46 @@ class CheckpointWriter:
         Args:
             good: the step of the checkpoint that the run goes on from.
         """
-        files.discard_incomplete(self._root)
-        for step in files.newest_first(self._root):
-            if good is None or step > good:
-                files.set_aside(self._root, step)
+        if not self._output.exists(CHECKPOINTS):
+            return
+        with self._output.inner(CHECKPOINTS) as root:
+            files.discard_incomplete(root)
+            for step in files.steps_of(root.names()):
+                if good is None or step > good:
+                    files.set_aside(root, step)
 
     def _write(self, step: int, state: dict[str, Any]) -> files.Written:
         start = time.perf_counter()
         if not _is_finite(state["model"]):  # training will notice; until then the checkpoints before are the good ones
             raise ArithmeticError("NaN or infinity in the model")
-        written = files.write_state(self._root, step, self._communicator.rank, state)
+        with self._output.inner(CHECKPOINTS, create=True) as root:
+            if self._communicator.rank == 0 and root.stat(".").st_dev == self._output.stat(".").st_dev:
+                files.reserve(root, step, _reserve_bytes(state["model"]))
+            written = files.write_rank(root, step, self._communicator.rank, state)
         self.write_seconds = time.perf_counter() - start
         return written
 
     def _complete(self, opened: _Open, written: list[files.Written]) -> None:
         try:
-            files.complete(self._root, opened.step, opened.contents, written)
+            with self._output.inner(CHECKPOINTS) as root:
+                files.complete(root, opened.step, opened.contents, written)
         except BaseException:
-            files.discard_incomplete(self._root, opened.step)
+            self._discard(opened.step)
             raise
-        self.also(files.keep_newest, self._root, self._keep)
+        self.also(self._keep_newest)
+
+    def _keep_newest(self) -> None:
+        with self._output.inner(CHECKPOINTS) as root:
+            files.keep_newest(root, self._keep)
+
+    def _discard(self, step: int) -> None:
+        with suppress(OSError), self._output.inner(CHECKPOINTS) as root:
+            files.discard_incomplete(root, step)
+
+
+def _reserve_bytes(model: dict[str, Any]) -> int:
+    """What the run may need until its end: records, best.pt beside its predecessor, and model.pt."""
+    return RECORDS_BYTES + 3 * sum(tensor.numel() * tensor.element_size() for tensor in model.values())
 
 
 def _is_finite(model: dict[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hvdlocal.cli.configuration import parse
 from hvdlocal.cli.keys import keys
+from hvdlocal.directory import Directory
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import check_ranges
 from hvdlocal.training.run_directory import describe
@@ -47,7 +48,7 @@ def outcome(*arguments: str) -> TrainConfig | None:
         assert is_a_sentence(error)  # noqa: PT017  (there need not be an error)
         return None
     assert isinstance(config, TrainConfig)
-    describe(Path(arguments[0]).parent, asdict(config), {})  # what a run leaves can be given to another
+    describe(Directory(Path(arguments[0]).parent), asdict(config), {})  # what a run leaves can be given to another
     assert repr(parse([str(Path(arguments[0]).with_name("config.yaml"))])) == repr(config)  # NaN is not equal to itself
     try:
         check_ranges(config)

@@ -1,6 +1,8 @@
 """A checkpoint on disk: complete or not there, and every damage found."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from hvdlocal.analysis.cost import young_interval
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, averaged_model, files, resume
 from hvdlocal.training.checkpoint.pace import FIRST_SECONDS, Pace
 from hvdlocal.training.config import CheckpointConfig
@@ -38,8 +41,9 @@ def state(rank: int, weight: float, **more) -> dict:
 
 
 def write(root, step, states, **contents):
-    written = [files.write_state(root, step, rank, one) for rank, one in enumerate(states)]
-    return files.complete(root, step, {"num_workers": len(states), "in_sync": False, **contents}, written)
+    with Directory(root) as held:
+        written = [files.write_rank(held, step, rank, one) for rank, one in enumerate(states)]
+        return files.complete(held, step, {"num_workers": len(states), "in_sync": False, **contents}, written)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -56,16 +60,16 @@ def test_what_is_written_is_read(tmp_path):
 
 
 def test_what_is_not_complete_is_not_there(tmp_path):
-    files.write_state(tmp_path, 5, 0, state(0, 1.0))
+    files.write_rank(Directory(tmp_path), 5, 0, state(0, 1.0))
     assert files.newest_first(tmp_path) == []
-    files.discard_incomplete(tmp_path)
+    files.discard_incomplete(Directory(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (9, 10, 100, 11):
         write(tmp_path, step, [state(0, 1.0)])
-    files.keep_newest(tmp_path, 2)
+    files.keep_newest(Directory(tmp_path), 2)
     assert files.newest_first(tmp_path) == [100, 11]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-0000000011", "step-0000000100"]
 
@@ -123,7 +127,7 @@ def test_a_missing_file_is_named(tmp_path):
     manifest = files.read_manifest(path)
     with pytest.raises(CheckpointError, match=r"rank-00001\.pt cannot be read"):
         files.read_state(path, manifest, 1)
-    with pytest.raises(CheckpointError, match=r"knows no file rank-00002\.pt"):
+    with pytest.raises(CheckpointError, match=r"lists no file rank-00002\.pt"):
         files.read_state(path, manifest, 2)
 
 
@@ -165,27 +169,69 @@ def test_the_newest_good_one_is_taken(tmp_path):
         resume(Alone(), tmp_path, lambda manifest: "was written with lr=1, not 2")
 
 
+def test_a_checkpoint_under_the_name_of_another_step(tmp_path):
+    """What it says it is counts, not what it is called."""
+    write(tmp_path, 1, [state(0, 1.0)])
+    path = write(tmp_path, 2, [state(0, 2.0)])
+    path.rename(tmp_path / "step-0000000009")
+    found = resume(Alone(), tmp_path, lambda manifest: None)
+    assert found.step == 1
+    assert re.search("step-0000000009/manifest.json is that of step 2", found.skipped[0])
+    path = (tmp_path / "step-0000000009").rename(tmp_path / "a-copy")
+    assert files.read_manifest(path)["step"] == 2, "any other name says nothing"
+
+
+def test_a_checkpoint_of_another_run(tmp_path):
+    write(tmp_path, 1, [state(0, 1.0)], run="ours")
+    write(tmp_path, 2, [state(0, 2.0)])
+    write(tmp_path, 3, [state(0, 3.0)], run="theirs")
+    found = resume(Alone(), tmp_path, lambda manifest: None, "ours")
+    assert found.step == 2, "written before runs had names"
+    assert found.skipped == [f"{tmp_path}/step-0000000003 was written by another run"]
+    assert resume(Alone(), tmp_path, lambda manifest: None).step == 3, "one without a name takes it"
+    shutil.rmtree(tmp_path / "step-0000000002")
+    shutil.rmtree(tmp_path / "step-0000000001")
+    with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* by another run"):
+        resume(Alone(), tmp_path, lambda manifest: None, "ours")
+
+
+def test_a_rank_that_cannot_write_takes_no_room(tmp_path, monkeypatch):
+    """The others have written theirs, which take room until rank 0 has heard; this one takes none from the start."""
+    root = Directory(tmp_path)
+    files.reserve(root, 1, 5000)
+    assert (tmp_path / "step-0000000001.tmp" / files.RESERVE).stat().st_size == 5000
+    written = [files.write_rank(root, 1, 0, state(0, 1.0))]
+    monkeypatch.setattr(files._HashingFile, "flush", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match=r"No space left.*step-0000000001\.tmp/rank-00001\.pt"):
+        files.write_rank(root, 1, 1, state(1, 1.0))
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "step-0000000001.tmp").iterdir()) == ["rank-00000.pt", "reserve"]
+    path = files.complete(root, 1, {"num_workers": 1, "in_sync": True}, written)
+    assert sorted(path.name for path in path.iterdir()) == ["manifest.json", "rank-00000.pt"]
+
+
 def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
-    writer = CheckpointWriter(Alone(), tmp_path, keep=1)
+    writer = CheckpointWriter(Alone(), Directory(tmp_path), keep=1)
+    root = tmp_path / "checkpoints"
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "write_state", full)
+        patch.setattr(files, "write_rank", full)
         writer.begin(1, state(0, 1.0), {"num_workers": 1})
         assert "No space left on device (rank 0)" in writer.finish(wait=True)
-    assert files.newest_first(tmp_path) == []
+    assert files.newest_first(root) == []
     with monkeypatch.context() as patch:
         patch.setattr(files, "complete", full)
         writer.begin(2, state(0, 1.0), {"num_workers": 1})
         assert "No space left" in writer.finish(wait=True)
-    assert list(tmp_path.iterdir()) == [], "what could not be completed takes no room"
+    assert list(root.iterdir()) == [], "what could not be completed takes no room"
     live = state(0, 1.0)
     writer.begin(3, live, {"num_workers": 1})
     live["model"]["w"].zero_()  # training goes on while the thread writes
     assert writer.finish(wait=True) is None
-    assert files.newest_first(tmp_path) == [3]
+    assert files.newest_first(root) == [3]
     with monkeypatch.context() as patch:
         patch.setattr(files, "_discard", full)
         writer.begin(4, live, {"num_workers": 1})
@@ -197,17 +243,18 @@ def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
     writer.begin(5, live, {"num_workers": 1})
     assert "NaN or infinity in the model (rank 0)" in writer.finish(wait=True)
     writer.close()
-    assert files.newest_first(tmp_path) == [4, 3]
-    path = files.directory(tmp_path, 3)
+    assert files.newest_first(root) == [4, 3]
+    path = files.directory(root, 3)
     assert files.read_state(path, files.read_manifest(path), 0)["model"]["w"].tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("lose", [Path.unlink, lambda file: file.write_bytes(b"")], ids=["vanished", "cut off"])
 def test_a_file_that_was_lost_before_the_end_is_no_checkpoint(tmp_path, lose):
-    written = [files.write_state(tmp_path, 1, rank, state(rank, 1.0)) for rank in range(2)]
+    root = Directory(tmp_path)
+    written = [files.write_rank(root, 1, rank, state(rank, 1.0)) for rank in range(2)]
     lose(tmp_path / "step-0000000001.tmp" / files.rank_file(1))
     with pytest.raises(OSError, match="rank-00001"):
-        files.complete(tmp_path, 1, {"num_workers": 2, "in_sync": False}, written)
+        files.complete(root, 1, {"num_workers": 2, "in_sync": False}, written)
     assert files.newest_first(tmp_path) == []
 
 

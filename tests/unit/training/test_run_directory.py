@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
+from hvdlocal.directory import Directory
 from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, leaves
 from hvdlocal.training.metrics import JsonLines
@@ -20,7 +21,7 @@ def config(tmp_path, **settings):
 
 
 def leave(tmp_path, **settings):
-    run_directory.describe(tmp_path, asdict(config(tmp_path, **settings)), {})
+    run_directory.describe(Directory(tmp_path), asdict(config(tmp_path, **settings)), {})
 
 
 def test_standing(tmp_path, monkeypatch):
@@ -39,7 +40,7 @@ def test_standing(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that said --overwrite true is started again:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert standing(tmp_path, now, overwrite=True) is Standing.NEW  # it had not come to replace anything yet
-    run_directory.note_attempt(tmp_path, 0, 2)
+    run_directory.note_attempt(Directory(tmp_path), 0, 2)
     assert standing(tmp_path, now, overwrite=True) is Standing.FINISHED  # this is its own
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert standing(tmp_path, now, overwrite=True) is Standing.NEW
@@ -64,27 +65,27 @@ def test_a_directory_is_claimed_by_one(tmp_path, monkeypatch):
 def test_starts_without_progress(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     for step in (0, 40, 40, 40):
-        run_directory.note_attempt(tmp_path, step, 2)
+        run_directory.note_attempt(Directory(tmp_path), step, 2)
     with pytest.raises(ValueError, match="started 3 times from step 40"):
-        run_directory.note_attempt(tmp_path, 40, 2)
+        run_directory.note_attempt(Directory(tmp_path), 40, 2)
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"step": 4')  # a disk was full
     with pytest.raises(ValueError, match="started 3 times from step 40"):
-        run_directory.note_attempt(tmp_path, 40, 2)
-    run_directory.note_attempt(tmp_path, 41, 2)
+        run_directory.note_attempt(Directory(tmp_path), 40, 2)
+    run_directory.note_attempt(Directory(tmp_path), 41, 2)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     for _ in range(5):  # a person may try as often as they like
-        run_directory.note_attempt(tmp_path, 41, 2)
+        run_directory.note_attempt(Directory(tmp_path), 41, 2)
 
 
 def test_records_are_cut_at_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    records = JsonLines(path)
+    records = JsonLines(Directory(tmp_path))
     records.write("steps", 1, loss=0.5)
     kept = records.position()
     records.write("steps", 2, loss=0.25)
     records.close()
-    again = JsonLines(path, kept)
+    again = JsonLines(Directory(tmp_path), kept)
     again.write("steps", 2, loss=0.125)
     assert again.position() == path.stat().st_size
     again.close()
@@ -97,29 +98,20 @@ def test_records_are_cut_at_the_checkpoint(tmp_path):
 def test_records_that_were_lost_leave_no_torn_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"a": 1}\n{"b"')
-    records = JsonLines(path, keep=1000)
+    records = JsonLines(Directory(tmp_path), keep=1000)
     records.write("steps", 2)
     records.close()
     assert path.read_text() == '{"a": 1}\n{"kind": "steps", "step": 2}\n'
 
 
-@pytest.mark.parametrize("link", [False, True])
-def test_clearing(tmp_path, link):
-    scratch = tmp_path / "scratch"
-    (scratch / "step-1").mkdir(parents=True)
-    run = tmp_path / "run"
-    run.mkdir()
-    leave(run)
-    for name in ("model.pt", run_directory.SUMMARY, "metrics.jsonl"):
-        (run / name).touch()
-    if link:
-        (run / "checkpoints").symlink_to(scratch)
-    else:
-        scratch.rename(run / "checkpoints")
-    run_directory.clear(run)
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "config.yaml"]
-    assert list((run / "checkpoints").iterdir()) == []
-    assert (run / "checkpoints").is_symlink() is link
+def test_clearing(tmp_path):
+    leave(tmp_path)
+    (tmp_path / "checkpoints" / "step-1" / "deeper").mkdir(parents=True)
+    for name in ("model.pt", run_directory.SUMMARY, "metrics.jsonl", "checkpoints/step-1/deeper/file"):
+        (tmp_path / name).touch()
+    run_directory.clear(Directory(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
+    assert list((tmp_path / "checkpoints").iterdir()) == [], "which may be a disk of its own"
 
 
 def test_a_deadline_does_not_follow_the_clock_on_the_wall(monkeypatch):

@@ -1,0 +1,262 @@
+"""Directories that are held open, and files that are written whole or not at all.
+
+A path may lead to another directory tomorrow, and in a directory that others may write to, a name may be a link to a file of ours
+elsewhere. What is written here goes into the directory that was opened, and no link inside it is followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+TEMPORARY = ".tmp"
+
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)
+"""What file systems answer that cannot sync a directory."""
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""A full file system and an exhausted quota."""
+
+
+class MovedError(OSError):
+    """The directory is not where it was opened any more."""
+
+
+class LinkError(OSError):
+    """A name inside a directory is a link, perhaps to something that somebody else wants to have overwritten."""
+
+
+class Directory:
+    """A directory held open. Its name may be a link; the names inside it may not.
+
+    Errors are OSErrors that name the whole path. The object is a context manager that closes the directory.
+
+    Args:
+        path: of an existing directory.
+        descriptor: the directory if it is open already; it is closed with this object.
+
+    Attributes:
+        path: as it was given.
+    """
+
+    def __init__(self, path: Path, descriptor: int | None = None) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY) if descriptor is None else descriptor
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the directory; a second call does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def check(self) -> None:
+        """Checks that the path still leads to this directory.
+
+        Raises:
+            MovedError: the directory was moved or removed, or another one has taken its place.
+        """
+        try:
+            there = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError:  # a file server that does not answer well says nothing about the directory
+            return
+        else:
+            if os.path.samestat(there, os.fstat(self._descriptor)):
+                return
+        raise MovedError(f"the directory {self.path} was moved or removed, or replaced by another one")
+
+    def inner(self, name: str, create: bool = False) -> Directory:
+        """Opens a directory in this one.
+
+        Args:
+            create: make it if it is not there.
+
+        Raises:
+            LinkError: it is a link to a directory.
+        """
+        with self._named(name):
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=self._descriptor)
+            self._refuse_link(name)
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+            return Directory(self.path / name, os.open(name, flags, dir_fd=self._descriptor))
+
+    def names(self) -> list[str]:
+        """Of what is inside."""
+        return os.listdir(self._descriptor)
+
+    def stat(self, name: str) -> os.stat_result:
+        """Of a file, a directory or a link inside."""
+        with self._named(name):
+            return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+
+    def exists(self, name: str) -> bool:
+        """Whether there is something of this name, be it a link that leads nowhere."""
+        try:
+            self.stat(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_directory(self, name: str) -> bool:
+        """Whether the name is that of a directory, and no link to one."""
+        return self.exists(name) and stat.S_ISDIR(self.stat(name).st_mode)
+
+    def rename(self, name: str, new: str) -> None:
+        """Renames something inside, in place of a file that has the new name."""
+        with self._named(name):
+            os.rename(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+
+    def link(self, name: str, target: str) -> None:
+        """Makes `name` a symbolic link to `target`."""
+        with self._named(name):
+            os.symlink(target, name, dir_fd=self._descriptor)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, a link, or a directory with all that is in it, if there is one."""
+        with self._named(name):
+            try:
+                self._unlink(name)
+                return
+            except (IsADirectoryError, PermissionError):  # which one depends on the file system
+                if not self.is_directory(name):
+                    raise
+        with self.inner(name) as directory:
+            directory.clear()
+        with self._named(name):
+            os.rmdir(name, dir_fd=self._descriptor)
+
+    def clear(self) -> None:
+        """Removes everything inside."""
+        for name in self.names():
+            self.remove(name)
+
+    def sync(self) -> None:
+        """Has the names inside on disk, where the file system can do that."""
+        with self._named(""):
+            try:
+                os.fsync(self._descriptor)
+            except OSError as error:
+                if error.errno not in _NO_FSYNC:
+                    raise
+
+    def read_text(self, name: str) -> str:
+        """What is in a UTF-8 file inside."""
+        with self._named(name):
+            self._refuse_link(name)
+            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._descriptor)
+            with os.fdopen(descriptor, encoding="utf-8") as file:
+                return file.read()
+
+    def open_to_append(self, name: str) -> IO[bytes]:
+        """Opens a file inside for reading and appending, unbuffered; it is created if need be.
+
+        Raises:
+            LinkError: the name is a link, or that of something else than a file, or the file has a second name elsewhere.
+        """
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
+        with self._named(name):
+            self._refuse_link(name)
+            descriptor = os.open(name, flags, 0o666, dir_fd=self._descriptor)
+            found = os.fstat(descriptor)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                os.close(descriptor)
+                raise self._link_error(name, "not a plain file, or one with a second name elsewhere")
+            return os.fdopen(descriptor, "a+b", buffering=0)
+
+    @contextmanager
+    def creating(self, name: str) -> Iterator[IO[bytes]]:
+        """Gives a new file to write to, which is on disk afterwards; it takes the place of one that is there.
+
+        When anything fails, nothing is left of it: where there is no room, it would take what is left.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with self._named(name):
+            self._unlink(name)  # perhaps of a process that was killed
+            file = os.fdopen(os.open(name, flags, 0o666, dir_fd=self._descriptor), "wb")
+            try:
+                with file:
+                    yield file
+                    file.flush()
+                    os.fsync(file.fileno())
+            except BaseException:
+                with suppress(OSError):
+                    self._unlink(name)
+                raise
+
+    @contextmanager
+    def replacing(self, name: str) -> Iterator[IO[bytes]]:
+        """As `creating`, but under another name until the file is whole: at no moment is there half of it."""
+        temporary = name + TEMPORARY
+        with self.creating(temporary) as file:
+            yield file
+        try:
+            self.rename(temporary, name)
+        except BaseException:
+            with suppress(OSError):
+                self._unlink(temporary)
+            raise
+        self.sync()
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a UTF-8 file, whole or not at all."""
+        with self.replacing(name) as file:
+            file.write(text.encode())
+
+    def _unlink(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self._descriptor)
+
+    def _refuse_link(self, name: str) -> None:
+        if self.exists(name) and stat.S_ISLNK(self.stat(name).st_mode):
+            raise self._link_error(name, "a symbolic link, which hvdlocal does not follow here")
+
+    def _link_error(self, name: str, what: str) -> LinkError:
+        return LinkError(errno.ELOOP, f"{what}: remove it", str(self.path / name))
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
+        """Errors tell the whole path."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is None or os.sep in (error.filename or "") or isinstance(error, MovedError | LinkError):
+                raise
+            raise OSError(error.errno, error.strerror, str(self.path / name)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Gives a file to write to, which takes the place of `path` once it is whole and on disk; see `Directory.replacing`."""
+    with Directory(path.parent) as directory, directory.replacing(path.name) as file:
+        yield file
+
+
+@contextmanager
+def user_file(path: Path) -> Iterator[IO[bytes]]:
+    """As `replacing`, for a file that a user has named: links are followed, and a device or a pipe is written to as it is."""
+    if path.exists() and not path.is_file():
+        with path.open("wb") as file:
+            yield file
+        return
+    with replacing(Path(os.path.realpath(path))) as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, whole or not at all, without following a link."""
+    with replacing(path) as file:
+        file.write(text.encode())
