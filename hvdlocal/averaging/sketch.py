@@ -6,6 +6,7 @@ projections. With random signs, E‖projection‖² = ‖g‖² with a relative 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -71,10 +72,13 @@ class GradientSketch:
     def _one_kernel(
         self, shapes: list[tuple[int, int]], row_signs: Sequence[torch.Tensor], column_signs: torch.Tensor
     ) -> Callable[[Sequence[torch.Tensor], torch.Tensor], None] | None:
-        """All matrices in one launch, for a GPU; None where there is no compiler for it."""
+        """All matrices in one launch, for a GPU; None where it cannot be compiled."""
         try:
-            from hvdlocal.averaging.sketch_kernel import RowSum
-        except ImportError:  # torch for some platforms comes without Triton
+            from hvdlocal.averaging.sketch_kernel import RowSum, try_out
+
+            try_out(column_signs.device)
+        except Exception as error:  # no Triton, or no C compiler for it: it has no error of its own
+            warnings.warn(f"gradients are projected without a kernel of its own: {error}", stacklevel=4)
             return None
         parts = []
         used = 0

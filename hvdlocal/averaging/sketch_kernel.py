@@ -73,6 +73,14 @@ class RowSum:
         torch.sum(self._partial, 0, out=out)  # rather than atomic additions, whose order would change the last bits
 
 
+def try_out(device: torch.device) -> None:
+    """Compiles and runs the kernel once; raises whatever Triton raises where that cannot be done."""
+    two = torch.arange(2, dtype=torch.int64, device="cpu")
+    signs = torch.ones(2, dtype=torch.float32, device=device)
+    row_sum = RowSum(0 * two, two, signs, 0 * two, signs, size=1)
+    row_sum([signs], torch.empty(1, dtype=torch.float32, device=device))
+
+
 @triton.jit
 def _sum_rows(  # type: ignore[no-untyped-def]
     addresses,
