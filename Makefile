@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi launch test-slurm test-gpu bench clean
+.PHONY: setup train test lint unit mpi launch gpu-code test-slurm test-gpu bench clean
 
 setup:
 	@install/setup.sh
@@ -14,7 +14,7 @@ train: setup data/digits/test/manifest.json
 data/digits/test/manifest.json:
 	python -m data_prep digits --output data/digits
 
-test: lint unit mpi launch
+test: lint unit mpi launch gpu-code
 
 lint: setup
 	ruff check .
@@ -40,6 +40,10 @@ mpi: setup
 launch: setup
 	python -m pytest tests/launch
 
+# What runs on a GPU, with little work on the CPU, so that it is in order when there is one.
+gpu-code: setup
+	timeout 300 python benchmarks/gpu_report.py --device cpu --at-once
+
 # A real Slurm on this machine, started by the tests. Installed first where that is allowed; without one the tests are skipped.
 test-slurm: setup
 	install/slurm.sh || true
@@ -48,6 +52,7 @@ test-slurm: setup
 # On one GPU. Needs no Horovod: `python -m pytest tests/gpu` does the same in any environment with torch and mpi4py.
 test-gpu: setup
 	python -m pytest tests/gpu
+	python -m pytest tests/unit/data -k gpu
 
 # Every figure that the README and docs/ quote. BENCH_DATA holds cifar-10-batches-bin and jpeg-sample; what is not there is left out.
 BENCH_DATA ?= ../shared/data
