@@ -64,16 +64,17 @@ def plan_rounds(
             f"{type(rule).__name__} depends on the training loss, which nobody knows beforehand: its rounds cannot be planned"
         )
     gains = _Gains(scaling or NoScaling(), num_workers, accumulate, budget, None if stale else statistics)
-    done, progress, period = 0, 0.0, 1
+    done, progress, period, longest = 0, 0.0, 1, 0
     while not _ends(progress, budget):
         # The gain depends on H and H on the gain: as in LocalOptimizer, the rule sees the gain of the last H.
         seen = gains.gain(period, progress) if rate == "scaled" else 1.0
         lr = seen * schedule(progress)
-        period = rule(RoundStart(lr=lr, gain=seen, progress=progress))
+        period = rule(RoundStart(lr=lr, gain=seen, progress=progress, longest=longest))
         steps, after = _walk(gains, period, progress, period)
         while steps < period:  # a shorter round may have a larger gain
             period = steps
             steps, after = _walk(gains, period, progress, period)
+        longest = max(longest, period)
         yield Round(done, period, lr, gains.gain(period, progress), progress, after)
         done, progress, gains.statistics = done + period, after, statistics
 

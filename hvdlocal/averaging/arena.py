@@ -2,7 +2,7 @@
 
 Layout of `Arena.flat`, float32, every part beginning at a multiple of 64 bytes:
 
-    [ parameters | averaged buffers | averaged moments | scalars | statistics vector | statistics scalars ]
+    [ parameters | averaged buffers | averaged moments | scalars, digest | statistics vector | statistics scalars ]
       `replica`, divided by the number of workers after the sum ──┘
 
 Parameters and buffers become views of it; `Tensor.data` is re-pointed, so module and optimizer keep their tensor objects.
@@ -15,6 +15,8 @@ from enum import IntEnum
 
 import torch
 
+from hvdlocal.averaging.digest import DIGEST_SIZE
+
 ALIGNMENT = 16
 """In elements: 64 bytes, a cache line, and more than any vectorised kernel asks for."""
 
@@ -25,10 +27,9 @@ class Scalar(IntEnum):
     DISPLACEMENT = 0  # ‖w_k − w‖² since the last averaging, at the sampled coordinates
     LOSS_SUM = 1
     LOSS_COUNT = 2
-    STEPS_HASH = 3
-    STEPS_HASH_SQR = 4
-    NONFINITE = 5  # ranks whose replica is not finite
-    STOP = 6  # ranks that ask to stop
+    PRESENT = 3  # 1 on every rank: a rank that has called hvd.join() sends 0
+    NONFINITE = 4  # ranks whose replica is not finite
+    STOP = 5  # ranks that ask to stop
 
 
 class StatisticsScalar(IntEnum):
@@ -77,7 +78,7 @@ class Arena:
     ) -> None:
         layout = FlatViews(parameters)
         buffer_layout = FlatViews(buffers)
-        lengths = [layout.numel, buffer_layout.numel, moments * layout.numel, len(Scalar)]
+        lengths = [layout.numel, buffer_layout.numel, moments * layout.numel, len(Scalar) + DIGEST_SIZE]
         if statistics:
             lengths += [statistics, len(StatisticsScalar)]
         starts = [0]
@@ -92,7 +93,8 @@ class Arena:
         moment_parts = self.flat[starts[2] : starts[2] + moments * layout.numel]
         self.moments = [layout.of(part) for part in moment_parts.split(layout.numel)] if moments else []
         self.replica = self.flat[: starts[3]]
-        self.scalars = self.flat[starts[3] : starts[3] + len(Scalar)]
+        self.scalars = self.flat[starts[3] : starts[3] + len(Scalar) + DIGEST_SIZE]
+        self.digest = self.scalars[len(Scalar) :]
         self.without_statistics = self.flat[: starts[4]]
         self.statistics = self.flat[starts[4] : starts[4] + statistics]
         self.statistics_scalars = self.flat[starts[5] : starts[5] + len(StatisticsScalar)] if statistics else None
@@ -137,6 +139,11 @@ class CoordinateSample:
         """Makes where the vector is now the point that distances are measured from."""
         torch.index_select(self._flat, 0, self._where, out=self._origin)
         self._origin.nan_to_num_(0.0, 0.0, 0.0)  # any point will do, but after a model that was lost it must be a point
+
+    @property
+    def origin(self) -> torch.Tensor:
+        """The point that distances are measured from, at the sampled coordinates."""
+        return self._origin
 
     def state(self) -> torch.Tensor:
         """The origin at the sampled coordinates."""

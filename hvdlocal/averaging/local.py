@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from typing import Any
 
 import torch
 
 from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar, StatisticsScalar
+from hvdlocal.averaging.digest import Fact
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 from hvdlocal.averaging.replica import ReplicaOptimizer, float_buffers, require_float32
 from hvdlocal.averaging.sketch import GradientSketch, default_size
 from hvdlocal.communicator import Communicator
+
+AVERAGE = "hvdlocal.average"
+"""The name of the averaging's collective."""
+
+_owners_of_buffers: weakref.WeakValueDictionary[int, LocalOptimizer] = weakref.WeakValueDictionary()
 
 MOMENTUM_POLICIES = ("local", "average", "reset")
 
@@ -119,6 +127,7 @@ class LocalOptimizer(ReplicaOptimizer):
                 vector = self._sketch.size
             else:
                 vector = sum(numels)
+        self._claim(averaged)
         self._arena = Arena(self._parameters, list(averaged.values()), len(self._moment_names), vector)
         self._owners = [_owner(model, name) for name in [*self._names, *averaged]]
         self._accumulated = None
@@ -132,6 +141,8 @@ class LocalOptimizer(ReplicaOptimizer):
         self._period = 1
         self._divergence: float | None = None
         self._max_lr = 0.0
+        self._longest_period = 0
+        self._short_rounds = 0
         self._first_loss: float | None = None
         self._start_together(
             {"period": repr(period), "momentum": momentum, "rate_for_period": rate_for_period},
@@ -139,6 +150,29 @@ class LocalOptimizer(ReplicaOptimizer):
             {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
         )
         self._sample = CoordinateSample(self._arena.parameters)
+
+    def _warn(self, message: str) -> None:
+        """Warns once for all ranks."""
+        if self.communicator.rank == 0:
+            warnings.warn(message, stacklevel=2)
+
+    def _claim(self, buffers: dict[str, torch.Tensor]) -> None:
+        """Refuses buffers that another optimizer with other parameters averages: they can lie in one arena only."""
+        mine = {id(p) for p in self._parameters}
+        for name, buffer in buffers.items():
+            owner = _owners_of_buffers.get(id(buffer))
+            if owner is not None and owner.averages(buffer) and mine.isdisjoint(map(id, owner._parameters)):
+                raise ValueError(
+                    f"buffer {name!r} is averaged by another LocalOptimizer already: give each optimizer the part of the model "
+                    "that it trains (LocalOptimizer(optimizer, model.part)), or one of the two buffers='local'"
+                )
+        self._averaged_buffers = list(buffers.values())
+        for buffer in self._averaged_buffers:
+            _owners_of_buffers[id(buffer)] = self
+
+    def averages(self, buffer: torch.Tensor) -> bool:
+        """Whether this buffer of the model is one that is averaged."""
+        return any(one is buffer for one in self._averaged_buffers)
 
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
@@ -176,13 +210,39 @@ class LocalOptimizer(ReplicaOptimizer):
     def synchronize(self) -> None:
         """Ends the round now, if one is under way: afterwards the model is the average on every rank.
 
-        A collective: call it on all ranks at the same step. Micro-batches that are not yet a whole step are dropped.
+        A collective: call it on all ranks at the same step. Micro-batches that are not yet a whole step are dropped. Between two
+        rounds the ranks only compare what must be equal, for the price of a very small collective.
+
+        Raises:
+            DisagreementError: the ranks stand at different rounds, or their models differ; on all ranks.
         """
+        self._note_dropped_step()
+        self._note_short_round()
         if self._accumulated:
             self._accumulated.drop()
             self._overflowed = False
         if not self.in_sync:
             self._average()
+        elif self.communicator.size > 1:
+            self._compare()
+
+    def _note_short_round(self) -> None:
+        """Warns of a loop that averages after every step although its rounds are longer."""
+        if self._steps_in_round == 1 < self._period:
+            self._short_rounds += 1
+            if self._short_rounds == 3:
+                self._warn(
+                    f"synchronize() has ended three rounds in succession after one of {self._period} steps, so every step is "
+                    "averaged. Call it only before an evaluation and before saving, not around step()."
+                )
+
+    def _compare(self) -> None:
+        """Compares all that must be equal between two rounds."""
+        self._sample.move_origin()
+        self._write_digest(everything=True)
+        # Under the averaging's name: a rank that is in the middle of a round meets this one there, and both get an error.
+        self.communicator.sum_(self._arena.digest, AVERAGE)
+        self._digest.check(self._arena.digest.tolist())
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -197,35 +257,47 @@ class LocalOptimizer(ReplicaOptimizer):
             self._accumulated.flat.div_(self.accumulate)
             self._accumulated.give_back()
         if self._steps_in_round == 0:
+            self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
             if self._arena.statistics_scalars is not None:
                 self._take_statistics(valid=not (empty or self._overflowed) and bool(self._gradients()))
             self._period = self._next_period()
+            self._longest_period = max(self._longest_period, self._period)
             if self._progress == 0 and self._smoothed.grad_sqr is not None:
                 # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.
                 self._smoothed.weigh_first(self._theta(self.communicator.size * self._period * self.accumulate))
         self._inner_step(self._moment(self._period))
         self._steps_in_round += 1
         self._steps_since_statistics += 1
+        self._dropped_steps = 0
         if self._steps_in_round >= self._period:
+            if self._period > 1:
+                self._short_rounds = 0
             self._average()
 
     def _next_period(self) -> int:
         # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
         gain = self.scaling.gain(self._moment(self._period)) if self._rate_for_period == "scaled" else 1.0
-        lr = gain * float(self.param_groups[0]["lr"])
+        lr = gain * max(self._rates())
         self._max_lr = max(self._max_lr, lr)
-        period = self.period_rule(
-            RoundStart(
-                lr=lr,
-                gain=gain,
-                progress=self._progress,
-                loss=self._loss,
-                max_lr=self._max_lr,
-                first_loss=self._first_loss,
-            )
+        start = RoundStart(
+            lr=lr,
+            gain=gain,
+            progress=self._progress,
+            loss=self._loss,
+            max_lr=self._max_lr,
+            first_loss=self._first_loss,
+            longest=self._longest_period,
         )
+        period = limited = self.period_rule(start)
         while (within := self._steps_to_budget(period)) < period:
             period = within  # and, as a shorter round may have a larger gain, look again
+        # With a budget, the last round may well be cut short by it; the first one may not.
+        if limited == self.period_rule.limit(start) and (period == limited or not self._round):
+            self._warn(
+                f"at the learning rate {lr:.3g}, {self.period_rule} asks for {limited} local steps or more, where the longest "
+                f"round so far had {self._longest_period}: this one ends after {period}. If the learning rate is still warming "
+                "up, tell the rule (warmup=…, warmup_lr=…); max_period=… sets a limit of your own."
+            )
         return period
 
     def _steps_to_budget(self, period: int) -> int:
@@ -297,7 +369,7 @@ class LocalOptimizer(ReplicaOptimizer):
         mine = self._write_scalars()
         with_statistics = self._arena.statistics_scalars is not None and self._stale
         if self.communicator.size > 1:
-            self._timed_sum(self._arena.flat if with_statistics else self._arena.without_statistics, "hvdlocal.average")
+            self._timed_sum(self._arena.flat if with_statistics else self._arena.without_statistics, AVERAGE)
         workers = self.communicator.size
         on_device = self._arena.scalars
         healthy_ranks = (workers - on_device[Scalar.NONFINITE]).clamp_(min=1)
@@ -307,10 +379,10 @@ class LocalOptimizer(ReplicaOptimizer):
         if with_statistics:
             wanted.append(self._summed_statistics())
         numbers = torch.cat(wanted).tolist()
-        scalars, (found, bad, moved, *statistics) = numbers[: len(Scalar)], numbers[len(Scalar) :]
+        scalars, (found, bad, moved, *statistics) = numbers[: on_device.numel()], numbers[on_device.numel() :]
+        self._check_equality(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
         healthy = workers - round(scalars[Scalar.NONFINITE])
         lost = not healthy or found > 0
-        self._check_steps(scalars)
         self._measure_divergence(scalars[Scalar.DISPLACEMENT], moved, healthy)
         if with_statistics:
             self._use_statistics(*statistics)
@@ -348,35 +420,30 @@ class LocalOptimizer(ReplicaOptimizer):
             self._arena.flat.masked_fill_(bad, 0.0)  # reads all of it, which costs a GPU less than to be waited for
         elif bad:
             self._arena.flat.zero_()
-        steps_hash = self._steps_in_round % 31  # small: the sum of its square is exact in float32 up to 18,000 ranks
-        scalars[Scalar.STEPS_HASH].fill_(steps_hash)
-        scalars[Scalar.STEPS_HASH_SQR].fill_(steps_hash**2)
+        scalars[Scalar.PRESENT].fill_(1)
         scalars[Scalar.NONFINITE].copy_(bad)
         scalars[Scalar.STOP].fill_(self._stop)
+        self._write_digest()
         self._loss_sum.zero_()
         self._loss_count = 0
         return bad.to(torch.float32)
 
-    def _check_steps(self, scalars: list[float]) -> None:
-        """Refuses ranks that took different numbers of steps, whose averagings would pair up wrongly from here on.
-
-        Equal numbers have no variance, so two scalars tell.
-        """
-        workers = self.communicator.size
-        if abs(workers * scalars[Scalar.STEPS_HASH_SQR] - scalars[Scalar.STEPS_HASH] ** 2) > 0.5:
-            steps = self.communicator.gather(self._steps_in_round, "hvdlocal.steps")
-            periods = self.communicator.gather(self._period, "hvdlocal.periods")
-            raise RuntimeError(
-                f"the ranks took different numbers of local steps in this round, {steps[:8]}, with the periods {periods[:8]}. "
-                "Every rank must call step equally often and see the same learning rate: drive the schedule by "
-                "optimizer.progress or by the step, never by a rank's own loss."
-            )
+    def _write_digest(self, *, everything: bool = False) -> None:
+        """Fills in the digest of what must be equal on all ranks."""
+        if self.communicator.size == 1:
+            return
+        values = {
+            Fact.STEPS: {"steps": self._steps_in_round, "period": self._period},
+            Fact.RATES: self._named_rates(),
+            Fact.PROGRESS: {"rounds": self._round, "progress": self._progress},
+        }
+        origin = {"trained parameters": self._sample.origin.view(torch.int32)}
+        self._digest.write(self._arena.digest, values, origin, everything=everything)
 
     def _measure_divergence(self, sum_displacement: float, moved: float, healthy: int) -> None:
         """(1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began; the last is `moved`."""
         if healthy:
             self._divergence = max(sum_displacement / healthy - moved, 0.0)
-        self._sample.move_origin()
 
     def _read_loss(self, scalars: list[float], complete: bool) -> None:
         count = scalars[Scalar.LOSS_COUNT]
@@ -392,6 +459,14 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _adopt_moments(self) -> None:
         """Moves the wrapped optimizer's moments into the arena; it updates them in place from then on."""
+        if self._momentum_policy == "average":
+            later = [name for name in averaged_moments(self.optimizer) if name not in self._moment_names]
+            if later:
+                raise RuntimeError(
+                    f"the {type(self.optimizer).__name__} keeps {', '.join(later)} now, but did not when the LocalOptimizer was "
+                    "built, so momentum='average' has no room for it: build the optimizer with that momentum or amsgrad (a tiny "
+                    "momentum will do), and change it afterwards"
+                )
         for name, views in zip(self._moment_names, self._arena.moments, strict=True):
             for parameter, view in zip(self._parameters, views, strict=True):
                 moment = self.state[parameter].get(name) if parameter in self.state else None
@@ -423,6 +498,7 @@ class LocalOptimizer(ReplicaOptimizer):
             "period": self._period,
             "divergence": self._divergence,
             "max_lr": self._max_lr,
+            "longest_period": self._longest_period,
             "first_loss": self._first_loss,
             "sample": self._sample.state(),
             "round_statistics": self._arena.with_statistics_scalars.clone() if with_statistics else None,
@@ -446,6 +522,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._period = own["period"]
         self._divergence = own["divergence"]
         self._max_lr = own["max_lr"]
+        self._longest_period = own.get("longest_period", own["period"])  # older states lack it
         self._first_loss = own["first_loss"]
         if own["sample"] is None:
             self._sample.move_origin()

@@ -22,6 +22,7 @@ class RoundStart:
         loss: mean training loss of the last round over all workers; None before there is one.
         max_lr: the largest `lr` of any round so far, this one included: after a warm-up, its peak.
         first_loss: `loss` after the first round; None before.
+        longest: steps of the longest round so far, 0 before the first; None where no rounds are counted.
     """
 
     lr: float
@@ -30,6 +31,7 @@ class RoundStart:
     loss: float | None = None
     max_lr: float | None = None
     first_loss: float | None = None
+    longest: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,16 @@ class PeriodRule:
 
     def __call__(self, start: RoundStart) -> int:
         """H of the round that starts now, at least 1."""
-        period = max(self._period(start), 1)
-        return period if self.max_period is None else min(period, self.max_period)
+        limits = [limit for limit in (self.max_period, self.limit(start)) if limit is not None]
+        return min([max(self._period(start), 1), *limits])
+
+    def limit(self, start: RoundStart) -> int | None:
+        """The longest round that may follow the rounds so far; None for no limit but `max_period`.
+
+        A learning rate that is tiny by mistake would otherwise mean a round without end. A fall of the learning rate to a tenth
+        between two rounds is within the limit.
+        """
+        return None
 
     def _period(self, start: RoundStart) -> int:
         raise NotImplementedError
@@ -132,9 +142,12 @@ class PowerRule(PeriodRule):
             lr = self.warmup_lr * start.gain
         if lr <= 0:
             if self.max_period is None:
+                remedy = "let the schedule end above 0"
+                if start.progress == 0:
+                    remedy = "let the warm-up begin above 0, or tell the rule where it leads (warmup=…, warmup_lr=…)"
                 raise ValueError(
-                    f"the learning rate is {lr}, so (coefficient/η)^exponent has no value: let the schedule end above 0, or "
-                    "give the rule a max_period"
+                    f"the learning rate is {lr}, so (coefficient/η)^exponent has no value: {remedy}, or give the rule a "
+                    "max_period"
                 )
             return self.max_period
         try:
@@ -143,6 +156,13 @@ class PowerRule(PeriodRule):
             exact = math.inf
         # A ratio that is a whole number on paper may come out a hair below it.
         return max(self.h_base, math.floor(min(exact * (1 + 1e-12), sys.maxsize)))
+
+    def limit(self, start: RoundStart) -> int | None:
+        """See `PeriodRule`: 10^exponent times the longest round so far, which for QSR is 100 times."""
+        if start.longest is None or self.max_period is not None:
+            return None
+        # One more, since the longest round was rounded down.
+        return math.ceil(min(10.0 ** min(self.exponent, 15), 1e15) * (max(start.longest, self.h_base) + 1))
 
 
 def QSR(  # noqa: N802  (a rule, used like the classes beside it)
@@ -189,6 +209,12 @@ class AdaComm(PeriodRule):
             )
         ratio = start.max_lr * start.loss / (start.lr * start.first_loss)
         return math.ceil(self.first_period * math.sqrt(ratio))
+
+    def limit(self, start: RoundStart) -> int | None:
+        """See `PeriodRule`: 100 times the longest round so far."""
+        if start.longest is None or self.max_period is not None:
+            return None
+        return 100 * (max(start.longest, self.first_period) + 1)
 
 
 def _at_least_one(name: str, value: int) -> None:

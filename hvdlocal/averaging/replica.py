@@ -6,16 +6,19 @@ import hashlib
 import inspect
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
+from hvdlocal.averaging.digest import Digest
 from hvdlocal.averaging.gain import Moment, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
+from hvdlocal.averaging.guards import guard_wrapped, refuse_data_parallelism, refuse_state_makers
 from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing, gradient_statistics
-from hvdlocal.communicator import Communicator, current, require_agreement
+from hvdlocal.communicator import CommunicationError, Communicator, current, require_agreement
 
 STATE_VERSION = 1
 BUFFER_POLICIES = ("average", "local", "reestimate")
@@ -49,6 +52,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         communicator: Communicator | None,
     ) -> None:
         _check_arguments(optimizer, scaling, accumulate, buffers, budget, max_norm)
+        refuse_data_parallelism(optimizer, model)
         self.communicator = communicator or current()
         self.optimizer = optimizer
         self.model = model
@@ -61,20 +65,45 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._constructed = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._constructed = True
-        self._share()
+        self.stepping = False
+        guard_wrapped(optimizer, self)
 
         self._progress = 0.0
         self._gain = 1.0
         self._smoothed = SmoothedStatistics()
         device = self._parameters[0].device
+        self._digest = Digest(self.communicator, _constants(model), device)
         self._nonfinite_found, self._factor = (torch.zeros(1, dtype=torch.float32, device=device) for _ in range(2))
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self._loss_count = 0
         self._loss: float | None = None
         self._overflowed = False
+        self._dropped_steps = 0
         self._stop = False
         self._stop_requested = False
         self.seconds_averaging = 0.0
+
+    # -- shared with the wrapped optimizer, whose own load_state_dict replaces both ------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's parameter groups, with the base learning rates."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._constructed:  # torch's constructor would begin with empty ones
+            self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[torch.Tensor, Any]:
+        """The wrapped optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: defaultdict[torch.Tensor, Any]) -> None:
+        if self._constructed:
+            self.optimizer.state = state
 
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
@@ -131,8 +160,10 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
         Raises:
             NonFiniteError: on every rank, when one rank's numbers are no longer finite.
+            DisagreementError: on every rank, when learning rates, steps or what else must be equal differ between the ranks.
             CommunicationError: another rank ended, or did not come.
         """
+        refuse_state_makers()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -196,11 +227,28 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 f"parameters cannot be added to a {type(self).__name__}: give the wrapped optimizer all its parameter groups, "
                 "then wrap it"
             )
-        super().add_param_group(param_group)
+
+    def skip_synchronize(self) -> NoReturn:
+        """Refused: Horovod's optimizer has it, to clip gradients after they were averaged; here, `max_norm` clips them.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"a {type(self).__name__} has no gradients to wait for before a step: delete skip_synchronize() and the "
+            "synchronize() before the step. Clip with max_norm=…, or after scaler.unscale_(optimizer) as with any torch optimizer"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state, and under "hvdlocal" this rank's own; different on every rank inside a round."""
-        return {**self.optimizer.state_dict(), "hvdlocal": self._own_state()}
+        refuse_state_makers()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        state_dict: dict[str, Any] = {**self.optimizer.state_dict(), "hvdlocal": self._own_state()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a `state_dict` of the same rank of a run with as many ranks.
@@ -208,6 +256,10 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: the state is not one of this class, or of another number of ranks in the middle of a round.
         """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
         own = state_dict.get("hvdlocal")
         if own is None or own.get("class") != type(self).__name__:
             raise ValueError(
@@ -229,8 +281,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 f"continued with accumulate={self.accumulate}"
             )
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "hvdlocal"})
-        self._share()
         self._load_own_state(own)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
         """Continues from the state of a run with another number of ranks, after loading the average of its replicas.
@@ -285,11 +338,6 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         if self._accumulated:
             self._accumulated.load_state(own["accumulated"])
         self._overflowed = own["overflowed"]
-
-    def _share(self) -> None:
-        """Shares groups and state with the wrapped optimizer, whose own load_state_dict replaces them."""
-        self.param_groups = self.optimizer.param_groups
-        self.state = self.optimizer.state
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError(
@@ -359,8 +407,12 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         if not self._overflowed:
-            with self._scaled_lr(gain):
-                self.optimizer.step()
+            self.stepping = True
+            try:
+                with self._scaled_lr(gain):
+                    self.optimizer.step()
+            finally:
+                self.stepping = False
         self._overflowed = False
         self._gain = gain
         self._progress += self.scaling.progress(now)
@@ -368,13 +420,62 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     @contextmanager
     def _scaled_lr(self, gain: float) -> Iterator[None]:
         base = [group["lr"] for group in self.param_groups]
+        scaled = [lr * gain for lr in base]
+        for group, lr in zip(self.param_groups, scaled, strict=True):
+            group["lr"] = lr
         try:
-            for group, lr in zip(self.param_groups, base, strict=True):
-                group["lr"] = lr * gain
             yield
         finally:
-            for group, lr in zip(self.param_groups, base, strict=True):
-                group["lr"] = lr
+            for group, lr, applied in zip(self.param_groups, base, scaled, strict=True):
+                # What the optimizer itself has written is the rate that it applies next, gain included.
+                group["lr"] = lr if _untouched(group["lr"], applied) else group["lr"] / gain
+
+    def _rates(self) -> list[float]:
+        """The base learning rates of the parameter groups.
+
+        Raises:
+            ValueError: one is not finite.
+        """
+        rates = [float(group["lr"]) for group in self.param_groups]
+        for i, rate in enumerate(rates):
+            if not math.isfinite(rate):
+                raise ValueError(f"the learning rate of parameter group {i} is {rate}: look at what sets it")
+        return rates
+
+    def _named_rates(self) -> dict[str, float]:
+        return {f"learning rate of group {i}": rate for i, rate in enumerate(self._rates())}
+
+    def _note_dropped_step(self) -> None:
+        """Counts calls of `synchronize` that take away micro-batches. A step in between starts the count anew.
+
+        Raises:
+            RuntimeError: two calls in succession: in such a loop no step is ever completed.
+        """
+        if not self.micro_batches:
+            return
+        self._dropped_steps += 1
+        if self._dropped_steps > 1:
+            raise RuntimeError(
+                f"synchronize() was called twice without a whole step of {self.accumulate} micro-batches in between, so "
+                "nothing is ever trained. Delete synchronize() before step(): it belongs before an evaluation or a saved model."
+            )
+
+    def _check_equality(self, present: float, digest: list[float]) -> None:
+        """Reads the part of a collective that tells whether all ranks take part and agree.
+
+        Args:
+            present: how many ranks take part.
+            digest: the sums of the ranks' digests.
+        """
+        size = self.communicator.size
+        if size == 1:
+            return
+        if round(present) != size:
+            raise CommunicationError(
+                f"{size - round(present)} of {size} ranks took no part in an averaging and counted as zeros, most likely by "
+                "hvd.join(): delete that call, and give every rank equally many steps."
+            )
+        self._digest.check(digest)
 
     def _average_buffers(self, faulty: bool = False) -> int:
         """Averages the floating-point buffers outside of any arena; one collective, or none without such buffers.
@@ -449,12 +550,43 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             **settings,
         }
         for i, group in enumerate(self.param_groups):
-            facts |= {f"param group {i} {key}": str(value) for key, value in group.items() if key != "params"}
+            facts |= {f"param group {i} {key}": _plain(value) for key, value in group.items() if key != "params"}
         require_agreement(self.communicator, facts, "hvdlocal.settings")
         self.communicator.broadcast_(flat, "hvdlocal.start")
         for name, tensor in tensors.items():
             if id(tensor) not in in_flat and tensor.numel():
                 self.communicator.broadcast_(tensor, f"hvdlocal.start.{name}")
+
+
+def _plain(value: Any) -> Any:
+    """A setting without its device and its place in memory, which differ between ranks."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def _untouched(now: Any, applied: Any) -> bool:
+    """Whether a learning rate is still the one that was applied, a number or a fresh tensor."""
+    if isinstance(now, torch.Tensor) or isinstance(applied, torch.Tensor):
+        return now is applied and now._version == 0
+    return bool(now == applied)
+
+
+def _constants(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What ought to stay equal on all ranks without being averaged: frozen parameters and integer buffers, by name.
+
+    Left out is batch norm's count of batches, which has no effect unless momentum is None.
+    """
+    frozen: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+    counts = {
+        f"{name}.num_batches_tracked".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.momentum is not None
+    }
+    integers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if not (buffer.is_floating_point() or buffer.is_complex()) and name not in counts
+    }
+    return frozen | integers
 
 
 def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -8,13 +8,18 @@ from typing import Any
 import torch
 
 from hvdlocal.averaging.arena import FlatViews
+from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.communicator import Communicator
 
-SQR_NORM, LOSS_SUM, LOSS_COUNT, OVERFLOW, STOP, EMPTY = range(6)
-NUM_SCALARS = 6
+SQR_NORM, LOSS_SUM, LOSS_COUNT, OVERFLOW, STOP, EMPTY, PRESENT = range(7)
+DIGEST = slice(7, 7 + DIGEST_SIZE)
+NUM_SCALARS = DIGEST.stop
+
+GRADIENTS = "hvdlocal.gradients"
+"""The name of a step's collective."""
 
 
 class SynchronousOptimizer(ReplicaOptimizer):
@@ -69,6 +74,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         layout = FlatViews(self._parameters)
         self._flat = torch.zeros(layout.numel + NUM_SCALARS, dtype=torch.float32, device=self._parameters[0].device)
         self._scalars = self._flat[layout.numel :]
+        self._sample = TensorSample(dict(zip(self._names, self._parameters, strict=True)))
         gradients = self._flat[: layout.numel]
         self._accumulated: GradientBuffer = GradientBuffer(self._parameters, layout, gradients)
         self._sqr_norm = torch.zeros_like(self._loss_sum)
@@ -110,11 +116,28 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def synchronize(self) -> None:
         """Averages the batch-norm statistics (buffers="average"), for evaluation. Drops micro-batches that are no whole step.
 
-        A collective: call it on all ranks at the same step.
+        A collective: call it on all ranks at the same step. The ranks also compare what must be equal.
+
+        Raises:
+            DisagreementError: the ranks stand at different steps, or their models differ; on all ranks.
         """
+        self._note_dropped_step()
         self._drop()
+        if self.communicator.size > 1:
+            digest = self._scalars[DIGEST]
+            self._write_digest(digest, everything=True)
+            # Under the gradients' name: a rank that is at a step meets this one there, and both get an error.
+            self.communicator.sum_(digest, GRADIENTS)
+            self._digest.check(digest.tolist())
         if self._buffer_policy == "average":
             self._average_buffers()
+
+    def _write_digest(self, digest: torch.Tensor, *, everything: bool = False) -> None:
+        values = {
+            Fact.RATES: self._named_rates(),
+            Fact.PROGRESS: {"steps": self._steps, "progress": self._progress},
+        }
+        self._digest.write(digest, values, self._sample.parts(everything), everything=everything)
 
     def _take_gradient(self) -> None:
         self._unscale()
@@ -133,7 +156,11 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if self._estimates:
             wanted.append(torch.dot(flat, flat).view(1))
         numbers = torch.cat(wanted).tolist()
-        totals, (my_sqr_norm, my_loss_sum, found, *sqr_norm) = numbers[:NUM_SCALARS], numbers[NUM_SCALARS:]
+        totals, (my_sqr_norm, my_loss_sum, found, *sqr_norm) = (
+            numbers[:NUM_SCALARS],
+            numbers[NUM_SCALARS:],
+        )
+        self._check_equality(totals[PRESENT], totals[DIGEST])
         bad = not self._overflowed and not math.isfinite(my_sqr_norm + my_loss_sum)
         if totals[OVERFLOW] < 0.5 and not (found == 0 and math.isfinite(totals[SQR_NORM] + totals[LOSS_SUM])):
             self._drop()
@@ -156,11 +183,13 @@ class SynchronousOptimizer(ReplicaOptimizer):
         scalars[OVERFLOW].fill_(self._overflowed)
         scalars[STOP].fill_(self._stop)
         scalars[EMPTY].fill_(self._accumulated.empty)
+        scalars[PRESENT].fill_(1)
         self._sqr_norm.zero_()
         self._loss_sum.zero_()
         self._loss_count = 0
         if self.communicator.size > 1:
-            self._timed_sum(self._flat, "hvdlocal.gradients")
+            self._write_digest(scalars[DIGEST])
+            self._timed_sum(self._flat, GRADIENTS)
 
     @property
     def _micro_batches_of_all(self) -> int:
@@ -185,6 +214,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         self._accumulated.give_back()
         self._inner_step(self._moment(1))
         self._steps += 1
+        self._dropped_steps = 0
 
     def _drop(self) -> None:
         self._accumulated.drop()

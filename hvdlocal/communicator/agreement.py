@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -9,31 +10,35 @@ from hvdlocal.communicator.base import Communicator
 
 T = TypeVar("T")
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+"""The part of a function's or an object's `repr` that no two processes share."""
+
 
 class SetupError(ValueError):
     """A rank cannot start; raised on all ranks."""
 
 
-class DisagreementError(ValueError):
-    """The ranks were started with different settings."""
+class DisagreementError(ValueError, RuntimeError):
+    """The ranks differ where they must be equal: in settings at the start (ValueError), or in what they did since."""
 
 
 def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name: str) -> None:
     """Checks that every rank holds the same facts; a collective.
 
     Args:
-        facts: what must be equal, by name; values are compared by their `repr`.
+        facts: what must be equal, by name; values are compared by their `repr`, places in memory left out.
         name: the collective's name.
 
     Raises:
         DisagreementError: on every rank, with the same message: which ranks differ from rank 0, and in what.
     """
-    everyone = communicator.gather(dict(facts), name)
+    # Only text is sent: it is what is compared, and a function among the values could not be pickled.
+    everyone = communicator.gather({key: _ADDRESS.sub("", repr(value)) for key, value in facts.items()}, name)
     differences = [
-        f"{key}: rank {rank} has {theirs.get(key, '(nothing)')!r}, rank 0 has {everyone[0].get(key, '(nothing)')!r}"
+        f"{key}: rank {rank} has {theirs.get(key, '(nothing)')}, rank 0 has {everyone[0].get(key, '(nothing)')}"
         for rank, theirs in enumerate(everyone)
         for key in dict.fromkeys([*everyone[0], *theirs])
-        if key not in theirs or key not in everyone[0] or repr(theirs[key]) != repr(everyone[0][key])
+        if theirs.get(key) != everyone[0].get(key)
     ]
     if differences:
         shown = differences[:5] + ([f"… and {len(differences) - 5} more"] if len(differences) > 5 else [])

@@ -7,12 +7,14 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from hvdlocal.communicator.base import Communicator
@@ -81,21 +83,41 @@ class Mpi4pyCommunicator(Communicator):
         self._mpi.COMM_WORLD.Abort(exit_code)
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> _Call:
+        what = f"sum of {flat.numel()} {flat.dtype} ({name})"
         return self._in_host_memory(
-            flat, lambda host: self._world.Allreduce(self._mpi.IN_PLACE, host, op=self._mpi.SUM)
+            flat, what, lambda host: self._world.Allreduce(self._mpi.IN_PLACE, host, op=self._mpi.SUM)
         )
 
     def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> _Call:
-        return self._in_host_memory(flat, lambda host: self._world.Bcast(host, root=root))
+        what = f"broadcast of {flat.numel()} {flat.dtype} from rank {root} ({name})"
+        return self._in_host_memory(flat, what, lambda host: self._world.Bcast(host, root=root))
 
     def _gather_bytes(self, data: bytes, name: str) -> list[bytes]:
-        return self._wait(self._submit(lambda: self._world.allgather(data)), name)
+        def work() -> list[bytes]:
+            self._agree_on(f"gather ({name})")
+            return self._world.allgather(data)
 
-    def _in_host_memory(self, flat: torch.Tensor, collective: Callable[[Any], None]) -> _Call:
+        return self._wait(self._submit(work), name)
+
+    def _agree_on(self, what: str) -> None:
+        """Refuses ranks that ask for different collectives: MPI would give some of them garbage, or let them wait.
+
+        One allreduce of two numbers, the latency of which a collective pays once more.
+        """
+        mine = zlib.crc32(what.encode())
+        extremes = np.array([mine, -mine], dtype=np.int64)
+        self._world.Allreduce(self._mpi.IN_PLACE, extremes, op=self._mpi.MAX)
+        if extremes[0] != -extremes[1]:
+            everyone = self._world.allgather(what)
+            told = [f"rank {rank}: {one}" for rank, one in enumerate(everyone[:8])]
+            raise RuntimeError(f"the ranks ask for different collectives at the same time, {'; '.join(told)}")
+
+    def _in_host_memory(self, flat: torch.Tensor, what: str, collective: Callable[[Any], None]) -> _Call:
         if flat.is_cuda:
             torch.cuda.current_stream(flat.device).synchronize()  # the copy below is made on another thread's stream
 
         def work() -> None:
+            self._agree_on(what)
             host = flat.cpu()  # the tensor itself when it is on the CPU already
             collective(host.numpy())
             if host is not flat:

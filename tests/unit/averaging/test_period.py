@@ -105,3 +105,20 @@ def test_adacomm():
 def test_rules_refuse_wrong_settings(make):
     with pytest.raises(ValueError, match=r"must|belong|at least|progress"):
         make()
+
+
+def test_a_round_is_at_most_100_times_as_long_as_the_longest_so_far():
+    """A rate that falls to a tenth, as in a step schedule, stays within it: (0.5/0.03)² = 277 after (0.5/0.3)² = 2."""
+    rule = hvdlocal.QSR(alpha=0.5, h_base=1)
+    assert rule(RoundStart(lr=0.3, longest=0)) == 2
+    assert rule(RoundStart(lr=0.03, longest=2)) == 277
+    assert rule(RoundStart(lr=0.0003, longest=277)) == 100 * 278
+    assert rule(RoundStart(lr=0.0003)) == 2_777_777  # no rounds are counted
+    assert hvdlocal.QSR(alpha=0.5, h_base=1, max_period=10**6)(RoundStart(lr=0.0003, longest=2)) == 10**6
+    assert hvdlocal.PowerRule(0.5, 7, 1.0)(RoundStart(lr=1e-9, longest=0)) == 10 * 8
+    assert hvdlocal.ConstantPeriod(10**6)(RoundStart(lr=1e-9, longest=0)) == 10**6
+
+
+def test_a_round_of_adacomm_is_at_most_100_times_as_long_as_the_longest_so_far():
+    start = RoundStart(lr=1e-12, loss=1.0, max_lr=0.1, first_loss=1.0, longest=10)
+    assert hvdlocal.AdaComm(first_period=10)(start) == 100 * 11

@@ -1,0 +1,208 @@
+"""What must be equal on all ranks, as bits that ride in a collective.
+
+All facts together have one checksum, and each of its bits is sent as 0 or 1. The sum of a bit over K ranks is 0 or K everywhere
+exactly when all ranks sent the same bit. A difference is therefore found without a collective of its own, on any number of ranks;
+only then the ranks exchange the facts themselves.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+
+from hvdlocal.communicator import Communicator, DisagreementError
+
+DIGEST_SIZE = 32
+"""How many numbers a digest adds to a collective, each a bit: a difference escapes with a probability of 2e-10."""
+
+
+class Fact(IntEnum):
+    """What the ranks compare."""
+
+    STEPS = 0  # local steps of the round, and its period
+    RATES = 1  # the learning rate of every parameter group
+    PROGRESS = 2  # rounds done and progress
+    PARAMETERS = 3  # trained parameters where they ought to be equal
+    CONSTANTS = 4  # frozen parameters and integer buffers
+
+
+_REMEDIES = {
+    Fact.STEPS: "Every rank must call step equally often and see the same learning rate: drive the schedule by "
+    "optimizer.progress or by the step, never by a rank's own loss.",
+    Fact.RATES: "the learning rates differ between the ranks. Drive the schedule by what is equal on all ranks; give "
+    "ReduceLROnPlateau the mean loss of all ranks (optimizer.loss), for example.",
+    Fact.PROGRESS: "the ranks stand at different rounds. Load the same state on every rank, and let every rank take equally "
+    "many steps.",
+    Fact.PARAMETERS: "the parameters differ where they must be equal, so something changed them on some ranks only. Load a "
+    "checkpoint on every rank, before the optimizer is built or after synchronize().",
+    Fact.CONSTANTS: "frozen parameters or integer buffers differ between the ranks. Change them in the same way on every rank. "
+    "A teacher that follows each rank's replica belongs outside of the model that the optimizer is given.",
+}
+
+_ODD = 0x1E3779B97F4A7C15
+
+Parts = dict[str, torch.Tensor]
+"""Vectors of integers, by name."""
+
+
+class Digest:
+    """This rank's facts as numbers that are summed over the ranks, and the verdict on the sums.
+
+    Args:
+        communicator: the ranks.
+        constants: frozen parameters and integer buffers, by name.
+        device: where the replica lies.
+    """
+
+    def __init__(self, communicator: Communicator, constants: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        self._communicator = communicator
+        self._constants = TensorSample({name: t for name, t in constants.items() if _can_be_read(t, device)})
+        self._checksum = TensorChecksum(device)
+        self._mine: dict[Fact, Any] = {}
+
+    def write(
+        self, digest: torch.Tensor, values: Mapping[Fact, Any], parameters: Parts, *, everything: bool = False
+    ) -> None:
+        """Fills in this rank's bits, without waiting for the device.
+
+        Args:
+            digest: float32, `DIGEST_SIZE` elements.
+            values: the facts that are Python values; equal values have an equal `repr`.
+            parameters: what stands for the trained parameters.
+            everything: whether to look at all constants, not only at the few whose turn it is.
+        """
+        constants = self._constants.parts(everything)
+        self._mine = {**values, Fact.PARAMETERS: parameters, Fact.CONSTANTS: constants}
+        start = zlib.crc32(repr(list(values.values())).encode())
+        digest.copy_(self._checksum.bits(start, parameters.values(), constants.values()))
+
+    def check(self, totals: Sequence[float]) -> None:
+        """Compares; a collective of its own only when there is a difference.
+
+        Args:
+            totals: the sums over all ranks, `DIGEST_SIZE` numbers.
+
+        Raises:
+            DisagreementError: on every rank, with the same message: which ranks differ, and in what.
+        """
+        if all(round(bit) in (0, self._communicator.size) for bit in totals):
+            return
+        mine = {fact: self._described(value) for fact, value in self._mine.items()}
+        everyone = self._communicator.gather(mine, "hvdlocal.differences")
+        told = {fact: _difference(fact, [one[fact] for one in everyone]) for fact in mine}
+        if told.get(Fact.STEPS) and len({one[Fact.PROGRESS]["rounds"] for one in everyone}) == 1:
+            told[Fact.PROGRESS] = ""  # it differs by the steps, which are told already
+        raise DisagreementError(" ".join(filter(None, told.values())))
+
+    def _described(self, fact: Any) -> Any:
+        if not all(isinstance(part, torch.Tensor) for part in fact.values()):
+            return fact
+        return {name: tuple(self._checksum.bits(0, [part]).tolist()) for name, part in fact.items()}
+
+
+class TensorSample:
+    """A few elements of every tensor, a few tensors at a time: what many tensors hold, at a bounded price.
+
+    Args:
+        named: the tensors, by name.
+    """
+
+    ELEMENTS = 64
+    TENSORS = 4
+
+    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
+        self._named = list(named.items())
+        self._calls = 0
+
+    def parts(self, everything: bool = False) -> dict[str, torch.Tensor]:
+        """The bytes of a sample, by the names of the tensors. Each call looks at the next few tensors.
+
+        Args:
+            everything: whether to look at all of them, which does not count as a call.
+        """
+        chosen, count = self._named, len(self._named)
+        if not everything and count > self.TENSORS:
+            first = self._calls * self.TENSORS % count
+            chosen = (chosen + chosen)[first : first + self.TENSORS]
+        # Another stretch of each tensor whenever all have had their turn.
+        stretch = self._calls * self.TENSORS // max(count, self.TENSORS)
+        self._calls += not everything
+        return {name: self._stretch(tensor.detach(), stretch) for name, tensor in chosen}
+
+    def _stretch(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
+        flat = tensor.reshape(-1)
+        start = which * self.ELEMENTS % flat.numel()
+        return flat[start : start + self.ELEMENTS].contiguous().view(torch.uint8)
+
+
+class TensorChecksum:
+    """Checksums of tensors of integers, computed on their device and in memory of its own.
+
+    Args:
+        device: where the tensors lie.
+    """
+
+    SIZE = 16384
+
+    def __init__(self, device: torch.device) -> None:
+        # The high bits of a sum of products with random odd factors make a good checksum; its low bits do not.
+        generator = torch.Generator(device="cpu").manual_seed(0x5EED)
+        factors = torch.randint(-(2**62), 2**62, (self.SIZE,), generator=generator, dtype=torch.int64, device="cpu")
+        self._factors = (factors * 2 + 1).to(device)
+        self._work = torch.empty_like(self._factors)
+        self._shifts = torch.arange(64 - DIGEST_SIZE, 64, dtype=torch.int64, device=device)
+
+    def bits(self, start: int, *groups: Iterable[torch.Tensor]) -> torch.Tensor:
+        """The checksum as `DIGEST_SIZE` integers, each 0 or 1.
+
+        Args:
+            start: a number that also counts.
+            groups: vectors of integers, each of at most `SIZE` elements.
+        """
+        total = torch.full((), start * _ODD % 2**63, dtype=torch.int64, device=self._shifts.device)
+        for group in groups:
+            filled = 0
+            for part in group:
+                if filled + part.numel() > self.SIZE:
+                    self._add(total, filled)
+                    filled = 0
+                self._work[filled : filled + part.numel()].copy_(part)
+                filled += part.numel()
+            self._add(total, filled)
+        return (total >> self._shifts) & 1
+
+    def _add(self, total: torch.Tensor, filled: int) -> None:
+        words = self._work[:filled].mul_(self._factors[:filled])
+        total.mul_(_ODD).add_(words.sum())  # modulo 2⁶⁴
+
+
+def _can_be_read(tensor: torch.Tensor, device: torch.device) -> bool:
+    """Whether it is a plain tensor on that device, whose bytes can be looked at."""
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return plain and tensor.device == device and not tensor.is_quantized and tensor.numel() > 0
+
+
+def _difference(fact: Fact, values: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence that says which ranks differ from most, in what, and what to do; empty where all are equal."""
+    told = [repr(value) for value in values]
+    usual = max(told, key=told.count)  # of several that are equally frequent, the first rank's
+    odd = [rank for rank, one in enumerate(told) if one != usual]
+    if not odd:
+        return ""
+    if fact is Fact.STEPS:
+        steps, periods = [one["steps"] for one in values[:8]], [one["period"] for one in values[:8]]
+        what = f"the ranks took different numbers of local steps in this round, {steps}, with the periods {periods}"
+        return f"{what}. {_REMEDIES[fact]}"
+    ranks = ", ".join(map(str, odd[:8])) + (" …" if len(odd) > 8 else "")
+    there, elsewhere = values[odd[0]], values[told.index(usual)]
+    names = [name for name in {**elsewhere, **there} if there.get(name) != elsewhere.get(name)]
+    shown = ", ".join(
+        repr(name) if isinstance(there.get(name), tuple) else f"{name} {there.get(name)}, not {elsewhere.get(name)}"
+        for name in names[:4]
+    )
+    plural = "s" if len(odd) > 1 else ""
+    return f"Rank{plural} {ranks} of {len(told)} ({shown}{' …' if len(names) > 4 else ''}): {_REMEDIES[fact]}"

@@ -1,0 +1,99 @@
+"""Mistakes of a training loop that would otherwise go unnoticed, most of them left over from a move away from Horovod."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+
+_STATE_MAKERS = {
+    "broadcast_optimizer_state": (
+        "horovod.torch.functions",
+        "hvd.broadcast_optimizer_state takes a step with zero gradients and sends rank 0's moments to all ranks. Delete that "
+        "line: the ranks start from rank 0's model. After an interruption load the same state_dict on every rank.",
+    ),
+    "_init_optim_state": (
+        "torch.distributed.checkpoint.state_dict",
+        "torch's get_optimizer_state_dict and set_optimizer_state_dict take a step with zero gradients, and leave out the "
+        "part of the state that is under 'hvdlocal'. Use the optimizer's own state_dict() and load_state_dict().",
+    ),
+}
+"""Functions that make an optimizer's state by stepping it: their module, and what to do instead."""
+
+
+def refuse_state_makers() -> None:
+    """Refuses calls from functions that would take a step which is none; to be called by `step` and `state_dict`.
+
+    Raises:
+        RuntimeError: the caller is such a function; the message says which, and what to do instead.
+    """
+    frame = sys._getframe(2)
+    for _ in range(5):  # torch's profiler and schedulers wrap a step a few times
+        name = frame.f_code.co_name
+        if name in _STATE_MAKERS:
+            module, message = _STATE_MAKERS[name]
+            if frame.f_globals.get("__name__") == module:
+                raise RuntimeError(message)
+        if frame.f_back is None:
+            return
+        frame = frame.f_back
+
+
+def refuse_data_parallelism(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+    """Refuses a model or an optimizer that communicates at every step by itself.
+
+    Raises:
+        ValueError: with what to take away.
+    """
+    if type(optimizer).__module__.startswith("horovod."):
+        raise ValueError(
+            "the optimizer is an hvd.DistributedOptimizer, which averages the gradients at every step: delete that line and give "
+            "the optimizer that it wraps"
+        )
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__module__.startswith(("torch.nn.parallel.distributed", "torch.distributed.fsdp", "deepspeed.")):
+            where = f"the model's part {name!r} is" if name else "the model is"
+            raise ValueError(
+                f"{where} a {kind.__name__}, which communicates at every step by itself: give the module that it wraps"
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter.data) is not torch.Tensor:
+            raise ValueError(
+                f"parameter {name!r} is a {type(parameter.data).__name__}, not a plain tensor: every rank needs a whole "
+                "replica of the model, on one device"
+            )
+
+
+def guard_wrapped(optimizer: torch.optim.Optimizer, wrapper: Any) -> None:
+    """Makes the wrapped optimizer refuse what belongs to its wrapper, as long as that lives.
+
+    Args:
+        optimizer: whose `step` nobody but the wrapper may call from now on.
+        wrapper: its attribute `stepping` is true while it does.
+    """
+    alive = weakref.ref(wrapper)
+
+    def refuse_bare_step(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        owner = alive()
+        if owner is not None and owner.optimizer is optimizer and not owner.stepping:
+            kind = type(owner).__name__
+            raise RuntimeError(
+                f"the {type(optimizer).__name__} inside the {kind} was stepped by itself, which no averaging would follow: "
+                f"call the step of the {kind} (with a GradScaler, scaler.step(that))"
+            )
+
+    def refuse_wrapped_state(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        owner = alive()
+        if owner is not None and "hvdlocal" in state_dict:
+            kind, inside = type(owner).__name__, type(optimizer).__name__
+            raise ValueError(
+                f"this state was saved by a {state_dict['hvdlocal'].get('class', kind)}: load it with the {kind}'s "
+                f"load_state_dict, not with that of the {inside} inside, which would leave out rounds, progress and "
+                "statistics"
+            )
+
+    optimizer.register_step_pre_hook(refuse_bare_step)
+    optimizer.register_load_state_dict_pre_hook(refuse_wrapped_state)

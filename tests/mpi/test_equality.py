@@ -1,0 +1,272 @@
+"""What must be equal on all ranks is compared in the collectives that happen anyway: a difference names ranks and kind."""
+
+import pytest
+import torch
+from helpers import Slope, local, mean, sgd, slopes, step
+
+import hvdlocal
+
+
+def synchronous(model, **settings):
+    return hvdlocal.SynchronousOptimizer(sgd(model), model, **settings)
+
+
+BOTH = pytest.mark.parametrize("wrap", [lambda model: local(model, 2), synchronous], ids=["local", "synchronous"])
+
+
+def expect(comm, message):
+    """An error on every rank, where there is more than one."""
+    return pytest.raises(hvdlocal.DisagreementError, match=message)
+
+
+@BOTH
+def test_equal_ranks_are_left_alone(comm, wrap):
+    model = torch.nn.ModuleDict(
+        {"slope": Slope(100), "frozen": Slope().requires_grad_(False), "norm": torch.nn.BatchNorm1d(3)}
+    )
+    model.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+    optimizer = wrap(model)
+    for lr in (1.0, 0.5, 0.25, 0.125):
+        optimizer.param_groups[0]["lr"] = lr
+        step(optimizer, model["slope"], slopes(comm)[comm.rank])
+        model.pointer += 1
+        optimizer.synchronize()
+    assert optimizer.in_sync
+
+
+@BOTH
+def test_a_learning_rate_of_ones_own(comm, wrap):
+    """What ReduceLROnPlateau does on the losses of each rank."""
+    model = Slope()
+    optimizer = wrap(model)
+    for _ in range(2):
+        step(optimizer, model, 1.0)
+    last = comm.size - 1
+    if comm.size == 1:
+        return
+    if comm.rank == last:
+        optimizer.param_groups[0]["lr"] = 0.1
+    with expect(comm, rf"Rank {last} of {comm.size} \(learning rate of group 0 0.1, not 1.0\).*ReduceLROnPlateau"):
+        for _ in range(2):
+            step(optimizer, model, 1.0)
+
+
+@BOTH
+def test_a_checkpoint_loaded_on_one_rank(comm, wrap):
+    model = Slope(1000)
+    optimizer = wrap(model)
+    if comm.size == 1:
+        return
+    if comm.rank == 0:
+        model.load_state_dict({"w": torch.zeros(1000)})
+    with expect(comm, "parameters differ where they must be equal"):
+        for _ in range(2):
+            step(optimizer, model, 1.0)
+
+
+@BOTH
+def test_a_checkpoint_loaded_on_one_rank_is_found_before_an_evaluation(comm, wrap):
+    model = torch.nn.Sequential(*[Slope() for _ in range(9)])
+    optimizer = wrap(model)
+    if comm.size == 1:
+        return
+    if comm.rank == 0:
+        model[8].load_state_dict({"w": torch.zeros(10)})  # one tensor of many: synchronize looks at all
+    with expect(comm, "parameters differ where they must be equal"):
+        optimizer.synchronize()
+
+
+def test_the_same_checkpoint_on_all_ranks_is_no_difference(comm):
+    """And the round's divergence is measured from it: (1/K) Σ ‖w_k − w̄‖² = n H² Var c at learning rate 1."""
+    c = slopes(comm)
+    model = Slope()
+    optimizer = local(model, 2)
+    model.load_state_dict({"w": torch.full((10,), 100.0)})
+    for _ in range(2):
+        step(optimizer, model, c[comm.rank])
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), 100 - 2 * mean(c)))
+    variance = mean([(x - mean(c)) ** 2 for x in c])
+    assert optimizer.divergence == pytest.approx(10 * 4 * variance, rel=1e-3, abs=1e-2)
+
+
+def test_numbers_of_steps_that_differ_by_31(comm):
+    model = Slope()
+    optimizer = local(model, 100)
+    for _ in range(31 if comm.rank == 0 else 62):
+        step(optimizer, model, 0.0)
+    if comm.size == 1:
+        return
+    with expect(comm, r"different numbers of local steps in this round, \[31, 62"):
+        optimizer.synchronize()
+
+
+def test_epochs_that_are_uneven_by_a_whole_round(comm):
+    """Rank 0 evaluates while the others average once more: an error on all ranks, not another model on each."""
+    model = Slope()
+    optimizer = local(model, 4)
+    steps = 4 if comm.rank == 0 else 8
+    if comm.size == 1:
+        return
+
+    def epoch():
+        for _ in range(steps):
+            step(optimizer, model, 1.0)
+        optimizer.synchronize()
+
+    with pytest.raises(hvdlocal.CommunicationError, match=r"'hvdlocal.average'"):
+        epoch()
+
+
+def test_rounds_that_differ(comm):
+    """A state that only rank 0 has loaded, as Horovod's examples do before they broadcast."""
+    model = Slope()
+    optimizer = local(model, 2)
+    for _ in range(2):
+        step(optimizer, model, 1.0)
+    state = optimizer.state_dict()
+    model = Slope()
+    optimizer = local(model, 2)
+    if comm.rank == 0:
+        optimizer.load_state_dict(state)
+    if comm.size == 1:
+        return
+    with expect(comm, r"\(rounds 0, not 1, progress 2.0, not 4.0|rounds 1, not 0.*different rounds"):
+        for _ in range(2):
+            step(optimizer, model, 1.0)
+
+
+class Teacher(torch.nn.Module):
+    """Mean teacher: a frozen copy follows this rank's replica, within the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = Slope(), Slope().requires_grad_(False)
+
+    def forward(self, c):
+        return self.student(c)
+
+    def follow(self):
+        with torch.no_grad():
+            self.teacher.w.data.mul_(0.5).add_(self.student.w.data, alpha=0.5)
+
+
+def test_a_teacher_that_follows_each_replica(comm):
+    c = slopes(comm)
+    model = Teacher()
+    optimizer = local(model, 2)
+    if comm.size == 1:
+        return
+    with expect(comm, r"'teacher.w'.*frozen parameters or integer buffers differ"):
+        for _ in range(2):
+            step(optimizer, model, c[comm.rank])
+            model.follow()
+
+
+def test_a_teacher_that_follows_the_average(comm):
+    """Teacher = 5/2 + (5 − 2 mean c)/2 after the one round, on every rank."""
+    c = slopes(comm)
+    model = Teacher()
+    optimizer = local(model, 2)
+    for _ in range(2):
+        step(optimizer, model, c[comm.rank])
+        if optimizer.in_sync:
+            model.follow()
+    optimizer.synchronize()
+    torch.testing.assert_close(model.teacher.w, torch.full((10,), 5 - mean(c)))
+
+
+@BOTH
+def test_integer_buffers(comm, wrap):
+    model = Slope()
+    model.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+    optimizer = wrap(model)
+    if comm.size == 1:
+        return
+    model.pointer += comm.rank
+    with expect(comm, "'pointer'"):
+        for _ in range(2):
+            step(optimizer, model, 1.0)
+
+
+def test_every_one_of_many_constants_has_its_turn(comm):
+    """Four are looked at in each averaging: a difference in one of twenty is found within five."""
+    model = Slope()
+    for i in range(20):
+        model.register_buffer(f"constant{i}", torch.zeros(200, dtype=torch.int64))
+    optimizer = local(model, 1)
+    if comm.size == 1:
+        return
+    model.constant17[5] += comm.rank
+    with expect(comm, "'constant17'"):
+        for _ in range(5):
+            step(optimizer, model, 0.0)
+
+
+def test_batch_norms_count_of_batches_may_differ(comm):
+    """A forward pass on one rank only, for a summary of the model, has no effect on training."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+    optimizer = local(model, 1)
+    if comm.rank == 0:
+        model(torch.ones(3, 2))
+    optimizer.synchronize()
+    model(torch.randn(3, 2)).sum().backward()
+    optimizer.step()
+    assert int(model[1].num_batches_tracked) == (2 if comm.rank == 0 else 1)
+
+
+@BOTH
+def test_a_rank_that_has_joined(comm, wrap):
+    """hvd.join() makes the absent rank's part of a sum zero: weights would be halved without a word."""
+    if comm.backend != "horovod" or comm.size == 1:
+        return
+    import horovod.torch as hvd
+
+    model = Slope()
+    optimizer = wrap(model)
+
+    def round_():
+        for _ in range(2):
+            step(optimizer, model, 1.0)
+
+    if comm.rank != comm.size - 1:
+        with pytest.raises(hvdlocal.CommunicationError, match=rf"1 of {comm.size} ranks took no part.*hvd.join"):
+            round_()
+    hvd.join()
+
+
+def test_functions_in_a_parameter_group_are_equal(comm):
+    """Their addresses differ between processes."""
+
+    def decay(step):
+        return 0.9**step
+
+    class Rule:
+        pass
+
+    model = Slope()
+    group = {"params": list(model.parameters()), "decay": decay, "rule": Rule(), "both": [lambda x: x, decay]}
+    local(model, optimizer=torch.optim.SGD([group], lr=torch.tensor(0.1)))
+    other = {**group, "decay": (decay if comm.rank else Rule())}
+    if comm.size > 1:
+        with pytest.raises(hvdlocal.DisagreementError, match="param group 0 decay"):
+            local(model, optimizer=torch.optim.SGD([other], lr=0.1))
+
+
+def test_tensors_of_unequal_length(comm):
+    """An error on every rank, not a sum of garbage on some."""
+    if comm.size == 1:
+        return
+    with pytest.raises(hvdlocal.CommunicationError, match=r"'test.unequal' failed"):
+        comm.sum_(torch.ones(10 + comm.rank, dtype=torch.float32), "test.unequal")
+    equal = torch.ones(10, dtype=torch.float32)
+    comm.sum_(equal, "test.equal")
+    assert equal.tolist() == [comm.size] * 10
+
+
+def test_collectives_in_another_order(comm):
+    if (
+        comm.size == 1 or comm.backend == "horovod"
+    ):  # Horovod waits for its deadline: it pairs collectives by their names
+        return
+    with pytest.raises(hvdlocal.CommunicationError, match=r"rank 0: sum of 1 torch.float32 .test.first.; rank 1: sum"):
+        comm.sum_(torch.ones(1, dtype=torch.float32), "test.first" if comm.rank == 0 else "test.second")
