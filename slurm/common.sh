@@ -72,6 +72,33 @@ if [[ -z ${SLURM_JOB_END_TIME:-} && -n $job ]]; then
   if [[ -n $SLURM_JOB_END_TIME ]]; then export SLURM_JOB_END_TIME; fi
 fi
 
+# -- what Open MPI leaves behind -----------------------------------------------------------------------------------------
+# When it is killed, files in TMPDIR (Open MPI 4 and 5: orte_tmpdir_base, prte_tmpdir_base) and memory in /dev/shm (vader, sm) stay,
+# and an mpirun of Open MPI 5 that gets the process id of a killed one fails at once: "The PMIx server's listener thread failed to
+# start". So each start has directories of its own on every node; `finish` removes them, and so does the job's next start.
+# A job that is cancelled leaves them on its other nodes, to the site's epilog.
+nodes=${SLURM_JOB_NUM_NODES:-1}
+on_each_node=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1)
+private=hvdlocal-mpi-${job:-none}
+own_files=${TMPDIR:-/tmp}/$private-$RANDOM$RANDOM
+own_memory=/dev/shm/$private-$RANDOM$RANDOM
+
+everywhere() { # runs bash with these arguments on every node
+  if ((nodes > 1)); then "${on_each_node[@]}" --mpi=none bash "$@"; else bash "$@"; fi
+}
+make_private() {
+  # shellcheck disable=SC2016
+  everywhere -c 'rm -rf "${1%-*}"-* "${2%-*}"-*; mkdir -p -m 700 "$1" "$2"' bash "$own_files" "$own_memory" || return 0
+  local name
+  for name in OMPI_MCA_orte_tmpdir_base PRTE_MCA_prte_tmpdir_base; do export "$name=${!name:-$own_files}"; done
+  for name in OMPI_MCA_btl_{vader,sm}_backing_directory; do export "$name=${!name:-$own_memory}"; done
+}
+remove_private() {
+  rm -rf "$own_files" "$own_memory"
+  # Of a job that was cancelled, Slurm starts nothing any more.
+  if ((nodes > 1)); then everywhere -c 'rm -rf "$@"' bash "$own_files" "$own_memory" 2>/dev/null || true; fi
+}
+
 # -- starting ranks ----------------------------------------------------------------------------------------------------
 # Open MPI hands on its own settings and Slurm's on the first node; these have to be named.
 handed_on='PATH|LD_LIBRARY_PATH|SLURM_JOB_END_TIME|SLURM_RESTART_COUNT'
@@ -123,6 +150,7 @@ run() {
 
 finish() {
   local why failed=1
+  remove_private
   case $code in
     0 | 2 | 3) # finished, a mistake, diverged: another start would come to the same
       forget_failures
@@ -174,5 +202,6 @@ requeue() {
   fi
 }
 
+make_private
 say "job ${job:-none}: $tasks ranks on ${SLURM_JOB_NODELIST:-this machine}, $OMP_NUM_THREADS threads each," \
   "start $((${SLURM_RESTART_COUNT:-0} + 1))"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +32,20 @@ class Result:
 
 def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HVDLOCAL_", "HOROVOD_"))}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **more}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **places_of_open_mpi(), **more}
+
+
+@cache
+def places_of_open_mpi() -> dict[str, str]:
+    """Settings of Open MPI 4 and 5: what a killed mpirun and its ranks leave is removed with these directories."""
+    files, memory = (tempfile.mkdtemp(prefix="hvdlocal-mpi-", dir=place) for place in (None, "/dev/shm"))
+    for path in (files, memory):
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return {
+        **dict.fromkeys(["OMPI_MCA_orte_tmpdir_base", "PRTE_MCA_prte_tmpdir_base"], files),
+        **dict.fromkeys(["OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory"], memory),
+    }
 
 
 def launch(*command: str, timeout: float = 120, **env: str) -> Result:

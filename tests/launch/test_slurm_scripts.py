@@ -312,6 +312,38 @@ def test_the_end_of_the_job_is_asked_for_when_slurm_does_not_set_it(node):
     assert not any(line.startswith("SLURM_JOB_END_TIME") for line in node.noted("mpirun.environment"))
 
 
+FILES = ("OMPI_MCA_orte_tmpdir_base", "PRTE_MCA_prte_tmpdir_base")
+MEMORY = ("OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory")
+
+
+def test_open_mpi_leaves_nothing_behind(node, tmp_path):
+    """Of this start, nor of one that was killed together with its script."""
+    disk = tmp_path / "disk"
+    job = f"test{os.getpid()}"
+    killed = [disk / f"hvdlocal-mpi-{job}-1", Path(f"/dev/shm/hvdlocal-mpi-{job}-1")]
+    for path in (*killed, disk / f"hvdlocal-mpi-{job}1-1"):
+        path.mkdir(parents=True)
+    leave = "".join(f'[[ -d ${name} ]] && touch "${name}/left" && ' for name in (*FILES, *MEMORY)) + "exit 85"
+    variables = {"SLURM_JOB_ID": job, "TMPDIR": str(disk), "SLURM_JOB_NUM_NODES": "2"}
+    code, said = node.run("cpu", "run.yaml", launcher=leave, **variables)
+    assert code == 85, said
+    assert [path.name for path in disk.iterdir()] == [f"hvdlocal-mpi-{job}1-1"], "another job's"
+    assert list(Path("/dev/shm").glob(f"hvdlocal-mpi-{job}-*")) == []
+
+
+def test_a_site_may_have_places_of_its_own_for_open_mpi(node, tmp_path):
+    site = tmp_path / "site.sh"
+    site.write_text(f"export {FILES[1]}=/local {MEMORY[1]}=/memory\n")
+    assert node.run("cpu", "run.yaml", SLURM_JOB_ID="7", HVDLOCAL_SITE=str(site))[0] == 0
+    assert {f"{FILES[1]}=/local", f"{MEMORY[1]}=/memory"} <= set(node.noted("mpirun.environment"))
+
+
+def test_open_mpi_keeps_its_usual_places_where_no_others_can_be_made(node):
+    node.install("mkdir", "#!/bin/bash\nexit 1\n")
+    assert node.run("cpu", "run.yaml", SLURM_JOB_ID="7")[0] == 0
+    assert not [line for line in node.noted("mpirun.environment") if line.startswith((*FILES, *MEMORY))]
+
+
 def test_mpich_gets_no_options_of_open_mpi(node):
     node.install("mpirun", LAUNCHER.replace("mpirun (Open MPI) 4.1.4", "HYDRA build details:"))
     assert node.run("cpu", "run.yaml", SLURM_NTASKS="2")[0] == 0

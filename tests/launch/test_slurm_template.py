@@ -1,5 +1,7 @@
 """The CPU template, as it is and made ready for a job, trains: run by bash as Slurm would run it, with Slurm's variables."""
 
+import os
+
 import pytest
 from conftest import HVDLOCAL, ROOT, launch
 
@@ -18,10 +20,15 @@ def script(config, tmp_path, request) -> list[str]:
 
 @pytest.mark.parametrize("script", ["plain", "made"], indirect=True)
 def test_template_trains(script):
-    slurm = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_PER_TASK": "2", "SLURM_JOB_ID": "7"}
+    slurm = {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_CPUS_PER_TASK": "2",
+        "SLURM_JOB_ID": f"{os.getpid()}",
+    }
     root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     more = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe", "OMPI_MCA_rmaps_base_oversubscribe": "1"}
     result = launch("bash", *script, **slurm, **root, **more, SLURM_SUBMIT_DIR=str(ROOT))
     assert result.code == 0, result.err
-    assert "job 7: 2 ranks" in result.out
+    assert f"job {os.getpid()}: 2 ranks" in result.out
     assert "local-ada on 2 ranks" in result.out

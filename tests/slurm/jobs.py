@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,11 @@ class Job:
     def launcher(self) -> int:
         """The mpirun of the job; Open MPI 5 calls it prterun."""
         return min(pid for pid, command in self.processes().items() if re.match(r"\S*(mpirun|prterun) ", command))
+
+    def open_mpi_files(self) -> list[Path]:
+        """What the job's Open MPI keeps outside of the run, that of killed starts included."""
+        places = (Path("/dev/shm"), Path(tempfile.gettempdir()))
+        return [path for place in places for path in place.glob(f"hvdlocal-mpi-{self.id}-*/*")]
 
     def report(self) -> str:
         """All there is to say about it when something went wrong."""

@@ -67,10 +67,12 @@ def test_a_signalled_job_ends_with_the_same_numbers(sbatch, data, tmp_path, unin
 def test_a_killed_rank_costs_a_restart_and_nothing_else(sbatch, data, tmp_path, uninterrupted):
     job = sbatch(TEMPLATE, write_config(tmp_path, data), "--checkpoint.every_steps", "40")
     job.wait_for("checkpoint", (tmp_path / "out" / "checkpoints" / "latest").exists, 120)
+    assert job.open_mpi_files() != []
     os.kill(max(job.ranks()), signal.SIGKILL)
     job.wait_for_state("COMPLETED", 240)
     assert job.restarts == 1, job.report()
     assert_continued(job)
+    assert job.open_mpi_files() == []
     assert_same_numbers(tmp_path / "out", uninterrupted)
 
 

@@ -48,11 +48,13 @@ def test_data_are_staged_to_a_disk_of_the_node(sbatch, data, tmp_path):
     assert not copy.exists(), "left on the node"
 
 
-def test_a_cancelled_job_leaves_no_process(sbatch, slurm, data, tmp_path):
+def test_a_cancelled_job_leaves_nothing(sbatch, slurm, data, tmp_path):
     before = slurm.processes()
     job = sbatch(TEMPLATES / "cpu.sbatch", write_config(tmp_path, data, ENDLESS))
     job.wait_for("20 steps", lambda: steps_done(tmp_path / "out") >= 20, 120)
     assert len(job.ranks()) == 2, job.processes()
+    assert job.open_mpi_files() != []
     job.cancel()
     job.wait_for_state("CANCELLED", 30)
     wait_until(lambda: slurm.processes().keys() <= before.keys(), 20, lambda: f"left: {slurm.processes()}")
+    assert job.open_mpi_files() == []
