@@ -120,6 +120,13 @@ class Directory:
         with self._named(name):
             os.rename(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
 
+    def rename_if_first(self, name: str, new: str) -> None:
+        """Renames a file inside, or removes it if there is one of the new name: of several processes the first prevails."""
+        with self._named(name):
+            with suppress(FileExistsError):
+                os.link(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor, follow_symlinks=False)
+            self._unlink(name)
+
     def link(self, name: str, target: str) -> None:
         """Makes `name` a symbolic link to `target`."""
         with self._named(name):

@@ -34,6 +34,10 @@ HEARING_SECONDS = 0.5
 """mpirun ends all ranks as soon as one leaves with an error. Ranks that have not met yet wait so long before they leave, so that
 each can say what is wrong."""
 
+NOTICING_SECONDS = 10.0
+"""The same when the others are still training: they come to a collective within a few seconds, and see a little later that it has
+failed."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -93,12 +97,16 @@ def _explain(error: Exception) -> int:
         current,
         launched_rank,
     )
-    from hvdlocal.training import DivergedError, LostRankError
+    from hvdlocal.training import DamageError, DivergedError, LostRankError
     from hvdlocal.training.memory import out_of_memory
 
     if isinstance(error, CollectiveTimeoutError):
         _complain(str(error))
         current().abort(ExitCode.PEER_FAILED)  # the other ranks cannot be reached: an orderly end would wait for them
+    if isinstance(error, DamageError):
+        _complain(str(error))
+        _leave_without_meeting(ExitCode.MISTAKE)
+        return ExitCode.MISTAKE
     if isinstance(error, CommunicationError):
         _complain(str(error))
         return ExitCode.PEER_FAILED
@@ -128,6 +136,17 @@ def _explain(error: Exception) -> int:
     if communicator.size > 1:
         communicator.abort(ExitCode.FAILED)
     return ExitCode.FAILED
+
+
+def _leave_without_meeting(code: int) -> None:
+    """Ends this rank when the others are still to notice, by a collective that fails, and to say why."""
+    from hvdlocal.communicator import current
+
+    communicator = current()
+    if communicator.size > 1:
+        communicator.shutdown()
+        time.sleep(NOTICING_SECONDS)
+        communicator.abort(code)
 
 
 def _complain(message: str) -> None:

@@ -17,6 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, UnidentifiedImageError
 
+from hvdlocal.data.errors import DamagedDataError
+
 if TYPE_CHECKING:
     from hvdlocal.data.dataset import StoredSamples
 
@@ -73,7 +75,7 @@ def decode_crops(
         try:
             decode_crop(data, (height, width), box, image)
         except Exception as error:
-            raise ValueError(
+            raise DamagedDataError(
                 f"{dataset.name_of(sample)} cannot be decoded: {error}; replace or remove this image in the source and write "
                 "the data set again (python -m data_prep … --overwrite)"
             ) from error

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.data.hdf5 import open_for_reading
 from hvdlocal.data.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, classes_sha256
 
@@ -73,7 +74,7 @@ class Shard:
                 samples = f"samples {first}..{min(first + CRC_BLOCK, len(self.labels)) - 1}"
             else:
                 samples = f"sample {unit}"
-            raise ValueError(
+            raise DamagedDataError(
                 f"{self.path} is damaged in {samples} (bytes {start}..{stop - 1} of the file): their crc32 is "
                 f"{found:08x}, {expected:08x} was written; copy the file again, or {_REWRITE}"
             )
@@ -105,7 +106,9 @@ class Shard:
         while len(content) < length:  # Linux hands out 2 GiB at most
             more = os.pread(descriptor, length - len(content), self.data_offset + start + len(content))
             if not more:
-                raise ValueError(f"{self.path} ends in the middle of its data; copy the file again, or {_REWRITE}")
+                raise DamagedDataError(
+                    f"{self.path} ends in the middle of its data; copy the file again, or {_REWRITE}"
+                )
             content = bytearray(content) + more
         return content
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from hvdlocal.averaging import NonFiniteError
-from hvdlocal.communicator import Communicator, require_agreement, succeed_together
+from hvdlocal.communicator import CommunicationError, Communicator, require_agreement, succeed_together
 from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
+from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.data.order import OrderMode
 from hvdlocal.directory import Directory, MovedError
 from hvdlocal.terminal import warn
@@ -26,6 +27,7 @@ from hvdlocal.training.checkpoint.files import newest_first
 from hvdlocal.training.config import TrainConfig, check_ranges, leaves, unused_settings
 from hvdlocal.training.configured import check_model, configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.console import Console
+from hvdlocal.training.damage import damage_elsewhere, damage_found, forget_damage
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
 from hvdlocal.training.images import configured_images
@@ -248,6 +250,7 @@ class Trainer:
     def _open_records(self, environment: dict[str, Any]) -> None:
         if self.communicator.rank != 0:
             return
+        forget_damage(self.output)
         steps, kept = self.position.steps, 0
         if self.resumed is None and self.standing is Standing.NEW:
             run_directory.clear(self.output)
@@ -377,6 +380,7 @@ class Trainer:
             Interrupted: on all ranks, with a checkpoint saved.
             DivergedError: a loss became NaN or infinite; on all ranks, with a model saved.
             CommunicationError: another rank ended.
+            DamageError: damaged images were found; on all ranks.
             LostRankError: this rank cannot go on: no room for its records, no memory, or an image that cannot be read.
         """
         console = Console(self.communicator, self.budget, self.epoch, self.optimizer.progress)
@@ -386,6 +390,12 @@ class Trainer:
             return summary
         except NonFiniteError as error:
             raise DivergedError(f"{error} {self._save_last_good()}") from error
+        except DamagedDataError as error:
+            raise damage_found(self.output, self.communicator, error, self.position.steps) from error
+        except CommunicationError as error:
+            if (damage := damage_elsewhere(self.output)) is None:
+                raise
+            raise damage from error
         except (OSError, ValueError, MemoryError, RuntimeError) as error:
             shortage = out_of_memory(error)
             if isinstance(error, RuntimeError) and shortage is None:

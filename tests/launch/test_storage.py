@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MPIRUN, ROOT, environment, launch
+from conftest import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
 
 MIB = 1 << 20
 READ = """
@@ -196,3 +196,49 @@ if __name__ == "__main__":
     result = launch(*MPIRUN, "-np", "2", sys.executable, str(script), str(large), HVDLOCAL_BACKEND="mpi4py")
     assert result.code == 0, result.err
     assert result.out.split() == ["found"] * 2
+
+
+@pytest.fixture
+def flipped(tmp_path):
+    """A configuration of a data set, 100 blocks of 64 images to train on, of which one has a wrong bit."""
+    from hvdlocal import ShardWriter
+
+    for split, count in (("train", 6400), ("test", 64)):
+        images = np.random.default_rng(0).integers(0, 255, (count, 8, 8, 1), dtype=np.uint8)
+        ShardWriter(tmp_path / "data", split, classes=["a", "b"]).write(images, np.arange(count) % 2)
+    shard = tmp_path / "data" / "train" / "train-00000-of-00001.h5"
+    with shard.open("r+b") as file:
+        file.seek(data_of(shard)[0] + 70 * 64 * 64 + 5)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"data: {{path: {tmp_path}/data, batch_size: 2}}\nmodel: {{name: digits_cnn}}\nepochs: 20\noutput: {tmp_path}/out\n"
+        "method: {preset: local, period: {period: 100}}\n"
+    )
+    return config
+
+
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+@pytest.mark.parametrize("storage", ["mmap", "stream"])
+def test_damage_found_while_training_is_one_sentence_on_every_rank(flipped, tmp_path, backend, storage):
+    command = [*HVDLOCAL, "train", str(flipped), "--data.storage", storage]
+    for _ in range(2):  # the second start is told of nothing by what the first has left
+        result = mpirun(2, *command, HVDLOCAL_BACKEND=backend, timeout=120)
+        assert result.code == 2, result.err
+        assert "Traceback" not in result.err
+        said = [line.split(": ", 1) for line in result.err.splitlines() if line.startswith("hvdlocal (rank")]
+        assert sorted(rank for rank, _ in said) == ["hvdlocal (rank 0)", "hvdlocal (rank 1)"], result.err
+        assert said[0][1] == said[1][1]
+        assert re.search(
+            r"train-00000-of-00001\.h5 is damaged in samples 4480\.\.4543 .*\(rank . of 2 on .* found it", said[0][1]
+        )
+    assert not (tmp_path / "out" / "model.pt").exists()
+
+
+def test_damage_found_by_one_process(flipped):
+    result = launch(*HVDLOCAL, "train", str(flipped), "--data.storage", "mmap")
+    assert result.code == 2, result.err
+    assert "Traceback" not in result.err
+    assert result.err.count("is damaged in samples 4480..4543") == 1

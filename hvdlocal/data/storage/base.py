@@ -13,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdlocal.data.errors import DamagedDataError
+
 READ_BYTES = 8 << 20
 """Bytes per read while staging: large enough for any file system to stream, small enough for a checksum in the cache."""
 
@@ -123,7 +125,7 @@ class FileReader:
             ) from error
         if not count:
             size = os.fstat(self._descriptor).st_size
-            raise ValueError(
+            raise DamagedDataError(
                 f"{path} now ends at byte {size}, but bytes {offset}..{offset + len(into) - 1} belong to its data: it "
                 "was cut off after it was opened; copy it again, and write no file that a job reads"
             )

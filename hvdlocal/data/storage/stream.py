@@ -12,6 +12,7 @@ from collections import OrderedDict, deque
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.data.storage.base import FileReader, Layout, Storage
 
 NUM_THREADS = 4
@@ -144,7 +145,8 @@ class _Cache:
                 self._changed.wait(1)  # wakes up now and then so that signals are seen
         for entry in entries:
             if entry.error is not None:
-                raise ValueError(f"{self._describe([entry])} cannot be read: {entry.error}") from entry.error
+                kind = DamagedDataError if isinstance(entry.error, DamagedDataError) else ValueError
+                raise kind(f"{self._describe([entry])} cannot be read: {entry.error}") from entry.error
         return [entry.data for entry in entries if entry.data is not None]
 
     def announce(self, blocks: list[int]) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 from hvdlocal.data import Loader, ShardedDataset, decode
 from hvdlocal.data.augment import CenterCrop, RandomResizedCrop
 from hvdlocal.data.decode import decode_crop, decode_crops, decoder_description
+from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.data.keys import sample_keys
 from hvdlocal.data.writer import JpegShardWriter
 
@@ -174,7 +175,7 @@ def test_an_unreadable_jpeg_is_named(make_jpegs, monkeypatch, damage):
     replacement = memoryview(b"no picture" if damage == "garbage" else half)
     monkeypatch.setattr(dataset, "bytes_of", lambda sample: replacement if sample == bad else bytes_of(sample))
     for threads in (1, 3):
-        with pytest.raises(ValueError, match="cannot be decoded") as error:
+        with pytest.raises(DamagedDataError, match="cannot be decoded") as error:
             list(Loader(dataset, 8, crop=CenterCrop(8, 10), threads=threads))
         assert str(error.value).startswith(dataset.name_of(bad))
         assert "00001-of-00002.h5" in str(error.value)
