@@ -3,13 +3,12 @@
 mpirun -np 2 --bind-to none python examples/digits_hvdlocal.py
 """
 
-import horovod.torch as hvd
 import torch
 from sklearn.datasets import load_digits
 
 import hvdlocal
 
-hvdlocal.init()
+comm = hvdlocal.init()
 torch.manual_seed(0)
 torch.set_num_threads(1)
 
@@ -17,7 +16,7 @@ digits = load_digits()
 x = torch.tensor(digits.data, dtype=torch.float32) / 16
 y = torch.tensor(digits.target)
 test = torch.arange(len(x)) % 6 == 0
-x_train, y_train = x[~test][hvd.rank() :: hvd.size()], y[~test][hvd.rank() :: hvd.size()]
+x_train, y_train = x[~test][comm.rank :: comm.size], y[~test][comm.rank :: comm.size]
 
 model = torch.nn.Sequential(torch.nn.Linear(64, 128), torch.nn.ReLU(), torch.nn.Linear(128, 10))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -25,7 +24,7 @@ optimizer = hvdlocal.LocalOptimizer(
     optimizer, model, period=hvdlocal.ConstantPeriod(8), scaling=hvdlocal.LocalAdaScale()
 )
 
-steps = len(y[~test]) // hvd.size() // 32  # the same on every rank
+steps = len(y[~test]) // comm.size // 32  # the same on every rank
 for _ in range(20):
     order = torch.randperm(len(x_train))
     for i in range(steps):
@@ -36,5 +35,5 @@ for _ in range(20):
 optimizer.synchronize()
 
 accuracy = (model(x[test]).argmax(1) == y[test]).float().mean()
-if hvd.rank() == 0:
+if comm.rank == 0:
     print(f"test accuracy {100 * accuracy:.1f} %, {optimizer.round} averagings, last gain {optimizer.gain:.2f}")

@@ -175,26 +175,30 @@ def test_doctor_says_when_horovod_is_missing(tmp_path):
     assert launch(*HVDLOCAL, "doctor", HVDLOCAL_BACKEND="mpi4py", **env).code == 0
 
 
-@pytest.mark.parametrize("script", ["digits_horovod.py", "digits_hvdlocal.py"])
-def test_examples(script):
-    result = mpirun(2, sys.executable, f"examples/{script}")
+@pytest.mark.parametrize(
+    ("script", "backend"),
+    [("digits_horovod.py", "horovod"), ("digits_hvdlocal.py", "horovod"), ("digits_hvdlocal.py", "mpi4py")],
+)
+def test_examples(script, backend):
+    result = mpirun(2, sys.executable, f"examples/{script}", HVDLOCAL_BACKEND=backend)
     assert result.code == 0, result.err
     accuracy = float(re.search(r"test accuracy ([\d.]+) %", result.out).group(1))
     assert accuracy > 95
 
 
 def test_the_library_example_differs_in_what_the_readme_says():
-    """Three changes: initialise, wrap, synchronise before evaluating."""
+    """Initialise, rank and size of the communicator, wrap, synchronise before evaluating."""
     horovod, hvdlocal = (
         (ROOT / "examples" / f"digits_{name}.py").read_text().splitlines() for name in ("horovod", "hvdlocal")
     )
+    horovod = [line.replace("hvd.rank()", "comm.rank").replace("hvd.size()", "comm.size") for line in horovod]
     new = [
         line for line in hvdlocal if line not in horovod and line.strip() and '"""' not in line and "print" not in line
     ]
     assert new == [
         "mpirun -np 2 --bind-to none python examples/digits_hvdlocal.py",
         "import hvdlocal",
-        "hvdlocal.init()",
+        "comm = hvdlocal.init()",
         "optimizer = hvdlocal.LocalOptimizer(",
         "    optimizer, model, period=hvdlocal.ConstantPeriod(8), scaling=hvdlocal.LocalAdaScale()",
         ")",
