@@ -36,7 +36,10 @@ def run(arguments: Sequence[str]) -> int:
     options = _options(given, template)
     numbers = _numbers(given, template, options)
     if numbers:
-        options.setdefault("array", f"0-{len(numbers['ranks']) * len(numbers['periods']) - 1}")
+        last = len(numbers["ranks"]) * len(numbers["periods"]) - 1
+        tasks = options.setdefault("array", f"0-{last}") or ""
+        if check.largest_task(tasks) > last:
+            raise ValueError(f"--sbatch array={tasks}: with these --ranks and --periods the tasks are 0 to {last}")
     script = template.render(
         options,
         _job_arguments(given, template.name),
@@ -95,17 +98,28 @@ def _parser() -> argparse.ArgumentParser:
 
 def _options(given: argparse.Namespace, template: Template) -> dict[str, str | None]:
     """The options of sbatch that differ from the template's."""
+    others: dict[str, str | None] = {}
+    for text in given.sbatch:
+        name, value = check.more(text, (*COUNTS, "time", *WORDS))
+        if name in others:
+            raise ValueError(f"--sbatch {text}: give --{name} once")
+        if name == "array" and template.name != "sweep":
+            raise ValueError(
+                f"--sbatch {text}: all tasks would write to one directory; template sweep gives each its own"
+            )
+        others[name] = value
+    notice = check.notice(others.get("signal") or template.options["signal"])
+    if (shortest := others.get("time-min")) is not None:
+        check.time_limit(shortest, notice, "time-min")
     options: dict[str, str | None] = {}
     for name in (*COUNTS, "time", *WORDS):
         text = getattr(given, name.replace("-", "_"))
         if text is not None:
             known = check.count if name in COUNTS else check.word
-            options[name] = check.time_limit(text) if name == "time" else known(name, text)
-    for text in given.sbatch:
-        name, value = check.more(text)
-        if name in options or name in (*COUNTS, "time", *WORDS):
-            raise ValueError(f"--sbatch {text}: write --{name} for it, and once")
-        options[name] = value
+            options[name] = check.time_limit(text, notice) if name == "time" else known(name, text)
+    if given.time is None:
+        check.time_limit(template.options["time"], notice)
+    options |= others
     if template.name.startswith("gpu"):
         _one_rank_per_gpu(options)
     if template.name == "gpu" and options.get("nodes", "1") != "1":
@@ -197,8 +211,15 @@ def _submit(script: str, path: Path | None) -> str:
     """Hands the script to sbatch; returns the job's id."""
     if shutil.which("sbatch") is None:
         raise ValueError("no sbatch here: submit from a login node, or write the script with --output FILE")
+    # For sbatch, variables count more than the script.
+    ignored = sorted(os.environ.keys() & check.overriding_variables(Template("", script).options))
+    if ignored:
+        print(f"hvdlocal slurm: without effect, since the script decides: {', '.join(ignored)}", file=sys.stderr)
+    environment = {name: value for name, value in os.environ.items() if name not in ignored}
     command = ["sbatch", "--parsable"] + ([] if path is None else [os.path.abspath(path)])
-    done = subprocess.run(command, input=None if path else script, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, input=None if path else script, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise ValueError(f"sbatch refused: {done.stderr.strip() or f'exit code {done.returncode}'}")
     sys.stderr.write(done.stderr)

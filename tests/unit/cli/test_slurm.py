@@ -109,6 +109,45 @@ MISTAKES = [
     ("--template cpu --sbatch qos='a b' run.yaml", "--qos 'a b'"),
     ("--template cpu --sbatch time=5 run.yaml", "write --time for it"),
     ("--template cpu --sbatch qos=a --sbatch qos=b run.yaml", "once"),
+    ("--template cpu --time 1:60:00 run.yaml", "--time 1:60:00: 60 after a colon"),
+    ("--template cpu --time 90:75 run.yaml", "--time 90:75: 75 after a colon"),
+    ("--template cpu --time 1-24 run.yaml", "--time 1-24: 24 hours after the days"),
+    ("--template cpu --time 1-2:60 run.yaml", "--time 1-2:60: 60 after a colon"),
+    ("--template cpu --time ٩٠ run.yaml", "--time ٩٠: write minutes"),
+    ("--template cpu --time 9999999 run.yaml", "--time 9999999: write minutes"),
+    ("--template cpu --time=-1 run.yaml", "--time -1: write minutes"),
+    ("--template cpu --time '60 ' run.yaml", "--time 60 : write minutes"),
+    ("--template cpu --sbatch time-min=00:05:00 run.yaml", "--time-min 00:05:00: at least 6 minutes"),
+    ("--template cpu --sbatch time-min=soon run.yaml", "--time-min soon: write minutes"),
+    ("--template cpu --sbatch signal=USR2@180 run.yaml", "only the seconds can be changed"),
+    ("--template cpu --sbatch signal=B:KILL@180 run.yaml", "only the seconds can be changed"),
+    ("--template cpu --sbatch signal=R:USR2@180 run.yaml", "only the seconds can be changed"),
+    ("--template cpu --sbatch signal=B:USR2 run.yaml", "only the seconds can be changed"),
+    ("--template cpu --sbatch signal=B:USR2@59 run.yaml", "from 60 to 65535"),
+    ("--template cpu --sbatch signal=B:USR2@65536 run.yaml", "from 60 to 65535"),
+    ("--template cpu --sbatch signal run.yaml", "only the seconds can be changed"),
+    ("--template cpu --sbatch signal=B:USR2@600 --time 10 run.yaml", "--time 10: at least 13 minutes"),
+    ("--template cpu --sbatch signal=B:USR2@50000 run.yaml", "--time 12:00:00: at least 837 minutes"),
+    (
+        "--template cpu --sbatch sig=USR1@60 run.yaml",
+        "write the whole name of the option; sbatch would take it for --signal",
+    ),
+    ("--template cpu --sbatch open=truncate run.yaml", "would take it for --open-mode"),
+    ("--template cpu --sbatch no-req run.yaml", "would take it for --no-requeue"),
+    ("--template cpu --sbatch tim=5 run.yaml", "write the whole name"),
+    ("--template cpu --sbatch no-requeue run.yaml", "--sbatch no-requeue: the template starts the job again"),
+    ("--template cpu --sbatch requeue=0 run.yaml", "requeue has no value"),
+    ("--template cpu --sbatch open-mode=truncate run.yaml", "--sbatch open-mode=truncate: the template appends"),
+    ("--template cpu --sbatch open-mode run.yaml", "the template appends"),
+    ("--template cpu --sbatch no-kill run.yaml", "a job that has lost a node has to end"),
+    ("--template cpu --sbatch wrap=ls run.yaml", "the template is the script"),
+    ("--template cpu --sbatch ntasks=8 run.yaml", "write --nodes and --ntasks-per-node"),
+    ("--template gpu --sbatch gpus-per-task=1 run.yaml", "write --gpus-per-node"),
+    ("--template cpu --sbatch array=0-3 run.yaml", "all tasks would write to one directory"),
+    ("--template sweep --sbatch array=0-12 run.yaml", "the tasks are 0 to 11"),
+    ("--template sweep --sbatch array=1,20 run.yaml", "the tasks are 0 to 11"),
+    ("--template sweep --sbatch array=all run.yaml", "--sbatch array=all: write numbers and ranges"),
+    ("--template sweep --sbatch array run.yaml", "write numbers and ranges"),
     ("--template cpu --site no.sh run.yaml", "--site no.sh: no such file"),
     ("--template cpu --image 'my image.sif' run.yaml", "option of template container"),
     ("--template cpu --ranks 2 run.yaml", "option of template sweep"),
@@ -136,6 +175,24 @@ def test_a_wrong_description_of_a_data_set_is_told_too(hvdlocal_slurm, capsys):
         hvdlocal_slurm("--template prepare imagenet --output data/imagenet")
     assert end.value.code == 2
     assert "--source" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("cpu", "signal=B:USR2@600"),
+        ("cpu", "requeue"),
+        ("cpu", "open-mode=append"),
+        ("cpu", "time-min=01:00:00"),
+        ("sweep", "array=0-11%4"),
+        ("sweep", "array=0,3-11:2"),
+    ],
+)
+def test_options_that_leave_a_template_what_it_is(hvdlocal_slurm, template, text):
+    code, script, error = hvdlocal_slurm(f"--template {template} --sbatch {text} run.yaml")
+    assert (code, error) == (0, "")
+    assert script.count(f"#SBATCH --{text}\n") == 1
+    assert script.count(f"#SBATCH --{text.partition('=')[0]}") == 1
 
 
 @pytest.mark.parametrize("text", ["6", "0", "90:00", "100:00:00", "0-1", "2-12:30", "10-00:00:00"])
@@ -171,6 +228,7 @@ def sbatch(tmp_path, monkeypatch):
     stand_in = tmp_path / "bin" / "sbatch"
     stand_in.write_text(
         f'#!/bin/bash\necho "$*" >{tmp_path}/arguments\ncat "${{2:-/dev/stdin}}" >{tmp_path}/submitted\n'
+        f"env >{tmp_path}/environment\n"
         'if [[ -n $REFUSE ]]; then echo "sbatch: error: $REFUSE" >&2; exit 1; fi\necho "4711;cluster"\n'
     )
     stand_in.chmod(0o755)
@@ -186,6 +244,18 @@ def test_a_job_is_submitted(hvdlocal_slurm, sbatch, tmp_path):
     assert hvdlocal_slurm("--template cpu --submit --output job.sbatch run.yaml") == (0, "4711\n", "")
     assert (tmp_path / "arguments").read_text() == f"--parsable {tmp_path}/job.sbatch\n"
     assert (tmp_path / "submitted").read_text() == (tmp_path / "job.sbatch").read_text()
+
+
+def test_the_environment_does_not_undo_the_script(hvdlocal_slurm, sbatch, tmp_path, monkeypatch):
+    """For sbatch, these count more than what the script says."""
+    for name in ("SIGNAL", "NO_REQUEUE", "OPEN_MODE", "TIMELIMIT", "ARRAY_INX", "JOB_NAME", "QOS"):
+        monkeypatch.setenv(f"SBATCH_{name}", "x")
+    code, printed, error = hvdlocal_slurm("--template cpu --submit run.yaml")
+    assert (code, printed) == (0, "4711\n")
+    names = "SBATCH_ARRAY_INX, SBATCH_JOB_NAME, SBATCH_NO_REQUEUE, SBATCH_OPEN_MODE, SBATCH_SIGNAL, SBATCH_TIMELIMIT"
+    assert error == f"hvdlocal slurm: without effect, since the script decides: {names}\n"
+    left = [line for line in (tmp_path / "environment").read_text().splitlines() if line.startswith("SBATCH_")]
+    assert left == ["SBATCH_QOS=x"], "a default that the script leaves open"
 
 
 def test_a_job_that_is_refused(hvdlocal_slurm, sbatch, monkeypatch):
