@@ -83,6 +83,7 @@ def main() -> int:
     parser.add_argument("--period", type=int, default=8, help="H of local-ada")
     parser.add_argument("--epochs", type=float, help="scale-invariant epochs (default: as many as the minutes allow)")
     parser.add_argument("--minutes", type=float, default=4.0, help="that all of it may take (default: %(default)s)")
+    parser.add_argument("--revision", help="of hvdlocal, for the page (default: what git says)")
     parser.add_argument("--wheels", type=Path, help="directory of wheels to install first")
     parser.add_argument("--output", type=Path, help="for the page (default: docs/gpu; with the CPU runs/gpu)")
     arguments = parser.parse_args()

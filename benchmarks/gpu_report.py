@@ -67,7 +67,7 @@ class Report:
         self._end = time.monotonic() + 60 * arguments.minutes - 5
         self._began = time.monotonic()
         self._lock = threading.Lock()
-        self._facts = facts(arguments.device, environment)
+        self._facts = facts(arguments.device, environment, arguments.revision)
         self._stages: list[Stage] = []
         day = datetime.now(timezone.utc).date().isoformat()
         card = re.sub(r"[^a-z0-9]+", "-", self._facts["device"].lower()).strip("-")
@@ -149,7 +149,7 @@ class Report:
             self.page.write_text("\n".join(lines) + "\n")
 
 
-def facts(device: str, environment: dict[str, str]) -> dict[str, str]:
+def facts(device: str, environment: dict[str, str], revision: str | None) -> dict[str, str]:
     """What the figures depend on."""
     code = (
         "import torch, importlib.metadata as m\n"
@@ -181,7 +181,9 @@ def facts(device: str, environment: dict[str, str]) -> dict[str, str]:
     return found | {
         "host": f"{processor}, {len(os.sched_getaffinity(0))} cores",
         "versions": f"Python {platform.python_version()}, {torch}, {packages}",
-        "hvdlocal": output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown revision",
+        "hvdlocal": revision
+        or output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+        or "no revision known",
         "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
     }
 
@@ -275,6 +277,7 @@ def main() -> int:
     parser.add_argument(
         "--output", type=Path, help="for the page and its log (default: docs/gpu; with the CPU runs/gpu)"
     )
+    parser.add_argument("--revision", help="of hvdlocal, for the page (default: what git says)")
     parser.add_argument("--only", choices=("tests", "benchmarks"), help="one half of it")
     parser.add_argument(
         "--at-once",

@@ -63,7 +63,10 @@ def averages_now(optimizer) -> bool:
     if isinstance(optimizer, hvdlocal.SynchronousOptimizer):
         return True
     first, stale = optimizer.steps_in_round == 0, getattr(optimizer.scaling, "stale", True)
-    return (first and not stale) or optimizer.steps_in_round == optimizer.period - 1
+    period = (
+        optimizer._steps_to_budget(optimizer.period) if first else optimizer.period
+    )  # the last round may be shorter
+    return (first and not stale) or optimizer.steps_in_round == period - 1
 
 
 def check_steps(device, optimizer, gradient):

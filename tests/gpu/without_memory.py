@@ -1,4 +1,4 @@
-"""`hvdlocal`, but on rank 1 the device's memory is used up after the third step."""
+"""`hvdlocal`, but on rank 1 the device's memory is used up from the fourth step on."""
 
 import sys
 
@@ -11,12 +11,12 @@ original = Trainer._micro_batch
 
 
 def micro_batch(self, batches):
-    original(self, batches)
     if self.communicator.rank == 1 and self.position.steps == 3:
         if self.device.type == "cpu":
             raise torch.OutOfMemoryError("CUDA out of memory, as a test has it")
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1e-6)  # from here on the device refuses to give any
+    original(self, batches)
 
 
 if __name__ == "__main__":

@@ -119,15 +119,11 @@ def test_the_loop_does_not_wait_inside_a_round(comm, place, device, monkeypatch,
             nonlocal free
             watch.close()
             optimizer = self.optimizer
-            alone = comm.size == 1  # without statistics, and so without a collective for them
-            first_of_all = optimizer.round == 0  # starts the device's libraries
-            if not first_of_all and not (averages_now(optimizer) and not (alone and not_last(optimizer))):
+            if optimizer.round and not averages_now(optimizer):  # the first round starts the device's libraries
                 watch.enter_context(no_waits(device))
                 free += 1
             original(self, batches)
-            if (
-                device.type == "cpu"
-            ):  # where the poll's numbers, which are always there, cannot be told from the device's
+            if device.type == "cpu":  # where the poll's own numbers cannot be told from the device's
                 watch.close()
 
         monkeypatch.setattr(Trainer, "_micro_batch", micro_batch)
@@ -137,11 +133,6 @@ def test_the_loop_does_not_wait_inside_a_round(comm, place, device, monkeypatch,
         trainer.run()
     comm.barrier("test.waited")
     assert free >= 4
-
-
-def not_last(optimizer) -> bool:
-    """Whether the next step does not end the round."""
-    return isinstance(optimizer, hvdlocal.LocalOptimizer) and optimizer.steps_in_round < optimizer.period - 1
 
 
 class Killed(BaseException):
