@@ -63,9 +63,9 @@ def averages_now(optimizer) -> bool:
     if isinstance(optimizer, hvdlocal.SynchronousOptimizer):
         return True
     first, stale = optimizer.steps_in_round == 0, getattr(optimizer.scaling, "stale", True)
-    period = (
-        optimizer._steps_to_budget(optimizer.period) if first else optimizer.period
-    )  # the last round may be shorter
+    period = optimizer.period
+    while first and (within := optimizer._steps_to_budget(period)) < period:  # the last round may be shorter
+        period = within
     return (first and not stale) or optimizer.steps_in_round == period - 1
 
 
