@@ -7,6 +7,7 @@ only then the ranks exchange the facts themselves.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
@@ -45,8 +46,13 @@ _REMEDIES = {
 
 _ODD = 0x1E3779B97F4A7C15
 
+ROUNDING = 1e-4
+"""Replicas that are stepped on different hardware drift apart by less than this share of the largest parameter."""
+
 Parts = dict[str, torch.Tensor]
-"""Vectors of integers, by name."""
+"""Contiguous vectors, by name."""
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Digest:
@@ -63,6 +69,7 @@ class Digest:
         self._constants = TensorSample({name: t for name, t in constants.items() if _can_be_read(t, device)})
         self._checksum = TensorChecksum(device)
         self._mine: dict[Fact, Any] = {}
+        self._rounded = False
 
     def write(
         self, digest: torch.Tensor, values: Mapping[Fact, Any], parameters: Parts, *, everything: bool = False
@@ -72,10 +79,11 @@ class Digest:
         Args:
             digest: float32, `DIGEST_SIZE` elements.
             values: the facts that are Python values; equal values have an equal `repr`.
-            parameters: what stands for the trained parameters.
+            parameters: parts of the trained parameters.
             everything: whether to look at all constants, not only at the few whose turn it is.
         """
         constants = self._constants.parts(everything)
+        parameters = {} if self._rounded else parameters
         self._mine = {**values, Fact.PARAMETERS: parameters, Fact.CONSTANTS: constants}
         start = zlib.crc32(repr(list(values.values())).encode())
         digest.copy_(self._checksum.bits(start, parameters.values(), constants.values()))
@@ -91,17 +99,37 @@ class Digest:
         """
         if all(round(bit) in (0, self._communicator.size) for bit in totals):
             return
-        mine = {fact: self._described(value) for fact, value in self._mine.items()}
+        mine = {fact: {name: self._described(one) for name, one in facts.items()} for fact, facts in self._mine.items()}
         everyone = self._communicator.gather(mine, "hvdlocal.differences")
         told = {fact: _difference(fact, [one[fact] for one in everyone]) for fact in mine}
+        if [fact for fact in told if told[fact]] == [Fact.PARAMETERS] and self._only_rounded(everyone):
+            return
         if told.get(Fact.STEPS) and len({one[Fact.PROGRESS]["rounds"] for one in everyone}) == 1:
             told[Fact.PROGRESS] = ""  # it differs by the steps, which are told already
         raise DisagreementError(" ".join(filter(None, told.values())))
 
-    def _described(self, fact: Any) -> Any:
-        if not all(isinstance(part, torch.Tensor) for part in fact.values()):
-            return fact
-        return {name: tuple(self._checksum.bits(0, [part]).tolist()) for name, part in fact.items()}
+    def _described(self, one: Any) -> Any:
+        """What the ranks exchange: a number as it is, a short vector as a tuple, a long one as its checksum."""
+        if not isinstance(one, torch.Tensor):
+            return one
+        short = one.is_floating_point() and one.numel() <= TensorSample.ELEMENTS
+        return tuple(one.tolist() if short else self._checksum.bits(0, [one]).tolist())
+
+    def _only_rounded(self, everyone: Sequence[Mapping[Fact, Any]]) -> bool:
+        """Whether the parameters differ by rounding errors alone. They are then not compared any more."""
+        rows = [[x for part in one[Fact.PARAMETERS].values() for x in part] for one in everyone]
+        together = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        spread = (together.amax(0) - together.amin(0)).max()
+        if not spread <= ROUNDING * together.abs().max():
+            return False
+        self._rounded = True
+        if self._communicator.rank == 0:
+            warnings.warn(
+                f"the replicas differ by up to {float(spread):.1g}, as rounding errors make them on nodes of different hardware. "
+                "They are not compared any more. LocalOptimizer makes replicas equal at every averaging.",
+                stacklevel=2,
+            )
+        return True
 
 
 class TensorSample:
@@ -116,10 +144,12 @@ class TensorSample:
 
     def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
         self._named = list(named.items())
+        # A dense tensor is looked at in its order in memory: reshape would copy a whole one that is channels_last.
+        self._dense = {name: t.stride() == torch.empty_like(t, device="meta").stride() for name, t in named.items()}
         self._calls = 0
 
-    def parts(self, everything: bool = False) -> dict[str, torch.Tensor]:
-        """The bytes of a sample, by the names of the tensors. Each call looks at the next few tensors.
+    def parts(self, everything: bool = False) -> Parts:
+        """A sample, by the names of the tensors. Each call looks at the next few tensors.
 
         Args:
             everything: whether to look at all of them, which does not count as a call.
@@ -131,16 +161,16 @@ class TensorSample:
         # Another stretch of each tensor whenever all have had their turn.
         stretch = self._calls * self.TENSORS // max(count, self.TENSORS)
         self._calls += not everything
-        return {name: self._stretch(tensor.detach(), stretch) for name, tensor in chosen}
+        return {name: self._stretch(name, tensor.detach(), stretch) for name, tensor in chosen}
 
-    def _stretch(self, tensor: torch.Tensor, which: int) -> torch.Tensor:
-        flat = tensor.reshape(-1)
+    def _stretch(self, name: str, tensor: torch.Tensor, which: int) -> torch.Tensor:
+        flat = tensor.as_strided((tensor.numel(),), (1,)) if self._dense[name] else tensor.reshape(-1)
         start = which * self.ELEMENTS % flat.numel()
-        return flat[start : start + self.ELEMENTS].contiguous().view(torch.uint8)
+        return flat[start : start + self.ELEMENTS]
 
 
 class TensorChecksum:
-    """Checksums of tensors of integers, computed on their device and in memory of its own.
+    """Checksums of the bits of tensors, computed on their device and in memory of its own.
 
     Args:
         device: where the tensors lie.
@@ -161,12 +191,13 @@ class TensorChecksum:
 
         Args:
             start: a number that also counts.
-            groups: vectors of integers, each of at most `SIZE` elements.
+            groups: contiguous vectors, of at most `SIZE` words each.
         """
         total = torch.full((), start * _ODD % 2**63, dtype=torch.int64, device=self._shifts.device)
         for group in groups:
             filled = 0
-            for part in group:
+            for vector in group:
+                part = vector.view(_INTEGERS[min(vector.element_size(), 8)])
                 if filled + part.numel() > self.SIZE:
                     self._add(total, filled)
                     filled = 0
@@ -178,6 +209,11 @@ class TensorChecksum:
     def _add(self, total: torch.Tensor, filled: int) -> None:
         words = self._work[:filled].mul_(self._factors[:filled])
         total.mul_(_ODD).add_(words.sum())  # modulo 2⁶⁴
+
+
+def rounded(number: float) -> float:
+    """A number without the digits in which ranks on different hardware may differ: statistics carry these into gains and rates."""
+    return float(f"{number:.6g}")
 
 
 def _can_be_read(tensor: torch.Tensor, device: torch.device) -> bool:

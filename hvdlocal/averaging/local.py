@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar, StatisticsScalar
-from hvdlocal.averaging.digest import Fact
+from hvdlocal.averaging.digest import Fact, rounded
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.period import PeriodRule, RoundStart
@@ -435,9 +435,9 @@ class LocalOptimizer(ReplicaOptimizer):
         values = {
             Fact.STEPS: {"steps": self._steps_in_round, "period": self._period},
             Fact.RATES: self._named_rates(),
-            Fact.PROGRESS: {"rounds": self._round, "progress": self._progress},
+            Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self._progress)},
         }
-        origin = {"trained parameters": self._sample.origin.view(torch.int32)}
+        origin = {"trained parameters": self._sample.origin}
         self._digest.write(self._arena.digest, values, origin, everything=everything)
 
     def _measure_divergence(self, sum_displacement: float, moved: float, healthy: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from hvdlocal.averaging.digest import Digest
+from hvdlocal.averaging.digest import Digest, rounded
 from hvdlocal.averaging.gain import Moment, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import guard_wrapped, refuse_data_parallelism, refuse_state_makers
@@ -443,7 +443,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         return rates
 
     def _named_rates(self) -> dict[str, float]:
-        return {f"learning rate of group {i}": rate for i, rate in enumerate(self._rates())}
+        return {f"learning rate of group {i}": rounded(rate) for i, rate in enumerate(self._rates())}
 
     def _note_dropped_step(self) -> None:
         """Counts calls of `synchronize` that take away micro-batches. A step in between starts the count anew.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hvdlocal.averaging.arena import FlatViews
-from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample
+from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample, rounded
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
 from hvdlocal.averaging.replica import ReplicaOptimizer
@@ -135,7 +135,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def _write_digest(self, digest: torch.Tensor, *, everything: bool = False) -> None:
         values = {
             Fact.RATES: self._named_rates(),
-            Fact.PROGRESS: {"steps": self._steps, "progress": self._progress},
+            Fact.PROGRESS: {"steps": self._steps, "progress": rounded(self._progress)},
         }
         self._digest.write(digest, values, self._sample.parts(everything), everything=everything)
 

@@ -1,5 +1,7 @@
 """What must be equal on all ranks is compared in the collectives that happen anyway: a difference names ranks and kind."""
 
+import warnings
+
 import pytest
 import torch
 from helpers import Slope, local, mean, sgd, slopes, step
@@ -270,3 +272,31 @@ def test_collectives_in_another_order(comm):
         return
     with pytest.raises(hvdlocal.CommunicationError, match=r"rank 0: sum of 1 torch.float32 .test.first.; rank 1: sum"):
         comm.sum_(torch.ones(1, dtype=torch.float32), "test.first" if comm.rank == 0 else "test.second")
+
+
+def test_replicas_that_differ_by_rounding(comm):
+    """Nodes of different hardware: told once, by rank 0, and training goes on. A real difference is refused, as above."""
+    model = Slope(100)
+    optimizer = synchronous(model)
+    model.w.data += 1e-6 * comm.rank
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            step(optimizer, model, 1.0)
+        optimizer.synchronize()
+    told = [str(one.message) for one in caught if "rounding errors" in str(one.message)]
+    assert len(told) == (1 if comm.rank == 0 and comm.size > 1 else 0)
+    torch.testing.assert_close(model.w.detach(), torch.full((100,), 2.0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_what_lies_in_memory_in_another_order(comm, format):
+    model = torch.nn.Conv2d(3, 8, 3).to(memory_format=format)
+    optimizer = synchronous(model)
+    if comm.size == 1:
+        return
+    if comm.rank == 0:
+        model.weight.data.view(torch.int32).bitwise_xor_(1 << 22)  # finite, and far away
+    model(torch.ones(1, 3, 4, 4)).sum().backward()
+    with expect(comm, "'weight'"):
+        optimizer.step()
