@@ -212,7 +212,7 @@ class TensorChecksum:
 
 
 def rounded(number: float) -> float:
-    """A number without the digits in which ranks on different hardware may differ: statistics carry these into gains and rates."""
+    """A number without the digits in which ranks on different hardware may differ; statistics carry them into gains and rates."""
     return float(f"{number:.6g}")
 
 
