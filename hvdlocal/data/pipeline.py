@@ -98,6 +98,10 @@ class Pipeline:
             plan = _announced(plan, self.dataset.read_ahead, self.read_ahead)
         jobs = (self._job(*selection) for selection in plan)
         threads = self.threads or default_threads()
+        if self.crop is None:
+            # A batch is one part, and no more than these are under way: other threads would only be woken up, and every wake-up
+            # takes Python's lock from the loop that launches a GPU's kernels.
+            threads = min(threads, self.depth + 1)
         on_cpu = self.device.type == "cpu"
         with closing(prefetch(jobs, self.depth, threads=threads, initialize=self._initialize)) as items:
             first = True

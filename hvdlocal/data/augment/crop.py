@@ -60,14 +60,14 @@ class CropFlip(Normalize):
         self, images: Tensor, top: NDArray[np.int64], left: NDArray[np.int64], mirrored: NDArray[np.bool_]
     ) -> Tensor:
         n, height, width, channels = images.shape
-        top_, left_, mirrored_ = (on_device(draw, images.device) for draw in (top, left, mirrored))
-        rows = torch.arange(height, dtype=torch.int64, device=images.device) + top_[:, None]
-        columns = torch.arange(width, dtype=torch.int64, device=images.device).expand(n, width)
-        columns = torch.where(mirrored_[:, None], width - 1 - columns, columns) + left_[:, None]
-
-        # One gather of bytes does the crop and the flip; only then do the pixels grow to four bytes each.
         padded = F.pad(images.permute(0, 3, 1, 2).contiguous(), (self.padding,) * 4)
-        source = rows[:, :, None] * padded.shape[3] + columns[:, None, :]
+        # Rows and columns are numbered here, and copied in one piece: on the device that would be many small launches.
+        rows = (np.arange(height) + top[:, None]) * padded.shape[3]
+        columns = np.arange(width)
+        columns = np.where(mirrored[:, None], width - 1 - columns, columns) + left[:, None]
+        row, column = on_device(np.concatenate([rows, columns], axis=1), images.device).split([height, width], dim=1)
+        # One gather of bytes does the crop and the flip; only then do the pixels grow to four bytes each.
+        source = row[:, :, None] + column[:, None, :]
         cropped = padded.flatten(2).gather(2, source.flatten(1)[:, None].expand(n, channels, height * width))
         return cropped.view(n, channels, height, width)
 

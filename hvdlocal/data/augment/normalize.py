@@ -1,6 +1,7 @@
 """From bytes to the numbers that a network wants."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ class Normalize:
                 f"uint8 with {len(self._scale)}"
             )
         if images.device.type != "cpu":
-            scale, shift = on_device(self._scale, images.device), on_device(self._shift, images.device)
+            scale, shift = (_on_device(tuple(of.view(-1).tolist()), images.device) for of in (self._scale, self._shift))
             pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             return pixels.mul_(scale).add_(shift)
         out = self._buffers.empty(images.shape, torch.float32)
@@ -50,3 +51,9 @@ class Normalize:
             for pixels, bytes_ in zip(out.split(step), images.split(step), strict=True):
                 pixels.copy_(bytes_.contiguous()).mul_(self._scale).add_(self._shift)
         return out
+
+
+@lru_cache(maxsize=64)
+def _on_device(per_channel: tuple[float, ...], device: torch.device) -> Tensor:
+    """float32 (C, 1, 1), copied once and not for every batch."""
+    return on_device(torch.tensor(per_channel, dtype=torch.float32, device="cpu").view(-1, 1, 1), device)
