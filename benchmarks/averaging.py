@@ -89,7 +89,7 @@ def averagings(
         "with moments": {"momentum": "average"},
     }
     if any(True for _ in model.buffers()):
-        variants["with BN buffers"] = {"buffers": "average"}
+        variants["with BN buffers"] = {"buffers": {"buffer*": "average"}}
     for name, settings in variants.items():
         ours = Weights(model, with_buffers="buffers" in settings)
         for p, g in zip(ours.weights, gradients, strict=True):

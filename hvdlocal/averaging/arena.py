@@ -3,7 +3,7 @@
 Layout of `Arena.flat`, float32, every part beginning at a multiple of 64 bytes:
 
     [ parameters | averaged buffers | averaged moments | scalars, digest | statistics vector | statistics scalars ]
-      `replica`, divided by the number of workers after the sum ──┘
+      `replica`, divided by a number of workers after the sum  ───┘
 
 Parameters and buffers become views of it; `Tensor.data` is re-pointed, so module and optimizer keep their tensor objects.
 """
@@ -30,6 +30,7 @@ class Scalar(IntEnum):
     PRESENT = 3  # 1 on every rank: a rank that has called hvd.join() sends 0
     NONFINITE = 4  # ranks whose replica is not finite
     STOP = 5  # ranks that ask to stop
+    NONFINITE_BUFFERS = 6  # ranks whose averaged buffers, or whose replica, are not finite
 
 
 class StatisticsScalar(IntEnum):
@@ -89,9 +90,11 @@ class Arena:
 
         self.layout = layout
         self.parameters = self.flat[: layout.numel]
+        self.buffer_layout = buffer_layout
         self.buffers = self.flat[starts[1] : starts[1] + buffer_layout.numel]
         moment_parts = self.flat[starts[2] : starts[2] + moments * layout.numel]
         self.moments = [layout.of(part) for part in moment_parts.split(layout.numel)] if moments else []
+        self.weights = [self.parameters, moment_parts] if moments else [self.parameters]
         self.replica = self.flat[: starts[3]]
         self.scalars = self.flat[starts[3] : starts[3] + len(Scalar) + DIGEST_SIZE]
         self.digest = self.scalars[len(Scalar) :]

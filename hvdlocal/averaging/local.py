@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar, StatisticsScalar
+from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
 from hvdlocal.averaging.digest import Fact, rounded
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.period import PeriodRule, RoundStart
-from hvdlocal.averaging.replica import ReplicaOptimizer, float_buffers, require_float32
+from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.averaging.sketch import GradientSketch, default_size
 from hvdlocal.communicator import Communicator
 
@@ -57,8 +58,10 @@ class LocalOptimizer(ReplicaOptimizer):
         scaling: the rule for the gain; `NoScaling()` or None for none.
         momentum: the optimizer's moments at an averaging: "local" keeps each rank's own (both papers' choice), "average" averages
             them (SGD, Adam and AdamW; a rank on which a parameter has none yet counts as zero), "reset" starts them anew.
-        buffers: batch-norm statistics: "average" with the parameters, "local", or "reestimate" by calling
-            `reestimate_buffers` before an evaluation.
+        buffers: the running statistics of batch and instance norm: "average" with the parameters, "local", or "reestimate" by
+            calling `reestimate_buffers` before an evaluation. Every other buffer is each rank's own after the start. For
+            something else, a mapping of names of buffers or modules, with * for any part of them, to these three; the first
+            that matches a buffer holds: {"codebook": "average", "encoder.norm*": "local"}. See `buffer_policies`.
         accumulate: a, micro-batches (calls of `step`) per local step.
         budget: S, scale-invariant iterations after which `finished` turns true; None for no end.
         max_norm: clips the gradient of every local step to this norm, after the statistics were taken.
@@ -78,7 +81,7 @@ class LocalOptimizer(ReplicaOptimizer):
         period: PeriodRule,
         scaling: Scaling | None = None,
         momentum: str = "local",
-        buffers: str = "average",
+        buffers: Buffers = "average",
         accumulate: int = 1,
         budget: float | None = None,
         max_norm: float | None = None,
@@ -115,8 +118,10 @@ class LocalOptimizer(ReplicaOptimizer):
         self._rate_for_period = rate_for_period
         self._moment_names = averaged_moments(optimizer) if momentum == "average" else ()
 
-        averaged = float_buffers(model) if buffers == "average" else {}
-        require_float32(averaged, "buffer", "Convert it, or choose buffers='local'.")
+        averaged, aliases = split_aliases(self._buffers_to_average())
+        check_averaged(averaged, self._parameters[0].device, torch.float32)
+        moved = {**dict(zip(self._names, self._parameters, strict=True)), **averaged}
+        refuse_shared_memory(model, moved, [alias for alias, _ in aliases])
         numels = [p.numel() for p in self._parameters]
         device = self._parameters[0].device
         self._sketch: GradientSketch | None = None
@@ -129,6 +134,9 @@ class LocalOptimizer(ReplicaOptimizer):
                 vector = sum(numels)
         self._claim(averaged)
         self._arena = Arena(self._parameters, list(averaged.values()), len(self._moment_names), vector)
+        for alias, name in aliases:
+            alias.data = averaged[name].data
+        self._averaged_names = list(averaged)
         self._owners = [_owner(model, name) for name in [*self._names, *averaged]]
         self._accumulated = None
         if accumulate > 1:
@@ -366,20 +374,25 @@ class LocalOptimizer(ReplicaOptimizer):
         self._check_parameters()
         self._check_arena()
         self._adopt_moments()
-        mine = self._write_scalars()
+        mine, finite = self._write_scalars()
         with_statistics = self._arena.statistics_scalars is not None and self._stale
         if self.communicator.size > 1:
             self._timed_sum(self._arena.flat if with_statistics else self._arena.without_statistics, AVERAGE)
         workers = self.communicator.size
         on_device = self._arena.scalars
         healthy_ranks = (workers - on_device[Scalar.NONFINITE]).clamp_(min=1)
-        nonfinite = self._scale(self._arena.replica, healthy_ranks.reciprocal_())
+        nonfinite = self._scale(self._arena.weights, healthy_ranks.reciprocal_())
+        buffers = self._arena.buffers.div_((workers - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
         # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
-        wanted = [on_device, nonfinite, mine.view(1), self._sample.distance().view(1)]
+        moved = self._sample.distance().view(1)
+        wanted = [on_device, nonfinite, mine.view(1), moved, buffers.isfinite().all().view(1)]
         if with_statistics:
             wanted.append(self._summed_statistics())
         numbers = torch.cat(wanted).tolist()
-        scalars, (found, bad, moved, *statistics) = numbers[: on_device.numel()], numbers[on_device.numel() :]
+        scalars, (found, bad, moved, finite_sum, *statistics) = (
+            numbers[: on_device.numel()],
+            numbers[on_device.numel() :],
+        )
         self._check_equality(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
         healthy = workers - round(scalars[Scalar.NONFINITE])
         lost = not healthy or found > 0
@@ -396,19 +409,25 @@ class LocalOptimizer(ReplicaOptimizer):
             self._raise_nonfinite(bool(bad), "no rank holds a usable model any more.")
         if healthy < workers:
             self._raise_nonfinite(bool(bad), "the model is now the average of the other ranks.")
+        if scalars[Scalar.NONFINITE_BUFFERS] or not finite_sum:
+            healthy = finite_sum and workers - round(scalars[Scalar.NONFINITE_BUFFERS])
+            if not healthy:
+                buffers.fill_(math.nan)
+            self._raise_nonfinite_buffers(self._names_of_nonfinite(finite), healthy)
 
     @property
     def _stale(self) -> bool:
         return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
 
-    def _write_scalars(self) -> torch.Tensor:
+    def _write_scalars(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Fills in the numbers that ride along; a replica that is seen not to be finite takes its contribution back.
 
         Seen by its losses, or at the sampled coordinates: NaN spreads through a network fast, and to look at every parameter
         would cost a tenth of an averaging. What escapes is found in the sum.
 
         Returns:
-            Whether this rank's replica is not finite: 0 or 1, on the device and of shape ().
+            Whether this rank's replica is not finite: 0 or 1, on the device and of shape (). And which elements of its averaged
+            buffers are finite, a mask: they are few, so all are looked at, and taken back alone.
         """
         scalars = self._arena.scalars
         displacement = self._sample.distance()
@@ -420,13 +439,17 @@ class LocalOptimizer(ReplicaOptimizer):
             self._arena.flat.masked_fill_(bad, 0.0)  # reads all of it, which costs a GPU less than to be waited for
         elif bad:
             self._arena.flat.zero_()
+        finite = self._arena.buffers.isfinite()
+        bad_buffers = finite.all().logical_not_()
+        self._arena.buffers.masked_fill_(bad_buffers, 0.0)
+        scalars[Scalar.NONFINITE_BUFFERS].copy_(bad_buffers.logical_or_(bad))
         scalars[Scalar.PRESENT].fill_(1)
         scalars[Scalar.NONFINITE].copy_(bad)
         scalars[Scalar.STOP].fill_(self._stop)
         self._write_digest()
         self._loss_sum.zero_()
         self._loss_count = 0
-        return bad.to(torch.float32)
+        return bad.to(torch.float32), finite
 
     def _write_digest(self, *, everything: bool = False) -> None:
         """Fills in the digest of what must be equal on all ranks."""
@@ -475,6 +498,11 @@ class LocalOptimizer(ReplicaOptimizer):
                 elif moment.data_ptr() != view.data_ptr():
                     view.copy_(moment)
                     self.state[parameter][name] = view
+
+    def _names_of_nonfinite(self, finite: torch.Tensor) -> list[str]:
+        """The averaged buffers in which the mask of finite elements has a hole."""
+        masks = self._arena.buffer_layout.of(finite)
+        return [name for name, mask in zip(self._averaged_names, masks, strict=True) if not mask.all()]
 
     def _check_arena(self) -> None:
         """Refuses a model whose parameters or buffers are no longer those in the arena."""

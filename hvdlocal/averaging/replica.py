@@ -13,6 +13,21 @@ from typing import Any, NoReturn
 
 import torch
 
+from hvdlocal.averaging.buffers import (
+    BufferPolicy,
+    Buffers,
+    averaged_buffers,
+    buffers_of_rank_0,
+    check_averaged,
+    check_policies,
+    check_tensors,
+    choose_policies,
+    describe_layout,
+    kept_buffers,
+    memory_of,
+    policy_by_name,
+    running_statistics,
+)
 from hvdlocal.averaging.digest import Digest, rounded
 from hvdlocal.averaging.gain import Moment, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
@@ -21,7 +36,6 @@ from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing,
 from hvdlocal.communicator import CommunicationError, Communicator, current, require_agreement
 
 STATE_VERSION = 1
-BUFFER_POLICIES = ("average", "local", "reestimate")
 
 
 class NonFiniteError(ArithmeticError):
@@ -46,7 +60,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         *,
         scaling: Scaling,
         accumulate: int,
-        buffers: str,
+        buffers: Buffers,
         budget: float | None,
         max_norm: float | None,
         communicator: Communicator | None,
@@ -60,8 +74,11 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self.accumulate = accumulate
         self.budget = budget
         self._max_norm = max_norm
-        self._buffer_policy = buffers
         self._names, self._parameters = _trainable(optimizer, model)
+        check_tensors(model)
+        self._buffers = dict(buffers) if isinstance(buffers, Mapping) else buffers
+        self._buffer_policies = choose_policies(model, buffers)
+        check_averaged(self._buffers_to_average(), self._parameters[0].device)
         self._constructed = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._constructed = True
@@ -72,7 +89,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._gain = 1.0
         self._smoothed = SmoothedStatistics()
         device = self._parameters[0].device
-        self._digest = Digest(self.communicator, _constants(model), device)
+        self._digest = Digest(self.communicator, self._constants(), device)
         self._nonfinite_found, self._factor = (torch.zeros(1, dtype=torch.float32, device=device) for _ in range(2))
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self._loss_count = 0
@@ -147,6 +164,19 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         """Whether any rank had called `request_stop` by the last collective; the same on every rank."""
         return self._stop_requested
 
+    @property
+    def buffer_policies(self) -> dict[str, BufferPolicy]:
+        """What is done with every buffer of the model, by name: "average", "local" or "reestimate"."""
+        return dict(self._buffer_policies)
+
+    @property
+    def kept_buffers(self) -> list[str]:
+        """Floating-point buffers that are saved with the model and stay each rank's own, batch norm's statistics aside.
+
+        A saved model holds those of rank 0. Name them in `buffers` when they should be averaged.
+        """
+        return kept_buffers(self.model, self._buffer_policies)
+
     # -- what a training loop calls ----------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -213,12 +243,22 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 yield batch
 
         torch.optim.swa_utils.update_bn(counted(), self.model, self._parameters[0].device)
-        without = self._average_buffers(faulty=not seen)
+        without = self._average_buffers(running_statistics(self.model), faulty=not seen)
         if without:
             raise ValueError(
                 f"reestimate_buffers: {without} of {self.communicator.size} ranks gave no batch to estimate from; every rank "
                 "must give at least one"
             )
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Within, this rank's model is the one that rank 0 would save: buffers that are not averaged are those of rank 0.
+
+        For an evaluation over all ranks, after `synchronize`. A collective; afterwards each rank has its own buffers again.
+        """
+        own = [buffer for name, buffer in self.model.named_buffers() if self._buffer_policies.get(name) != "average"]
+        with buffers_of_rank_0(self.communicator, own):
+            yield
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused: the averaged buffer is laid out once."""
@@ -326,6 +366,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             "loss_count": self._loss_count,
             "accumulated": self._accumulated.state() if self._accumulated else {},
             "overflowed": self._overflowed,
+            "kept_buffers": self.kept_buffers,
         }
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
@@ -477,26 +518,60 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             )
         self._digest.check(digest)
 
-    def _average_buffers(self, faulty: bool = False) -> int:
-        """Averages the floating-point buffers outside of any arena; one collective, or none without such buffers.
+    def _constants(self) -> dict[str, torch.Tensor]:
+        """What ought to stay equal on all ranks without being averaged: frozen parameters and integer buffers, by name.
+
+        Left out are buffers that the user has called local, and batch norm's count of batches, which has no effect unless
+        momentum is None.
+        """
+        frozen: dict[str, torch.Tensor] = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        counts = {
+            f"{name}.num_batches_tracked".lstrip(".")
+            for name, module in self.model.named_modules()
+            if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.momentum is not None
+        }
+        integers = {
+            name: buffer
+            for name, buffer in self.model.named_buffers()
+            if not (buffer.is_floating_point() or buffer.is_complex())
+            and name not in counts
+            and policy_by_name(name, self._buffers) != "local"
+        }
+        return frozen | integers
+
+    def _buffers_to_average(self) -> dict[str, torch.Tensor]:
+        return averaged_buffers(self.model, self._buffer_policies)
+
+    def _average_buffers(self, buffers: Mapping[str, torch.Tensor], faulty: bool = False) -> int:
+        """Averages buffers outside of any arena; one collective, or none without buffers.
 
         Returns:
             On how many ranks something was `faulty`; the buffers are then left as they were.
+
+        Raises:
+            NonFiniteError: on all ranks, when a buffer of one is not finite; it is then the average of the other ranks.
         """
-        buffers = list(float_buffers(self.model).values())
         if not buffers:
             return int(faulty)
-        notice = torch.tensor([float(faulty)], dtype=torch.float64, device=buffers[0].device)
-        flat = torch.cat([part.reshape(-1).double() for part in [*buffers, notice]])
+        bad = [name for name, buffer in buffers.items() if not buffer.isfinite().all()]
+        device = self._parameters[0].device
+        notices = torch.tensor([float(faulty), float(bool(bad))], dtype=torch.float64, device=device)
+        flat = torch.cat([part.reshape(-1).double() for part in [*buffers.values(), notices]])
+        *parts, notices = flat.split([part.numel() for part in [*buffers.values(), notices]])
+        if bad:
+            flat[: -len(notices)].zero_()
         if self.communicator.size > 1:
             self._timed_sum(flat, "hvdlocal.buffers")
-        *parts, notice = flat.split([part.numel() for part in [*buffers, notice]])
-        if not notice.item():
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.div_(self.communicator.size).view(buffer.shape))
-        return round(notice.item())
+        faulty_ranks, bad_ranks = map(round, notices.tolist())
+        healthy = self.communicator.size - bad_ranks
+        if healthy and not faulty_ranks:
+            for buffer, part in zip(buffers.values(), parts, strict=True):
+                buffer.copy_(part.div_(healthy).view(buffer.shape))
+        if bad_ranks:
+            self._raise_nonfinite_buffers(bad, healthy)
+        return faulty_ranks
 
-    def _scale(self, flat: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
+    def _scale(self, parts: list[torch.Tensor], factor: torch.Tensor | float) -> torch.Tensor:
         """Multiplies in place, and looks for NaN and infinity: GradScaler's kernel does both in one pass.
 
         Returns:
@@ -504,7 +579,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         """
         self._nonfinite_found.zero_()
         self._factor.fill_(factor)
-        torch._amp_foreach_non_finite_check_and_unscale_([flat], self._nonfinite_found, self._factor)
+        torch._amp_foreach_non_finite_check_and_unscale_(parts, self._nonfinite_found, self._factor)
         return self._nonfinite_found
 
     def _timed_sum(self, tensor: torch.Tensor, name: str) -> None:
@@ -525,6 +600,22 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             "clip gradients (max_norm), or look at the data of that rank."
         )
 
+    def _raise_nonfinite_buffers(self, mine: list[str], healthy: int) -> None:
+        """Raises the error for averaged buffers that are not finite, of which `mine` are this rank's; a collective."""
+        names = self.communicator.gather(mine, "hvdlocal.nonfinite_buffers")
+        found = [
+            f"{own[0]!r} on rank {rank}" + (f" and {len(own) - 1} more there" * (len(own) > 1))
+            for rank, own in enumerate(names)
+            if own
+        ]
+        where = "; ".join(found[:4]) + (f"; and on {len(found) - 4} more ranks" if len(found) > 4 else "")
+        name = next((own[0] for own in names if own), "…")
+        state = "they are now the average of the other ranks" if healthy else "no rank holds usable ones"
+        raise NonFiniteError(
+            f"NaN or infinity at progress {self._progress:.1f} in averaged buffers: {where or 'in their sum over all ranks'}: "
+            f"{state}. Look at the data of that rank, or keep such a buffer out of the average: buffers={{{name!r}: 'local'}}."
+        )
+
     def _start_together(self, settings: dict[str, Any], flat: torch.Tensor, in_flat: set[int]) -> None:
         """Refuses ranks with different settings, then makes rank 0's model everyone's.
 
@@ -534,14 +625,14 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             in_flat: ids of the parameters and buffers in `flat`.
         """
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        shapes = repr([(name, tuple(t.shape), str(t.dtype), t.stride()) for name, t in tensors.items()])
+        shapes = repr([(name, *describe_layout(tensor)) for name, tensor in tensors.items()])
         facts = {
             "optimizer class": type(self).__name__,
             "wrapped optimizer": type(self.optimizer).__name__,
             "scaling": repr(self.scaling),
             "accumulate": self.accumulate,
             "budget": self.budget,
-            "buffers": self._buffer_policy,
+            "buffers": self._buffers,
             "max_norm": self._max_norm,
             "parameters to train": len(self._parameters),
             "model (names, shapes, dtypes)": hashlib.sha256(shapes.encode()).hexdigest()[:16],
@@ -554,8 +645,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         require_agreement(self.communicator, facts, "hvdlocal.settings")
         self.communicator.broadcast_(flat, "hvdlocal.start")
         for name, tensor in tensors.items():
-            if id(tensor) not in in_flat and tensor.numel():
-                self.communicator.broadcast_(tensor, f"hvdlocal.start.{name}")
+            for i, part in enumerate(memory_of(tensor)):
+                if id(tensor) not in in_flat and part.numel():
+                    self.communicator.broadcast_(part, f"hvdlocal.start.{name}.{i}")
 
 
 def _plain(value: Any) -> Any:
@@ -568,46 +660,6 @@ def _untouched(now: Any, applied: Any) -> bool:
     if isinstance(now, torch.Tensor) or isinstance(applied, torch.Tensor):
         return now is applied and now._version == 0
     return bool(now == applied)
-
-
-def _constants(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What ought to stay equal on all ranks without being averaged: frozen parameters and integer buffers, by name.
-
-    Left out is batch norm's count of batches, which has no effect unless momentum is None.
-    """
-    frozen: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-    counts = {
-        f"{name}.num_batches_tracked".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.momentum is not None
-    }
-    integers = {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if not (buffer.is_floating_point() or buffer.is_complex()) and name not in counts
-    }
-    return frozen | integers
-
-
-def float_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's saved floating-point buffers (batch norm's running statistics), by name; each tensor once.
-
-    Buffers that are not saved with the model are constants that it computed itself and are left out, as are integers.
-    """
-    found = {}
-    for name, buffer in model.named_buffers():
-        module, _, own_name = name.rpartition(".")
-        saved = own_name not in model.get_submodule(module)._non_persistent_buffers_set
-        if saved and buffer.is_floating_point():
-            found[name] = buffer
-    return found
-
-
-def require_float32(named: Mapping[str, torch.Tensor], what: str, remedy: str) -> None:
-    """Refuses tensors that cannot be averaged in one float32 buffer."""
-    for name, tensor in named.items():
-        if tensor.dtype != torch.float32:
-            raise ValueError(f"{what} {name!r} is {tensor.dtype}; hvdlocal averages float32. {remedy}")
 
 
 def _trainable(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Parameter]]:
@@ -626,7 +678,12 @@ def _trainable(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tupl
     for name, p in trained.items():
         if torch.nn.parameter.is_lazy(p):
             raise ValueError(f"parameter {name!r} has no shape yet: run one batch through the model before wrapping")
-    require_float32(trained, "parameter", "Keep parameters in float32 and use torch.autocast for bfloat16 or float16.")
+    for name, p in trained.items():
+        if p.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name!r} is {p.dtype}; hvdlocal averages float32. Keep parameters in float32 and use torch.autocast "
+                "for bfloat16 or float16."
+            )
     devices = {p.device for p in trained.values()}
     if len(devices) > 1 or next(iter(devices)).type == "meta":
         raise ValueError(
@@ -639,7 +696,7 @@ def _check_arguments(
     optimizer: torch.optim.Optimizer,
     scaling: Scaling,
     accumulate: int,
-    buffers: str,
+    buffers: Buffers,
     budget: float | None,
     max_norm: float | None,
 ) -> None:
@@ -654,8 +711,7 @@ def _check_arguments(
         raise ValueError(f"scaling={scaling!r}: give a rule such as hvdlocal.LocalAdaScale() or NoScaling()")
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}: must be at least 1")
-    if buffers not in BUFFER_POLICIES:
-        raise ValueError(f"buffers={buffers!r}: choose one of {', '.join(BUFFER_POLICIES)}")
+    check_policies(buffers)
     if budget is not None and not (budget > 0 and math.isfinite(budget)):
         raise ValueError(f"budget={budget}: a positive number of scale-invariant iterations, or None")
     if max_norm is not None and not max_norm > 0:

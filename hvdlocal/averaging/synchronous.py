@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hvdlocal.averaging.arena import FlatViews
+from hvdlocal.averaging.buffers import Buffers
 from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample, rounded
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
@@ -36,8 +37,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         model: the replica, on its device already.
         accumulate: a, micro-batches (calls of `step`) per optimizer step.
         scaling: `AdaScale()`, `LinearScaling()` or `NoScaling()`.
-        buffers: batch-norm statistics, each rank's own while training: "average" averages them in `synchronize`, "local" does
-            not, "reestimate" leaves them to `reestimate_buffers`.
+        buffers: as in `LocalOptimizer`, but every buffer is each rank's own while training, and averaged by `synchronize`.
         budget, max_norm, communicator: as in `LocalOptimizer`; max_norm clips the mean gradient.
 
     Raises:
@@ -52,7 +52,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         *,
         accumulate: int = 1,
         scaling: Scaling | None = None,
-        buffers: str = "average",
+        buffers: Buffers = "average",
         budget: float | None = None,
         max_norm: float | None = None,
         communicator: Communicator | None = None,
@@ -129,8 +129,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
             # Under the gradients' name: a rank that is at a step meets this one there, and both get an error.
             self.communicator.sum_(digest, GRADIENTS)
             self._digest.check(digest.tolist())
-        if self._buffer_policy == "average":
-            self._average_buffers()
+        self._average_buffers(self._buffers_to_average())
 
     def _write_digest(self, digest: torch.Tensor, *, everything: bool = False) -> None:
         values = {
@@ -152,7 +151,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         mine = torch.stack([self._sqr_norm, self._loss_sum])
         self._reduce()
         # Everything that is wanted of a GPU is asked for first, and then read at once: a step waits for it once.
-        wanted = [self._scalars, mine, self._scale(flat, 1 / self._micro_batches_of_all)]
+        wanted = [self._scalars, mine, self._scale([flat], 1 / self._micro_batches_of_all)]
         if self._estimates:
             wanted.append(torch.dot(flat, flat).view(1))
         numbers = torch.cat(wanted).tolist()

@@ -104,7 +104,7 @@ def _refusal(name: str, num_classes: int, shape: tuple[int, int, int], batch_siz
         warnings.simplefilter("ignore")  # that a layer for what is left of such images has no weights
         model = build_model(name, num_classes, shape)
         try:
-            model(torch.empty(batch_size, channels, height, width))
+            model(torch.empty(batch_size, channels, height, width, dtype=torch.get_default_dtype(), device="meta"))
         except (RuntimeError, ValueError) as error:
             return " ".join(str(error).split())
     return None

@@ -62,7 +62,7 @@ def test_models_that_cannot_be_averaged_are_refused(comm):
         local(lazy)
     model = torch.nn.BatchNorm1d(3)
     model.running_mean = model.running_mean.double()
-    with pytest.raises(ValueError, match=r"buffer 'running_mean' is torch.float64.*buffers='local'"):
+    with pytest.raises(ValueError, match=r"buffer 'running_mean' is torch.float64.*buffers={'running_mean': 'local'}"):
         local(model)
     local(model, buffers="local")
 

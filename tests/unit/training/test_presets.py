@@ -92,7 +92,7 @@ def test_optimizer_gets_the_method(monkeypatch):
         config(method=method, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), budget=70, epoch=10
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm) == (3, 70, 2.0)
-    assert (optimizer._momentum_policy, optimizer._buffer_policy, optimizer._rate_for_period) == (
+    assert (optimizer._momentum_policy, optimizer._buffers, optimizer._rate_for_period) == (
         "average",
         "local",
         "base",
@@ -101,7 +101,7 @@ def test_optimizer_gets_the_method(monkeypatch):
     optimizer = build_optimizer(
         config(method=acc, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), budget=70, epoch=10
     )
-    assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm, optimizer._buffer_policy) == (
+    assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm, optimizer._buffers) == (
         5,
         70,
         2.0,
