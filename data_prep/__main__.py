@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from data_prep import cifar10, cifar100, digits, imagenet, imagenet32, synthetic
+from data_prep import cifar10, cifar100, digits, folder, imagenet, imagenet32, synthetic
 from data_prep.progress import ProgressBar
 from data_prep.source import Source
 from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, Communicator, init, launched_size
@@ -85,10 +85,10 @@ def _verify(
 
 def _write(arguments: argparse.Namespace, communicator: Communicator | None, talks: bool) -> None:
     team = Team(communicator)
-    if arguments.command == "imagenet":
+    if arguments.command in ("folder", "imagenet"):
         team.together(lambda: _check_outside(arguments.output, arguments.source), "data.output")
     source: Source = arguments.load(arguments, team)
-    if arguments.command == "imagenet":
+    if arguments.command in ("folder", "imagenet"):
         for split in source.splits:
             team.together(partial(_check_outside, arguments.output / split, arguments.source), "data.output")
     if talks:
@@ -215,38 +215,63 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
         lambda arguments, team: _local(team, partial(imagenet32.load, arguments.source)),
     )
     source(command, "directory with train_data_batch_1 …, val_data and, for class names, map_clsloc.txt")
+
+    def tree(command: argparse.ArgumentParser) -> None:
+        source(command, "directory that holds train/<class>/… and val/<class>/…, or just <class>/…")
+        command.add_argument(
+            "--splits",
+            nargs="+",
+            default=(),
+            metavar="NAME[=FOLDER]",
+            help="splits and the folders of the source that hold them (default: those of train, val and test that there are; "
+            "else the source itself is train)",
+        )
+        command.add_argument(
+            "--resize",
+            type=int,
+            metavar="PIXELS",
+            help="reduce the short side of larger images to this and encode them anew (default: keep the files as they are)",
+        )
+        command.add_argument(
+            "--quality", type=int, default=90, help="JPEG quality with --resize, 1 to 100 (default: %(default)s)"
+        )
+        command.add_argument(
+            "--bad",
+            choices=("refuse", "skip"),
+            default="refuse",
+            help="files that cannot be decoded: refuse the data set after all have been tried, or leave them out; "
+            "<output>/<split>/bad_files.txt lists them either way (default: %(default)s)",
+        )
+
     command = add(
         "imagenet",
-        "ImageNet, or any other tree of JPEG and PNG files with a folder per class",
+        "ImageNet, or any other tree of JPEG and PNG files with a folder per class, as JPEG files",
         lambda arguments, team: imagenet.load(
             arguments.source, arguments.splits, arguments.resize, arguments.quality, team
         ),
     )
-    source(command, "directory that holds train/<class>/… and val/<class>/…, or just <class>/…")
-    command.add_argument(
-        "--splits",
-        nargs="+",
-        default=(),
-        metavar="NAME[=FOLDER]",
-        help="splits and the folders of the source that hold them (default: those of train, val and test that there are; "
-        "else the source itself is train)",
+    tree(command)
+    command = add(
+        "folder",
+        "any tree of image files with a folder per class, as pixels without loss if they have one size, else as JPEG files",
+        lambda arguments, team: folder.load(
+            arguments.source,
+            arguments.splits,
+            arguments.images,
+            arguments.resize,
+            arguments.quality,
+            arguments.bad == "skip",
+            team,
+        ),
     )
     command.add_argument(
-        "--resize",
-        type=int,
-        metavar="PIXELS",
-        help="reduce the short side of larger images to this and encode them anew (default: keep the files as they are)",
+        "--images",
+        choices=("auto", "raw", "jpeg"),
+        default="auto",
+        help="raw: pixels, of files of one size; jpeg: JPEG files, as imagenet makes them; auto: raw if all are PNG or BMP files "
+        "of one size, unless --resize or --bad skip is given (default: %(default)s)",
     )
-    command.add_argument(
-        "--quality", type=int, default=90, help="JPEG quality with --resize, 1 to 100 (default: %(default)s)"
-    )
-    command.add_argument(
-        "--bad",
-        choices=("refuse", "skip"),
-        default="refuse",
-        help="files that cannot be decoded: refuse the data set after all have been tried, or leave them out; "
-        "<output>/<split>/bad_files.txt lists them either way (default: %(default)s)",
-    )
+    tree(command)
     command = add(
         "synthetic",
         "images made of numbers: a pattern per class under noise, for trying things out",

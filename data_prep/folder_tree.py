@@ -27,13 +27,16 @@ class Listing:
     ignored: list[str] = field(default_factory=list)
 
 
-def list_tree(root: Path, splits: Sequence[str]) -> tuple[tuple[str, ...], dict[str, Listing]]:
+def list_tree(
+    root: Path, splits: Sequence[str], extensions: tuple[str, ...] = EXTENSIONS
+) -> tuple[tuple[str, ...], dict[str, Listing]]:
     """List the images of a tree.
 
     Args:
         root: holds ``train/<class>/…``, ``val/<class>/…``, or only ``<class>/…``.
         splits: names of splits, which are folders of ``root``, or NAME=FOLDER; none: those of train, val and test that
             there are, and if there is none, the tree itself as "train".
+        extensions: of the names of images, in lower case; other files are ignored.
 
     Returns:
         The class names, sorted, and the files of each split. Class names are those of the first split; the others may lack
@@ -62,7 +65,7 @@ def list_tree(root: Path, splits: Sequence[str]) -> tuple[tuple[str, ...], dict[
                 f"{root / folder} has {len(unknown)} classes that {next(iter(folders))} does not have ({unknown[0]}, …); "
                 "make the folders agree"
             )
-        listings[split] = _list_split(root, folder, found, classes)
+        listings[split] = _list_split(root, folder, found, classes, extensions)
     return classes, listings
 
 
@@ -86,20 +89,22 @@ def _class_folders(directory: Path) -> list[str]:
     return found
 
 
-def _list_split(root: Path, folder: str, found: Sequence[str], classes: Sequence[str]) -> Listing:
+def _list_split(
+    root: Path, folder: str, found: Sequence[str], classes: Sequence[str], extensions: tuple[str, ...]
+) -> Listing:
     listing = Listing()
     listing.ignored += [entry.name for entry in os.scandir(root / folder) if entry.is_file() and entry.name[:1] != "."]
     for name in found:
         files: list[tuple[str, int]] = []
         for path in _walk(root / folder / name):
             relative = os.path.relpath(path, root)
-            if path.lower().endswith(EXTENSIONS):
+            if path.lower().endswith(extensions):
                 files.append((relative, _file_size(path)))
             else:
                 listing.ignored.append(relative)
         if not files:
             raise ValueError(
-                f"{root / folder / name} holds no images ({', '.join(EXTENSIONS)}); fill or remove the folder"
+                f"{root / folder / name} holds no images ({', '.join(extensions)}); fill or remove the folder"
             )
         for relative, size in sorted(files):
             listing.files.append(relative)

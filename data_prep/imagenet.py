@@ -6,7 +6,7 @@ folders in sorted order, as in torchvision's ImageFolder; the source index count
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +37,40 @@ def load(
         FileNotFoundError, ValueError: as ``list_tree``; or an option is out of range, or a library is missing.
     """
     team = team or Team()
+    check_encoding(resize, quality)
+    versions = team.together(jpeg_versions, "data.libraries")
+    classes, listings = team.first(lambda: list_tree(source, splits), "data.list")
+    return jpeg_source("imagenet", source, classes, listings, resize, quality, versions)
+
+
+def check_encoding(resize: int | None, quality: int) -> None:
+    """Raises ValueError for options that are out of range."""
     if resize is not None and resize < 8:
         raise ValueError(f"--resize {resize} is too small; it is the short side in pixels, for instance 256")
     if not 1 <= quality <= 100:
         raise ValueError(f"--quality {quality} is out of range; choose 1 to 100, for instance 90")
-    versions = team.together(jpeg_versions, "data.libraries")
-    classes, listings = team.first(lambda: list_tree(source, splits), "data.list")
-    preparation: dict[str, Any] = {"data_set": "imagenet", "conversion_quality": CONVERSION_QUALITY}
+
+
+def jpeg_source(
+    data_set: str,
+    source: Path,
+    classes: tuple[str, ...],
+    listings: Mapping[str, Listing],
+    resize: int | None,
+    quality: int,
+    versions: Mapping[str, str],
+) -> Source:
+    """The files of a tree as JPEG files.
+
+    Args:
+        data_set: name of the data set, for the manifest.
+        source, resize, quality: see ``load``.
+        classes, listings: see ``list_tree``.
+        versions: of the libraries that decode and encode.
+    """
+    preparation: dict[str, Any] = {"data_set": data_set, "conversion_quality": CONVERSION_QUALITY}
     if resize is not None:
         preparation |= {"resize": resize, "quality": quality}
-    remarks = []
-    for name, listing in listings.items():
-        if listing.ignored:
-            others = f"{len(listing.ignored)} file{'s' if len(listing.ignored) > 1 else ''}"
-            remarks.append(f"{name}: {others} of other kinds ignored, for instance {listing.ignored[0]}")
     return Source(
         classes,
         {
@@ -60,14 +80,24 @@ def load(
                 _size(listing, resize),
                 listing.files,
                 # What a file is turned into depends on the libraries only where pixels are encoded anew.
-                _identity(listing, {**preparation, **versions} if resize is not None else preparation),
+                identity(listing, {**preparation, **versions} if resize is not None else preparation),
             )
             for name, listing in listings.items()
         },
         "jpeg",
         preparation,
-        remarks,
+        remarks_of(listings),
     )
+
+
+def remarks_of(listings: Mapping[str, Listing]) -> list[str]:
+    """What the user should be told of files that are left out."""
+    remarks = []
+    for name, listing in listings.items():
+        if listing.ignored:
+            others = f"{len(listing.ignored)} file{'s' if len(listing.ignored) > 1 else ''}"
+            remarks.append(f"{name}: {others} of other kinds ignored, for instance {listing.ignored[0]}")
+    return remarks
 
 
 def _size(listing: Listing, resize: int | None) -> int:
@@ -77,7 +107,8 @@ def _size(listing: Listing, resize: int | None) -> int:
     return min(total, int(len(listing.files) * resize * resize * 4 / 3 * _ENCODED_BYTES_PER_PIXEL))
 
 
-def _identity(listing: Listing, preparation: dict[str, Any]) -> str:
+def identity(listing: Listing, preparation: Mapping[str, Any]) -> str:
+    """What identifies the content of a split: names and sizes of its files, and what is done to them."""
     # No times of change: they differ between copies of one tree, and a tree that was touched is not another data set.
     content = json.dumps([listing.files, listing.sizes, preparation], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.raw_files import read_file
 from hvdlocal.data.jpeg_check import decode_usual, is_usual, jpeg_libraries, open_with_pillow, to_rgb
 from hvdlocal.data.writer import JpegSample
 
@@ -41,15 +42,7 @@ class JpegFiles:
 
     def __getitem__(self, index: int) -> JpegSample:
         """File ``index``. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read."""
-        path = self._root / self._paths[index]
-        if self._sizes[index] < 0:
-            path.stat()  # says what is wrong with a link that leads nowhere
-            raise ValueError("is not a regular file")  # reading it might never end
-        content = path.read_bytes()
-        if len(content) != self._sizes[index]:
-            raise OSError(f"{path} had {self._sizes[index]} bytes when it was listed and has {len(content)} now")
-        if not content:
-            raise ValueError("is empty")
+        content = read_file(self._root, self._paths[index], self._sizes[index])
         if self._resize is None:
             what = _foreign(content)
             if not what:

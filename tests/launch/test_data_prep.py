@@ -53,6 +53,26 @@ def test_bad_files_are_told_once_and_left_out_alike(tmp_path):
     assert content(tmp_path / "three") == content(tmp_path / "one")
 
 
+def test_a_tree_of_pixels_is_the_same_for_any_number_of_ranks(tmp_path):
+    np, image = pytest.importorskip("numpy"), pytest.importorskip("PIL.Image")
+    for i in range(90):
+        file = tmp_path / "tree" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.fromarray(np.full((6, 5), i, np.uint8)).save(file)
+    arguments = [*PREP, "folder", "--source", str(tmp_path / "tree"), "--shards", "4", "--output"]
+    assert launch(*arguments, str(tmp_path / "one")).code == 0
+    result = mpirun(3, *arguments, str(tmp_path / "three"))
+    assert result.code == 0, result.err
+    assert result.err.count("stored as pixels, 5x6 pixels, gray") == 1
+    assert content(tmp_path / "three") == content(tmp_path / "one")
+    (tmp_path / "tree" / "a" / "8.png").write_bytes(b"no picture")
+    result = mpirun(3, *arguments, str(tmp_path / "bad"))
+    assert result.code == 2
+    assert (
+        result.err.count("1 of the files cannot be stored as pixels (a/8.png is not an image of a known format)") == 1
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

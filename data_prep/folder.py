@@ -1,0 +1,133 @@
+"""Any tree of image files with one folder per class: as pixels, without loss, or as JPEG files.
+
+Pixels are kept (``--images raw``) of PNG and BMP files, and of JPEG files as they are decoded, if all have one size. The data set
+is gray if all files are. Without ``--images`` a tree of PNG and BMP files of one size is stored so, and any other as JPEG files,
+by the rules of imagenet.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data_prep.folder_tree import EXTENSIONS, Listing, list_tree
+from data_prep.imagenet import check_encoding, identity, jpeg_source, remarks_of
+from data_prep.raw_files import LOSSLESS, Header, RawFiles, read_file, read_header
+from data_prep.source import Source, image_split
+from hvdlocal.data.jpeg_check import jpeg_versions
+from hvdlocal.data.team import Team
+
+Choice = Literal["auto", "raw", "jpeg"]
+
+
+def load(
+    source: Path,
+    splits: Sequence[str] = (),
+    images: Choice = "auto",
+    resize: int | None = None,
+    quality: int = 90,
+    skip_bad: bool = False,
+    team: Team | None = None,
+) -> Source:
+    """List a tree of images; a collective of the team, whose ranks share out the looking at headers.
+
+    Args:
+        source: root of the tree.
+        splits: see ``list_tree``.
+        images: how they are stored; "auto" is "raw" for files of a lossless format and of one size, else "jpeg".
+        resize, quality: see ``imagenet.load``; only for JPEG files.
+        skip_bad: whether files that cannot be used are to be left out; only for JPEG files.
+        team: ranks that will write the shards.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``list_tree``; or the files cannot be stored as wished; the message names one.
+    """
+    team = team or Team()
+    check_encoding(resize, quality)
+    if images == "raw" and (resize is not None or skip_bad):
+        option = "--bad skip" if resize is None else f"--resize {resize}"
+        raise ValueError(f"{option} is for JPEG files; leave it out, or use --images jpeg")
+    versions = team.together(jpeg_versions, "data.libraries")
+    classes, listings = team.first(lambda: list_tree(source, splits, (*EXTENSIONS, ".bmp")), "data.list")
+    if images == "jpeg" or resize is not None or skip_bad:
+        return jpeg_source("folder", source, classes, listings, resize, quality, versions)
+    headers, bad = _headers(source, listings, team, all_of_them=images == "raw")
+    first = next(iter(headers.values()), None)
+    if images == "auto" and (reason := _why_not_raw(headers)):
+        remark = f"stored as JPEG files, since {reason}; --images raw stores pixels, of files of one size"
+        made = jpeg_source("folder", source, classes, listings, resize, quality, versions)
+        return replace(made, remarks=[remark, *made.remarks])
+    if bad:
+        raise ValueError(
+            f"{len(bad)} of the files cannot be stored as pixels ({'; '.join(bad[:3])}{'; …' if len(bad) > 3 else ''}); "
+            "mend or remove them, or store JPEG files (--images jpeg)"
+        )
+    assert first is not None  # a folder without files is refused
+    for name, header in headers.items():
+        if header.size != first.size:
+            raise ValueError(
+                f"{source / name} has {header.size}, {source / next(iter(headers))} has {first.size}; bring all to one size, or "
+                "store JPEG files (--images jpeg)"
+            )
+    channels = max(header.channels for header in headers.values())
+    shape = (first.height, first.width, channels)
+    preparation = {"data_set": "folder", "images": "raw", "channels": channels}
+    if any(header.kind == "JPEG" for header in headers.values()):
+        preparation |= versions
+    kind = "gray" if channels == 1 else "colour"
+    return Source(
+        classes,
+        {
+            name: image_split(
+                RawFiles(source, listing.files, listing.sizes, shape),
+                np.array(listing.labels, np.int64),
+                identity(listing, preparation),
+            )
+            for name, listing in listings.items()
+        },
+        preparation=preparation,
+        remarks=[f"stored as pixels, {first.size}, {kind}", *remarks_of(listings)],
+    )
+
+
+def _headers(
+    source: Path, listings: dict[str, Listing], team: Team, all_of_them: bool
+) -> tuple[dict[str, Header], list[str]]:
+    """The headers of the files by name, in their order, and what is wrong with files that have none; a collective.
+
+    Without `all_of_them` each rank stops at the first JPEG file, of which one is enough to decide.
+    """
+    files = [pair for listing in listings.values() for pair in zip(listing.files, listing.sizes, strict=True)]
+
+    def look() -> tuple[dict[str, Header], list[str]]:
+        found, bad = {}, []
+        for name, size in files[team.rank :: team.size]:
+            try:
+                found[name] = read_header(read_file(source, name, size))
+            except ValueError as error:
+                bad.append(f"{name} {error}")
+                continue
+            except OSError as error:
+                bad.append(f"{name} cannot be read ({error.strerror or error})")
+                continue
+            if found[name].kind == "JPEG" and not all_of_them:
+                break
+        return found, bad
+
+    parts = team.gather(team.together(look, "data.look"), "data.headers")
+    together = {name: header for found, _ in parts for name, header in found.items()}
+    return {name: together[name] for name, _ in files if name in together}, [line for _, bad in parts for line in bad]
+
+
+def _why_not_raw(headers: dict[str, Header]) -> str:
+    """Why the files are not stored as pixels unless that is asked for; empty if they are."""
+    first = next(iter(headers.items()), None)
+    for name, header in headers.items():
+        if header.kind not in LOSSLESS:
+            return f"{name} is a {header.kind} file"
+        assert first is not None
+        if header.size != first[1].size:
+            return f"{name} has {header.size} and {first[0]} has {first[1].size}"
+    return ""
