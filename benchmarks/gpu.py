@@ -197,6 +197,9 @@ def memory(place: Place) -> None:
         print("\nMemory is counted on a GPU; for the CPU see benchmarks/local_step.py.")
         return
     name, shape = next(iter(place.models().items()))
+    one = torch.ones(1, 1, 1, device=place.device)
+    torch.bmm(one, one)  # the libraries' own workspace is nobody's
+    torch.dot(one.view(1), one.view(1))
     head(f"{name}, SGD with momentum", "allocated, × parameters", "more than bare", "an averaging needs more, MB")
     bare = 0.0
     for option, settings in {"bare SGD": None, **OPTIONS}.items():

@@ -124,15 +124,16 @@ class Report:
         timer = threading.Timer(max(0.0, deadline - time.monotonic()), os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         assert process.stdout is not None
+        apart = True
         for line in process.stdout:
             with self._lock:
                 self._log.write(f"{stage.name}: {line}")
                 self._log.flush()
             if re.search(stage.keep, line):
-                if not stage.lines or line.startswith("|") != stage.lines[-1].startswith("|"):
-                    stage.lines.append("")
+                stage.lines += [""] if apart or not stage.lines else []
                 stage.lines.append(line.rstrip())
                 self._write()
+            apart = not line.strip()
         code = process.wait()
         timer.cancel()
         return None if code == -signal.SIGKILL and time.monotonic() >= deadline else code
