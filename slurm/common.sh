@@ -63,6 +63,12 @@ export PYTHONFAULTHANDLER=1                         # a crash in a library says 
 # The bare id of an array's last task is that of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-${SLURM_JOB_ID:-}}
+restarts=${SLURM_RESTART_COUNT:-0}
+max_restarts=${HVDLOCAL_MAX_RESTARTS:-30}
+if [[ ! $max_restarts =~ ^[0-9]+$ ]]; then
+  say "HVDLOCAL_MAX_RESTARTS=$max_restarts: a whole number is needed"
+  exit 2
+fi
 failure_log=$PWD/hvdlocal-$job.failures
 
 # The trainer stops in time by it. Older versions of Slurm do not set it; a job without a limit has none.
@@ -79,7 +85,7 @@ fi
 # A job that is cancelled leaves them on its other nodes, to the site's epilog.
 nodes=${SLURM_JOB_NUM_NODES:-1}
 on_each_node=(srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cpus" --kill-on-bad-exit=1)
-private=hvdlocal-mpi-${job:-none}
+private=hvdlocal-mpi-${job:-$$}
 own_files=${TMPDIR:-/tmp}/$private-$RANDOM$RANDOM
 own_memory=/dev/shm/$private-$RANDOM$RANDOM
 
@@ -88,7 +94,7 @@ everywhere() { # runs bash with these arguments on every node
 }
 make_private() {
   # shellcheck disable=SC2016
-  everywhere -c 'rm -rf "${1%-*}"-* "${2%-*}"-*; mkdir -p -m 700 "$1" "$2"' bash "$own_files" "$own_memory" || return 0
+  everywhere -c 'rm -rf "${1%-*}"-* "${2%-*}"-* 2>/dev/null; mkdir -p -m 700 "$1" "$2"' bash "$own_files" "$own_memory" || return 0
   local name
   for name in OMPI_MCA_orte_tmpdir_base PRTE_MCA_prte_tmpdir_base; do export "$name=${!name:-$own_files}"; done
   for name in OMPI_MCA_btl_{vader,sm}_backing_directory; do export "$name=${!name:-$own_memory}"; done
@@ -170,8 +176,8 @@ finish() {
   if [[ -n $failed ]] && ((lasted < soon)); then note_failure; else forget_failures; fi
   if [[ -z $job ]]; then
     say "not in a Slurm job: start it again by hand"
-  elif [[ -n $failed ]] && ((${SLURM_RESTART_COUNT:-0} >= ${HVDLOCAL_MAX_RESTARTS:-30})); then
-    say "started again $SLURM_RESTART_COUNT times already (HVDLOCAL_MAX_RESTARTS): not once more"
+  elif [[ -n $failed ]] && ((restarts >= max_restarts)); then
+    say "started again $restarts times already (HVDLOCAL_MAX_RESTARTS): not once more"
     forget_failures
   elif (($(failures) >= 3)); then
     say "failed three times in a row within $soon s of its start: not started again"
@@ -188,7 +194,7 @@ finish() {
 failures() { if [[ -n $job && -f $failure_log ]]; then wc -l <"$failure_log"; else echo 0; fi; }
 note_failure() {
   if [[ -n $job ]]; then
-    echo "$(date +%FT%T) start $((${SLURM_RESTART_COUNT:-0} + 1)) failed with exit code $code after $lasted s" >>"$failure_log" || true
+    echo "$(date +%FT%T) start $((restarts + 1)) failed with exit code $code after $lasted s" >>"$failure_log" || true
   fi
 }
 forget_failures() { if [[ -n $job ]]; then rm -f "$failure_log" || true; fi; }
@@ -204,4 +210,4 @@ requeue() {
 
 make_private
 say "job ${job:-none}: $tasks ranks on ${SLURM_JOB_NODELIST:-this machine}, $OMP_NUM_THREADS threads each," \
-  "start $((${SLURM_RESTART_COUNT:-0} + 1))"
+  "start $((restarts + 1))"

@@ -198,12 +198,21 @@ def test_a_directory_that_cannot_be_written(node):
     assert all(chain.start("exit 14")[0] for _ in range(4))
 
 
-def test_the_limit_of_restarts_can_be_set(node):
-    variables = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "3", "HVDLOCAL_MAX_RESTARTS": "3"}
-    code, said = node.run("cpu", "run.yaml", launcher="exit 4", **variables)
+@pytest.mark.parametrize(("limit", "restarts"), [(3, {"SLURM_RESTART_COUNT": "3"}), (0, {})])
+def test_the_limit_of_restarts_can_be_set(node, limit, restarts):
+    code, said = node.run(
+        "cpu", "run.yaml", launcher="exit 4", SLURM_JOB_ID="7", HVDLOCAL_MAX_RESTARTS=str(limit), **restarts
+    )
     assert code == 4
     assert node.noted("scontrol") == []
-    assert "started again 3 times already" in said
+    assert f"started again {limit} times already" in said
+
+
+def test_a_limit_that_is_no_number(node):
+    code, said = node.run("cpu", "run.yaml", launcher="exit 4", SLURM_JOB_ID="7", HVDLOCAL_MAX_RESTARTS="many")
+    assert code == 2
+    assert "HVDLOCAL_MAX_RESTARTS=many: a whole number is needed" in said
+    assert node.noted("mpirun") == node.noted("scontrol") == []
 
 
 @pytest.mark.parametrize("template", ["cpu", "gpu-nodes-srun"])
