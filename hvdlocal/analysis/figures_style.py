@@ -87,6 +87,15 @@ def data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+MOST_SIGNS = 60
+
+
+def verbatim(text: str) -> str:
+    """Text for a figure as it stands: a $ would begin a formula, and control characters make no valid SVG."""
+    shown = text if len(text) <= MOST_SIGNS else f"{text[: MOST_SIGNS // 2]}…{text[-MOST_SIGNS // 2 :]}"
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in shown).replace("$", r"\$")
+
+
 def powers_axis(axes: Axes, which: str, values: Sequence[int]) -> None:
     """A logarithmic axis to base 2, with one labelled tick for each of the values."""
     getattr(axes, f"set_{which}scale")("log", base=2)

@@ -5,20 +5,20 @@ Works on a run that goes on, one that ended, one that was interrupted, and on fi
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import yaml
+
+from hvdlocal.careful import from_json, from_yaml, read_lines, read_text
+from hvdlocal.terminal import plain
 
 Column = npt.NDArray[np.float64]
 
@@ -26,12 +26,21 @@ SILENCE_SECONDS = 120.0
 """A run without an end counts as interrupted when its record has not grown for so long, nor for ten of its own log intervals,
 nor for three times its longest pause so far: an evaluation may take long."""
 
+LARGEST = 1e100
+"""Larger numbers are no statistics of a run, and are read like NaN."""
+
+MOST_BYTES = 1 << 24
+"""Of config.yaml and environment.json, which lists the hosts of all ranks."""
+
+MOST_BYTES_OF_A_RECORD = 1 << 20
+
 _NEEDED = {
     "steps": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent"),
     "round": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent", "round"),
     "evaluation": ("progress", "epoch", "data_epoch", "elapsed_seconds", "loss", "accuracy"),
     "end": ("steps", "micro_batches", "bytes_sent", "data_parallel_bytes", "seconds"),
 }
+_SPENT = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
 
 
 class State(Enum):
@@ -140,16 +149,21 @@ class Run:
     def seconds(self) -> dict[str, float]:
         """Seconds of rank 0 so far: elapsed, computing, averaging, waiting_for_data, evaluating. Empty before the first line."""
         if self.end is not None:
-            return {name: float(value) for name, value in self.end["seconds"].items()}
-        names = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
-        found = {name: self.steps.last(f"{name}_seconds") for name in names}
+            return {name: float(self.end["seconds"][name]) for name in _SPENT}
+        found = {name: self.steps.last(f"{name}_seconds") for name in _SPENT}
         return {name: value for name, value in found.items() if value is not None}
 
     @property
     def measured_m(self) -> float | None:
         """Time of one averaging over computing time of one micro-batch, waits for the slowest rank included (m of Eq. 16)."""
         spent, averagings, batches = self.seconds, self.num_averagings, self.num_steps * self.accumulate
-        if self.num_workers == 1 or not averagings or not batches or not spent.get("computing"):
+        if (
+            self.num_workers == 1
+            or not averagings
+            or not batches
+            or not spent.get("computing")
+            or "averaging" not in spent
+        ):
             return None
         return (spent["averaging"] / averagings) / (spent["computing"] / batches)
 
@@ -157,7 +171,8 @@ class Run:
         """Bytes that rank 0 had sent for training after so many optimizer steps, interpolated between two records."""
         known = {0.0: 0.0}
         for series in (self.steps, self.rounds):
-            known |= dict(zip(series["step"].tolist(), series["bytes_sent"].tolist(), strict=True))
+            sent = zip(series["step"].tolist(), series["bytes_sent"].tolist(), strict=True)
+            known |= {step: count for step, count in sent if not math.isnan(count)}
         at = sorted(known)
         return np.interp(steps, at, [known[step] for step in at])
 
@@ -169,15 +184,24 @@ def read_run(directory: Path | str) -> Run:
         ValueError: it is no run's directory, or a file in it is damaged; the message says which and what to do.
     """
     directory = Path(directory)
+    try:
+        return _read_run(directory)
+    except OSError as error:  # a file that goes away while it is read, for one
+        raise ValueError(f"{directory} cannot be read: {plain(error)}") from error
+
+
+def _read_run(directory: Path) -> Run:
     _check(directory)
     config = _mapping(directory / "config.yaml")
     environment = _mapping(directory / "environment.json")
-    for name, found in (
-        ("config.yaml", isinstance(config.get("method"), dict) and "log_every_seconds" in config),
-        ("environment.json", "ranks" in environment),
+    for name, mistake in (
+        ("config.yaml", _mistake_in_config(config)),
+        ("environment.json", None if _is_count(environment.get("ranks")) else "ranks"),
     ):
-        if not found:
-            raise ValueError(f"{directory / name} was not written by hvdlocal train: {directory} is not a run")
+        if mistake:
+            raise ValueError(
+                f"{directory / name} was not written by hvdlocal train, whose {mistake} is otherwise: {directory} is not a run"
+            )
     records, torn = _read_lines(directory / "metrics.jsonl")
     notes = _resumptions(directory / "attempts.jsonl")
     if torn:
@@ -214,48 +238,78 @@ def _check(directory: Path) -> None:
 
 
 def _mapping(path: Path) -> dict[str, Any]:
+    text = read_text(path, MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is damaged ({' '.join(str(error).split())}): copy it again") from error
+        found = from_json(text) if path.suffix == ".json" else from_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is empty or damaged: copy it again")
     return found
 
 
+def _mistake_in_config(config: Mapping[str, Any]) -> str | None:
+    """The first setting that is needed here, and is absent or is not what `hvdlocal train` writes."""
+    method = config.get("method")
+    method = method if isinstance(method, dict) else {}
+    period = method.get("period")
+    period = period if isinstance(period, dict) else {}
+    checks = {
+        "epochs": _number(config.get("epochs")) > 0,
+        "log_every_seconds": _number(config.get("log_every_seconds")) >= 0,
+        "method.preset": _is_word(method.get("preset")),
+        "method.accumulate": _is_count(method.get("accumulate")),
+        "method.period.rule": _is_word(period.get("rule")),
+        "method.period.period": _is_count(period.get("period")),
+    }
+    for name in ("h_base", "max_period"):
+        checks[f"method.period.{name}"] = name in period and (period[name] is None or _is_count(period[name]))
+    for name in ("alpha", "exponent"):
+        checks[f"method.period.{name}"] = name in period and (period[name] is None or _is_number(period[name]))
+    return next((name for name, holds in checks.items() if not holds), None)
+
+
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
     """The records, and whether the last line was torn, as that of a running or a killed job may be."""
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
     records: list[dict[str, Any]] = []
+    broken: tuple[int, ValueError] | None = None
     step = 0
-    for number, line in lines:
+    for number, line in enumerate(read_lines(path, MOST_BYTES_OF_A_RECORD), 1):
+        if not line.strip():
+            continue
+        if broken is not None:  # and so it was not the last one
+            break
         try:
-            record = json.loads(line, parse_constant=_refuse)
+            record = from_json(line)
         except ValueError as error:
-            if number == lines[-1][0]:
-                return records, True
-            raise ValueError(f"{path}, line {number} is damaged ({error}): copy the file again") from error
-        mistake = _mistake(record, step)
-        if mistake:
+            broken = number, error
+            continue
+        if mistake := _mistake(record, step):
             raise ValueError(f"{path}, line {number}: {mistake}")
         step = record["step"]
         records.append(record)
-    return records, False
+    else:
+        return records, broken is not None
+    number, reason = broken
+    raise ValueError(f"{path}, line {number} is damaged ({reason}): copy the file again") from reason
 
 
 def _mistake(record: Any, step_before: int) -> str | None:
-    if (
-        not isinstance(record, dict)
-        or not isinstance(record.get("kind"), str)
-        or not isinstance(record.get("step"), int)
-    ):
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not _is_step(record.get("step")):
         return "no record of hvdlocal train, which has a kind and a step"
-    missing = [name for name in _NEEDED.get(record["kind"], ()) if name not in record]
-    if missing:
-        return (
-            f"a record of kind {record['kind']!r} without {', '.join(missing)}: read it with the version that wrote it"
-        )
+    kind = record["kind"]
+    needed = _NEEDED.get(kind, ())
+    if missing := [name for name in needed if name not in record]:
+        return f"a record of kind {kind!r} without {', '.join(missing)}: read it with the version that wrote it"
+    if kind == "end":
+        spent = record["seconds"]
+        odd = [name for name in needed if name != "seconds" and not _is_step(record[name])]
+        if not isinstance(spent, dict) or not all(math.isfinite(_number(spent.get(name))) for name in _SPENT):
+            odd.append("seconds")
+    else:
+        odd = [name for name in needed if record[name] is not None and not _is_number(record[name])] if needed else []
+    if odd:
+        return f"{odd[0]} of a record of kind {kind!r} is no such number as hvdlocal train writes: copy the file again"
     if record["step"] < step_before:
         return f"goes back from step {step_before} to {record['step']}: these are two runs in one file, keep one"
     return None
@@ -266,10 +320,13 @@ def _resumptions(path: Path) -> list[str]:
     if not path.exists():
         return []
     attempts = []
-    for line in path.read_bytes().splitlines():
-        with suppress(ValueError, KeyError, TypeError):  # a torn line
-            attempt = json.loads(line)
-            attempts.append(f"step {int(attempt['step']):,} on {int(attempt['ranks'])} ranks")
+    for line in read_lines(path, MOST_BYTES_OF_A_RECORD):
+        try:
+            attempt = from_json(line)
+        except ValueError:  # a torn line
+            continue
+        if isinstance(attempt, dict) and _is_step(attempt.get("step")) and _is_count(attempt.get("ranks")):
+            attempts.append(f"step {attempt['step']:,} on {attempt['ranks']} ranks")
     return [f"interrupted and resumed from {', '.join(attempts[1:])}"] if len(attempts) > 1 else []
 
 
@@ -280,19 +337,28 @@ def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]
     last_good = directory / "last_good.pt"  # written when a run diverges, just before its record is closed
     if last_good.exists() and written < last_good.stat().st_mtime + SILENCE_SECONDS:
         return State.DIVERGED
-    times = [record["elapsed_seconds"] for record in records if "elapsed_seconds" in record]
+    times = [_number(record.get("elapsed_seconds")) for record in records]
+    times = [seconds for seconds in times if math.isfinite(seconds)]
     pause = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
     silence = max(SILENCE_SECONDS, 10 * float(config["log_every_seconds"]), 3 * pause)
     return State.RUNNING if time.time() - written < silence else State.INTERRUPTED
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+
+def _is_count(value: Any) -> bool:
+    return _is_step(value) and 0 < value < 2**31
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= 40
+
+
 def _number(value: Any) -> float:
-    return float(value) if _is_number(value) else math.nan
+    return float(value) if _is_number(value) and abs(value) <= LARGEST else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Report:
-    """Runs, as they are drawn, and their figures."""
+    """Runs, as they are drawn, their figures, and why other directories are left out."""
 
     lines: list[Line]
     drawings: list[Drawing]
+    left_out: list[str]
 
     def html(self) -> str:
         """The page."""
@@ -45,6 +47,7 @@ class Report:
             rows=[_row(line) for line in self.lines],
             settings=_differing_settings(self.lines),
             configuration=yaml.safe_dump(self.lines[0].run.config, sort_keys=False) if len(self.lines) == 1 else None,
+            left_out=self.left_out,
             notes=[f"{line.name}: {note}." for line in self.lines for note in line.run.notes],
             drawings=[(drawing, data_uri(drawing.figure)) for drawing in self.drawings],
         )
@@ -66,19 +69,27 @@ def make_report(directories: Sequence[Path]) -> Report:
     """Reads runs and draws them.
 
     Args:
-        directories: of the runs; one given twice counts once.
+        directories: of the runs; one given twice counts once, and one that is no sound run is left out.
 
     Raises:
-        ValueError: one of them is no run, or none has recorded anything yet.
+        ValueError: none of them is a run, or none has recorded anything yet.
     """
-    runs = [read_run(directory) for directory in {path.resolve(): path for path in directories}.values()]
+    runs, left_out = [], []
+    for directory in {Path(os.path.realpath(path)): path for path in directories}.values():
+        try:
+            runs.append(read_run(directory))
+        except ValueError as error:
+            left_out.append(str(error))
+    if not runs:
+        others = f" (and {len(left_out) - 1} more that are no runs)" if len(left_out) > 1 else ""
+        raise ValueError(f"{left_out[0]}{others}")
     if not any(run.num_steps for run in runs):
         seconds = runs[0].config.get("log_every_seconds", "some")
         raise ValueError(
             f"{runs[0].directory}/metrics.jsonl has no records yet: a run writes the first after {seconds} s, try again then"
         )
     lines = draw_as(runs)
-    return Report(lines, draw([line for line in lines if line.run.num_steps]))
+    return Report(lines, draw([line for line in lines if line.run.num_steps]), left_out)
 
 
 def _row(line: Line) -> dict[str, Any]:
@@ -109,7 +120,7 @@ def _row(line: Line) -> dict[str, Any]:
             (bytes_text(sent) if run.num_workers > 1 else NONE, ""),
             (NONE if share is None else f"{100 * share:.1f}", ""),
             (NONE if m is None else f"{m:.2f}", ""),
-            (seconds_text(seconds["elapsed"]) if seconds else NONE, ""),
+            (seconds_text(seconds["elapsed"]) if "elapsed" in seconds else NONE, ""),
             (state, run.state.value),
         ],
     }

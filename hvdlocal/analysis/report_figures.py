@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.lines import Line2D
 
-from hvdlocal.analysis.figures_style import COLORS, Figure, fit_scale, new_figure, powers_axis, style
+from hvdlocal.analysis.figures_style import COLORS, Figure, fit_scale, new_figure, powers_axis, style, verbatim
 from hvdlocal.analysis.figures_units import BYTES, TIME, seconds_text, unit
 from hvdlocal.analysis.records import Column, Run
 from hvdlocal.analysis.report_lines import Line
@@ -52,7 +52,7 @@ def thin(x: Column, y: Column, points: int = POINTS) -> tuple[Column, Column]:
     x, y = x[known], y[known]
     if len(x) <= points or x[0] == x[-1]:
         return x, y
-    bins = np.minimum(((x - x[0]) / (x[-1] - x[0]) * points).astype(int), points - 1)
+    bins = np.clip((x - x[0]) / (x[-1] - x[0]) * points, 0, points - 1).astype(int)
     counts = np.bincount(bins, minlength=points)
     full = counts > 0
     return tuple(np.bincount(bins, values, points)[full] / counts[full] for values in (x, y))  # type: ignore[return-value]
@@ -170,7 +170,8 @@ def _gain_grid(lines: Sequence[Line]) -> Drawing | None:
         axes[i][0].set_ylabel("Gain ρ, or r/H")
         axes[i][0].set_ylim(0)
     found = {label: h for panel in axes.flat for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    figure.legend([found[preset] for preset in presets], presets, loc="outside upper left", ncols=len(presets))
+    handles, labels = [found[preset] for preset in presets], [verbatim(preset) for preset in presets]
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(presets))
     caption = (
         "As in Figs. 12 and 13 of Balles et al.: ρ of LocalAdaScale beside the effective gain r/H of AdaScale with H "
         "accumulated micro-batches. At most K."
@@ -204,7 +205,7 @@ def _time(lines: Sequence[Line]) -> Drawing | None:
         panel.annotate(
             seconds_text(line.run.seconds["elapsed"]), (101, y), va="center", fontsize=8, annotation_clip=False
         )
-    panel.set_yticks(at, [line.name for line in seen])
+    panel.set_yticks(at, [verbatim(line.name) for line in seen])
     panel.set(xlim=(0, 100), ylim=(-0.6, len(seen) - 0.4), xlabel="Share of the elapsed time [%]")
     panel.grid(False)
     figure.legend(loc="outside upper left", ncols=len(parts))
@@ -270,7 +271,7 @@ def _period_axis(panel: Axes, periods: Column) -> None:
 def _legend(figure: Figure, lines: Sequence[Line]) -> None:
     if len(lines) == 1:
         return
-    looks = {line.legend: line.legend_style for line in lines}
+    looks = {verbatim(line.legend): line.legend_style for line in lines}
     handles = [Line2D([], [], **look) for look in looks.values()]
     columns = max(1, int(11 * figure.get_figwidth()) // (8 + max(map(len, looks))))
     figure.legend(handles, list(looks), loc="outside upper left", ncols=columns)
@@ -296,6 +297,8 @@ def _noise_to_signal(run: Run) -> Column:
 def _accuracy_limits(curves: Sequence[Column]) -> tuple[float, float]:
     """All but the first quarter of each curve is inside, so that differences at the end can be seen."""
     late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
+    if not np.isfinite(late).any():
+        return 0.0, 100.0
     low, high = float(np.nanmin(late)), float(np.nanmax(late))
     room = max(0.05 * (high - low), 0.2)
     return max(0.0, low - room), high + room

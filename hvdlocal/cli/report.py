@@ -7,10 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvdlocal.directory import user_file
+from hvdlocal.terminal import warn
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Writes one page about one run or many."""
+    """Writes one page about one run or many.
+
+    Returns:
+        0; 2 when a directory is no sound run, and the page is about the others.
+    """
     parser = argparse.ArgumentParser(
         prog="hvdlocal report",
         description="Write one HTML page, with everything in it, about one run or many: running, finished or interrupted.",
@@ -27,11 +32,13 @@ def run(arguments: Sequence[str]) -> int:
     report = make_report(options.runs)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     with user_file(options.output) as file:
-        file.write(report.html().encode())
+        file.write(report.html().encode(errors="backslashreplace"))  # a name may hold what UTF-8 cannot encode
     print(
         f"{options.output}: {len(report.lines)} run{'s' if len(report.lines) > 1 else ''}, {len(report.drawings)} figures"
     )
     if options.png:
         for path in report.save_png(options.png):
             print(path)
-    return 0
+    for reason in report.left_out:
+        warn(f"left out: {reason}")
+    return 2 if report.left_out else 0
