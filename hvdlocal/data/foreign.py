@@ -65,7 +65,8 @@ def open_hdf5(
         raise ValueError("no HDF5 file was named; give at least one path")
     if channels not in CHANNEL_AXES:
         raise ValueError(f"channels is {channels!r}; choose 'auto', 'first' or 'last'")
-    source = _Source(tuple(paths), images, labels, None if classes is None else tuple(classes), channels)
+    names = images.strip("/"), labels.strip("/")
+    source = _Source(tuple(paths), *names, None if classes is None else tuple(classes), channels)
     return HDF5Dataset(source, communicator, storage, share, stream_bytes)
 
 

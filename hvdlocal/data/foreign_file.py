@@ -224,8 +224,12 @@ class _Inspection:
             obstacle = "virtual, put together from other data sets"
         elif properties.get_external_count():
             obstacle = "in raw files beside the HDF5 file"
-        elif layout != h5py.h5d.CONTIGUOUS or not plain:
+        elif layout == h5py.h5d.CHUNKED:
             obstacle = "chunked or compressed"
+        elif layout != h5py.h5d.CONTIGUOUS:
+            obstacle = "in the header of the file (compact)"
+        elif not plain:
+            obstacle = "of a type with unused bits"
         else:
             bounds = _unit_bounds(len(images), row_bytes, 1, BLOCK_BYTES)
             return Contiguous(self._path, int(images.id.get_offset()), data_bytes, bounds)

@@ -39,4 +39,6 @@ def no_class_numbers(dtype: np.dtype[Any], shape: tuple[int, ...] | None, count:
         return f"{found}: number the classes, as in names, labels = numpy.unique(labels, return_inverse=True)"
     if len(shape) == 1:
         return f"{found}: convert them, as in labels.astype(int)"
+    if len(shape) > 2:
+        return found
     return f"{found}: of one-hot rows, labels.argmax(axis=1) makes them, and these are not one-hot"

@@ -259,6 +259,26 @@ def test_the_odd_file_is_named(tmp_path):
         open_hdf5(paths)
 
 
+def test_compact_images_and_names_from_the_root(tmp_path):
+    images, labels = content(10, (5, 5))
+    compact = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    compact.set_layout(h5py.h5d.COMPACT)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        space = h5py.h5s.create_simple(images.shape)
+        h5py.Dataset(h5py.h5d.create(file.id, b"images", h5py.h5t.STD_U8LE, space, compact))[:] = images
+        file["labels"] = labels
+    dataset = open_hdf5(tmp_path / "a.h5", "/images", "/labels")
+    np.testing.assert_array_equal(dataset.take(np.arange(10))[..., 0], images)
+    with pytest.raises(
+        ValueError, match=r"'mmap' cannot read .*a\.h5 are in the header of the file \(compact\); write"
+    ):
+        open_hdf5(tmp_path / "a.h5", storage="mmap")
+    with pytest.raises(ValueError, match=r"a\.h5 holds /images as uint8 \(10, 5, 5\); integers, .* are needed$"):
+        open_hdf5(tmp_path / "a.h5", labels="/images")
+    with pytest.raises(ValueError, match=r"a\.h5 has no dataset /x; it has images, labels"):
+        open_hdf5(tmp_path / "a.h5", "/x")
+
+
 # -- axes --------------------------------------------------------------------------------------------------------------
 
 
