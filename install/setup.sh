@@ -77,8 +77,9 @@ if ! compgen -G "$wheels/horovod-*.whl" >/dev/null; then
       --wheel-dir "$wheels" "$(grep '^horovod==' constraints.txt)" >"$log" 2>&1 ||
     { tail -n 40 "$log" >&2; fail "Horovod did not build: the whole log is $log"; }
 fi
+# What Horovod needs comes first: pip would say of everything that is installed later that Horovod lacks it.
+pip install -c constraints.txt cffi cloudpickle packaging psutil pyyaml
 pip install --force-reinstall --no-deps "$wheels"/horovod-*.whl
-pip install -c constraints.txt cloudpickle psutil pyyaml packaging
 
 ingredients | sha256sum >"$stamp"
 say "done: .venv is ready (try: .venv/bin/hvdlocal doctor)"

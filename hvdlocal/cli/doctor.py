@@ -69,13 +69,27 @@ def packages() -> Iterator[Finding]:
     yield Finding("ok", "hvdlocal", f"{__version__} (Python {sys.version.split()[0]} at {sys.prefix})")
     cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield Finding("ok", "torch", f"{torch.__version__} ({cuda}), numpy {numpy.__version__}, h5py {h5py.__version__}")
-    try:
-        from hvdlocal.models.torchvision_import import import_torchvision
+    yield torchvision(torch.__version__)
 
-        yield Finding("ok", "torchvision", import_torchvision().__version__)
-    except (ImportError, RuntimeError) as error:
-        remedy = "pip install the torchvision that belongs to this torch; only its models are missing without it"
-        yield Finding("note", "torchvision", f"does not import: {error}", remedy)
+
+def torchvision(torch_version: str) -> Finding:
+    """Whether it loads: by itself, as a user's script imports it, or only as hvdlocal does."""
+    plainly = _python("import torchvision; print(torchvision.__version__)")
+    if isinstance(plainly, list):
+        return Finding("ok", "torchvision", plainly[-1])
+    remedy = f"pip install the torchvision that was built for torch {torch_version} (docs/install.md)"
+    within = _python(
+        "from hvdlocal.models.torchvision_import import import_torchvision; print(import_torchvision().__version__)"
+    )
+    if isinstance(within, list):
+        found = (
+            f"{within[-1]} fails at a plain `import torchvision` ({plainly}); hvdlocal's models work all the same, your own "
+            "scripts and other packages that import it do not"
+        )
+        return Finding("note", "torchvision", found, remedy)
+    return Finding(
+        "note", "torchvision", f"does not import: {plainly}", f"{remedy}; only its models are missing without it"
+    )
 
 
 def launcher() -> Iterator[Finding]:
