@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from hvdlocal.averaging.gain import Moment, NoScaling, Scaling
 from hvdlocal.averaging.period import PeriodRule, RoundStart
@@ -41,7 +41,7 @@ def plan_rounds(
     accumulate: int = 1,
     statistics: tuple[float, float] | None = None,
     stale: bool = True,
-    rate: str = "scaled",
+    rate: Literal["scaled", "base"] = "scaled",
 ) -> Iterator[Round]:
     """The rounds that `LocalOptimizer` makes of a run.
 

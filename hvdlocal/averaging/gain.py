@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 
 def gain_ratio(
@@ -172,7 +173,7 @@ class LocalAdaScale(Scaling):
 
     c: float = 1.0
     stale: bool = True
-    statistics: str = "sketch"
+    statistics: Literal["sketch", "exact"] = "sketch"
     sketch_size: int | None = None
     smoothing: float | None = None
     uses_statistics = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -80,12 +80,12 @@ class LocalOptimizer(ReplicaOptimizer):
         *,
         period: PeriodRule,
         scaling: Scaling | None = None,
-        momentum: str = "local",
+        momentum: Literal["local", "average", "reset"] = "local",
         buffers: Buffers = "average",
         accumulate: int = 1,
         budget: float | None = None,
         max_norm: float | None = None,
-        rate_for_period: str = "scaled",
+        rate_for_period: Literal["scaled", "base"] = "scaled",
         communicator: Communicator | None = None,
     ) -> None:
         scaling = scaling or NoScaling()

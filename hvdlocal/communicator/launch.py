@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.horovod_backend import HorovodCommunicator
@@ -19,7 +20,7 @@ class LaunchError(RuntimeError):
     """The launcher and the MPI library do not belong together."""
 
 
-def init(backend: str | None = None, *, timeout_seconds: float | None = None) -> Communicator:
+def init(backend: Literal["horovod", "mpi4py"] | None = None, *, timeout_seconds: float | None = None) -> Communicator:
     """Joins the ranks of this job. Call it once, before building the optimizer; a second call returns the same object.
 
     Args:
