@@ -135,7 +135,8 @@ class StoredSamples:
             ``out``, uint8 (n, H, W, C).
 
         Raises:
-            ValueError: the arguments do not fit, or the bytes read are damaged.
+            ValueError: the arguments do not fit, or the bytes read are damaged (a `DamagedDataError`).
+            OSError: the file system cannot read them.
         """
         image_shape = self.shape
         if image_shape is None:

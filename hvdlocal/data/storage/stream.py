@@ -145,7 +145,7 @@ class _Cache:
                 self._changed.wait(1)  # wakes up now and then so that signals are seen
         for entry in entries:
             if entry.error is not None:
-                kind = DamagedDataError if isinstance(entry.error, DamagedDataError) else ValueError
+                kind = next((kind for kind in (OSError, DamagedDataError) if isinstance(entry.error, kind)), ValueError)
                 raise kind(f"{self._describe([entry])} cannot be read: {entry.error}") from entry.error
         return [entry.data for entry in entries if entry.data is not None]
 

@@ -204,7 +204,7 @@ def test_errors_of_the_file_system_name_file_and_bytes(large, monkeypatch):
         ShardedDataset(large, storage="ram")
     with (
         ShardedDataset(large, storage="stream") as dataset,
-        pytest.raises(ValueError, match=rf"samples 0\.\.\d+ of the split cannot be read: .*{message}"),
+        pytest.raises(OSError, match=rf"samples 0\.\.\d+ of the split cannot be read: .*{message}"),
     ):
         dataset.take([0])
 
