@@ -1,4 +1,7 @@
-"""What a run says about itself while it trains: records in metrics.jsonl, and the line that a person sees."""
+"""What a run says about itself while it trains: records in metrics.jsonl, and the line that a person sees.
+
+The fields are those of docs/records.md: counts and seconds are totals since the start of the run in every kind of record.
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""docs/records.md has every field of every record, and no other; what it calls a total never falls."""
+
+import json
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_train_mistakes import Solo
+
+import hvdlocal
+from hvdlocal.cli import main
+
+PAGE = (Path(__file__).parents[3] / "docs" / "records.md").read_text(encoding="utf-8")
+
+
+def table(kind: str) -> dict[str, str]:
+    """The fields of a kind of record, each with how it is counted; empty where that is said elsewhere."""
+    below = re.split(rf"^## .*{kind}.*$", PAGE, maxsplit=1, flags=re.MULTILINE)[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in below.splitlines() if line.startswith("| `")
+    ]
+    return {name: row[2] for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("records")
+    for split, count in (("train", 24), ("test", 9)):
+        images = np.random.default_rng(0).integers(0, 255, (count, 8, 8, 1), dtype=np.uint8)
+        hvdlocal.ShardWriter(directory / "data", split, classes=["a", "b"]).write(images, np.arange(count) % 2)
+    (directory / "run.yaml").write_text(
+        f"data: {{path: {directory}/data, batch_size: 8}}\nmodel: {{name: digits_cnn}}\noutput: {directory}/out\nepochs: 4\n"
+        "log_every_seconds: 0\nmethod: {period: {period: 2}}\n"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hvdlocal.communicator.launch._current", Solo())
+        assert main(["train", str(directory / "run.yaml")]) == 0
+    return [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["round", "steps", "evaluation", "end"])
+def test_the_fields(records, kind):
+    fields = table("Every record") | table(f"`{kind}`:")
+    of_kind = [record for record in records if record["kind"] == kind]
+    assert of_kind
+    assert all(set(record) == set(fields) for record in of_kind)
+    for name in (name for name, counted in fields.items() if counted == "total"):
+        values = [record[name] for record in of_kind]
+        if all(isinstance(value, int | float) for value in values) and name != "computing_seconds":  # a rest
+            assert all(earlier <= later for earlier, later in pairwise(values)), name
+
+
+def test_one_meaning_of_a_name(records):
+    """Of two kinds of record at the same step, totals of the same name are equal, but for the time between the two."""
+    steps = {record["step"]: record for record in records if record["kind"] == "steps"}
+    rounds = [record for record in records if record["kind"] == "round"]
+    assert len(rounds) == 6
+    totals = [name for name, counted in table("`round`:").items() if counted == "total" and "elapsed" not in name]
+    for record in rounds:
+        same = steps[record["step"]]
+        assert {name: record[name] for name in totals if name in same} == {
+            name: same[name] for name in totals if name in same
+        }
