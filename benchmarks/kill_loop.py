@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,13 +117,14 @@ class Run:
         """What the run itself writes."""
         return self.directory / "out"
 
-    def start(self) -> subprocess.Popen[bytes]:
-        """Starts the ranks, in a session of their own; what they say is appended to `log`."""
+    @contextmanager
+    def started(self) -> Iterator[subprocess.Popen[bytes]]:
+        """The ranks' mpirun, in a session of its own, of which nothing is left; what they say is appended to `log`."""
         self.directory.mkdir(exist_ok=True)
         command = [str(ROOT / "install/mpirun"), "-np", str(self.combination.ranks), sys.executable, "-m", "hvdlocal"]
         command += ["train", str(self.config), "--output", str(self.output), *self.combination.settings]
         with (self.directory / "log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 env={**self.environment, "HVDLOCAL_BACKEND": self.combination.backend},
@@ -132,13 +133,8 @@ class Run:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-
-    def end(self, process: subprocess.Popen[bytes]) -> int:
-        """Waits for the end of the ranks; nothing of them is left."""
         try:
-            return process.wait(DEADLINE_SECONDS)
-        except subprocess.TimeoutExpired:
-            raise Broken(f"no end within {DEADLINE_SECONDS:.0f} s") from None
+            yield process
         finally:
             kill_session(process)
             process.wait()
@@ -217,33 +213,40 @@ BLOWS: dict[str, Callable[[subprocess.Popen[bytes], random.Random], None]] = {
 # -- the loop ------------------------------------------------------------------------------------------------------------
 
 
-def undisturbed(run: Run) -> float:
-    """Runs it; returns how many seconds that took."""
+def end_of(process: subprocess.Popen[bytes]) -> int:
+    """Waits for it; returns the exit code."""
+    try:
+        return process.wait(DEADLINE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Broken(f"no end within {DEADLINE_SECONDS:.0f} s") from None
+
+
+def leave_alone(run: Run) -> float:
+    """Runs it to its end; returns how many seconds that took."""
     start = time.monotonic()
-    if code := run.end(run.start()):
-        raise Broken(f"the undisturbed run ended with {code}")
+    with run.started() as process:
+        if code := end_of(process):
+            raise Broken(f"code {code} when left alone")
     return time.monotonic() - start
 
 
 def hurt(run: Run, kills: int, duration: float, dice: random.Random) -> Iterator[str]:
-    """Starts a run again and again until it has been hurt so often or is finished, then leaves it alone; tells of each blow."""
+    """Starts a run again and again until it has been hurt so often or is finished; tells of each blow."""
     for _ in range(kills):
         name, seconds = dice.choice(list(BLOWS)), dice.uniform(0, duration)
-        process = run.start()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        too_late = process.poll() is not None
-        if not too_late:
-            BLOWS[name](process, dice)
-        code = run.end(process)
+        with run.started() as process:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+            too_late = process.poll() is not None
+            if not too_late:
+                BLOWS[name](process, dice)
+            code = end_of(process)
         if code in FINAL or (too_late and code):
             raise Broken(f"code {code} after {'nothing' if too_late else name} at {seconds:.1f} s")
         if not too_late:
             yield name
         if code == ExitCode.FINISHED:
-            break
-    if code := run.end(run.start()):
-        raise Broken(f"code {code} when left alone")
+            return
 
 
 def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
@@ -277,6 +280,7 @@ def main() -> int:
     )
     options = parser.parse_args()
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left
     directory = Path(tempfile.mkdtemp(prefix="hvdlocal-kills-"))
     memory = Path(tempfile.mkdtemp(prefix="hvdlocal-kills-", dir="/dev/shm"))
     config = write_data(directory)
@@ -293,21 +297,24 @@ def main() -> int:
             whole, broken = (
                 Run(combination, config, directory / f"{seed}-{name}", environment) for name in ("whole", "hurt")
             )
-            duration = undisturbed(whole)
+            duration = leave_alone(whole)
             for blow in hurt(broken, min(5, options.kills - blows.total()), duration, dice):
                 blows[blow] += 1
+            leave_alone(broken)
             if difference := first_difference(whole.outcome(), broken.outcome()):
                 raise Broken(f"not the same as undisturbed: {difference}")
             for run in (whole, broken):
                 shutil.rmtree(run.directory)
             seed += 1
     except Broken as error:
-        print(f"seed {seed}: {error}\nwhat it wrote is left in {directory}", flush=True)
+        kept = Path(tempfile.mkdtemp(prefix="hvdlocal-kills-")) / "broken"
+        shutil.move(directory, kept)
+        print(f"seed {seed}: {error}\nwhat it wrote is left in {kept}", flush=True)
         return 1
     finally:
         shutil.rmtree(memory)
+        shutil.rmtree(directory, ignore_errors=True)
         print(f"{blows.total()} blows in {seed - options.seed} combinations: {dict(blows)}", flush=True)
-    shutil.rmtree(directory)
     return 0
 
 
