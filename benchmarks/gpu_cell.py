@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from hvdlocal.analysis.published.tables import read_table
 from hvdlocal.analysis.records import read_run
 
-METHODS = ("sync", "local-ada")
+METHODS = ("local-ada", "sync")
 CALIBRATION_EPOCHS = 0.5
 START_SECONDS = 25.0
 """For a job of several ranks until its first step, to be kept free for each run."""

@@ -76,7 +76,8 @@ class GradientSketch:
         try:
             from hvdlocal.averaging.sketch_kernel import RowSum, try_out
 
-            try_out(column_signs.device)
+            with torch.cuda.device(column_signs.device):
+                try_out(column_signs.device)
         except Exception as error:  # no Triton, or no C compiler for it: it has no error of its own
             warnings.warn(f"gradients are projected without a kernel of its own: {error}", stacklevel=4)
             return None
@@ -105,7 +106,8 @@ class GradientSketch:
             ]
             torch.cat(flat_tails, out=self._tail[: self._tail_numel])
         if self._kernel is not None:
-            self._kernel([*gradients, self._tail], out)
+            with torch.cuda.device(out.device):
+                self._kernel([*gradients, self._tail], out)
             return
         out.zero_()
         for gradient, matrix in zip([*gradients, self._tail], self._matrices, strict=True):

@@ -16,6 +16,7 @@ from hvdlocal.data import (
     RandomResizedCrop,
     evaluation_batches,
 )
+from hvdlocal.data.augment import crop
 
 PIXELS = (0.5, 0.4, 0.6), (0.2, 0.25, 0.3)
 # Resizing, blending and mixing round sums of floats, whose last bits depend on their order: one unit in a few pixels.
@@ -37,8 +38,11 @@ def dataset(tmp_path_factory):
     return ShardedDataset(directory)
 
 
+@pytest.mark.parametrize("kernel", [True, False], ids=["", "without the kernel"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_batches_augmented_on_the_device_equal_those_of_the_cpu(device, dataset, name):
+def test_batches_augmented_on_the_device_equal_those_of_the_cpu(device, dataset, monkeypatch, name, kernel):
+    if not kernel:
+        monkeypatch.setattr(crop, "_kernel", lambda device: None)
     transform, mix, few = TRANSFORMS[name]
     settings = {"transform": transform, "mix": mix, "threads": 2, "seed": 3}
     on_cpu, on_device = (Loader(dataset, 32, device=where, **settings).endless() for where in ("cpu", device))
@@ -53,6 +57,13 @@ def test_batches_augmented_on_the_device_equal_those_of_the_cpu(device, dataset,
         else:
             torch.testing.assert_close(device_images.cpu(), images)
         torch.testing.assert_close(device_labels.cpu(), labels)
+
+
+def test_the_kernel_is_used_where_it_can_be(device):
+    if device.type == "cpu":
+        pytest.skip("the kernel is for CUDA")
+    pytest.importorskip("triton")
+    assert crop._kernel(device) is not None
 
 
 def test_evaluation_batches(device, dataset):

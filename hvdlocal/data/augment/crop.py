@@ -1,6 +1,8 @@
 """Shifting and mirroring images of a fixed size."""
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -34,6 +36,10 @@ class CropFlip(Normalize):
         """Crop, flip and normalise uint8 (n, H, W, C) images to float32 (n, C, H, W), as their ``keys`` (n,) say."""
         check_images(images)
         draw = self._draw(check_keys(keys, len(images)))
+        if images.is_cuda and (kernel := _kernel(images.device)) is not None:
+            places = on_device(np.stack(draw, axis=1).astype(np.int32), images.device)
+            with torch.cuda.device(images.device):
+                return kernel(images.contiguous(), places, *self._constants(images.device), self.padding)
         cropped = self._on_cpu(images, *draw) if images.device.type == "cpu" else self._on_device(images, *draw)
         return self._normalize(cropped)
 
@@ -79,6 +85,23 @@ class CropFlip(Normalize):
         left = (keys >> np.uint64(24) & bits) * positions >> np.uint64(24)
         mirrored = (keys >> np.uint64(63)).astype(bool) & self.flip
         return top.astype(np.int64), left.astype(np.int64), mirrored
+
+
+@lru_cache(maxsize=16)
+def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
+    """All of ``CropFlip`` in one launch; None where it cannot be compiled."""
+    try:
+        from hvdlocal.data.augment.crop_kernel import crop_flip_normalize
+
+        image = torch.zeros((1, 2, 2, 1), dtype=torch.uint8, device=device)
+        places = torch.zeros((1, 3), dtype=torch.int32, device=device)
+        one = torch.ones(1, dtype=torch.float32, device=device)
+        with torch.cuda.device(device):
+            crop_flip_normalize(image, places, one, one, 0)
+    except Exception as error:  # no Triton, or no C compiler for it: it has no error of its own
+        warnings.warn(f"images are cropped without a kernel of its own: {error}", stacklevel=3)
+        return None
+    return crop_flip_normalize
 
 
 class Flip:

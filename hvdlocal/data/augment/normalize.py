@@ -29,6 +29,7 @@ class Normalize:
         std_tensor = torch.tensor(std, dtype=torch.float64, device="cpu").view(-1, 1, 1)
         self._scale = (1 / (255 * std_tensor)).float()
         self._shift = (-torch.tensor(mean, dtype=torch.float64, device="cpu").view(-1, 1, 1) / std_tensor).float()
+        self._numbers = tuple(self._scale.view(-1).tolist()), tuple(self._shift.view(-1).tolist())
         self._buffers = Recycler()
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64] | None = None) -> Tensor:
@@ -42,7 +43,7 @@ class Normalize:
                 f"uint8 with {len(self._scale)}"
             )
         if images.device.type != "cpu":
-            scale, shift = (_on_device(tuple(of.view(-1).tolist()), images.device) for of in (self._scale, self._shift))
+            scale, shift = self._constants(images.device)
             pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
             return pixels.mul_(scale).add_(shift)
         out = self._buffers.empty(images.shape, torch.float32)
@@ -51,6 +52,10 @@ class Normalize:
             for pixels, bytes_ in zip(out.split(step), images.split(step), strict=True):
                 pixels.copy_(bytes_.contiguous()).mul_(self._scale).add_(self._shift)
         return out
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What pixels are multiplied by, and what is added, on a device: float32 (C, 1, 1) each."""
+        return _on_device(self._numbers[0], device), _on_device(self._numbers[1], device)
 
 
 @lru_cache(maxsize=64)
