@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvdlocal.directory import user_file
 from hvdlocal.training.checkpoint import averaged_model, files
-from hvdlocal.training.run_directory import CHECKPOINTS
+from hvdlocal.training.run_directory import CHECKPOINTS, SUMMARY
 from hvdlocal.training.saved_model import write_state
 
 
@@ -38,6 +38,10 @@ def _checkpoint(run: Path) -> Path:
         return run
     root = run / CHECKPOINTS
     steps = files.newest_first(root)
+    if not steps and (run / SUMMARY).exists():
+        raise ValueError(f"{run} is finished: its model is {run / 'model.pt'}")
+    if not steps and not run.exists():
+        raise ValueError(f"there is no directory {run}: give the output directory of a run, or one of its checkpoints")
     if not steps:
         raise ValueError(f"{run} is no checkpoint, and there is none in {root}")
     return files.directory(root, steps[0])
