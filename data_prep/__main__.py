@@ -13,6 +13,7 @@ from typing import IO, Any
 from data_prep import cifar10, cifar100, digits, folder, imagenet, imagenet32, synthetic
 from data_prep.progress import ProgressBar
 from data_prep.source import Source
+from hvdlocal import terminal
 from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, Communicator, init, launched_size
 from hvdlocal.data.team import Team
 from hvdlocal.data.writer import BadSamplesError, JpegShardWriter, ShardWriter, verify
@@ -23,6 +24,11 @@ _SHARD_BYTES = 512 << 20  # few enough files for a parallel file system, enough 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns an `ExitCode`, after one sentence on stderr where it is not 0."""
+    with terminal.guarded(lasting=True):  # what is written is the data set; nobody need read how far it is
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         communicator = _join()
     except (ImportError, RuntimeError, ValueError) as error:
@@ -54,7 +60,7 @@ def _run(argv: Sequence[str] | None, communicator: Communicator | None) -> int:
         return ExitCode.STOPPED
     except (ValueError, OSError) as error:
         if talks:
-            _say(str(error))
+            _say(terminal.plain(error) if isinstance(error, OSError) else str(error))
         if communicator is not None:
             communicator.barrier("data.end")  # the launcher ends all as soon as one fails, and rank 0 must be heard
         return ExitCode.MISTAKE

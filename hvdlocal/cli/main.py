@@ -12,6 +12,7 @@ from contextlib import suppress
 
 from hvdlocal import terminal
 from hvdlocal.exit_codes import ExitCode
+from hvdlocal.launched import launched_rank
 from hvdlocal.training import interruption
 from hvdlocal.version import __version__
 
@@ -95,7 +96,6 @@ def _explain(error: Exception) -> int:
         LaunchError,
         SetupError,
         current,
-        launched_rank,
     )
     from hvdlocal.training import DamageError, DivergedError, LostRankError
     from hvdlocal.training.memory import out_of_memory
@@ -150,8 +150,6 @@ def _leave_without_meeting(code: int) -> None:
 
 
 def _complain(message: str) -> None:
-    from hvdlocal.communicator import launched_rank
-
     rank = launched_rank()
     terminal.complain(f"hvdlocal{'' if rank is None else f' (rank {rank})'}: {message}")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.terminal import plain
 
 T = TypeVar("T")
 
@@ -60,7 +61,8 @@ def succeed_together(communicator: Communicator, work: Callable[[], T], name: st
         result = work()
     except (ValueError, OSError, ImportError) as error:
         failure = error
-    failures = communicator.gather(None if failure is None else str(failure) or type(failure).__name__, name)
+    told = plain(failure) if isinstance(failure, OSError) else str(failure)
+    failures = communicator.gather(None if failure is None else told or type(failure).__name__, name)
     failed = [rank for rank, message in enumerate(failures) if message is not None]
     if failed:
         message = failures[failed[0]]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.terminal import Guarded
 
 DEPARTURE_GRACE_SECONDS = 3.0
 
@@ -78,8 +79,8 @@ class Mpi4pyCommunicator(Communicator):
             raise RuntimeError("another rank has left the job")
 
     def abort(self, exit_code: int) -> None:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            Guarded(stream).flush()
         self._mpi.COMM_WORLD.Abort(exit_code)
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> _Call:

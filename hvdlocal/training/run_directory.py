@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hvdlocal.careful import from_yaml, read_text
 from hvdlocal.directory import Directory
 from hvdlocal.lock import PATIENCE_SECONDS, hold
 from hvdlocal.training.config import FREE_TO_CHANGE
@@ -34,6 +35,9 @@ WRITTEN = (
     TENSORBOARD,
     CHECKPOINTS,
 )
+
+MOST_BYTES = 1 << 20
+"""Of config.yaml, which holds every setting once."""
 
 MAX_STARTS_WITHOUT_PROGRESS = 3
 """So often a batch system may start a run from the same step; then it is no accident."""
@@ -111,8 +115,8 @@ def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> S
         return Standing.NEW
     remedy = "choose another --output, or replace it with --overwrite true"
     try:
-        earlier = _flat(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        earlier = _flat(from_yaml(read_text(directory / "config.yaml", MOST_BYTES)))
+    except ValueError as error:
         raise ValueError(
             f"{directory} holds an earlier run ({', '.join(left)}) whose config.yaml cannot be read: {remedy}"
         ) from error

@@ -14,6 +14,7 @@ import pytest
 from test_train_mistakes import Solo
 
 import hvdlocal
+from data_prep.__main__ import main as data_prep
 from hvdlocal import terminal
 from hvdlocal.cli import main
 from hvdlocal.training.console import Console
@@ -177,3 +178,12 @@ def test_losing_the_terminal(config, monkeypatch):
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_preparing_data_goes_on(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Failing(ERRORS[0]))
+        patch.setattr(sys, "stderr", Failing(ERRORS[0]))
+        code = data_prep(["synthetic", "--output", str(tmp_path / "data"), "--samples", "30", "--size", "8"])
+    assert code == 0
+    assert (tmp_path / "data" / "test" / "manifest.json").exists()

@@ -36,7 +36,7 @@ def test_files():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize("words", commands(), ids=" ".join)
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
 def test_commands(words):
     assert words[0] in COMMANDS
     if words[0] == "train" and "--help" not in words:

@@ -138,4 +138,4 @@ def test_a_signal_is_noted_before_torch_is_there():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.stdout == "SIGTERM\n", result.stderr
-    assert set(interruption.SIGNALS) == {signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM}
+    assert set(interruption.SIGNALS) == {signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT}
