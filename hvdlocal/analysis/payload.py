@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
 from hvdlocal.averaging.arena import Arena, FlatViews
-from hvdlocal.averaging.buffers import averaged_buffers, choose_policies
+from hvdlocal.averaging.buffers import Buffers, averaged_buffers, choose_policies
 from hvdlocal.averaging.local import averaged_moments
 from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
@@ -57,7 +58,7 @@ def measure_payload(config: TrainConfig, num_classes: int, shape: tuple[int, int
 def _local(config: TrainConfig, model: torch.nn.Module, parameters: list[torch.nn.Parameter], numel: int) -> int:
     method, scaling = config.method, build_scaling(config.method)
     moments = averaged_moments(build_inner(config.optimizer, model)) if method.momentum == "average" else ()
-    buffers = list(averaged_buffers(model, choose_policies(model, method.buffers)).values())
+    buffers = list(averaged_buffers(model, choose_policies(model, cast(Buffers, method.buffers))).values())
     vector = 0
     if scaling.uses_statistics:
         sketch = min(method.sketch_size or default_size(numel), numel)

@@ -113,21 +113,35 @@ def kept_buffers(model: torch.nn.Module, policies: Mapping[str, BufferPolicy]) -
     return kept
 
 
+def other_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
+    """All buffers but those of batch and instance normalisation."""
+    norms = {id(own) for one in model.modules() if isinstance(one, _NormBase) for own in one.buffers(recurse=False)}
+    return [buffer for buffer in model.buffers() if id(buffer) not in norms]
+
+
 @contextmanager
-def buffers_of_rank_0(communicator: Communicator, buffers: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Within, the buffers are those of rank 0 on every rank; a collective."""
+def put_back(buffers: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Gives the buffers the values of before afterwards."""
     parts = [part for buffer in buffers for part in memory_of(buffer) if part.numel()]
-    if communicator.size == 1 or not parts:
-        yield
-        return
     own = [part.clone() for part in parts]
-    for i, part in enumerate(parts):
-        communicator.broadcast_(part, f"hvdlocal.publish.{i}")
     try:
         yield
     finally:
         for part, before in zip(parts, own, strict=True):
             part.copy_(before)
+
+
+@contextmanager
+def buffers_of_rank_0(communicator: Communicator, buffers: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Within, the buffers are those of rank 0 on every rank; a collective."""
+    parts = [part for buffer in buffers for part in memory_of(buffer) if part.numel()]
+    if communicator.size == 1:
+        yield
+        return
+    with put_back(parts):
+        for i, part in enumerate(parts):
+            communicator.broadcast_(part, f"hvdlocal.publish.{i}")
+        yield
 
 
 def memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -25,7 +25,9 @@ from hvdlocal.averaging.buffers import (
     describe_layout,
     kept_buffers,
     memory_of,
+    other_buffers,
     policy_by_name,
+    put_back,
     running_statistics,
 )
 from hvdlocal.averaging.digest import Digest, rounded
@@ -242,7 +244,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 seen += 1
                 yield batch
 
-        torch.optim.swa_utils.update_bn(counted(), self.model, self._parameters[0].device)
+        with put_back(other_buffers(self.model)):  # the forward passes are those of training, and would move them
+            torch.optim.swa_utils.update_bn(counted(), self.model, self._parameters[0].device)
         without = self._average_buffers(running_statistics(self.model), faulty=not seen)
         if without:
             raise ValueError(

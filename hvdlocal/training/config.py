@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+BUFFER_POLICIES = ("average", "local", "reestimate")
 Preset = Literal["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
 
 
@@ -130,8 +131,9 @@ class MethodConfig:
     """Micro-batches per optimizer step, for sync and the local presets."""
     momentum: Literal["local", "average", "reset"] = "local"
     """The optimizer's moments at an averaging."""
-    buffers: Literal["average", "local", "reestimate"] = "average"
-    """Batch-norm statistics."""
+    buffers: str | dict[str, str] = "average"
+    """Batch-norm statistics: average, local or reestimate; every other buffer is each rank's own. Or a mapping of names of
+    buffers or modules, with * for any part of them, to these three."""
     reestimate_batches: int = 16
     """Batches per rank before an evaluation, with buffers: reestimate."""
     statistics: Literal["sketch", "exact"] = "sketch"
@@ -312,12 +314,19 @@ def check_ranges(config: TrainConfig) -> None:
             raise ValueError(f"{name}={path!r}: name a directory")
         if "\0" in path:
             raise ValueError(f"{name}={path!r}: a path has no zero byte")
+    if not all(policy in BUFFER_POLICIES for policy in _buffer_policies(config.method)):
+        choices = f"choose one of {', '.join(BUFFER_POLICIES)}, or a mapping of names to these"
+        raise ValueError(f"method.buffers={config.method.buffers}: {choices}")
     checkpoint = config.checkpoint
     if checkpoint.every_steps is not None and checkpoint.every_minutes is not None:
         raise ValueError(
             f"checkpoint.every_minutes={checkpoint.every_minutes} and checkpoint.every_steps={checkpoint.every_steps}: give one "
             "of them"
         )
+
+
+def _buffer_policies(method: MethodConfig) -> list[str]:
+    return list(method.buffers.values()) if isinstance(method.buffers, dict) else [method.buffers]
 
 
 def unused_settings(config: TrainConfig) -> list[str]:
@@ -345,7 +354,7 @@ def unused_settings(config: TrainConfig) -> list[str]:
         "method.period.max_period": local,
         "method.period.rate": powers,
         "method.accumulate": not accumulates,
-        "method.reestimate_batches": method.buffers == "reestimate",
+        "method.reestimate_batches": "reestimate" in _buffer_policies(method),
         "method.statistics": local and adaptive,
         "method.sketch_size": local and adaptive and method.statistics == "sketch",
         "method.c": local and adaptive,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 from hvdlocal.averaging import (
     QSR,
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+    from hvdlocal.averaging.buffers import Buffers
 
 LOCAL_PRESETS = ("local", "local-lin", "local-ada", "local-ada-nostale")
 
@@ -123,6 +124,7 @@ def build_optimizer(
     from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 
     method = config.method
+    buffers = cast("Buffers", method.buffers)
     inner = build_inner(config.optimizer, model)
     scaling = build_scaling(method)
     if method.preset in LOCAL_PRESETS:
@@ -133,7 +135,7 @@ def build_optimizer(
             period=build_period(method.period, config.optimizer.lr, warmup, epoch),
             scaling=scaling,
             momentum=method.momentum,
-            buffers=method.buffers,
+            buffers=buffers,
             accumulate=micro_batches_per_step(method),
             budget=budget,
             max_norm=config.optimizer.max_norm,
@@ -144,7 +146,7 @@ def build_optimizer(
         model,
         accumulate=micro_batches_per_step(method),
         scaling=scaling,
-        buffers=method.buffers,
+        buffers=buffers,
         budget=budget,
         max_norm=config.optimizer.max_norm,
     )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from hvdlocal.averaging.buffers import BufferPolicy, averaged_buffers, running_statistics
 from hvdlocal.directory import Directory
 
 SNAPSHOT_SHARE = 0.01
@@ -52,10 +54,21 @@ class BestModel:
 
 
 class LastGood:
-    """A copy of a recent average, for when the present model is lost to NaN; renewed as often as a hundredth of the time pays."""
+    """A copy of a recent average, for when the present model is lost to NaN; renewed as often as a hundredth of the time pays.
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    Args:
+        model: to copy.
+        policies: what is done with its buffers: those that are averaged must be finite, as the parameters must.
+    """
+
+    def __init__(self, model: torch.nn.Module, policies: Mapping[str, BufferPolicy]) -> None:
         self._model = model
+        # Any other buffer, such as a mask, may be infinite for good reasons.
+        self._judged = [
+            *model.parameters(),
+            *running_statistics(model).values(),
+            *averaged_buffers(model, policies).values(),
+        ]
         self._next = 0.0
         self._copy: dict[str, torch.Tensor] = {}
 
@@ -65,7 +78,7 @@ class LastGood:
         if start < self._next:
             return
         state = self._model.state_dict()
-        if all(bool(tensor.isfinite().all()) for tensor in state.values() if tensor.is_floating_point()):
+        if all(bool(tensor.isfinite().all()) for tensor in self._judged):
             for name, tensor in state.items():
                 if name in self._copy:
                     self._copy[name].copy_(tensor)

@@ -423,7 +423,7 @@ class Trainer:
     def _train(self, console: Console) -> Summary:
         config, optimizer, position = self.config, self.optimizer, self.position
         self.best_model = BestModel(self.output, "best.pt")
-        self.last_good = LastGood(self.model) if self.communicator.rank == 0 else None
+        self.last_good = LastGood(self.model, optimizer.buffer_policies) if self.communicator.rank == 0 else None
         if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
         self.ledger.start()
@@ -434,6 +434,11 @@ class Trainer:
             console.say(f"images: {self.images.description}")
         if self.unused:
             console.say(f"note: without effect in this run: {', '.join(self.unused)}")
+        if kept := optimizer.kept_buffers:
+            console.say(
+                f"note: buffers that are each rank's own (the saved model has rank 0's): {', '.join(kept[:8])}"
+                + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
+            )
         if self.resumed is not None:
             self._say_resumed(console, self.resumed)
         self.model.train()
@@ -542,7 +547,7 @@ class Trainer:
 
     def _evaluation(self) -> Evaluation:
         self.optimizer.synchronize()
-        if self.config.method.buffers == "reestimate":
+        if "reestimate" in self.optimizer.buffer_policies.values():
             self.optimizer.reestimate_buffers(self._reestimation_batches())
         batches = evaluation_batches(
             self.test_data,
@@ -555,7 +560,7 @@ class Trainer:
             threads=self.config.data.threads,
         )
         formatted = ((x.contiguous(memory_format=self.memory_format), y) for x, y in batches)
-        with self._autocast():
+        with self._autocast(), self.optimizer.published():
             return evaluate(self.forward, formatted, self.communicator, self.device, self.test_data.num_classes)
 
     def _reestimation_batches(self) -> Iterator[torch.Tensor]:

@@ -101,9 +101,9 @@ def averaged_model(path: Path) -> State:
         CheckpointError: it cannot be read.
     """
     manifest = files.read_manifest(path)
-    mean = _Mean({"model": files.read_state(path, manifest, 0)["model"]})
+    mean = _Mean(_without_moments(files.read_state(path, manifest, 0)))
     for rank in range(1, manifest["num_workers"]):
-        mean.add({"model": files.read_state(path, manifest, rank)["model"]})
+        mean.add(_without_moments(files.read_state(path, manifest, rank)))
     return mean.result()["model"]
 
 
@@ -159,9 +159,14 @@ class _Mean:
         return self._first
 
 
+def _without_moments(state: State) -> State:
+    return {"model": state["model"], "optimizer": {**state.get("optimizer", {}), "state": {}}}
+
+
 def _averaged_tensors(state: State) -> dict[str, torch.Tensor]:
-    """The model and the optimizer's moments, by name."""
-    named = {f"model {name}": value for name, value in state["model"].items()}
+    """The model and the optimizer's moments, by name. Left out are buffers of which each rank has one of its own."""
+    kept = state.get("optimizer", {}).get("hvdlocal", {}).get("kept_buffers", [])
+    named = {f"model {name}": value for name, value in state["model"].items() if name not in kept}
     for index, moments in state.get("optimizer", {}).get("state", {}).items():
         named |= {f"moment {index} {name}": value for name, value in moments.items()}
     return {
