@@ -143,6 +143,7 @@ def test_a_virtual_data_set_with_a_part_that_no_source_covers(tmp_path, parts, m
     "parts",
     [
         [(ALL, "s.h5", "images", FULL, ALL)],
+        [(ALL, "s.h5", "images", FULL, ALL), (np.s_[:9], "s.h5", "images", FULL, np.s_[:9])],
         [(np.s_[1::2], "s.h5", "images", FULL, np.s_[1::2]), (np.s_[::2], "s.h5", "images", FULL, np.s_[::2])],
         [(np.s_[:, 5:], "s.h5", "images", FULL, np.s_[:, 5:]), (np.s_[:, :9], "s.h5", "images", FULL, np.s_[:, :9])],
     ],
