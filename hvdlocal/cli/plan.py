@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -132,7 +133,8 @@ def _alternatives(
 ) -> Iterator[tuple[str, TrainConfig]]:
     """The configurations that --compare asks for. A new rule does not inherit the settings of the old one."""
     for text in texts:
-        settings = dict(_setting(word) for word in shlex.split(text))
+        words = shlex.split(re.sub(r",(?=[\w.]+=)", " ", text))  # a comma separates settings as well as a space does
+        settings = dict(_setting(word) for word in words)
         rule = settings.get("method.period.rule", config.method.period.rule)
         if rule != config.method.period.rule:
             settings = {f"method.period.{name}": "null" for name in RULE_SETTINGS} | settings

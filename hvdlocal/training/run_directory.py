@@ -16,6 +16,7 @@ import yaml
 from hvdlocal.careful import from_yaml, read_text
 from hvdlocal.directory import Directory
 from hvdlocal.lock import PATIENCE_SECONDS, hold
+from hvdlocal.terminal import plain
 from hvdlocal.training.config import FREE_TO_CHANGE
 
 CHECKPOINTS = "checkpoints"
@@ -97,7 +98,9 @@ def claim(path: Path) -> Claimed:
             f"{path} is in use by another run ({error}): choose another --output, or end that one"
         ) from None
     except OSError as error:
-        raise ValueError(f"output={path} cannot be used ({error}): name a directory that can be written") from error
+        raise ValueError(
+            f"output={path} cannot be used ({plain(error)}): name a directory that can be written"
+        ) from error
 
 
 def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> Standing:

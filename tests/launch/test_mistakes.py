@@ -43,6 +43,15 @@ def test_a_missing_and_a_malformed_file(tmp_path):
     assert "choose one of" in result.err
 
 
+@pytest.mark.parametrize("output", [">/dev/full 2>/dev/full", ">&- 2>&-", "| head -n 1"])
+@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+def test_output_that_cannot_be_written_does_not_end_a_run(config, tmp_path, output, backend):
+    train = f"set -o pipefail; {' '.join(HVDLOCAL)} train {config} --log_every_seconds 0 {output}"
+    result = mpirun(2, "bash", "-c", train, HVDLOCAL_BACKEND=backend, PYTHONIOENCODING="ascii")
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "summary.json").exists()
+
+
 def test_an_earlier_run_is_not_lost(config, tmp_path):
     train = [*HVDLOCAL, "train", str(config), "--epochs", "1"]
     assert mpirun(2, *train).code == 0

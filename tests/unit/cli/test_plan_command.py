@@ -70,6 +70,19 @@ def test_shares_side_by_side(plan):
     assert shares == {"local qsr alpha=0.0175 h_base=4": "10.4", "h_base=8": "6.9", "preset=sync": "100.0"}
 
 
+def test_a_comma_separates_settings_too(plan):
+    settings = ["--workers", "2", "--no-bytes", "--json", "--compare"]
+    spaced, comma = (
+        json.loads(plan(*settings, text))["plans"][1]
+        for text in (
+            "rule=constant period=6 optimizer.betas=[0.8,0.9]",
+            "rule=constant,period=6,optimizer.betas=[0.8,0.9]",
+        )
+    )
+    assert {**comma, "label": spaced["label"]} == spaced
+    assert spaced["longest"]["steps"] == 6
+
+
 def test_data_here_need_no_more_to_be_said(plan):
     text = plan("--workers", "2", "--step-seconds", "90", "--checkpoint-seconds", "20", "--mtbf-hours", "10")
     assert "2 ranks × 8 of 96 images" in text
