@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
+from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -64,6 +67,53 @@ def refuse_data_parallelism(optimizer: torch.optim.Optimizer, model: torch.nn.Mo
             raise ValueError(
                 f"parameter {name!r} is a {type(parameter.data).__name__}, not a plain tensor: every rank needs a whole "
                 "replica of the model, on one device"
+            )
+
+
+def check_rate(group: int, rate: Any) -> float:
+    """The learning rate of a parameter group as a number.
+
+    Raises:
+        ValueError: it is missing, not a number, negative or not finite.
+    """
+    if not (isinstance(rate, Real) or (isinstance(rate, torch.Tensor) and rate.numel() == 1)):
+        what = "no learning rate" if rate is None else f"the learning rate {rate!r}"
+        raise ValueError(
+            f"parameter group {group} has {what}: hvdlocal scales it at every step, so 'lr' must be a number"
+        )
+    if not 0 <= float(rate) < math.inf:
+        raise ValueError(f"the learning rate of parameter group {group} is {float(rate)}: look at what sets it")
+    return float(rate)
+
+
+def refuse_sparse_layers(model: torch.nn.Module, reason: str) -> None:
+    """Refuses layers that make sparse gradients.
+
+    Args:
+        model: the replica.
+        reason: the setting that needs dense gradients.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True and any(p.requires_grad for p in module.parameters(recurse=False)):
+            raise ValueError(
+                f"{name or 'the model'!r} makes sparse gradients, but {reason} needs dense ones: use sparse=False"
+            )
+
+
+def refuse_sparse_gradients(parameters: Sequence[torch.nn.Parameter], reason: str) -> None:
+    """Refuses gradients that are sparse, like `refuse_sparse_layers`; for layers that are not known to make them.
+
+    Raises:
+        ValueError: with the shape of the parameter.
+    """
+    for p in parameters:
+        if p.grad is not None and p.grad.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, but {reason} needs dense ones: use "
+                "sparse=False"
             )
 
 

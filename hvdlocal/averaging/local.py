@@ -14,6 +14,7 @@ from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_me
 from hvdlocal.averaging.digest import Fact, rounded
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
+from hvdlocal.averaging.guards import refuse_sparse_gradients
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.averaging.sketch import GradientSketch, default_size
@@ -255,6 +256,8 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def _take_gradient(self) -> None:
+        if self.accumulate > 1 or self._max_norm is not None:  # statistics look by themselves, once a round
+            refuse_sparse_gradients(self._parameters, self._needs_dense_gradients() or "")
         self._unscale()
         empty = 0
         if self._accumulated:

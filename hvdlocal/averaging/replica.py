@@ -33,7 +33,13 @@ from hvdlocal.averaging.buffers import (
 from hvdlocal.averaging.digest import Digest, rounded
 from hvdlocal.averaging.gain import Moment, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
-from hvdlocal.averaging.guards import guard_wrapped, refuse_data_parallelism, refuse_state_makers
+from hvdlocal.averaging.guards import (
+    check_rate,
+    guard_wrapped,
+    refuse_data_parallelism,
+    refuse_sparse_layers,
+    refuse_state_makers,
+)
 from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing, gradient_statistics
 from hvdlocal.communicator import CommunicationError, Communicator, current, require_agreement
 
@@ -55,6 +61,13 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     """GradScaler then calls `step` also after an overflow, so that no rank ever misses a collective. During the call this
     object has two more attributes, `found_inf` and `grad_scale`."""
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        if cls.__module__.startswith("horovod."):  # how hvd.DistributedOptimizer wraps an optimizer
+            raise ValueError(
+                f"hvd.DistributedOptimizer around a {cls.__name__} would average the gradients at every step: delete that line"
+            )
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -67,7 +80,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         max_norm: float | None,
         communicator: Communicator | None,
     ) -> None:
-        _check_arguments(optimizer, scaling, accumulate, buffers, budget, max_norm)
+        _check_arguments(optimizer, model, scaling, accumulate, buffers, budget, max_norm)
         refuse_data_parallelism(optimizer, model)
         self.communicator = communicator or current()
         self.optimizer = optimizer
@@ -77,6 +90,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self.budget = budget
         self._max_norm = max_norm
         self._names, self._parameters = _trainable(optimizer, model)
+        if reason := self._needs_dense_gradients():
+            refuse_sparse_layers(model, reason)
         check_tensors(model)
         self._buffers = dict(buffers) if isinstance(buffers, Mapping) else buffers
         self._buffer_policies = choose_policies(model, buffers)
@@ -311,6 +326,11 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             )
         if own["version"] != STATE_VERSION:
             raise ValueError(f"this state has version {own['version']}; this hvdlocal reads version {STATE_VERSION}")
+        if (saved := own.get("optimizer", inside := type(self.optimizer).__name__)) != inside:
+            raise ValueError(
+                f"this state is that of a {type(self).__name__} around {saved}, and here it is around {inside}: build the same "
+                "optimizer, or begin without its state"
+            )
         elsewhere = own["rank"] != self.communicator.rank or own["num_workers"] != self.communicator.size
         if elsewhere and (own["accumulated"] or own.get("steps_in_round")):
             raise ValueError(
@@ -360,6 +380,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             "class": type(self).__name__,
             "num_workers": self.communicator.size,
             "rank": self.communicator.rank,
+            "optimizer": type(self.optimizer).__name__,
             "accumulate": self.accumulate,
             "progress": self._progress,
             "gain": self._gain,
@@ -402,6 +423,14 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                         f"a parameter of shape {tuple(p.shape)} was frozen when the {type(self).__name__} was built and trains "
                         "now, so it is not averaged. Build the optimizer after unfreezing."
                     )
+
+    def _needs_dense_gradients(self) -> str | None:
+        """The setting with which gradients must be dense, if there is one."""
+        if self.accumulate > 1:
+            return f"accumulate={self.accumulate}"
+        if self._max_norm is not None:
+            return f"max_norm={self._max_norm}"
+        return type(self.scaling).__name__ if self.scaling.uses_statistics else None
 
     def _gradients(self) -> list[torch.Tensor]:
         return [p.grad for p in self._parameters if p.grad is not None]
@@ -463,7 +492,10 @@ class ReplicaOptimizer(torch.optim.Optimizer):
 
     @contextmanager
     def _scaled_lr(self, gain: float) -> Iterator[None]:
-        base = [group["lr"] for group in self.param_groups]
+        base: list[Any] = [group.get("lr") for group in self.param_groups]
+        for i, lr in enumerate(base):
+            if not isinstance(lr, torch.Tensor):  # which would have to be waited for
+                check_rate(i, lr)
         scaled = [lr * gain for lr in base]
         for group, lr in zip(self.param_groups, scaled, strict=True):
             group["lr"] = lr
@@ -478,13 +510,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         """The base learning rates of the parameter groups.
 
         Raises:
-            ValueError: one is not finite.
+            ValueError: one is not a number that can be stepped with.
         """
-        rates = [float(group["lr"]) for group in self.param_groups]
-        for i, rate in enumerate(rates):
-            if not math.isfinite(rate):
-                raise ValueError(f"the learning rate of parameter group {i} is {rate}: look at what sets it")
-        return rates
+        return [check_rate(i, group.get("lr")) for i, group in enumerate(self.param_groups)]
 
     def _named_rates(self) -> dict[str, float]:
         return {f"learning rate of group {i}": rounded(rate) for i, rate in enumerate(self._rates())}
@@ -697,6 +725,7 @@ def _trainable(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tupl
 
 def _check_arguments(
     optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
     scaling: Scaling,
     accumulate: int,
     buffers: Buffers,
@@ -705,6 +734,13 @@ def _check_arguments(
 ) -> None:
     if isinstance(optimizer, ReplicaOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"give a torch.optim.Optimizer to wrap, not a {type(optimizer).__name__}")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model is {'the class ' + model.__name__ if isinstance(model, type) else 'a ' + type(model).__name__}: give the "
+            "torch.nn.Module whose parameters the optimizer steps; several go into a torch.nn.ModuleList"
+        )
+    for i, group in enumerate(optimizer.param_groups):
+        check_rate(i, group.get("lr"))
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ValueError(

@@ -12,6 +12,7 @@ from hvdlocal.averaging.buffers import Buffers
 from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample, rounded
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
+from hvdlocal.averaging.guards import refuse_sparse_gradients
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.communicator import Communicator
 
@@ -138,7 +139,11 @@ class SynchronousOptimizer(ReplicaOptimizer):
         }
         self._digest.write(digest, values, self._sample.parts(everything), everything=everything)
 
+    def _needs_dense_gradients(self) -> str:
+        return "a SynchronousOptimizer"
+
     def _take_gradient(self) -> None:
+        refuse_sparse_gradients(self._parameters, self._needs_dense_gradients())
         self._unscale()
         if self.scaling.uses_statistics and (gradients := self._gradients()):
             self._sqr_norm += squared_norm(gradients)

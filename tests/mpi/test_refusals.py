@@ -152,15 +152,6 @@ def test_parameters_unfrozen_later_are_noticed(comm):
         optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(1))]})
 
 
-def test_sparse_gradients_are_refused(comm):
-    model = torch.nn.Embedding(10, 3, sparse=True)
-    optimizer = local(model, scaling=hvdlocal.LocalAdaScale())
-    model(torch.tensor([1, 2])).sum().backward()
-    if comm.size > 1:
-        with pytest.raises(ValueError, match="sparse=False"):
-            optimizer.step()
-
-
 def test_nan_on_one_rank_leaves_the_average_of_the_others(comm):
     c = slopes(comm)
     model = Slope()
