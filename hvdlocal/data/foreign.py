@@ -229,12 +229,26 @@ def _extents(source: _Source, files: Sequence[ForeignFile]) -> list[Contiguous]:
     for path, file in zip(source.paths, files, strict=True):
         holder = path if file.holder is None else path.parent / file.holder
         extents.append(dataclasses.replace(file.extent, path=holder))
-        found = holder.stat()
-        first = seen.setdefault((found.st_dev, found.st_ino, file.address), path)
+        first = seen.setdefault(_place(holder, file.address), path)
         if first is not path:
-            names = f"{first} is named twice" if first == path else f"{first} and {path} are the same images"
-            raise ValueError(f"{names}, so each of them would come twice in an epoch; name every file once")
+            raise _twice(first, path)
+    for path, file in zip(source.paths, files, strict=True):  # of a virtual data set, which may be of these very files
+        for name, address in file.parts:
+            first = seen.get(_place(path.parent / name, address), path)
+            if first is not path:
+                raise _twice(first, path)
     return extents
+
+
+def _place(path: Path, address: int) -> tuple[int, int, int]:
+    """By what a data set is known, whatever the name of its file."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, address
+
+
+def _twice(first: Path, second: Path) -> ValueError:
+    names = f"{first} is named twice" if first == second else f"{first} and {second} are the same images"
+    return ValueError(f"{names}, so each of them would come twice in an epoch; name every file once")
 
 
 def _statistics(dataset: HDF5Dataset, communicator: Communicator | None) -> _Statistics:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -107,6 +107,7 @@ class ForeignFile:
         fill: the pixel value that HDF5 gives where nothing was written.
         holder: that file, if it is not the named one: an absolute path, or one from the directory of the named file.
         sources: all other files that images or labels come from, as `holder`.
+        parts: (file as `holder`, address) of the data sets that virtual images are put together from.
     """
 
     extent: Contiguous
@@ -115,7 +116,8 @@ class ForeignFile:
     address: int
     fill: int
     holder: str | None = None
-    sources: tuple[str, ...] = field(default=())
+    sources: tuple[str, ...] = ()
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 def inspect_file(path: Path, images: str, labels: str, channels: ChannelAxis) -> ForeignFile:
@@ -137,6 +139,10 @@ def inspect_file(path: Path, images: str, labels: str, channels: ChannelAxis) ->
     with open_for_reading(path, "copy or write it again") as file:
         try:
             return _Inspection(path, file).whole(images, labels, channels)
+        except RecursionError as error:
+            raise ValueError(
+                f"{path} holds a virtual data set that takes its data from itself; write it again"
+            ) from error
         except (OSError, KeyError, RuntimeError, TypeError, MemoryError) as error:
             # What h5py raises, beside ValueError, for a file whose inside is not what it should be.
             reason = str(error) or type(error).__name__
@@ -150,6 +156,7 @@ class _Inspection:
         self._path = path
         self._file = file
         self._sources: set[str] = set()
+        self._parts: set[tuple[str, int]] = set()
 
     def whole(self, images_name: str, labels_name: str, channels: ChannelAxis) -> ForeignFile:
         images = self._dataset(self._file, images_name)
@@ -160,6 +167,7 @@ class _Inspection:
             )
         shape, channels_first = self._image_shape(images, images_name, channels)
         self._require_written(images)
+        parts = tuple(sorted(self._parts))
         labels = self._labels(self._dataset(self._file, labels_name), len(images))
         extent = self._extent(images, images_name, channels_first)
         holder = self._elsewhere(images)
@@ -171,6 +179,7 @@ class _Inspection:
             int(images.fillvalue),
             None if isinstance(extent, Packed) else holder,
             tuple(sorted(self._sources)),
+            parts,
         )
 
     def _image_shape(self, images: h5py.Dataset, name: str, channels: ChannelAxis) -> tuple[tuple[int, int, int], bool]:
@@ -337,6 +346,7 @@ class _Inspection:
                 "copy both again"
             )
         self._require_written(part)
+        self._parts.add((self._elsewhere(part) or self._path.name, h5py.h5o.get_info(part.id).addr))
 
     # -- names --------------------------------------------------------------------------------------------------------
 

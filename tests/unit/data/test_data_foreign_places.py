@@ -252,6 +252,24 @@ def test_the_same_file_twice(here):
     assert len(open_hdf5([path, other])) == 2 * N  # equal content is not the same file
 
 
+def test_a_virtual_data_set_beside_its_source(here):
+    write(here / "s.h5")
+    virtual(here / "v.h5", [(ALL, "s.h5", "images", FULL, ALL)])
+    virtual(here / "w.h5", [(ALL, "v.h5", "images", FULL, ALL)])
+    for names in (["s.h5", "v.h5"], ["v.h5", "s.h5"], ["w.h5", "s.h5"], ["v.h5", "w.h5"]):
+        with pytest.raises(ValueError, match=r"are the same images, .*name every file once"):
+            open_hdf5(names)
+    half = {"shape": (500, *SHAPE)}
+    for name, part in (("1.h5", np.s_[:500]), ("2.h5", np.s_[500:])):
+        virtual(here / name, [(ALL, "s.h5", "images", FULL, part)], **half)
+        with h5py.File(here / name, "a") as file:
+            del file["labels"]
+            file["labels"] = content()[1][part]
+    check(open_hdf5(["1.h5", "2.h5"]))
+    virtual(here / "self.h5", [(ALL, ".", "images", FULL, ALL)])
+    refused(here / "self.h5", r"self\.h5 holds a virtual data set that takes its data from itself")
+
+
 def test_the_odd_file_is_named(tmp_path):
     paths = [write(tmp_path / f"{i}.h5", content(5, (4, 4) if i == 0 else SHAPE)[0], np.arange(5)) for i in range(4)]
     with pytest.raises(
