@@ -47,16 +47,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         An `ExitCode`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with terminal.guarded(lasting=arguments[:1] in [[name] for name in LASTING]):
+    with terminal.guarded(lasting=_lasts(arguments)):
         try:
-            code = _run(arguments)
-            sys.stdout.flush()
-            return code
+            try:
+                return _run(arguments)
+            finally:
+                sys.stdout.flush()  # after --print_config too, which leaves by SystemExit
         except terminal.OutputError as error:
             if isinstance(error.__cause__, BrokenPipeError):
                 return ExitCode.UNREAD
             _complain(str(error))
             return ExitCode.FAILED
+
+
+def _lasts(arguments: Sequence[str]) -> bool:
+    """Whether the command goes on when it cannot print; told to print something, no command does."""
+    told_to_print = any(word in ("-h", "--help") or word.startswith("--print_config") for word in arguments)
+    return bool(arguments) and arguments[0] in LASTING and not told_to_print
 
 
 def _run(arguments: Sequence[str]) -> int:

@@ -142,6 +142,11 @@ PLAN = "hvdlocal plan run.yaml --workers 4 --no-bytes"
         (f"{PLAN} --optimizer.lr x 2>&-", 2, ""),
         ("hvdlocal --help > /dev/full", 1, "hvdlocal: standard output cannot be written: No space left on device\n"),
         ("hvdlocal trian 2> /dev/full", 2, ""),
+        (
+            "hvdlocal train run.yaml --print_config > /dev/full",
+            1,
+            "hvdlocal: standard output cannot be written: No space left on device\n",
+        ),
     ],
 )
 def test_real_descriptors(config, command, code, said):
