@@ -111,14 +111,13 @@ def main() -> int:
                 report.run([Stage(f"{method}, to see how fast it is", [command], 90, keep="(?!)")])
             left = end - time.monotonic() - len(METHODS) * START_SECONDS
             epochs = max(1.0, float(int(0.85 * left / sum(map(seconds_per_epoch, short.values())))))
-        what = (
-            f"{arguments.ranks} ranks, H = {arguments.period}, {epochs:g} scale-invariant epochs of {images:,} images"
-        )
+        what = f"{arguments.ranks} ranks, {epochs:g} scale-invariant epochs of {images:,} images"
         for runs_left, method in zip((2, 1), METHODS, strict=True):
             command = train(arguments, data, place / method, method, epochs)
             limit = 1.4 * (end - time.monotonic()) / runs_left
             result = partial(accuracies, place / method)
-            report.run([Stage(f"{method}, {what}", [command], limit, keep="(?!)", result=result)])
+            name = method if method == "sync" else f"{method} with H = {arguments.period}"
+            report.run([Stage(f"{name}, {what}", [command], limit, keep="(?!)", result=result)])
         report.run([Stage("The paper, Table 2", [], 10, result=published)])
         report.close()
     finally:
