@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 
 from hvdlocal import terminal
 from hvdlocal.exit_codes import ExitCode
@@ -97,7 +96,6 @@ def _explain(error: Exception) -> int:
         The exit code.
     """
     from hvdlocal.communicator import (
-        CollectiveTimeoutError,
         CommunicationError,
         DisagreementError,
         LaunchError,
@@ -107,21 +105,22 @@ def _explain(error: Exception) -> int:
     from hvdlocal.training import DamageError, DivergedError, LostRankError
     from hvdlocal.training.memory import out_of_memory
 
-    if isinstance(error, CollectiveTimeoutError):
-        _complain(str(error))
-        current().abort(ExitCode.PEER_FAILED)  # the other ranks cannot be reached: an orderly end would wait for them
     if isinstance(error, DamageError):
         _complain(str(error))
         _leave_without_meeting(ExitCode.MISTAKE)
         return ExitCode.MISTAKE
     if isinstance(error, CommunicationError):
         _complain(str(error))
-        return ExitCode.PEER_FAILED
+        # The other ranks cannot be reached: an orderly end would wait for them, or end MPI beside a collective under way.
+        current().abort(ExitCode.PEER_FAILED)
     if isinstance(error, DivergedError | SetupError | DisagreementError):  # raised on all ranks
         _complain(str(error))
-        with suppress(CommunicationError):  # another rank left without waiting
+        code = ExitCode.DIVERGED if isinstance(error, DivergedError) else ExitCode.MISTAKE
+        try:
             current().barrier("hvdlocal.end")
-        return ExitCode.DIVERGED if isinstance(error, DivergedError) else ExitCode.MISTAKE
+        except CommunicationError:  # another rank left without waiting
+            current().abort(code)
+        return code
     if isinstance(error, ValueError | OSError | ImportError | LaunchError):
         _complain((terminal.plain(error) if isinstance(error, OSError) else str(error)) or type(error).__name__)
         if launched_rank() is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+
+from hvdlocal.terminal import Guarded
 
 MAX_ELEMENTS = 2**31 - 1
 """The most elements of one collective: MPI counts in C int. Longer tensors travel in pieces."""
@@ -132,12 +135,23 @@ class Communicator(ABC):
         """This process, for the beginning of a message: 'rank 3 of 8 on node17'."""
         return f"rank {self.rank} of {self.size} on {socket.gethostname()}"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether collectives can be called: neither this object nor the library below it was shut down."""
+        return True
+
+    @property
+    def can_be_replaced(self) -> bool:
+        """Whether, after `shutdown`, this process can join its job again."""
+        return True
+
     @abstractmethod
     def shutdown(self) -> None:
         """Leaves the job. The communicator cannot be used afterwards."""
 
     def abort(self, exit_code: int) -> None:
         """Ends this process at once; the launcher then ends the others. For when no collective can succeed any more."""
+        Guarded(sys.stdout).flush()
         os._exit(exit_code)
 
     @abstractmethod
@@ -173,17 +187,30 @@ class Communicator(ABC):
     def _check_peers(self) -> None:  # noqa: B027  (nothing to check is a valid answer)
         """Raises RuntimeError when the collective that has been waited for cannot complete any more."""
 
+    def _says_that_a_peer_left(self, error: RuntimeError) -> bool:
+        """Whether the backend's error means that another rank has left the job."""
+        return False
+
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
+        if not self.is_open:
+            raise CommunicationError(
+                f"{self.describe()}: the collective {name!r} was called after shutdown(): call shutdown() at the end of the "
+                "program, when nothing uses the communicator any more"
+            )
         try:
             yield
         except CommunicationError:
             raise
         except RuntimeError as error:
-            raise CommunicationError(
-                f"{self.describe()}: the collective {name!r} failed, most often because another rank ended with an error "
-                f"of its own (look for the first message of the job): {error}"
-            ) from error
+            if self._says_that_a_peer_left(error):
+                why = (
+                    "cannot complete, because another rank has left the job. If that rank failed, it has said why (look for "
+                    "the first message of the job); if it has merely finished, it had fewer steps to do than this one"
+                )
+            else:
+                why = "failed, most often because the ranks did not ask for the same thing or a rank failed"
+            raise CommunicationError(f"{self.describe()}: the collective {name!r} {why} ({error})") from error
 
 
 def _pieces(flat: torch.Tensor, name: str) -> list[tuple[torch.Tensor, str]]:

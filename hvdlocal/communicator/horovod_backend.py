@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -29,10 +30,25 @@ class HorovodCommunicator(Communicator):
 
         hvd.init()
         self._hvd = hvd
+        self._over_mpi = hvd.mpi_enabled()
         super().__init__(hvd.rank(), hvd.size(), hvd.local_rank(), hvd.local_size(), timeout_seconds)
 
     def shutdown(self) -> None:
         self._hvd.shutdown()
+
+    @property
+    def is_open(self) -> bool:
+        """See `Communicator`. A script may have called Horovod's own `shutdown`."""
+        return self._hvd.is_initialized()
+
+    @property
+    def can_be_replaced(self) -> bool:
+        """See `Communicator`. Horovod's shutdown ends MPI, unless mpi4py had started it, and MPI starts once in a process."""
+        mpi = sys.modules.get("mpi4py.MPI")
+        return not self._over_mpi or (mpi is not None and not mpi.Is_finalized())
+
+    def _says_that_a_peer_left(self, error: RuntimeError) -> bool:
+        return "Horovod has been shut down" in str(error)
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> _Handle:
         return _Handle(self._hvd, self._hvd.allreduce_async_(flat, name=name, op=self._hvd.Sum))

@@ -23,6 +23,9 @@ class LaunchError(RuntimeError):
 def init(backend: Literal["horovod", "mpi4py"] | None = None, *, timeout_seconds: float | None = None) -> Communicator:
     """Joins the ranks of this job. Call it once, before building the optimizer; a second call returns the same object.
 
+    After `shutdown()` it joins them again, which all ranks must do; but Horovod's shutdown ends MPI, and MPI starts only once in
+    a process.
+
     Args:
         backend: "horovod" or "mpi4py"; by default the environment variable HVDLOCAL_BACKEND, else Horovod.
         timeout_seconds: how long one collective may take before it ends in an error; by default
@@ -34,9 +37,18 @@ def init(backend: Literal["horovod", "mpi4py"] | None = None, *, timeout_seconds
     Raises:
         ImportError: the backend is not installed; the message says how to get it.
         LaunchError: the launcher started several ranks that do not see each other.
+        RuntimeError: MPI has ended in this process with an earlier communicator.
         ValueError: unknown backend, or another one is in use already.
     """
     global _current
+    if _current is not None and not _current.is_open:
+        if not _current.can_be_replaced:
+            raise RuntimeError(
+                "hvdlocal.init() after shutdown(): with Horovod's shutdown MPI has ended, which a process can start only once. "
+                "Call shutdown() at the end of the program; where it must be called before, import mpi4py.MPI first of all, "
+                "which then keeps MPI, or use HVDLOCAL_BACKEND=mpi4py."
+            )
+        _current = None
     if _current is not None:
         if backend not in (None, _current.backend):
             raise ValueError(f"hvdlocal.init({backend!r}): this process already uses {_current.backend!r}")
@@ -59,9 +71,9 @@ def current() -> Communicator:
     """The communicator that `init` made.
 
     Raises:
-        RuntimeError: `init` has not been called.
+        RuntimeError: `init` has not been called, or not again after a shutdown.
     """
-    if _current is None:
+    if _current is None or not _current.is_open:
         raise RuntimeError("hvdlocal is not initialised: call hvdlocal.init() first, once, on every rank")
     return _current
 

@@ -18,9 +18,14 @@ import numpy as np
 import torch
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.terminal import Guarded
 
 DEPARTURE_GRACE_SECONDS = 3.0
+
+
+class _PeerLeftError(RuntimeError):
+    """A rank has told that it leaves the job."""
 
 
 class Mpi4pyCommunicator(Communicator):
@@ -54,29 +59,49 @@ class Mpi4pyCommunicator(Communicator):
         node.Free()
         self._departures = MPI.COMM_WORLD.Dup()
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
-        threading.Thread(target=self._serve, name="hvdlocal-mpi", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="hvdlocal-mpi", daemon=True)
+        self._thread.start()
         if self.size > 1:
             # Without this, a rank that dies of an exception waits in MPI_Finalize for peers that wait for it.
             sys.excepthook = self._abort_on_exception
             # And one that ends otherwise (sys.exit) tells its peers, so that they do not wait for it either.
-            atexit.register(self._depart)
+            atexit.register(self._leave)
 
     def shutdown(self) -> None:
-        self._depart()
-        self._calls.put(None)
-
-    def _depart(self) -> None:
         if not self._departed:
             self._departed = True
             self._notices = [self._departures.Isend(b"", dest=peer) for peer in range(self.size) if peer != self.rank]
+            self._calls.put(None)
+
+    @property
+    def is_open(self) -> bool:
+        """See `Communicator`."""
+        return not self._departed
+
+    def _leave(self) -> None:
+        """At the end of the process, before mpi4py calls MPI_Finalize, which crashes or hangs beside a collective under way."""
+        self.shutdown()
+        self._thread.join(DEPARTURE_GRACE_SECONDS)
+        if self._thread.is_alive():
+            print(
+                f"{self.describe()}: the program ends while a collective is under way that the other ranks have not come to; "
+                "ending the job\n",
+                end="",
+                file=sys.__stderr__,
+            )
+            self.abort(ExitCode.PEER_FAILED)
 
     def _check_peers(self) -> None:
         # A peer may leave for good reasons while the last collective still completes here: hence the seconds of grace.
-        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE or not self._departures.Iprobe():
+        status = self._mpi.Status()
+        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE or not self._departures.Iprobe(status=status):
             return
         self._departure_seen = self._departure_seen or time.monotonic()
         if time.monotonic() - self._departure_seen > DEPARTURE_GRACE_SECONDS:
-            raise RuntimeError("another rank has left the job")
+            raise _PeerLeftError(f"rank {status.Get_source()} has left")
+
+    def _says_that_a_peer_left(self, error: RuntimeError) -> bool:
+        return isinstance(error, _PeerLeftError)
 
     def abort(self, exit_code: int) -> None:
         for stream in (sys.stdout, sys.stderr):

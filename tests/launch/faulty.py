@@ -41,6 +41,10 @@ def fail(_: str) -> None:
     raise RuntimeError("an exception that a test injects")
 
 
+def leave(_: str) -> None:
+    sys.exit(0)
+
+
 def fail_on_bad_data(_: str) -> None:
     raise ValueError("an image that cannot be decoded, as a test has it")
 
@@ -102,6 +106,7 @@ FAULTS: dict[str, Callable[[str], None]] = {
     "term": send(signal.SIGTERM),
     "int": send(signal.SIGINT),
     "raise": fail,
+    "leave": leave,
     "bad_data": fail_on_bad_data,
     "memory": run_out_of_memory,
     "device_memory": run_out_of_device_memory,

@@ -1,8 +1,9 @@
 """Launchers and libraries that do not belong together, and wrong environment variables."""
 
 import pytest
+import torch
 
-from hvdlocal.communicator import launch, launched_rank, launched_size
+from hvdlocal.communicator import CommunicationError, Communicator, launch, launched_rank, launched_size
 
 VARIABLES = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
 
@@ -51,3 +52,66 @@ def test_unknown_backend_and_missing_init():
         launch.init("nccl")
     with pytest.raises(RuntimeError, match=r"call hvdlocal.init\(\) first"):
         launch.current()
+
+
+class Ended(Communicator):
+    """A communicator that can be shut down, of a backend whose every collective fails."""
+
+    backend = "none"
+    is_open = True
+    can_be_replaced = False
+
+    def __init__(self, error=None):
+        super().__init__(0, 2, 0, 2, 1.0)
+        self._error = error
+
+    def shutdown(self):
+        self.is_open = False
+
+    def _start_sum(self, flat, name):
+        raise self._error
+
+    def _start_broadcast(self, flat, name, root):
+        raise self._error
+
+    def _gather_bytes(self, data, name):
+        raise self._error
+
+    def _says_that_a_peer_left(self, error):
+        return "left" in str(error)
+
+
+COLLECTIVES = {
+    "sum": lambda c: c.sum_(torch.ones(1), "n"),
+    "broadcast": lambda c: c.broadcast_(torch.ones(1), "n"),
+    "gather": lambda c: c.gather(1, "n"),
+    "barrier": lambda c: c.barrier("n"),
+}
+
+
+@pytest.mark.parametrize("collective", COLLECTIVES.values(), ids=COLLECTIVES)
+def test_why_a_collective_failed(collective):
+    with pytest.raises(CommunicationError, match=r"the collective 'n' cannot complete.* merely finished.*\(it left\)"):
+        collective(Ended(RuntimeError("it left")))
+    with pytest.raises(CommunicationError, match=r"'n' failed, .* did not ask for the same .*\(shapes differ\)"):
+        collective(Ended(RuntimeError("shapes differ")))
+    ended = Ended()
+    ended.shutdown()
+    with pytest.raises(CommunicationError, match=r"rank 0 of 2 .* 'n' was called after shutdown\(\)"):
+        collective(ended)
+
+
+def test_a_communicator_that_was_shut_down_is_not_given_out(monkeypatch):
+    ended = Ended()
+    monkeypatch.setattr(launch, "_current", ended)
+    assert launch.init() is launch.current() is ended
+    ended.shutdown()
+    with pytest.raises(RuntimeError, match="not initialised"):
+        launch.current()
+    with pytest.raises(RuntimeError, match=r"init\(\) after shutdown\(\): .* MPI has ended"):
+        launch.init()
+    ended.can_be_replaced = True
+    again = Ended()
+    monkeypatch.setattr(launch, "_mpi4py", lambda timeout: again)
+    monkeypatch.setattr(launch, "_check_world", lambda size, backend: None)
+    assert launch.init("mpi4py") is launch.current() is again
