@@ -100,7 +100,7 @@ def powers_axis(axes: Axes, which: str, values: Sequence[int]) -> None:
     """A logarithmic axis to base 2, with one labelled tick for each of the values."""
     getattr(axes, f"set_{which}scale")("log", base=2)
     axis = getattr(axes, f"{which}axis")
-    axis.set_ticks(list(values), [str(value) for value in values])
+    axis.set_ticks([float(value) for value in values], [str(value) for value in values])
     axis.set_minor_locator(NullLocator())
 
 

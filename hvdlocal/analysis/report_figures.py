@@ -59,7 +59,9 @@ def thin(x: Column, y: Column, points: int = POINTS) -> tuple[Column, Column]:
 
 
 def plateaus(x: Column, y: Column) -> tuple[Column, Column]:
-    """Without the points between two others of the same y: a staircase looks the same."""
+    """Without NaN, and without the points between two others of the same y: a staircase looks the same."""
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
     keep = np.ones(len(y), dtype=bool)
     keep[1:-1] = (y[1:-1] != y[:-2]) | (y[1:-1] != y[2:])
     return x[keep], y[keep]

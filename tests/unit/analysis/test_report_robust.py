@@ -153,6 +153,9 @@ def test_bad_runs_beside_a_good_one(tmp_path, capsys):
 
 ODD = {
     "null everywhere": edit_line(3, loss=None, gain=None, lr=None, epoch=None, data_epoch=None, bytes_sent=None),
+    "a period of null": edit_line(3, period=None),
+    "a period beyond all bounds": edit_line(3, period=10**99),
+    "a period of 0": edit_line(3, period=0),
     "beyond float64": edit_line(3, loss=10**400, divergence=-(10**400)),
     "beyond any statistics": edit_line(3, loss=1.7e308, grad_sqr=1e308, elapsed_seconds=1e308),
     "true for a number": edit_line(3, loss=True),
@@ -216,7 +219,8 @@ odd = st.one_of(
 
 
 @settings(
-    max_examples=15,
+    max_examples=25,
+    derandomize=True,
     deadline=None,
     phases=(Phase.explicit, Phase.reuse, Phase.generate),  # to shrink a failure would draw too many pages
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
