@@ -26,7 +26,7 @@ unit: setup
 
 # The same tests on one, two and three ranks (an odd number finds mistakes that powers of two hide), over both backends; what
 # depends on the number of ranks also on eight.
-MPI_TEST = timeout 300 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
+MPI_TEST = timeout 900 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
 mpi: setup
 	set -e; for backend in horovod mpi4py; do for ranks in 1 2 3; do \
 	  echo "== tests/mpi: $$backend, $$ranks ranks"; \
@@ -42,7 +42,7 @@ launch: setup
 
 # What runs on a GPU, with little work on the CPU, so that it is in order when there is one.
 gpu-code: setup
-	timeout 300 python benchmarks/gpu_report.py --device cpu --at-once
+	timeout 600 python benchmarks/gpu_report.py --device cpu --at-once
 
 # A real Slurm on this machine, started by the tests. Installed first where that is allowed; without one the tests are skipped.
 test-slurm: setup
