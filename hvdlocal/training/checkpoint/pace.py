@@ -5,7 +5,7 @@ from __future__ import annotations
 from hvdlocal.analysis.cost import young_interval
 from hvdlocal.training.config import CheckpointConfig
 
-FIRST_SECONDS = 60.0
+FIRST_SECONDS = 10.0
 """Until the first checkpoint, which tells what one costs."""
 
 WRITING_SHARE = 0.05
