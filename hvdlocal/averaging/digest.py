@@ -39,15 +39,18 @@ _REMEDIES = {
     Fact.PROGRESS: "the ranks stand at different rounds. Load the same state on every rank, and let every rank take equally "
     "many steps.",
     Fact.PARAMETERS: "the parameters differ where they must be equal, so something changed them on some ranks only. Load a "
-    "checkpoint on every rank, before the optimizer is built or after synchronize().",
-    Fact.CONSTANTS: "frozen parameters or integer buffers differ between the ranks. Change them in the same way on every rank. "
+    "checkpoint on every rank, before the optimizer is built or after synchronize(). Run one batch through layers that take "
+    "their first values from it before the optimizer is built.",
+    Fact.CONSTANTS: "frozen parameters or integer buffers differ between the ranks. Change them in the same way on every rank, "
+    "or give a buffer that is each rank's own the policy local: buffers={'its name': 'local'}. "
     "A teacher that follows each rank's replica belongs outside of the model that the optimizer is given.",
 }
 
 _ODD = 0x1E3779B97F4A7C15
 
 ROUNDING = 1e-4
-"""Replicas that are stepped on different hardware drift apart by less than this share of the largest parameter."""
+"""Replicas that are stepped on different hardware drift apart by less than this share of the largest parameter, and so do those
+whose loop moves the parameters and moves them back, as sharpness-aware minimisation does."""
 
 Parts = dict[str, torch.Tensor]
 """Contiguous vectors, by name."""
@@ -62,10 +65,14 @@ class Digest:
         communicator: the ranks.
         constants: frozen parameters and integer buffers, by name.
         device: where the replica lies.
+        lasting: whether parameters that differ by rounding errors stay so, which is then told once.
     """
 
-    def __init__(self, communicator: Communicator, constants: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(
+        self, communicator: Communicator, constants: Mapping[str, torch.Tensor], device: torch.device, lasting: bool
+    ) -> None:
         self._communicator = communicator
+        self._lasting = lasting
         self._constants = TensorSample({name: t for name, t in constants.items() if _can_be_read(t, device)})
         self._checksum = TensorChecksum(device)
         self._mine: dict[Fact, Any] = {}
@@ -109,11 +116,10 @@ class Digest:
         raise DisagreementError(" ".join(filter(None, told.values())))
 
     def _described(self, one: Any) -> Any:
-        """What the ranks exchange: a number as it is, a short vector as a tuple, a long one as its checksum."""
+        """What the ranks exchange: a number as it is, a vector of floats as a tuple, one of integers as its checksum."""
         if not isinstance(one, torch.Tensor):
             return one
-        short = one.is_floating_point() and one.numel() <= TensorSample.ELEMENTS
-        return tuple(one.tolist() if short else self._checksum.bits(0, [one]).tolist())
+        return tuple(one.tolist() if one.is_floating_point() else self._checksum.bits(0, [one]).tolist())
 
     def _only_rounded(self, everyone: Sequence[Mapping[Fact, Any]]) -> bool:
         """Whether the parameters differ by rounding errors alone. They are then not compared any more."""
@@ -123,7 +129,7 @@ class Digest:
         if not spread <= ROUNDING * together.abs().max():
             return False
         self._rounded = True
-        if self._communicator.rank == 0:
+        if self._lasting and self._communicator.rank == 0:
             warnings.warn(
                 f"the replicas differ by up to {float(spread):.1g}, as rounding errors make them on nodes of different hardware. "
                 "They are not compared any more. LocalOptimizer makes replicas equal at every averaging.",

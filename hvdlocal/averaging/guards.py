@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -86,18 +86,32 @@ def check_rate(group: int, rate: Any) -> float:
     return float(rate)
 
 
-def refuse_sparse_layers(model: torch.nn.Module, reason: str) -> None:
+def renormalised_weights(model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Weights of embeddings whose forward pass rescales the rows that it looks up, which are other rows on every rank.
+
+    Args:
+        model: the replica.
+        parameters: those that are looked for.
+
+    Returns:
+        The weights, by the names of the layers.
+    """
+    return {name: one.weight for name, one in _embeddings(model, parameters).items() if one.max_norm is not None}
+
+
+def refuse_sparse_layers(model: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], reason: str) -> None:
     """Refuses layers that make sparse gradients.
 
     Args:
         model: the replica.
+        parameters: those to train.
         reason: the setting that needs dense gradients.
 
     Raises:
         ValueError: naming the layer.
     """
-    for name, module in model.named_modules():
-        if getattr(module, "sparse", False) is True and any(p.requires_grad for p in module.parameters(recurse=False)):
+    for name, module in _embeddings(model, parameters).items():
+        if module.sparse:
             raise ValueError(
                 f"{name or 'the model'!r} makes sparse gradients, but {reason} needs dense ones: use sparse=False"
             )
@@ -147,3 +161,15 @@ def guard_wrapped(optimizer: torch.optim.Optimizer, wrapper: Any) -> None:
 
     optimizer.register_step_pre_hook(refuse_bare_step)
     optimizer.register_load_state_dict_pre_hook(refuse_wrapped_state)
+
+
+def _embeddings(
+    model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]
+) -> dict[str, torch.nn.Embedding | torch.nn.EmbeddingBag]:
+    """The embeddings whose weights are among the parameters, by name."""
+    wanted = {id(p) for p in parameters}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and id(module.weight) in wanted
+    }

@@ -14,7 +14,7 @@ from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_me
 from hvdlocal.averaging.digest import Fact, rounded
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
-from hvdlocal.averaging.guards import refuse_sparse_gradients
+from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.averaging.sketch import GradientSketch, default_size
@@ -73,6 +73,8 @@ class LocalOptimizer(ReplicaOptimizer):
         ValueError: an argument cannot be used, with the reason; on all ranks.
         DisagreementError: the ranks were given different settings; on all ranks.
     """
+
+    _averages_parameters = True
 
     def __init__(
         self,
@@ -159,6 +161,8 @@ class LocalOptimizer(ReplicaOptimizer):
             {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
         )
         self._sample = CoordinateSample(self._arena.parameters)
+        # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
+        self._renormalised = bool(renormalised_weights(model, self._parameters))
 
     def _warn(self, message: str) -> None:
         """Warns once for all ranks."""
@@ -463,7 +467,7 @@ class LocalOptimizer(ReplicaOptimizer):
             Fact.RATES: self._named_rates(),
             Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self._progress)},
         }
-        origin = {"trained parameters": self._sample.origin}
+        origin = {} if self._renormalised else {"trained parameters": self._sample.origin}
         self._digest.write(self._arena.digest, values, origin, everything=everything)
 
     def _measure_divergence(self, sum_displacement: float, moved: float, healthy: int) -> None:

@@ -39,6 +39,7 @@ from hvdlocal.averaging.guards import (
     refuse_data_parallelism,
     refuse_sparse_layers,
     refuse_state_makers,
+    renormalised_weights,
 )
 from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing, gradient_statistics
 from hvdlocal.communicator import CommunicationError, Communicator, current, require_agreement
@@ -56,6 +57,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     It is a `torch.optim.Optimizer` that shares `param_groups` and `state` with the optimizer it wraps: learning-rate schedulers
     set the base learning rate γ in the groups, a step applies gain·γ, and the groups are left as they were.
     """
+
+    _averages_parameters = False
+    """Whether differences between the parameters of the ranks end at the next averaging."""
 
     _step_supports_amp_scaling = True
     """GradScaler then calls `step` also after an overflow, so that no rank ever misses a collective. During the call this
@@ -91,7 +95,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._max_norm = max_norm
         self._names, self._parameters = _trainable(optimizer, model)
         if reason := self._needs_dense_gradients():
-            refuse_sparse_layers(model, reason)
+            refuse_sparse_layers(model, self._parameters, reason)
         check_tensors(model)
         self._buffers = dict(buffers) if isinstance(buffers, Mapping) else buffers
         self._buffer_policies = choose_policies(model, buffers)
@@ -106,7 +110,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._gain = 1.0
         self._smoothed = SmoothedStatistics()
         device = self._parameters[0].device
-        self._digest = Digest(self.communicator, self._constants(), device)
+        self._digest = Digest(self.communicator, self._constants(), device, lasting=not self._averages_parameters)
         self._nonfinite_found, self._factor = (torch.zeros(1, dtype=torch.float32, device=device) for _ in range(2))
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self._loss_count = 0
@@ -552,20 +556,34 @@ class ReplicaOptimizer(torch.optim.Optimizer):
     def _constants(self) -> dict[str, torch.Tensor]:
         """What ought to stay equal on all ranks without being averaged: frozen parameters and integer buffers, by name.
 
-        Left out are buffers that the user has called local, and batch norm's count of batches, which has no effect unless
+        Left out are buffers that the user has called local, zero points that a layer estimates from its data for quantisation,
+        tables whose rows are rescaled when they are looked up, and batch norm's count of batches, which has no effect unless
         momentum is None.
         """
-        frozen: dict[str, torch.Tensor] = {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        parameters = dict(self.model.named_parameters())
+        rescaled = renormalised_weights(self.model, parameters.values())
+        frozen: dict[str, torch.Tensor] = {
+            name: p
+            for name, p in parameters.items()
+            if not (p.requires_grad or any(p is one for one in rescaled.values()))
+        }
         counts = {
             f"{name}.num_batches_tracked".lstrip(".")
             for name, module in self.model.named_modules()
             if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.momentum is not None
+        }
+        estimates = {
+            id(buffer)
+            for module in self.model.modules()
+            if any(cls.__module__.startswith("torch.ao.quantization.") for cls in type(module).__mro__)
+            for buffer in module.buffers(recurse=False)
         }
         integers = {
             name: buffer
             for name, buffer in self.model.named_buffers()
             if not (buffer.is_floating_point() or buffer.is_complex())
             and name not in counts
+            and id(buffer) not in estimates
             and policy_by_name(name, self._buffers) != "local"
         }
         return frozen | integers

@@ -12,7 +12,7 @@ from hvdlocal.averaging.buffers import Buffers
 from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample, rounded
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
-from hvdlocal.averaging.guards import refuse_sparse_gradients
+from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.communicator import Communicator
 
@@ -72,6 +72,11 @@ class SynchronousOptimizer(ReplicaOptimizer):
             communicator=communicator,
         )
         scaling.gain(self._moment(1))  # refuses a rule that needs a budget now, not at the first step
+        for name in renormalised_weights(model, self._parameters):
+            raise ValueError(
+                f"{name or 'the model'!r} has a max_norm, with which every rank rescales the rows that it looks up, "
+                "so that the replicas would differ: build it without, and rescale all rows after each step"
+            )
         layout = FlatViews(self._parameters)
         self._flat = torch.zeros(layout.numel + NUM_SCALARS, dtype=torch.float32, device=self._parameters[0].device)
         self._scalars = self._flat[layout.numel :]

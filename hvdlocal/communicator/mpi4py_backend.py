@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import sys
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.exit_codes import ExitCode
@@ -145,7 +147,7 @@ class Mpi4pyCommunicator(Communicator):
         def work() -> None:
             self._agree_on(what)
             host = flat.cpu()  # the tensor itself when it is on the CPU already
-            collective(host.numpy())
+            collective(_memory(host))
             if host is not flat:
                 flat.copy_(host)
 
@@ -165,6 +167,15 @@ class Mpi4pyCommunicator(Communicator):
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         print(f"{self.describe()}: uncaught {kind.__name__}; ending the job\n", end="", file=sys.__stderr__)
         self.abort(1)
+
+
+def _memory(tensor: torch.Tensor) -> NDArray[Any]:
+    """The memory of a contiguous tensor on the CPU. After `Tensor.numpy()` torch would never resize it again, which layers for
+    quantisation do to their buffers.
+    """
+    dtype = torch.empty(0, dtype=tensor.dtype, device="cpu").numpy().dtype
+    memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return np.ndarray((tensor.numel(),), dtype, memoryview(memory))
 
 
 class _Call:

@@ -289,6 +289,64 @@ def test_replicas_that_differ_by_rounding(comm):
     torch.testing.assert_close(model.w.detach(), torch.full((100,), 2.0), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("numel", [10, 100, 100_000])
+def test_parameters_that_are_moved_and_moved_back(comm, numel):
+    """Sharpness-aware minimisation leaves rounding errors, different ones on every rank, before a step."""
+    model = Slope(numel)
+    optimizer = local(model, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(1.0).backward()
+            away = 1e-3 * torch.rand(numel, generator=torch.Generator().manual_seed(comm.rank))
+            with torch.no_grad():
+                model.w.add_(away).sub_(away)
+            optimizer.step()
+    torch.testing.assert_close(model.w.detach(), torch.full((numel,), 1.0), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+def test_embeddings_that_rescale_the_rows_they_look_up(comm, layer):
+    """Every rank looks up other rows, and has changed them when a round begins."""
+    model = torch.nn.ModuleDict({"table": layer(8, 4, max_norm=1.0), "slope": Slope()})
+    torch.nn.init.constant_(model["table"].weight, 5.0)
+    optimizer = local(model, 2)
+    for i in range(4):
+        optimizer.zero_grad()
+        model["table"](torch.tensor([[(comm.rank + i) % 8]])).sum().backward()
+        optimizer.step()
+    optimizer.synchronize()
+    with pytest.raises(ValueError, match="'table' has a max_norm"):
+        synchronous(model)
+    model["table"].requires_grad_(False)
+    frozen = synchronous(model)
+    for i in range(2):
+        frozen.zero_grad()
+        model["table"](torch.tensor([[comm.rank + i]]))
+        model["slope"](1.0).backward()
+        frozen.step()
+    frozen.synchronize()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Please use quant_min")
+@BOTH
+def test_quantisation_aware_training(comm, wrap):
+    """Each rank estimates ranges and zero points from its own data, in buffers that take their size from them."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = torch.nn.Sequential(quantization.QuantStub(), torch.nn.Linear(4, 2)).train()
+    model.qconfig = quantization.get_default_qat_qconfig("fbgemm")
+    quantization.prepare_qat(model, inplace=True)
+    optimizer = wrap(model)
+    for i in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4, generator=torch.Generator().manual_seed(comm.rank)) + comm.rank + i).sum().backward()
+        optimizer.step()
+    optimizer.synchronize()
+    ranges = comm.gather(float(model[0].activation_post_process.activation_post_process.max_val), "test.ranges")
+    assert len(set(ranges)) == comm.size, "they are each rank's own"
+
+
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
 def test_what_lies_in_memory_in_another_order(comm, format):
     model = torch.nn.Conv2d(3, 8, 3).to(memory_format=format)

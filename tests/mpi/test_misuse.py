@@ -122,6 +122,17 @@ def test_layers_with_sparse_gradients(comm, make, settings, reason, layer):
     make(torch.nn.ModuleDict({"table": layer(10, 3), "slope": Slope()}), **settings)
 
 
+@pytest.mark.parametrize("layer", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+def test_sparse_layers_that_another_optimizer_trains(comm, layer):
+    """SparseAdam for the table, hvdlocal for the rest; and an attribute `sparse` of another meaning."""
+    model = torch.nn.ModuleDict({"table": layer(10, 3, sparse=True), "slope": Slope()})
+    model["slope"].sparse = True
+    rest = torch.optim.SGD(model["slope"].parameters(), lr=1.0)
+    for settings in ({"accumulate": 2}, {"scaling": hvdlocal.LocalAdaScale()}):
+        local(model, optimizer=rest, **settings)
+    hvdlocal.SynchronousOptimizer(rest, model)
+
+
 @pytest.mark.parametrize(("make", "settings", "reason"), SPARSE, ids=[reason for *_, reason in SPARSE])
 def test_sparse_gradients_of_unknown_layers(comm, make, settings, reason):
     model = Table()
