@@ -14,7 +14,7 @@ from hvdlocal.reproduction.curvature import CURVATURE
 from hvdlocal.reproduction.launcher import Supervisor, train_command
 from hvdlocal.reproduction.studies import Cell, Setting
 from hvdlocal.training import TrainConfig
-from hvdlocal.training.config import leaves
+from hvdlocal.training.config import effective_settings
 from hvdlocal.training.run_directory import SUMMARY, Standing, clear, standing
 
 DIVERGED = "diverged.json"
@@ -57,7 +57,7 @@ class Job:
         Raises:
             ValueError: there is a run with other settings.
         """
-        found = standing(self.directory, leaves(self.config), overwrite=False)
+        found = standing(self.directory, effective_settings(self.config), overwrite=False)
         if found is Standing.FINISHED:
             return State.FINISHED
         return State.DIVERGED if found is Standing.STARTED and self._marker.exists() else State.OPEN

@@ -334,6 +334,23 @@ def unused_settings(config: TrainConfig) -> list[str]:
 
     They are not refused: comparing two presets should take one changed word. They are said at the start of a run.
     """
+    default = {
+        "data": DataConfig(path=""),
+        "optimizer": OptimizerConfig(),
+        "schedule": ScheduleConfig(),
+        "method": MethodConfig(),
+    }
+    given, usual = leaves(config), leaves(default)
+    return [f"{name}={given[name]}" for name in _without_effect(config) if given[name] != usual[name]]
+
+
+def effective_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that have an effect in this run, by their dotted names: those that a continued run must share."""
+    idle = _without_effect(config)
+    return {name: value for name, value in leaves(config).items() if name not in idle}
+
+
+def _without_effect(config: TrainConfig) -> list[str]:
     method, period = config.method, config.method.period
     local, adaptive = method.preset.startswith("local"), "-ada" in method.preset
     accumulates = method.preset.startswith("acc-")
@@ -365,16 +382,7 @@ def unused_settings(config: TrainConfig) -> list[str]:
         "data.randaugment_ops": config.data.randaugment > 0,
         "data.share": config.data.storage in ("auto", "ram"),
     }
-    default = {
-        "data": DataConfig(path=""),
-        "optimizer": OptimizerConfig(),
-        "schedule": ScheduleConfig(),
-        "method": MethodConfig(),
-    }
-    given, usual = leaves(config), leaves(default)
-    return [
-        f"{name}={given[name]}" for name, has_effect in used.items() if not has_effect and given[name] != usual[name]
-    ]
+    return [name for name, has_effect in used.items() if not has_effect]
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

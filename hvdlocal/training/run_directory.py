@@ -107,7 +107,7 @@ def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> S
     """What an earlier attempt left.
 
     Args:
-        settings: of this run, by dotted name.
+        settings: of this run, by dotted name; those that have an effect in it.
         overwrite: replace whatever is there, unless this very job has written it, and is now started again: it continues.
 
     Raises:
@@ -134,8 +134,13 @@ def first_difference(earlier: Mapping[str, Any], settings: Mapping[str, Any]) ->
         if name in FREE_TO_CHANGE or name not in earlier:
             continue
         if (before := earlier[name]) != now:
-            return f"with {name}={before}, not {now}"
+            return f"with {name}={_as_written(before)}, not {_as_written(now)}"
     return None
+
+
+def _as_written(value: Any) -> str:
+    """As a configuration has it: null and true, not None and True."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def clear(directory: Directory) -> None:

@@ -24,7 +24,7 @@ from hvdlocal.terminal import warn
 from hvdlocal.training import interruption, run_directory
 from hvdlocal.training.checkpoint import Resumed, resume
 from hvdlocal.training.checkpoint.files import newest_first
-from hvdlocal.training.config import TrainConfig, check_ranges, leaves, unused_settings
+from hvdlocal.training.config import TrainConfig, check_ranges, effective_settings, leaves, unused_settings
 from hvdlocal.training.configured import check_model, configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.console import Console
 from hvdlocal.training.damage import damage_elsewhere, damage_found, forget_damage
@@ -185,7 +185,9 @@ class Trainer:
         self.device = choose_device(self.config.device, self.communicator)
         if self.communicator.rank == 0:
             self.output: Directory = self.held.enter_context(run_directory.claim(self.directory))
-            self.standing = run_directory.standing(self.directory, leaves(self.config), self.config.overwrite)
+            self.standing = run_directory.standing(
+                self.directory, effective_settings(self.config), self.config.overwrite
+            )
             self.held.callback(self.output.remove, self.probe)
             self.output.write_text(self.probe, "")
 
@@ -331,7 +333,7 @@ class Trainer:
 
     def _not_ours(self, contents: Mapping[str, Any]) -> str | None:
         """Why a checkpoint is not of this run."""
-        if difference := run_directory.first_difference(contents["settings"], leaves(self.config)):
+        if difference := run_directory.first_difference(contents["settings"], effective_settings(self.config)):
             return f"was written {difference}"
         for split, fingerprint in self._fingerprints().items():
             if (before := contents["fingerprints"][split]) != fingerprint:

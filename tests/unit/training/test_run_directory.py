@@ -5,13 +5,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from hvdlocal.directory import Directory
 from hvdlocal.training import interruption, run_directory
-from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, leaves
+from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, effective_settings, leaves
 from hvdlocal.training.metrics import JsonLines
 from hvdlocal.training.run_directory import Standing, standing
 
@@ -44,6 +44,18 @@ def test_standing(tmp_path, monkeypatch):
     assert standing(tmp_path, now, overwrite=True) is Standing.FINISHED  # this is its own
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert standing(tmp_path, now, overwrite=True) is Standing.NEW
+
+
+def test_a_setting_without_effect_may_be_another_now(tmp_path):
+    """Such as a default that was another when the run was begun: 0.08 was the smallest area of every crop once."""
+    now = config(tmp_path)
+    earlier = replace(now, data=replace(now.data, min_area=0.08))
+    run_directory.describe(Directory(tmp_path), asdict(earlier), {})
+    assert standing(tmp_path, effective_settings(now), overwrite=False) is Standing.STARTED
+    cropping = replace(now, data=replace(now.data, image_size=8))
+    run_directory.describe(Directory(tmp_path), asdict(replace(earlier, data=replace(earlier.data, image_size=8))), {})
+    with pytest.raises(ValueError, match=r"an earlier run with data\.min_area=0\.08, not null: continue it"):
+        standing(tmp_path, effective_settings(cropping), overwrite=False)
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "\x00"])
