@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 
@@ -179,12 +180,12 @@ class LocalAdaScale(Scaling):
     uses_statistics = True
 
     def __post_init__(self) -> None:
-        if self.c < 0:
+        if not 0 <= self.c < math.inf:
             raise ValueError(f"LocalAdaScale(c={self.c}): c must be ≥ 0")
         if self.statistics not in ("sketch", "exact"):
             raise ValueError(f"LocalAdaScale(statistics={self.statistics!r}): choose 'sketch' or 'exact'")
-        if self.sketch_size is not None and self.sketch_size < 16:
-            raise ValueError(f"LocalAdaScale(sketch_size={self.sketch_size}): at least 16")
+        if self.sketch_size is not None and not (isinstance(self.sketch_size, Integral) and self.sketch_size >= 16):
+            raise ValueError(f"LocalAdaScale(sketch_size={self.sketch_size!r}): must be a whole number of at least 16")
         _check_smoothing(self.smoothing)
 
     def gain(self, now: Moment) -> float:

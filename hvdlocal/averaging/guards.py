@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 
+_TORCHS_OWN = (
+    "torch.distributed.checkpoint.state_dict",
+    "torch's get_optimizer_state_dict and set_optimizer_state_dict take a step with zero gradients, and leave out the "
+    "part of the state that is under 'hvdlocal'. Use the optimizer's own state_dict() and load_state_dict().",
+)
+
 _STATE_MAKERS = {
     "broadcast_optimizer_state": (
         "horovod.torch.functions",
         "hvd.broadcast_optimizer_state takes a step with zero gradients and sends rank 0's moments to all ranks. Delete that "
         "line: the ranks start from rank 0's model. After an interruption load the same state_dict on every rank.",
     ),
-    "_init_optim_state": (
-        "torch.distributed.checkpoint.state_dict",
-        "torch's get_optimizer_state_dict and set_optimizer_state_dict take a step with zero gradients, and leave out the "
-        "part of the state that is under 'hvdlocal'. Use the optimizer's own state_dict() and load_state_dict().",
-    ),
+    "_init_optim_state": _TORCHS_OWN,
+    "_get_optim_state_dict": _TORCHS_OWN,
 }
 """Functions that make an optimizer's state by stepping it: their module, and what to do instead."""
 
@@ -143,6 +146,7 @@ def guard_wrapped(optimizer: torch.optim.Optimizer, wrapper: Any) -> None:
     def refuse_bare_step(_: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         owner = alive()
         if owner is not None and owner.optimizer is optimizer and not owner.stepping:
+            refuse_state_makers()
             kind = type(owner).__name__
             raise RuntimeError(
                 f"the {type(optimizer).__name__} inside the {kind} was stepped by itself, which no averaging would follow: "

@@ -292,7 +292,13 @@ class LocalOptimizer(ReplicaOptimizer):
     def _next_period(self) -> int:
         # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
         gain = self.scaling.gain(self._moment(self._period)) if self._rate_for_period == "scaled" else 1.0
-        lr = gain * max(self._rates())
+        rates = self._rates()
+        trained = [
+            rate
+            for group, rate in zip(self.param_groups, rates, strict=True)
+            if any(p.requires_grad for p in group["params"])  # the rate of a frozen or empty group moves nothing
+        ]
+        lr = gain * max(trained or rates)
         self._max_lr = max(self._max_lr, lr)
         start = RoundStart(
             lr=lr,

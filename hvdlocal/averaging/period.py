@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from numbers import Integral
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class PeriodRule:
     uses_loss = False
 
     def __post_init__(self) -> None:
-        if self.max_period is not None and self.max_period < 1:
-            raise ValueError(f"max_period={self.max_period}: at least 1, or None")
+        if self.max_period is not None:
+            _at_least_one("max_period", self.max_period)
 
     def __call__(self, start: RoundStart) -> int:
         """H of the round that starts now, at least 1."""
@@ -95,7 +96,7 @@ class PostLocal(PeriodRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_one("period", self.period)
-        if self.switch < 0:
+        if not self.switch >= 0:
             raise ValueError(f"switch={self.switch}: a progress ≥ 0")
 
     def _period(self, start: RoundStart) -> int:
@@ -126,10 +127,12 @@ class PowerRule(PeriodRule):
     def __post_init__(self) -> None:
         super().__post_init__()
         _at_least_one("h_base", self.h_base)
-        if not self.coefficient > 0:
-            raise ValueError(f"the rule's coefficient must be positive, not {self.coefficient}")
+        if not 0 < self.coefficient < math.inf:
+            raise ValueError(f"the rule's coefficient must be a positive number, not {self.coefficient}")
         if not self.exponent > 0:
             raise ValueError(f"exponent={self.exponent}: must be positive")
+        if self.warmup_lr is not None and not 0 < self.warmup_lr < math.inf:
+            raise ValueError(f"warmup_lr={self.warmup_lr}: must be a positive learning rate")
         if (self.warmup > 0) != (self.warmup_lr is not None):
             raise ValueError(
                 f"warmup={self.warmup} and warmup_lr={self.warmup_lr} belong together: until the progress `warmup`, H is that "
@@ -218,5 +221,5 @@ class AdaComm(PeriodRule):
 
 
 def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name}={value}: must be at least 1")
+    if not (isinstance(value, Integral) and value >= 1):
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -424,8 +425,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.requires_grad and id(p) not in known:
                     raise RuntimeError(
-                        f"a parameter of shape {tuple(p.shape)} was frozen when the {type(self).__name__} was built and trains "
-                        "now, so it is not averaged. Build the optimizer after unfreezing."
+                        f"a parameter of shape {tuple(p.shape)} was frozen, or in no parameter group, when the "
+                        f"{type(self).__name__} was built and trains now, so it is not averaged. Build the optimizer after "
+                        "unfreezing and after adding parameters."
                     )
 
     def _needs_dense_gradients(self) -> str | None:
@@ -766,10 +768,10 @@ def _check_arguments(
         )
     if not isinstance(scaling, Scaling):
         raise ValueError(f"scaling={scaling!r}: give a rule such as hvdlocal.LocalAdaScale() or NoScaling()")
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate}: must be at least 1")
+    if not (isinstance(accumulate, Integral) and accumulate >= 1):
+        raise ValueError(f"accumulate={accumulate!r}: must be a whole number of at least 1")
     check_policies(buffers)
-    if budget is not None and not (budget > 0 and math.isfinite(budget)):
-        raise ValueError(f"budget={budget}: a positive number of scale-invariant iterations, or None")
-    if max_norm is not None and not max_norm > 0:
-        raise ValueError(f"max_norm={max_norm}: must be positive, or None")
+    if budget is not None and not (isinstance(budget, Real) and 0 < budget < math.inf):
+        raise ValueError(f"budget={budget!r}: a positive number of scale-invariant iterations, or None")
+    if max_norm is not None and not (isinstance(max_norm, Real) and max_norm > 0):
+        raise ValueError(f"max_norm={max_norm!r}: must be a positive number, or None")

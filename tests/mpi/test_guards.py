@@ -46,6 +46,25 @@ def test_torchs_own_way_of_getting_the_state(comm, wrap):
     assert optimizer.progress == 1
 
 
+def test_torchs_own_way_of_getting_the_state_of_a_run_under_way(comm):
+    """There are moments, so that no step is taken; the part under "hvdlocal" would still be left out."""
+    model = Slope()
+    optimizer = local(model, optimizer=sgd(model, momentum=0.9))
+    step(optimizer, model, 1.0)
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) and load_state_dict\(\)"):
+        torch_state_dict.get_optimizer_state_dict(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"state_dict\(\) and load_state_dict\(\)"):
+        torch_state_dict.get_state_dict(model, optimizer)
+
+
+def test_broadcast_optimizer_state_of_the_wrapped_optimizer(comm):
+    hvd = pytest.importorskip("horovod.torch")
+    model = Slope()
+    optimizer = local(model)
+    with pytest.raises(RuntimeError, match=r"broadcast_optimizer_state takes a step.*Delete that line"):
+        hvd.broadcast_optimizer_state(optimizer.optimizer, root_rank=0)
+
+
 @BOTH
 def test_skip_synchronize(comm, wrap):
     optimizer = wrap(Slope())
@@ -270,6 +289,15 @@ def test_the_rule_for_the_period_sees_the_largest_rate(comm):
     groups = [{"params": [model[0].w], "lr": 1e-6}, {"params": [model[1].w], "lr": 0.1}]
     optimizer = local(model, hvdlocal.QSR(alpha=0.2, h_base=1), optimizer=torch.optim.SGD(groups, lr=1.0))
     (model[0](1.0) + model[1](1.0)).backward()
+    optimizer.step()
+    assert optimizer.period == 4
+
+
+def test_the_rule_for_the_period_sees_no_rate_that_moves_nothing(comm):
+    model = torch.nn.ModuleList([Slope().requires_grad_(False), Slope()])
+    groups = [{"params": [model[0].w], "lr": 10.0}, {"params": [model[1].w], "lr": 0.1}, {"params": [], "lr": 10.0}]
+    optimizer = local(model, hvdlocal.QSR(alpha=0.2, h_base=1), optimizer=torch.optim.SGD(groups, lr=1.0))
+    model[1](1.0).backward()
     optimizer.step()
     assert optimizer.period == 4
 

@@ -1,6 +1,7 @@
 """Mistakes: one clear sentence on every rank, before anything is lost or waits."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -30,8 +31,14 @@ REFUSED = [
     (lambda m: local(m, momentum="avg"), "choose one of local, average, reset"),
     (lambda m: local(m, buffers="mean"), "choose one of average, local, reestimate"),
     (lambda m: local(m, accumulate=0), "accumulate=0"),
+    (lambda m: local(m, accumulate=1.5), "accumulate=1.5: must be a whole number"),
+    (lambda m: local(m, accumulate="2"), "accumulate='2': must be a whole number"),
     (lambda m: local(m, budget=0), "budget=0"),
+    (lambda m: local(m, budget="9"), "budget='9': a positive number"),
     (lambda m: local(m, max_norm=0), "max_norm=0"),
+    (lambda m: local(m, max_norm="1"), "max_norm='1': must be a positive number"),
+    (lambda m: local(m, scaling=hvdlocal.LocalAdaScale(sketch_size=100.5)), r"sketch_size=100.5\): must be a whole"),
+    (lambda m: local(m, scaling=hvdlocal.LocalAdaScale(c=math.nan)), r"c=nan\): c must be"),
     (lambda m: local(m, rate_for_period="γ"), "rate_for_period"),
     (lambda m: local(m, scaling="ada"), "LocalAdaScale"),
     (lambda m: local(m, scaling=hvdlocal.AdaScale()), r"LocalAdaScale\(c=0\)"),

@@ -100,6 +100,14 @@ def test_adacomm():
         lambda: hvdlocal.PowerRule(0.1, 1, -1.0),
         lambda: hvdlocal.PostLocal(switch=-1, period=2),
         lambda: hvdlocal.AdaComm(0),
+        lambda: hvdlocal.ConstantPeriod(math.nan),
+        lambda: hvdlocal.ConstantPeriod(2.5),
+        lambda: hvdlocal.ConstantPeriod("4"),
+        lambda: hvdlocal.QSR(alpha=0.1, h_base=2.5),
+        lambda: hvdlocal.QSR(alpha=0.1, h_base=2, max_period=2.5),
+        lambda: hvdlocal.QSR(alpha=math.inf, h_base=2),
+        lambda: hvdlocal.QSR(alpha=0.1, h_base=1, warmup=10, warmup_lr=math.nan),
+        lambda: hvdlocal.PostLocal(switch=math.nan, period=2),
     ],
 )
 def test_rules_refuse_wrong_settings(make):
