@@ -11,6 +11,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -63,17 +64,23 @@ class Digest:
 
     Args:
         communicator: the ranks.
-        constants: frozen parameters and integer buffers, by name.
+        model: the replica.
+        constants: its frozen parameters and integer buffers, by name.
         device: where the replica lies.
         lasting: whether parameters that differ by rounding errors stay so, which is then told once.
     """
 
     def __init__(
-        self, communicator: Communicator, constants: Mapping[str, torch.Tensor], device: torch.device, lasting: bool
+        self,
+        communicator: Communicator,
+        model: torch.nn.Module,
+        constants: Mapping[str, torch.Tensor],
+        device: torch.device,
+        lasting: bool,
     ) -> None:
         self._communicator = communicator
         self._lasting = lasting
-        self._constants = TensorSample({name: t for name, t in constants.items() if _can_be_read(t, device)})
+        self._constants = TensorSample({name: t for name, t in constants.items() if _can_be_read(t, device)}, model)
         self._checksum = TensorChecksum(device)
         self._mine: dict[Fact, Any] = {}
         self._rounded = False
@@ -143,15 +150,15 @@ class TensorSample:
 
     Args:
         named: the tensors, by name.
+        model: that has them under these names, where other tensors may take their place; None where they stay.
     """
 
     ELEMENTS = 64
     TENSORS = 4
 
-    def __init__(self, named: Mapping[str, torch.Tensor]) -> None:
-        self._named = list(named.items())
-        # A dense tensor is looked at in its order in memory: reshape would copy a whole one that is channels_last.
-        self._dense = {name: t.stride() == torch.empty_like(t, device="meta").stride() for name, t in named.items()}
+    def __init__(self, named: Mapping[str, torch.Tensor], model: torch.nn.Module | None = None) -> None:
+        self._named = [(name, tensor, _is_dense(tensor)) for name, tensor in named.items()]
+        self._model = model
         self._calls = 0
 
     def parts(self, everything: bool = False) -> Parts:
@@ -167,10 +174,19 @@ class TensorSample:
         # Another stretch of each tensor whenever all have had their turn.
         stretch = self._calls * self.TENSORS // max(count, self.TENSORS)
         self._calls += not everything
-        return {name: self._stretch(name, tensor.detach(), stretch) for name, tensor in chosen}
+        parts = {}
+        for name, tensor, dense in chosen:
+            present = tensor if self._model is None else _present(self._model, name)
+            if present is not tensor:
+                if present is None or not _can_be_read(present, tensor.device):
+                    continue
+                dense = _is_dense(present)
+            parts[name] = self._stretch(present.detach(), dense, stretch)
+        return parts
 
-    def _stretch(self, name: str, tensor: torch.Tensor, which: int) -> torch.Tensor:
-        flat = tensor.as_strided((tensor.numel(),), (1,)) if self._dense[name] else tensor.reshape(-1)
+    def _stretch(self, tensor: torch.Tensor, dense: bool, which: int) -> torch.Tensor:
+        # A dense tensor is looked at in its order in memory: reshape would copy a whole one that is channels_last.
+        flat = tensor.as_strided((tensor.numel(),), (1,)) if dense else tensor.reshape(-1)
         start = which * self.ELEMENTS % flat.numel()
         return flat[start : start + self.ELEMENTS]
 
@@ -220,6 +236,20 @@ class TensorChecksum:
 def rounded(number: float) -> float:
     """A number without the digits in which ranks on different hardware may differ; statistics carry them into gains and rates."""
     return float(f"{number:.6g}")
+
+
+def _present(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The tensor that has this name in the model now, if there is one."""
+    try:
+        found = attrgetter(name)(model)
+    except AttributeError:
+        return None
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie in memory without gaps, in any order."""
+    return tensor.stride() == torch.empty_like(tensor, device="meta").stride()
 
 
 def _can_be_read(tensor: torch.Tensor, device: torch.device) -> bool:

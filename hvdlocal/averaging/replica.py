@@ -111,7 +111,9 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self._gain = 1.0
         self._smoothed = SmoothedStatistics()
         device = self._parameters[0].device
-        self._digest = Digest(self.communicator, self._constants(), device, lasting=not self._averages_parameters)
+        self._digest = Digest(
+            self.communicator, model, self._constants(), device, lasting=not self._averages_parameters
+        )
         self._nonfinite_found, self._factor = (torch.zeros(1, dtype=torch.float32, device=device) for _ in range(2))
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self._loss_count = 0

@@ -177,6 +177,34 @@ def test_a_teacher_that_follows_the_average(comm):
     torch.testing.assert_close(model.teacher.w, torch.full((10,), 5 - mean(c)))
 
 
+def assigned(layer, value):
+    layer.load_state_dict({name: torch.full_like(one, value) for name, one in layer.state_dict().items()}, assign=True)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda model, rank: setattr(model, "pointer", model.pointer + rank), "pointer"),
+        (lambda model, rank: assigned(model["frozen"], float(rank)), "frozen.w"),
+        (lambda model, rank: rank and delattr(model["frozen"], "w"), "frozen.w"),
+    ],
+    ids=["buffer", "parameter", "deleted"],
+)
+def test_what_takes_the_place_of_a_constant(comm, wrap, change, name):
+    """Not in place: load_state_dict(assign=True), or a buffer that is assigned."""
+    model = torch.nn.ModuleDict({"slope": Slope(), "frozen": Slope().requires_grad_(False)})
+    model.register_buffer("pointer", torch.zeros(1, dtype=torch.int64))
+    optimizer = wrap(model)
+    change(model, 0)
+    step(optimizer, model["slope"], 1.0)
+    optimizer.synchronize()
+    if comm.size > 1:
+        change(model, comm.rank)
+        with expect(comm, name):
+            optimizer.synchronize()
+
+
 @BOTH
 def test_integer_buffers(comm, wrap):
     model = Slope()
