@@ -16,7 +16,7 @@ from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
 from hvdlocal.averaging.period import PeriodRule, RoundStart
-from hvdlocal.averaging.replica import ReplicaOptimizer
+from hvdlocal.averaging.replica import ReplicaOptimizer, owner_of
 from hvdlocal.averaging.sketch import GradientSketch, default_size
 from hvdlocal.communicator import Communicator
 
@@ -140,7 +140,7 @@ class LocalOptimizer(ReplicaOptimizer):
         for alias, name in aliases:
             alias.data = averaged[name].data
         self._averaged_names = list(averaged)
-        self._owners = [_owner(model, name) for name in [*self._names, *averaged]]
+        self._buffer_owners = [owner_of(model, name) for name in averaged]
         self._accumulated = None
         if accumulate > 1:
             flat = torch.zeros(self._arena.layout.numel, dtype=torch.float32, device=device)
@@ -519,8 +519,11 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _check_arena(self) -> None:
         """Refuses a model whose parameters or buffers are no longer those in the arena."""
-        for (module, name), view in zip(self._owners, self._arena.views, strict=True):
-            if getattr(module, name).data_ptr() != view.data_ptr():
+        buffers = [getattr(module, name, None) for module, name in self._buffer_owners]
+        present = [*self._parameters, *buffers]
+        owners = [*self._owners, *self._buffer_owners]
+        for (module, name), tensor, view in zip(owners, present, self._arena.views, strict=True):
+            if tensor is None or tensor.data_ptr() != view.data_ptr():
                 raise RuntimeError(
                     f"{name!r} of a {type(module).__name__} no longer lies in hvdlocal's buffer: something replaced it after the "
                     "optimizer was built (model.to(…), load_state_dict(assign=True), assigning a parameter, a buffer or .data). "
@@ -589,12 +592,6 @@ def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
         f"momentum='average' knows the moments of SGD, Adam and AdamW, not of {type(optimizer).__name__}: "
         "choose 'local' or 'reset'"
     )
-
-
-def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that holds a parameter or buffer, and its name there."""
-    path, _, own_name = name.rpartition(".")
-    return model.get_submodule(path), own_name
 
 
 def _dense_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

@@ -95,6 +95,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         self.budget = budget
         self._max_norm = max_norm
         self._names, self._parameters = _trainable(optimizer, model)
+        self._owners = [owner_of(model, name) for name in self._names]
         if reason := self._needs_dense_gradients():
             refuse_sparse_layers(model, self._parameters, reason)
         check_tensors(model)
@@ -421,7 +422,18 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         return self.budget is not None and progress >= self.budget * (1 - 1e-9)
 
     def _check_parameters(self) -> None:
-        """Refuses parameters that came into training after the optimizer was built: nothing would keep them equal."""
+        """Refuses parameters that came into training, or into a trained one's place, after the optimizer was built."""
+        for (module, name), p in zip(self._owners, self._parameters, strict=True):
+            present = getattr(module, name, None)
+            if present is p:
+                continue
+            # Pruning and weight norm make the name that of a tensor which they compute, and keep the parameter under another.
+            if isinstance(present, torch.nn.Parameter) or not any(p is one for one in self.model.parameters()):
+                raise RuntimeError(
+                    f"{name!r} of a {type(module).__name__} was replaced after the {type(self).__name__} was built "
+                    "(load_state_dict(assign=True), assigning a parameter), and what is in its place is not trained. Build the "
+                    f"{type(self).__name__} last, and change parameters in place."
+                )
         known = {id(p) for p in self._parameters}
         for group in self.param_groups:
             for p in group["params"]:
@@ -701,6 +713,12 @@ class ReplicaOptimizer(torch.optim.Optimizer):
             for i, part in enumerate(memory_of(tensor)):
                 if id(tensor) not in in_flat and part.numel():
                     self.communicator.broadcast_(part, f"hvdlocal.start.{name}.{i}")
+
+
+def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter or buffer, and its name there."""
+    path, _, own_name = name.rpartition(".")
+    return model.get_submodule(path), own_name
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import Slope, local, mean, sgd, slopes, step
+from torch.nn.utils import prune
 
 import hvdlocal
 
@@ -115,6 +116,27 @@ def test_assigned_weights_and_rebound_buffers_are_noticed(comm):
     model[0].running_mean = 0.9 * model[0].running_mean
     with pytest.raises(RuntimeError, match="change buffers in place"):
         optimizer.step()
+
+
+def test_assigned_weights_are_noticed_when_synchronous(comm):
+    """They would have no gradient in the optimizer's eyes, and never move."""
+    model = Slope()
+    optimizer = hvdlocal.SynchronousOptimizer(sgd(model), model)
+    model.load_state_dict({"w": torch.zeros(10)}, assign=True)
+    with pytest.raises(RuntimeError, match=r"'w' of a Slope was replaced.*assign=True"):
+        step(optimizer, model, 1.0)
+
+
+@pytest.mark.parametrize("wrap", [local, lambda model: hvdlocal.SynchronousOptimizer(sgd(model), model)])
+def test_pruning_while_training(comm, wrap):
+    """The parameter has another name from then on, and its old one is that of a tensor that is computed."""
+    model = Slope()
+    optimizer = wrap(model)
+    mask = torch.tensor([0.0] * 4 + [1.0] * 6)
+    prune.custom_from_mask(model, "w", mask)
+    step(optimizer, model, 1.0)
+    model(1.0)
+    torch.testing.assert_close(model.w.detach(), 4 * mask)
 
 
 def test_parameters_unfrozen_later_are_noticed_when_synchronous(comm):
