@@ -77,6 +77,7 @@ def _explain(message: str) -> str:
         return no_such_key(unknown.group(1), keys(TrainConfig))
     for pattern, plain in (
         (r'Parser key "([\w.]+)":', r"\1:"),
+        (r"Got value: None$", "Got value: null"),  # after "Given value" None is the user's own word
         (
             r"Does not validate .*? Subtypes: \[(<class '\w+'>), <class 'NoneType'>\] Errors: .* Given value: ?",
             r"Expected a \1 or null. Got value: ",

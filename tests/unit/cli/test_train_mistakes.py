@@ -79,6 +79,8 @@ MISTAKES = [
     (["--threads=true"], "threads: Expected a whole number or null. Got value: true"),
     (["--method.smoothing=-"], "method.smoothing: Expected a number or null. Got value: -"),
     (["--optimizer.betas=[1,2,3]"], "optimizer.betas: Expected a list of 2 values. Got value: [1, 2, 3]"),
+    (["--data.image_size", "None"], "data.image_size: Expected a whole number or null. Got value: None"),
+    (["--seed", "null"], "seed: Expected a whole number. Got value: null"),
     (["surplus"], "surplus is not a setting; one is written --section.key value"),
     (["--output", "a\0b"], "output='a\\x00b': a path has no zero byte"),
 ]
