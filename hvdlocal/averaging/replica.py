@@ -47,6 +47,9 @@ from hvdlocal.communicator import CommunicationError, Communicator, current, req
 
 STATE_VERSION = 1
 
+_MOMENTS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""What torch's optimizers call moments that have their parameter's shape."""
+
 
 class NonFiniteError(ArithmeticError):
     """A rank's loss, gradient or replica became NaN or infinite; raised on all ranks at the same step."""
@@ -239,9 +242,18 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         AdaComm needs it, and with it a loss that is NaN or infinite on one rank stops all ranks.
 
         Args:
-            loss: mean over the micro-batch, a 0-dimensional tensor (not copied from its device) or a number.
+            loss: mean over the micro-batch, a tensor of one element (not copied from its device) or a number.
+
+        Raises:
+            ValueError: the loss is not one number.
         """
-        self._loss_sum += loss.detach() if isinstance(loss, torch.Tensor) else loss
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self._loss_sum += loss.detach().reshape(())
+        elif isinstance(loss, Real):
+            self._loss_sum += float(loss)
+        else:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
+            raise ValueError(f"record_loss({what}): give one number, the mean loss of the micro-batch")
         self._loss_count += 1
 
     def request_stop(self) -> None:
@@ -351,10 +363,25 @@ class ReplicaOptimizer(torch.optim.Optimizer):
                 f"this state was saved in the middle of an accumulation of {own['accumulate']} micro-batches and cannot be "
                 f"continued with accumulate={self.accumulate}"
             )
+        self._check_moments(state_dict)
         self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "hvdlocal"})
         self._load_own_state(own)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _check_moments(self, state_dict: dict[str, Any]) -> None:
+        """Refuses moments that have another shape than their parameter: torch's optimizers would fail at the next step."""
+        if not type(self.optimizer).__module__.startswith("torch.optim."):
+            return  # others keep moments of a lower rank under the same names
+        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for key, p in zip(keys, parameters, strict=False):  # torch itself compares the lengths
+            for name, moment in state_dict["state"].get(key, {}).items():
+                if name in _MOMENTS and isinstance(moment, torch.Tensor) and moment.shape != p.shape:
+                    raise ValueError(
+                        f"this state is that of another model: its {name} of shape {tuple(moment.shape)} belongs to a parameter "
+                        f"of shape {tuple(p.shape)} here"
+                    )
 
     def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
         """Continues from the state of a run with another number of ranks, after loading the average of its replicas.

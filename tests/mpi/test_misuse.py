@@ -171,6 +171,37 @@ def test_the_state_of_another_optimizer(comm, make):
     optimizer.load_state_dict(state)
 
 
+@BOTH
+def test_the_state_of_another_model(comm, make):
+    for kind, name in ((torch.optim.SGD, "momentum_buffer"), (torch.optim.Adam, "exp_avg")):
+        settings = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+        models = Slope(10), Slope(11)
+        source, target = (make(one, optimizer=kind(one.parameters(), lr=0.1, **settings)) for one in models)
+        step(source, models[0], 1.0)
+        with pytest.raises(ValueError, match=rf"another model: its {name} of shape \(10,\) .* of shape \(11,\) here"):
+            target.load_state_dict(source.state_dict())
+        step(target, models[1], 1.0)  # nothing of it was taken
+
+
+@BOTH
+@pytest.mark.parametrize("loss", [None, "1.0", torch.ones(3), [1.0]], ids=["none", "string", "vector", "list"])
+def test_a_loss_that_is_not_one_number(comm, make, loss):
+    with pytest.raises(ValueError, match=r"record_loss\(.*\): give one number"):
+        make(Slope()).record_loss(loss)
+
+
+@BOTH
+def test_losses_that_are_one_number(comm, make):
+    model = Slope()
+    optimizer = make(model)
+    optimizer.record_loss(torch.tensor([1.0]))
+    optimizer.record_loss(torch.tensor(2.0, dtype=torch.float64))
+    optimizer.record_loss(3)
+    model(1.0).backward()
+    optimizer.step()
+    assert optimizer.loss == 2.0
+
+
 @pytest.mark.parametrize("make", [local, synchronous])
 def test_horovods_optimizer_around_ours(comm, make):
     """It makes a class of its own with ours as its base."""
