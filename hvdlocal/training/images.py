@@ -86,7 +86,10 @@ def configured_images(config: DataConfig, data: ShardedDataset, test_data: Shard
     crop = RandomResizedCrop(size, scale=(min_area, 1.0))
     center = CenterCrop(size, max(size, round(size / test_crop)))
     transform = Compose([*([Flip()] if config.flip else []), *augment, normalize])
-    kept = "the whole image" if test_crop == 1 else f"the central {100 * test_crop:g} % of each side"
+    tested = (test_data or data).shape
+    kept = f"the central {100 * test_crop:g} % of each side"
+    if test_crop == 1:
+        kept = "the whole image" if tested is not None and tested[0] == tested[1] else "the largest central square"
     description = (
         f"brought to {size} pixels; training takes random crops of {100 * min_area:g} to 100 % of the area, "
         f"testing {kept}"

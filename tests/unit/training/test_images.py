@@ -82,6 +82,12 @@ def test_it_is_said(settings, kept):
     assert configured_images(DataConfig("data"), fixed(28, 28)).description == ""
 
 
+@pytest.mark.parametrize("data", [fixed(28, 40), jpegs((28, 40))])
+def test_of_an_oblong_image_a_square_is_tested(data):
+    description = configured_images(DataConfig("data", image_size=28), data).description
+    assert description.endswith("testing the largest central square")
+
+
 def seen(data, config):
     """The test images as a model sees them, back in units of a pixel."""
     images = configured_images(config, data)
