@@ -329,7 +329,7 @@ class Trainer:
             return (
                 f"the same command continues from the checkpoint of step {steps[0]} in {self.directory / CHECKPOINTS}"
             )
-        return f"no checkpoint was due yet, so {self.directory} holds nothing to continue from, and the same command begins anew"
+        return f"{self.directory} holds no checkpoint to continue from yet, so the same command begins anew"
 
     def _not_ours(self, contents: Mapping[str, Any]) -> str | None:
         """Why a checkpoint is not of this run."""
@@ -420,7 +420,11 @@ class Trainer:
             return (
                 f"{moved}. Move it back and start the same command to continue from the last checkpoint, or start anew."
             )
-        return f"{what}. Once that is mended, the same command continues from the last checkpoint."
+        try:
+            saved = self._saved()
+        except OSError:  # a file server that does not answer may be what this is about
+            saved = "the same command continues from the last checkpoint"
+        return f"{what}. Once that is mended: {saved}."
 
     def _train(self, console: Console) -> Summary:
         config, optimizer, position = self.config, self.optimizer, self.position

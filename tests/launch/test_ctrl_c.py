@@ -103,7 +103,7 @@ def assert_said_what_is_saved(text: str, out: Path) -> None:
     """As one sentence, and true."""
     checkpoints = sorted((out / "checkpoints").glob("step-*[0-9]"))
     if not checkpoints:
-        said = f"no checkpoint was due yet, so {out} holds nothing to continue from, and the same command begins anew."
+        said = f"{out} holds no checkpoint to continue from yet, so the same command begins anew."
         assert text.count(said) == 1, text
     else:
         (step,) = re.findall(

@@ -136,6 +136,7 @@ def test_no_memory_in_training(run, tmp_path, monkeypatch, capsys):
         "cannot go on after step 0: out of memory (4,194,304.0 GiB were asked for at once): lower data.batch_size"
         in said
     )
+    assert f"mended: {tmp_path}/out holds no checkpoint to continue from yet, so the same command begins anew." in said
     assert "Traceback" not in said
 
 
