@@ -27,14 +27,14 @@ def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name
     """Checks that every rank holds the same facts; a collective.
 
     Args:
-        facts: what must be equal, by name; values are compared by their `repr`, places in memory left out.
+        facts: what must be equal, by name; values are compared by their `repr`, without places in memory and the order of sets.
         name: the collective's name.
 
     Raises:
         DisagreementError: on every rank, with the same message: which ranks differ from rank 0, and in what.
     """
     # Only text is sent: it is what is compared, and a function among the values could not be pickled.
-    everyone = communicator.gather({key: _ADDRESS.sub("", repr(value)) for key, value in facts.items()}, name)
+    everyone = communicator.gather({key: _text(value) for key, value in facts.items()}, name)
     differences = [
         f"{key}: rank {rank} has {theirs.get(key, '(nothing)')}, rank 0 has {everyone[0].get(key, '(nothing)')}"
         for rank, theirs in enumerate(everyone)
@@ -44,6 +44,18 @@ def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name
     if differences:
         shown = differences[:5] + ([f"… and {len(differences) - 5} more"] if len(differences) > 5 else [])
         raise DisagreementError("the ranks do not agree; make these the same everywhere: " + "; ".join(shown))
+
+
+def _text(value: Any) -> str:
+    """A value's `repr`, without what differs between processes: places in memory, and the order of a set's elements."""
+    if type(value) in (set, frozenset) and value:
+        return "{" + ", ".join(sorted(map(_text, value))) + "}"
+    if type(value) in (list, tuple):
+        inside = ", ".join(map(_text, value))
+        return f"[{inside}]" if type(value) is list else f"({inside})"
+    if type(value) is dict:
+        return "{" + ", ".join(f"{_text(key)}: {_text(one)}" for key, one in value.items()) + "}"
+    return _ADDRESS.sub("", repr(value))
 
 
 def succeed_together(communicator: Communicator, work: Callable[[], T], name: str) -> T:

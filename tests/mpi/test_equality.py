@@ -282,6 +282,18 @@ def test_functions_in_a_parameter_group_are_equal(comm):
             local(model, optimizer=torch.optim.SGD([other], lr=0.1))
 
 
+def test_the_order_of_a_set_is_no_difference(comm):
+    """That of strings is another in every process."""
+    words = {f"layer{i}" for i in range(20)}
+    for value in (words, frozenset(words), {"names": [words, (words, 1)]}):
+        model = Slope()
+        local(model, optimizer=torch.optim.SGD([{"params": model.parameters(), "words": value}], lr=0.1))
+        if comm.size > 1:
+            other = torch.optim.SGD([{"params": model.parameters(), "words": {*words, str(comm.rank)}}], lr=0.1)
+            with expect(comm, "param group 0 words"):
+                local(model, optimizer=other)
+
+
 def test_tensors_of_unequal_length(comm):
     """An error on every rank, not a sum of garbage on some."""
     if comm.size == 1:
