@@ -84,6 +84,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         gradients = self._flat[: layout.numel]
         self._accumulated: GradientBuffer = GradientBuffer(self._parameters, layout, gradients)
         self._sqr_norm = torch.zeros_like(self._loss_sum)
+        self._zeros = torch.zeros_like(self._loss_sum)  # micro-batches whose gradient is zero everywhere
         self._steps = 0
 
         views = layout.of(gradients)  # the gradients' place carries the parameters once
@@ -151,7 +152,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
         refuse_sparse_gradients(self._parameters, self._needs_dense_gradients())
         self._unscale()
         if self.scaling.uses_statistics and (gradients := self._gradients()):
-            self._sqr_norm += squared_norm(gradients)
+            sqr_norm = squared_norm(gradients)
+            self._sqr_norm += sqr_norm
+            self._zeros += sqr_norm == 0
         self._accumulated.collect()
         if self._accumulated.micro_batches < self.accumulate:
             return
@@ -165,7 +168,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if self._estimates:
             wanted.append(torch.dot(flat, flat).view(1))
         numbers = torch.cat(wanted).tolist()
-        totals, (my_sqr_norm, my_loss_sum, found, *sqr_norm) = (
+        totals, (my_sqr_norm, my_loss_sum, found, *sqr_norms) = (
             numbers[:NUM_SCALARS],
             numbers[NUM_SCALARS:],
         )
@@ -180,9 +183,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if totals[OVERFLOW] > 0.5:  # on any rank: GradScaler's rule is to skip the step, and all ranks skip it
             self._drop()
             return
-        if totals[EMPTY] > 0.5:  # no gradient is not a gradient of zero: there is no estimate
-            sqr_norm = []
-        self._step_on_mean(totals[SQR_NORM], *sqr_norm)
+        if totals[EMPTY] > 0.5:  # a batch that the loop has skipped is not one with gradient zero: there is no estimate
+            sqr_norms = []
+        self._step_on_mean(totals[SQR_NORM], *sqr_norms)
 
     def _reduce(self) -> None:
         scalars = self._scalars
@@ -191,9 +194,10 @@ class SynchronousOptimizer(ReplicaOptimizer):
         scalars[LOSS_COUNT].fill_(self._loss_count)
         scalars[OVERFLOW].fill_(self._overflowed)
         scalars[STOP].fill_(self._stop)
-        scalars[EMPTY].fill_(self._accumulated.empty)
+        scalars[EMPTY].copy_(self._zeros + self._accumulated.empty)
         scalars[PRESENT].fill_(1)
         self._sqr_norm.zero_()
+        self._zeros.zero_()
         self._loss_sum.zero_()
         self._loss_count = 0
         if self.communicator.size > 1:
@@ -228,15 +232,19 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def _drop(self) -> None:
         self._accumulated.drop()
         self._sqr_norm.zero_()
+        self._zeros.zero_()
         self._overflowed = False
 
     def _own_state(self) -> dict[str, Any]:
-        return {**super()._own_state(), "steps": self._steps, "sqr_norm": self._sqr_norm.clone()}
+        sums = {"sqr_norm": self._sqr_norm.clone(), "zeros": self._zeros.clone()}
+        return {**super()._own_state(), "steps": self._steps, **sums}
 
     def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
-        return {"sqr_norm": torch.zeros((), dtype=torch.float32, device="cpu")}
+        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
+        return {"sqr_norm": nothing, "zeros": nothing}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)
         self._steps = own["steps"]
         self._sqr_norm.copy_(own["sqr_norm"])
+        self._zeros.fill_(own.get("zeros", 0.0))  # older states lack it
