@@ -338,9 +338,8 @@ class LocalOptimizer(ReplicaOptimizer):
         """Puts what this rank's first gradient of the round tells into the arena.
 
         Args:
-            valid: whether every micro-batch brought a gradient without overflow. Else there is no estimate on any rank, and
-                neither with a gradient that is zero everywhere: it is what zero_grad(set_to_none=False) leaves of a batch that
-                the loop has skipped.
+            valid: whether every micro-batch brought a gradient without overflow. Else there is no estimate on any rank: no
+                gradient is not a gradient of zero.
         """
         assert isinstance(self.scaling, LocalAdaScale)
         assert self._arena.statistics_scalars is not None
@@ -354,8 +353,7 @@ class LocalOptimizer(ReplicaOptimizer):
         scalars = self._arena.statistics_scalars
         scalars[StatisticsScalar.SQR_NORM].copy_(sqr_norm)
         if valid:
-            # Not read: a local step does not wait for a GPU.
-            scalars[StatisticsScalar.VALID].copy_(sqr_norm.isfinite().logical_and_(sqr_norm > 0))
+            scalars[StatisticsScalar.VALID].copy_(sqr_norm.isfinite())  # not read: a local step does not wait for a GPU
         else:
             scalars[StatisticsScalar.VALID].zero_()
         if not self.scaling.stale:

@@ -84,7 +84,6 @@ class SynchronousOptimizer(ReplicaOptimizer):
         gradients = self._flat[: layout.numel]
         self._accumulated: GradientBuffer = GradientBuffer(self._parameters, layout, gradients)
         self._sqr_norm = torch.zeros_like(self._loss_sum)
-        self._zeros = torch.zeros_like(self._loss_sum)  # micro-batches whose gradient is zero everywhere
         self._steps = 0
 
         views = layout.of(gradients)  # the gradients' place carries the parameters once
@@ -152,9 +151,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         refuse_sparse_gradients(self._parameters, self._needs_dense_gradients())
         self._unscale()
         if self.scaling.uses_statistics and (gradients := self._gradients()):
-            sqr_norm = squared_norm(gradients)
-            self._sqr_norm += sqr_norm
-            self._zeros += sqr_norm == 0
+            self._sqr_norm += squared_norm(gradients)
         self._accumulated.collect()
         if self._accumulated.micro_batches < self.accumulate:
             return
@@ -168,7 +165,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if self._estimates:
             wanted.append(torch.dot(flat, flat).view(1))
         numbers = torch.cat(wanted).tolist()
-        totals, (my_sqr_norm, my_loss_sum, found, *sqr_norms) = (
+        totals, (my_sqr_norm, my_loss_sum, found, *sqr_norm) = (
             numbers[:NUM_SCALARS],
             numbers[NUM_SCALARS:],
         )
@@ -183,9 +180,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
         if totals[OVERFLOW] > 0.5:  # on any rank: GradScaler's rule is to skip the step, and all ranks skip it
             self._drop()
             return
-        if totals[EMPTY] > 0.5:  # a batch that the loop has skipped is not one with gradient zero: there is no estimate
-            sqr_norms = []
-        self._step_on_mean(totals[SQR_NORM], *sqr_norms)
+        if totals[EMPTY] > 0.5:  # no gradient is not a gradient of zero: there is no estimate
+            sqr_norm = []
+        self._step_on_mean(totals[SQR_NORM], *sqr_norm)
 
     def _reduce(self) -> None:
         scalars = self._scalars
@@ -194,10 +191,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
         scalars[LOSS_COUNT].fill_(self._loss_count)
         scalars[OVERFLOW].fill_(self._overflowed)
         scalars[STOP].fill_(self._stop)
-        scalars[EMPTY].copy_(self._zeros + self._accumulated.empty)
+        scalars[EMPTY].fill_(self._accumulated.empty)
         scalars[PRESENT].fill_(1)
         self._sqr_norm.zero_()
-        self._zeros.zero_()
         self._loss_sum.zero_()
         self._loss_count = 0
         if self.communicator.size > 1:
@@ -232,19 +228,15 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def _drop(self) -> None:
         self._accumulated.drop()
         self._sqr_norm.zero_()
-        self._zeros.zero_()
         self._overflowed = False
 
     def _own_state(self) -> dict[str, Any]:
-        sums = {"sqr_norm": self._sqr_norm.clone(), "zeros": self._zeros.clone()}
-        return {**super()._own_state(), "steps": self._steps, **sums}
+        return {**super()._own_state(), "steps": self._steps, "sqr_norm": self._sqr_norm.clone()}
 
     def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
-        nothing = torch.zeros((), dtype=torch.float32, device="cpu")
-        return {"sqr_norm": nothing, "zeros": nothing}
+        return {"sqr_norm": torch.zeros((), dtype=torch.float32, device="cpu")}
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)
         self._steps = own["steps"]
         self._sqr_norm.copy_(own["sqr_norm"])
-        self._zeros.fill_(own.get("zeros", 0.0))  # older states lack it

@@ -37,37 +37,14 @@ def test_a_rank_without_a_gradient_gives_no_estimate_on_any_rank(comm, stale, ac
         assert optimizer.grad_var == pytest.approx(accumulate * grad_var(c), rel=1e-5), "the next round gives one"
 
 
-@pytest.mark.parametrize("skipped", ["zeroed", "times zero"])
 @pytest.mark.parametrize("stale", [True, False])
-def test_a_gradient_that_is_zero_everywhere_gives_no_estimate(comm, stale, skipped):
-    """What zero_grad(set_to_none=False) or loss · 0 leaves of a bad batch: G = 0 would mean a gain of K."""
-    c = slopes(comm)
+def test_a_gradient_of_zero_is_a_gradient(comm, stale):
+    c = [0.0, *slopes(comm)[1:]]
     model = Slope()
     optimizer = local(model, 1, scaling=hvdlocal.LocalAdaScale(stale=stale, statistics="exact", smoothing=0.0))
     step(optimizer, model, c[comm.rank])
-    before = optimizer.grad_var
-    if comm.rank == 0 and skipped == "zeroed":
-        optimizer.zero_grad(set_to_none=False)
-        optimizer.step()
-    else:
-        step(optimizer, model, c[comm.rank] if comm.rank else 0.0)
-    assert optimizer.grad_var == before
-    assert comm.size == 1 or before == pytest.approx(grad_var(c), rel=1e-5)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_micro_batch_of_zeros_gives_adascale_no_estimate(comm, accumulate):
-    c = slopes(comm)
-    model = Slope()
-    scaling = hvdlocal.AdaScale(smoothing=0.0)
-    optimizer = hvdlocal.SynchronousOptimizer(sgd(model, lr=1e-3), model, scaling=scaling, accumulate=accumulate)
-    for _ in range(accumulate):
-        step(optimizer, model, c[comm.rank])
-    before = optimizer.grad_var
-    for i in range(accumulate):
-        step(optimizer, model, 0.0 if (comm.rank, i) == (0, 0) else 2 * c[comm.rank])
-    assert optimizer.grad_var == before
-    assert before is not None or comm.size * accumulate == 1
+    if comm.size > 1:
+        assert optimizer.grad_var == pytest.approx(grad_var(c), rel=1e-5)
 
 
 def test_a_parameter_without_a_gradient_among_others_counts_as_zero(comm):
