@@ -185,10 +185,13 @@ class Directory:
             return os.fdopen(descriptor, "a+b", buffering=0)
 
     @contextmanager
-    def creating(self, name: str) -> Iterator[IO[bytes]]:
-        """Gives a new file to write to, which is on disk afterwards; it takes the place of one that is there.
+    def creating(self, name: str, sync: bool = True) -> Iterator[IO[bytes]]:
+        """Gives a new file to write to, which takes the place of one that is there.
 
         When anything fails, nothing is left of it: where there is no room, it would take what is left.
+
+        Args:
+            sync: have it on disk afterwards.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         with self._named(name):
@@ -198,7 +201,8 @@ class Directory:
                 with file:
                     yield file
                     file.flush()
-                    os.fsync(file.fileno())
+                    if sync:
+                        os.fsync(file.fileno())
             except BaseException:
                 with suppress(OSError):
                     self._unlink(name)

@@ -152,6 +152,8 @@ class Trainer:
         self.keeper = Keeper(
             communicator, config.checkpoint, self.output, self.deadline, self.ledger, self._state, self._contents
         )
+        # Before the directory is closed: its thread may still be writing there, and a descriptor soon has another meaning.
+        self.held.callback(self.keeper.writer.close)
         self.resumed: Resumed | None = None
         if standing is Standing.STARTED:
             self.resumed = resume(communicator, self.directory / CHECKPOINTS, self._not_ours, self.run_id)

@@ -84,7 +84,7 @@ def reserve(root: Directory, step: int, bytes_: int) -> None:
     Raises:
         OSError: there is not so much room.
     """
-    with root.inner(_temporary(step), create=True) as temporary, temporary.creating(RESERVE) as file:
+    with root.inner(_temporary(step), create=True) as temporary, temporary.creating(RESERVE, sync=False) as file:
         try:
             os.posix_fallocate(file.fileno(), 0, bytes_)
         except OSError as error:
