@@ -131,7 +131,7 @@ if init("mpi4py").rank == 1:
 sys.exit(__main__.main(["synthetic", "--output", sys.argv[1]]))
 """
     result = mpirun(2, sys.executable, "-c", script, str(tmp_path), HVDLOCAL_TIMEOUT_SECONDS="3")
-    assert result.code == 2
+    assert result.code == 4
     assert "data_prep: rank 0 of 2 " in result.err
     assert "'data.source'" in result.err
     assert "Traceback" not in result.err
