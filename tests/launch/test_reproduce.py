@@ -56,7 +56,7 @@ def test_rules_for_h_and_how_flat_their_minima_are(data, tmp_path):
     assert result.code == 0, result.out + result.err
     found = json.loads((output / "qsr.json").read_text())
     [synchronous], [quadratic] = (row["runs"] for row in found["rows"])
-    assert synchronous["outcome"]["communication"] == pytest.approx(1, rel=2e-3), (
+    assert synchronous["outcome"]["communication"] == pytest.approx(1, rel=5e-3), (
         "and a few numbers beside the gradient"
     )
     assert 0 < quadratic["outcome"]["communication"] < 0.4

@@ -119,7 +119,9 @@ time.sleep(60)
 
 def shared_names():
     """Files in /dev/shm that name the data; MPI has some of its own there while a job runs."""
-    return {path for path in Path("/dev/shm").rglob("*") if "hvdlocal" in path.name}
+    # hvdlocal-mpi-…: what Open MPI shares, in the directory that a launcher gives it.
+    found = Path("/dev/shm").iterdir()
+    return {path for path in found if "hvdlocal" in path.name and not path.name.startswith("hvdlocal-mpi-")}
 
 
 def shared_memory():
