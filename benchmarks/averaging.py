@@ -134,7 +134,7 @@ def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Calla
 
     def run() -> None:
         if optimizer._arena.statistics_scalars is not None:
-            optimizer._take_statistics()  # once a round, by its first step: part of the price
+            optimizer._take_statistics(valid=True)  # once a round, by its first step: part of the price
         optimizer.synchronize()
 
     return run, prepare
