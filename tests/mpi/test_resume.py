@@ -16,7 +16,7 @@ import hvdlocal
 from hvdlocal.communicator import SetupError
 from hvdlocal.models import build_model
 from hvdlocal.training import AlreadyFinished, Interrupted, Trainer, interruption
-from hvdlocal.training.checkpoint import CheckpointError, files
+from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, files
 from hvdlocal.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -28,6 +28,7 @@ from hvdlocal.training.config import (
     TrainConfig,
 )
 from hvdlocal.training.keeper import Keeper
+from hvdlocal.training.run_directory import Claimed
 
 qsr = PeriodConfig(rule="qsr", alpha=0.1, h_base=2)
 long = PeriodConfig(period=9)
@@ -308,3 +309,18 @@ def test_an_averaged_checkpoint_is_the_average(comm, place, monkeypatch):
             expected = torch.stack([state[name].double() for state in states]).mean(0)
             torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=0)
     assert everywhere_equal(comm, mean["1.0.weight"])
+
+
+def test_the_checkpoint_thread_ends_before_the_directory_is_closed(comm, place, monkeypatch):
+    """It may still write there when a run ends with an error, and a closed descriptor soon means another directory."""
+    closed = []
+    for kind in (CheckpointWriter, Claimed):
+
+        def close(self, original=kind.close, name=kind.__name__):
+            closed.append(name)
+            original(self)
+
+        monkeypatch.setattr(kind, "close", close)
+    train(comm, config(place, "order", 1), monkeypatch, die_after=2)
+    assert closed[0] == "CheckpointWriter"
+    assert ("Claimed" in closed) is (comm.rank == 0)
