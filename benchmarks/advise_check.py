@@ -22,14 +22,14 @@ os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
 from contest import machine
 
 import hvdlocal
-from hvdlocal.analysis.advice import Advice, advise
-from hvdlocal.analysis.advice_text import advice_text, as_dict
+from hvdlocal.advise.advice import Advice, advise
+from hvdlocal.advise.benchmark import ShortRun, Workbench
+from hvdlocal.advise.measure import measure
+from hvdlocal.advise.measurements import Measurements
+from hvdlocal.advise.text import advice_text, as_dict
 from hvdlocal.cli.configuration import parse
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import Preset
-from hvdlocal.training.measure import measure
-from hvdlocal.training.measured import Measurements
-from hvdlocal.training.workbench import ShortRun, Workbench
 
 RUNS: list[tuple[Preset, int]] = [
     ("sync", 1),

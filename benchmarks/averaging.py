@@ -32,7 +32,7 @@ from torch.distributed.algorithms.model_averaging.averagers import PeriodicModel
 from torch.nn.parallel import DistributedDataParallel
 
 import hvdlocal
-from hvdlocal.averaging.arena import FlatViews
+from hvdlocal.averaging.flat_buffer import FlatViews
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
 from hvdlocal.models import build_model
 

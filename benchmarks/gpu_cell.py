@@ -20,8 +20,8 @@ from gpu_report import ROOT, Report, Stage, environment
 
 sys.path.insert(0, str(ROOT))
 
-from hvdlocal.analysis.published.tables import read_table
-from hvdlocal.analysis.records import read_run
+from hvdlocal.papers.published import read_table
+from hvdlocal.report.records import read_run
 
 METHODS = ("local-ada", "sync")
 CALIBRATION_EPOCHS = 0.5

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from hvdlocal.analysis import Link, allreduce_seconds, doubling_seconds, halving_seconds, ring_seconds, straggler_factor
+from scaling import Link, allreduce_seconds, doubling_seconds, halving_seconds, ring_seconds, straggler_factor
 
 WORKERS = (2, 8, 64, 512, 4096, 16384)
 PERIODS = (1, 4, 16, 64)

@@ -15,8 +15,8 @@ from data_prep.progress import ProgressBar
 from data_prep.source import Source
 from hvdlocal import terminal
 from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, Communicator, init, launched_size
-from hvdlocal.data.team import Team
-from hvdlocal.data.writer import BadSamplesError, JpegShardWriter, ShardWriter, verify
+from hvdlocal.data.write.team import Team
+from hvdlocal.data.write.writer import BadSamplesError, JpegShardWriter, ShardWriter, verify
 from hvdlocal.exit_codes import ExitCode
 
 _SHARD_BYTES = 512 << 20  # few enough files for a parallel file system, enough of them to be copied side by side

@@ -16,8 +16,8 @@ from data_prep.folder_tree import EXTENSIONS, Listing, list_tree
 from data_prep.imagenet import check_encoding, identity, jpeg_source, remarks_of
 from data_prep.raw_files import LOSSLESS, Header, RawFiles, read_file, read_header
 from data_prep.source import Source, image_split
-from hvdlocal.data.jpeg_check import jpeg_versions
-from hvdlocal.data.team import Team
+from hvdlocal.data.write.jpeg_check import jpeg_versions
+from hvdlocal.data.write.team import Team
 
 Choice = Literal["auto", "raw", "jpeg"]
 

@@ -15,8 +15,8 @@ import numpy as np
 from data_prep.folder_tree import Listing, list_tree
 from data_prep.jpeg_files import CONVERSION_QUALITY, JpegFiles
 from data_prep.source import Source, Split
-from hvdlocal.data.jpeg_check import jpeg_versions
-from hvdlocal.data.team import Team
+from hvdlocal.data.write.jpeg_check import jpeg_versions
+from hvdlocal.data.write.team import Team
 
 _ENCODED_BYTES_PER_PIXEL = 0.4  # at quality 90; only the default number of shards depends on it
 

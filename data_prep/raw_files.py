@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdlocal.data.jpeg_check import open_with_pillow
+from hvdlocal.data.write.jpeg_check import open_with_pillow
 
 LOSSLESS = ("PNG", "BMP")
 _GRAY_MODES = ("1", "L", "LA")

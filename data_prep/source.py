@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdlocal.data.writer import ImageSource, JpegSource
+from hvdlocal.data.write.writer import ImageSource, JpegSource
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.source import Source, Split, image_split
-from hvdlocal.data.jpeg_check import jpeg_libraries, jpeg_versions
-from hvdlocal.data.writer import JpegSample
+from hvdlocal.data.write.jpeg_check import jpeg_libraries, jpeg_versions
+from hvdlocal.data.write.writer import JpegSample
 
 _GRID = 4  # the pattern has this many cells per side
 _PATTERNS, _NOISE, _SIZES = 0, 1, 2

@@ -6,7 +6,7 @@ in `__init__.pyi`, here and in the subpackages.
 
 from lazy_loader import attach_stub
 
-SUBPACKAGES = {"analysis", "averaging", "cli", "communicator", "data", "models", "training"}
+SUBPACKAGES = {"averaging", "cli", "communicator", "data", "models", "plan", "training"}
 
 __getattr__, __dir__, _names = attach_stub(__name__, __file__)
 __all__ = [name for name in _names if name not in SUBPACKAGES]  # `import *` should not bring a module called `data`

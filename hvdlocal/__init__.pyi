@@ -1,11 +1,10 @@
-from . import analysis as analysis
 from . import averaging as averaging
 from . import cli as cli
 from . import communicator as communicator
 from . import data as data
 from . import models as models
+from . import plan as plan
 from . import training as training
-from .analysis.cost import pseudo_wall_clock as pseudo_wall_clock
 from .averaging.gain import (
     AdaScale as AdaScale,
     LinearScaling as LinearScaling,
@@ -31,7 +30,8 @@ from .communicator import (
     DisagreementError as DisagreementError,
     init as init,
 )
-from .data.dataset import ShardedDataset as ShardedDataset
-from .data.loader import Loader as Loader
-from .data.writer import ShardWriter as ShardWriter
+from .data.read.dataset import ShardedDataset as ShardedDataset
+from .data.load.loader import Loader as Loader
+from .data.write.writer import ShardWriter as ShardWriter
+from .plan.cost import pseudo_wall_clock as pseudo_wall_clock
 from .version import __version__ as __version__

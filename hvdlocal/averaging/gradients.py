@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hvdlocal.averaging.arena import FlatViews
+from hvdlocal.averaging.flat_buffer import FlatViews
 
 
 class GradientBuffer:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from hvdlocal.averaging.arena import Arena, CoordinateSample, Scalar, StatisticsScalar
 from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
 from hvdlocal.averaging.digest import Fact, rounded
+from hvdlocal.averaging.flat_buffer import Arena, CoordinateSample, Scalar, StatisticsScalar
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights

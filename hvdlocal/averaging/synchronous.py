@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from hvdlocal.averaging.arena import FlatViews
 from hvdlocal.averaging.buffers import Buffers
 from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample, rounded
+from hvdlocal.averaging.flat_buffer import FlatViews
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights

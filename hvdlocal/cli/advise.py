@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import hvdlocal
-from hvdlocal.analysis.advice import advise
-from hvdlocal.analysis.advice_text import ALONE, advice_text, as_dict, measured_text
+from hvdlocal.advise.advice import advise
+from hvdlocal.advise.measure import measure
+from hvdlocal.advise.text import ALONE, advice_text, as_dict, measured_text
 from hvdlocal.cli.configuration import parse
 from hvdlocal.communicator import succeed_together
 from hvdlocal.directory import user_file
-from hvdlocal.training.measure import measure
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdlocal.reproduction.studies import CIFAR10, SMALL, Setting
+from hvdlocal.papers.studies import CIFAR10, SMALL, Setting
 
 if TYPE_CHECKING:
-    from hvdlocal.reproduction.finding import Finding
+    from hvdlocal.papers.experiment_report import Finding
     from hvdlocal.training import TrainConfig
 
 EXPERIMENTS = {
@@ -62,17 +62,17 @@ def run(arguments: Sequence[str]) -> int:
 
 def _simulation(options: argparse.Namespace) -> Finding:
     if options.experiment == "bounds":
-        from hvdlocal.reproduction import bounds
+        from hvdlocal.papers import bounds
 
         return bounds.run(options.seed)
     require_scipy("valley")
-    from hvdlocal.reproduction import valley
+    from hvdlocal.papers import valley
 
     return valley.run(options.seed)
 
 
 def _fig7(options: argparse.Namespace, train: Sequence[str]) -> Finding:
-    from hvdlocal.reproduction import gradient_norms
+    from hvdlocal.papers import gradient_norms
 
     setting = CIFAR10 if options.scale == "paper" else SMALL
     return gradient_norms.run(_config(setting, options, train), lambda text: print(text, flush=True))
@@ -80,7 +80,7 @@ def _fig7(options: argparse.Namespace, train: Sequence[str]) -> Finding:
 
 def _config(setting: Setting, options: argparse.Namespace, train: Sequence[str]) -> TrainConfig:
     from hvdlocal.cli.configuration import parse
-    from hvdlocal.data.manifest import MANIFEST_NAME
+    from hvdlocal.data.format.manifest import MANIFEST_NAME
     from hvdlocal.training.config import check_ranges
 
     settings = ["--model.name=resnet9"] if options.scale == "paper" else []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvdlocal.directory import user_file
 from hvdlocal.training.checkpoint import averaged_model, files
-from hvdlocal.training.run_directory import CHECKPOINTS, SUMMARY
+from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY
 from hvdlocal.training.saved_model import write_state
 
 

@@ -20,8 +20,8 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--format", choices=("svg", "png", "pdf"), default="svg", help="default: svg")
     options = parser.parse_args(arguments)
 
-    from hvdlocal.analysis.figures_style import save
-    from hvdlocal.analysis.paper_figures import FIGURES, crossover_table
+    from hvdlocal.figures.style import save
+    from hvdlocal.papers.paper_figures import FIGURES, crossover_table
 
     options.output.mkdir(parents=True, exist_ok=True)
     for name, draw in FIGURES.items():

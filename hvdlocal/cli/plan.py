@@ -11,11 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from hvdlocal.analysis.forecast import Checkpoints, Forecast
-from hvdlocal.analysis.plan import adapts, plan_run
-from hvdlocal.analysis.plan_text import compare, describe
 from hvdlocal.cli.configuration import parse
-from hvdlocal.data.manifest import MANIFEST_NAME, Manifest, split_directory
+from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directory
+from hvdlocal.plan.forecast import Checkpoints, Forecast
+from hvdlocal.plan.run_plan import adapts, plan_run
+from hvdlocal.plan.text import compare, describe
 from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig, unused_settings
 from hvdlocal.training.presets import LOCAL_PRESETS
 
@@ -39,8 +39,8 @@ def run(arguments: Sequence[str]) -> int:
         )
     forecasts = [_forecast(label, one, data, options) for label, one in variants]
     if options.figure:
-        from hvdlocal.analysis.figures_style import save  # loads Matplotlib
-        from hvdlocal.analysis.plan_figure import plan_figure
+        from hvdlocal.figures.style import save  # loads Matplotlib
+        from hvdlocal.plan.figure import plan_figure
 
         options.figure.parent.mkdir(parents=True, exist_ok=True)
         save(plan_figure([(forecast.label, forecast.plan) for forecast in forecasts]), options.figure)
@@ -169,7 +169,7 @@ def _forecast(label: str, config: TrainConfig, data: _Data, options: argparse.Na
         channels = data.shape[2] if data.shape else 3
         shape = data.shape if size is None else (size, size, channels)
         if data.classes and shape:
-            from hvdlocal.analysis.payload import measure_payload  # loads torch
+            from hvdlocal.plan.payload import measure_payload  # loads torch
 
             payload = measure_payload(config, data.classes, shape)
         else:

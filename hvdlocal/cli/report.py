@@ -27,7 +27,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.output.is_dir():
         raise ValueError(f"--output {options.output} is a directory: name a file, such as {options.output}/report.html")
 
-    from hvdlocal.analysis.report import make_report
+    from hvdlocal.report.page import make_report
 
     report = make_report(options.runs)
     options.output.parent.mkdir(parents=True, exist_ok=True)

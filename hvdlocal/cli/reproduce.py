@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from hvdlocal.cli.experiments import EXPERIMENTS, require_scipy
 from hvdlocal.cli.experiments import run as run_experiment
 from hvdlocal.exit_codes import ExitCode
-from hvdlocal.reproduction.studies import STUDIES, Cell, Grid, Study, cells
+from hvdlocal.papers.studies import STUDIES, Cell, Grid, Study, cells
 
 if TYPE_CHECKING:
-    from hvdlocal.reproduction.results import Report
-    from hvdlocal.reproduction.rules import RuleReport
-    from hvdlocal.reproduction.runs import Job
+    from hvdlocal.papers.grid_report import Report
+    from hvdlocal.papers.rule_report import RuleReport
+    from hvdlocal.papers.runs import Job
 
 OWN_OPTIONS = {
     "--method.preset": "--methods",
@@ -48,8 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     if meant := [OWN_OPTIONS[name] for word in train if (name := word.partition("=")[0]) in OWN_OPTIONS]:
         raise ValueError(f"the grid decides this setting: use {meant[0]}")
 
-    from hvdlocal.reproduction.launcher import ranks_command, train_command
-    from hvdlocal.reproduction.runs import run_all  # torch takes seconds to load
+    from hvdlocal.papers.launcher import ranks_command, train_command
+    from hvdlocal.papers.runs import run_all  # torch takes seconds to load
 
     output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
     jobs = list(_jobs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
@@ -111,7 +111,7 @@ def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Ce
 def _jobs(grid: Grid, chosen: Sequence[Cell], output: Path, settings: Sequence[str]) -> Iterator[Job]:
     """The runs with their configurations, all of them checked."""
     from hvdlocal.cli.configuration import parse
-    from hvdlocal.reproduction.runs import Job
+    from hvdlocal.papers.runs import Job
     from hvdlocal.training.config import check_ranges
 
     for cell in chosen:
@@ -130,8 +130,8 @@ def _jobs(grid: Grid, chosen: Sequence[Cell], output: Path, settings: Sequence[s
 
 def _prepare(jobs: Sequence[Job], grid: Grid) -> None:
     """Looks for the data, and removes earlier runs if that is asked for."""
-    from hvdlocal.data.manifest import MANIFEST_NAME
-    from hvdlocal.training.run_directory import restart_count
+    from hvdlocal.data.format.manifest import MANIFEST_NAME
+    from hvdlocal.training.output_directory import restart_count
 
     if not grid.periods:
         require_scipy("qsr")
@@ -153,8 +153,8 @@ def _measure(jobs: Sequence[Job]) -> int:
     Returns:
         0, or 1 where it could not be measured.
     """
-    from hvdlocal.reproduction import curvature
-    from hvdlocal.reproduction.runs import State
+    from hvdlocal.papers import curvature
+    from hvdlocal.papers.runs import State
 
     failed = 0
     for job in jobs:
@@ -174,10 +174,10 @@ def _measure(jobs: Sequence[Job]) -> int:
 
 def _report(study: Study, grid: Grid, jobs: Sequence[Job]) -> Report | RuleReport:
     """What is known so far."""
-    from hvdlocal.reproduction import curvature
-    from hvdlocal.reproduction.results import Report
-    from hvdlocal.reproduction.rules import RuleReport
-    from hvdlocal.reproduction.runs import outcome
+    from hvdlocal.papers import curvature
+    from hvdlocal.papers.grid_report import Report
+    from hvdlocal.papers.rule_report import RuleReport
+    from hvdlocal.papers.runs import outcome
 
     found = {job.cell: result for job in jobs if (result := outcome(job, grid.setting)) is not None}
     if not grid.periods:

@@ -11,8 +11,8 @@ from .augment import (
     RandomResizedCrop as RandomResizedCrop,
     Transform as Transform,
 )
-from .dataset import ShardedDataset as ShardedDataset
-from .foreign import open_hdf5 as open_hdf5
-from .loader import Loader as Loader, evaluation_batches as evaluation_batches
-from .torch_face import EpochSampler as EpochSampler, TorchDataset as TorchDataset
-from .writer import ShardWriter as ShardWriter
+from .read.dataset import ShardedDataset as ShardedDataset
+from .read.user_hdf5 import open_hdf5 as open_hdf5
+from .load.loader import Loader as Loader, evaluation_batches as evaluation_batches
+from .load.torch_dataset import EpochSampler as EpochSampler, TorchDataset as TorchDataset
+from .write.writer import ShardWriter as ShardWriter

@@ -1,6 +1,6 @@
 from .config import TrainConfig as TrainConfig
 from .damage import DamageError as DamageError
-from .keeper import Interrupted as Interrupted
+from .checkpoint.coordinator import Interrupted as Interrupted
 from .schedules import Schedule as Schedule, build_schedule as build_schedule
 from .trainer import (
     AlreadyFinished as AlreadyFinished,

@@ -10,8 +10,8 @@ from typing import Any
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.data import Loader
+from hvdlocal.training.accounting import Ledger, Window
 from hvdlocal.training.evaluation import Evaluation
-from hvdlocal.training.ledger import Ledger, Window
 from hvdlocal.training.metrics import Metrics
 
 

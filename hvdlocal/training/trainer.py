@@ -18,26 +18,26 @@ from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import CommunicationError, Communicator, require_agreement, succeed_together
 from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
 from hvdlocal.data.errors import DamagedDataError
-from hvdlocal.data.order import OrderMode
+from hvdlocal.data.load.order import OrderMode
 from hvdlocal.directory import Directory, MovedError
 from hvdlocal.terminal import warn
-from hvdlocal.training import interruption, run_directory
+from hvdlocal.training import interruption, output_directory
+from hvdlocal.training.accounting import Ledger, Window
+from hvdlocal.training.builders import check_model, configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.checkpoint import Resumed, resume
+from hvdlocal.training.checkpoint.coordinator import Keeper
 from hvdlocal.training.checkpoint.files import newest_first
 from hvdlocal.training.config import TrainConfig, check_ranges, effective_settings, leaves, unused_settings
-from hvdlocal.training.configured import check_model, configured_loader, configured_model, facts, memory_format
 from hvdlocal.training.console import Console
 from hvdlocal.training.damage import damage_elsewhere, damage_found, forget_damage
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
-from hvdlocal.training.images import configured_images
-from hvdlocal.training.keeper import Keeper
-from hvdlocal.training.ledger import Ledger, Window
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import METRICS, JsonLines, Metrics, NoMetrics, TensorBoard
+from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY, TENSORBOARD, Standing
+from hvdlocal.training.preprocessing import configured_images
 from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
 from hvdlocal.training.recorder import Recorder
-from hvdlocal.training.run_directory import CHECKPOINTS, SUMMARY, TENSORBOARD, Standing
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
 from hvdlocal.training.schedules import build_schedule
 
@@ -168,7 +168,7 @@ class Trainer:
             "settings without effect": self.unused,
         }
         if self.train_data.kind == "jpeg":
-            from hvdlocal.data.decode import decoder_description  # loads OpenCV
+            from hvdlocal.data.read.decode import decoder_description  # loads OpenCV
 
             environment["decoder"] = decoder_description()
         self.metrics: Metrics = NoMetrics()
@@ -186,8 +186,8 @@ class Trainer:
         versions()  # read once, where a failure is everybody's
         self.device = choose_device(self.config.device, self.communicator)
         if self.communicator.rank == 0:
-            self.output: Directory = self.held.enter_context(run_directory.claim(self.directory))
-            self.standing = run_directory.standing(
+            self.output: Directory = self.held.enter_context(output_directory.claim(self.directory))
+            self.standing = output_directory.standing(
                 self.directory, effective_settings(self.config), self.config.overwrite
             )
             self.held.callback(self.output.remove, self.probe)
@@ -196,7 +196,7 @@ class Trainer:
     def _look_around(self) -> Standing:
         """What rank 0 found in the output directory, once every rank is sure to see the same one; a collective."""
         communicator, rank = self.communicator, self.communicator.rank
-        found = (self.probe, self.standing, run_directory.run_id(self.output)) if rank == 0 else None
+        found = (self.probe, self.standing, output_directory.run_id(self.output)) if rank == 0 else None
         probe, standing, run_id = communicator.gather(found, "hvdlocal.standing")[0]
         self.run_id = run_id if standing is Standing.STARTED else None
 
@@ -257,11 +257,11 @@ class Trainer:
         forget_damage(self.output)
         steps, kept = self.position.steps, 0
         if self.resumed is None and self.standing is Standing.NEW:
-            run_directory.clear(self.output)
+            output_directory.clear(self.output)
         else:
             kept = self._clear_up()
-        run_directory.describe(self.output, asdict(self.config), environment)
-        run_directory.note_attempt(self.output, steps, self.communicator.size)
+        output_directory.describe(self.output, asdict(self.config), environment)
+        output_directory.note_attempt(self.output, steps, self.communicator.size)
         writer = self.keeper.writer
         self.metrics = JsonLines(self.output, kept, lambda: writer.takes_room)
         if self.config.tensorboard:
@@ -335,7 +335,7 @@ class Trainer:
 
     def _not_ours(self, contents: Mapping[str, Any]) -> str | None:
         """Why a checkpoint is not of this run."""
-        if difference := run_directory.first_difference(contents["settings"], effective_settings(self.config)):
+        if difference := output_directory.first_difference(contents["settings"], effective_settings(self.config)):
             return f"was written {difference}"
         for split, fingerprint in self._fingerprints().items():
             if (before := contents["fingerprints"][split]) != fingerprint:

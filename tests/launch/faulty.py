@@ -190,7 +190,7 @@ def evaluating() -> None:
 def ending() -> None:
     """The model is saved; the summary, which says that the run has ended, is not."""
     from hvdlocal.directory import Directory
-    from hvdlocal.training.run_directory import SUMMARY
+    from hvdlocal.training.output_directory import SUMMARY
 
     before(Directory, "write_text", "ending", lambda self, name, text: name == SUMMARY)
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from conftest import HVDLOCAL, launch, mpirun
 
-from hvdlocal.analysis.payload import measure_payload
 from hvdlocal.cli.configuration import parse
+from hvdlocal.plan.payload import measure_payload
 
 
 def test_two_ranks(config, tmp_path):

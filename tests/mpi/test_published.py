@@ -36,7 +36,7 @@ def test_the_model_that_is_evaluated_is_the_model_that_is_saved(comm, place, mon
         def forward(self, x):
             return self["extras"](self["net"](x))
 
-    monkeypatch.setattr("hvdlocal.training.configured.build_model", lambda *args: Chain(build(*args)))
+    monkeypatch.setattr("hvdlocal.training.builders.build_model", lambda *args: Chain(build(*args)))
     seen = []
 
     def evaluate(model, *args):

@@ -17,6 +17,7 @@ from hvdlocal.communicator import SetupError
 from hvdlocal.models import build_model
 from hvdlocal.training import AlreadyFinished, Interrupted, Trainer, interruption
 from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, files
+from hvdlocal.training.checkpoint.coordinator import Keeper
 from hvdlocal.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -27,8 +28,7 @@ from hvdlocal.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from hvdlocal.training.keeper import Keeper
-from hvdlocal.training.run_directory import Claimed
+from hvdlocal.training.output_directory import Claimed
 
 qsr = PeriodConfig(rule="qsr", alpha=0.1, h_base=2)
 long = PeriodConfig(period=9)
@@ -85,7 +85,7 @@ def _dropout(monkeypatch):
     def build(name, num_classes, shape):
         return torch.nn.Sequential(torch.nn.Dropout(0.1), build_model(name, num_classes, shape))
 
-    monkeypatch.setattr("hvdlocal.training.configured.build_model", build)
+    monkeypatch.setattr("hvdlocal.training.builders.build_model", build)
 
 
 def config(place, output, every_steps=None, **settings):
@@ -182,7 +182,7 @@ def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
     """A checkpoint is finished at a poll that has heard that all have written; until then training goes on."""
     import time
 
-    from hvdlocal.training import poll
+    from hvdlocal.training import status_exchange
     from hvdlocal.training.checkpoint import writer
 
     write, slow, held = files.write_rank, [], []
@@ -200,7 +200,7 @@ def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
         held.append((start, time.monotonic()))
         time.sleep(0.05)  # steps that take a while, so that there are many of them in a second
 
-    monkeypatch.setattr(poll, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(status_exchange, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(writer.files, "write_rank", slowly)
     monkeypatch.setattr(Keeper, "after_step", after_step)
     settings = config(place, "slow", **KINDS["local"])

@@ -15,9 +15,9 @@ import pytest
 from hvdlocal import ShardedDataset, ShardWriter
 from hvdlocal.communicator import DisagreementError
 from hvdlocal.communicator.agreement import SetupError
-from hvdlocal.data import dataset as data_set
-from hvdlocal.data.foreign import open_hdf5
-from hvdlocal.data.storage import base, ram
+from hvdlocal.data.read import dataset as data_set
+from hvdlocal.data.read.storage import base, ram
+from hvdlocal.data.read.user_hdf5 import open_hdf5
 
 N, SHAPE = 6000, (16, 16, 4)
 TOTAL = N * 1024
@@ -267,7 +267,7 @@ def test_a_pickle_finds_the_shared_memory(comm, directory, reads, monkeypatch, n
     else:
         dataset = open_hdf5(directory / name, communicator=comm)
     reads.clear()
-    monkeypatch.setattr("hvdlocal.data.storage.choice.available_bytes", lambda: 0)  # no room for a copy
+    monkeypatch.setattr("hvdlocal.data.read.storage.select.available_bytes", lambda: 0)  # no room for a copy
     if comm.size > 1:
         with pickle.loads(pickle.dumps(dataset)) as again:
             check(again)

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdlocal.data.keys import splitmix64
+from hvdlocal.data.random_keys import splitmix64
 
 
 class Transform(Protocol):

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdlocal.data.augment.base import MIXUP, check_keys, uniforms
-from hvdlocal.data.recycle import Recycler
+from hvdlocal.data.load.buffer_pool import Recycler
 
 
 class MixUp:

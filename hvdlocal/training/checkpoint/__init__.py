@@ -5,7 +5,7 @@ hands every rank its part; `pace` says how often.
 """
 
 from hvdlocal.training.checkpoint.files import CheckpointError
-from hvdlocal.training.checkpoint.pace import Pace
+from hvdlocal.training.checkpoint.interval import Pace
 from hvdlocal.training.checkpoint.resume import Resumed, averaged_model, resume
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 

@@ -14,7 +14,7 @@ import torch
 from hvdlocal.communicator import Communicator
 from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint import files
-from hvdlocal.training.run_directory import CHECKPOINTS
+from hvdlocal.training.output_directory import CHECKPOINTS
 
 RECORDS_BYTES = 2**18
 """Room that a checkpoint leaves for records."""

@@ -16,6 +16,7 @@ import hvdlocal
 from hvdlocal.models import build_model
 from hvdlocal.training import Trainer
 from hvdlocal.training.checkpoint import files
+from hvdlocal.training.checkpoint.coordinator import Keeper
 from hvdlocal.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -25,7 +26,6 @@ from hvdlocal.training.config import (
     PeriodConfig,
     TrainConfig,
 )
-from hvdlocal.training.keeper import Keeper
 
 PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
 TEST_IMAGES = 31
@@ -147,7 +147,7 @@ def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device,
     def build(name, num_classes, shape):
         return torch.nn.Sequential(torch.nn.Dropout(0.1), build_model(name, num_classes, shape))
 
-    monkeypatch.setattr("hvdlocal.training.configured.build_model", build)
+    monkeypatch.setattr("hvdlocal.training.builders.build_model", build)
     method = MethodConfig(preset, period=PeriodConfig(period=3))
     settings = {"optimizer": OptimizerConfig("adamw", lr=0.01), "precision": "bfloat16"}
 

@@ -5,8 +5,8 @@ import math
 import pytest
 
 import hvdlocal
-from hvdlocal.analysis import plan_rounds
 from hvdlocal.averaging.period import RoundStart
+from hvdlocal.averaging.rounds import plan_rounds
 
 
 def cosine(peak, warmup, steps, low=1e-6):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hvdlocal.averaging.arena import CoordinateSample
+from hvdlocal.averaging.flat_buffer import CoordinateSample
 from hvdlocal.averaging.sketch import GradientSketch
 
 CPU = torch.device("cpu")

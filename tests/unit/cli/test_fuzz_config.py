@@ -15,7 +15,7 @@ from hvdlocal.cli.keys import keys
 from hvdlocal.directory import Directory
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import check_ranges
-from hvdlocal.training.run_directory import describe
+from hvdlocal.training.output_directory import describe
 
 GOOD = {"data": {"path": "x", "batch_size": 8}, "model": {"name": "digits_cnn"}, "output": "o"}
 KEYS = sorted(keys(TrainConfig))

@@ -14,7 +14,7 @@ from test_train_mistakes import Solo
 import hvdlocal
 from data_prep.__main__ import main as data_prep
 from hvdlocal.cli import main
-from hvdlocal.training.run_directory import claim
+from hvdlocal.training.output_directory import claim
 
 GOOD = "data: {path: data, batch_size: 8}\nmodel: {name: digits_cnn}\noutput: out\n"
 SHARD, MANIFEST = Path("data/train/train-00000-of-00001.h5"), Path("data/train/manifest.json")
@@ -41,7 +41,7 @@ def here(tmp_path, monkeypatch):
     """A directory with a small data set and a configuration."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hvdlocal.communicator.launch._current", Solo())
-    monkeypatch.setattr("hvdlocal.training.run_directory.PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr("hvdlocal.training.output_directory.PATIENCE_SECONDS", 0.1)
     write("train", 24)
     write("test", 9)
     Path("run.yaml").write_text(GOOD)

@@ -57,7 +57,7 @@ def test_mistakes(tmp_path, monkeypatch, capsys, arguments, message):
 
 
 def test_figures(tmp_path, capsys, monkeypatch):
-    from hvdlocal.analysis import paper_figures
+    from hvdlocal.papers import paper_figures
 
     few = {name: paper_figures.FIGURES[name] for name in ("figure3_gain", "figure6_periods")}  # the others take longer
     monkeypatch.setattr(paper_figures, "FIGURES", few)

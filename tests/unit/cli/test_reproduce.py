@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import hvdlocal
-from hvdlocal.analysis.published import read_table
 from hvdlocal.cli import main
-from hvdlocal.reproduction.judgement import CLAIMS, Point, Scale, check, judge
-from hvdlocal.reproduction.results import Report
-from hvdlocal.reproduction.runs import Outcome
-from hvdlocal.reproduction.studies import BASELINE, STUDIES, Cell, cells
+from hvdlocal.papers.claims import CLAIMS, Point, Scale, check, judge
+from hvdlocal.papers.grid_report import Report
+from hvdlocal.papers.published import read_table
+from hvdlocal.papers.runs import Outcome
+from hvdlocal.papers.studies import BASELINE, STUDIES, Cell, cells
 
 GRID = ["--workers", "2", "--periods", "2", "8"]
 

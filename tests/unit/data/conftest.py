@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hvdlocal.data import ShardedDataset, ShardWriter
-from hvdlocal.data.writer import JpegShardWriter
+from hvdlocal.data.write.writer import JpegShardWriter
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 

@@ -7,7 +7,7 @@ import torch
 
 from hvdlocal.data.augment import Compose, CropFlip, Flip, Normalize, RandAugment, RandomResizedCrop
 from hvdlocal.data.augment.base import FLIP, MIXUP, RAND_AUGMENT, RESIZED_CROP, uniforms
-from hvdlocal.data.keys import sample_keys, splitmix64
+from hvdlocal.data.random_keys import sample_keys, splitmix64
 
 PIXELS = {"mean": (0, 0, 0), "std": (1 / 255,) * 3}  # leaves pixel values as they are
 

@@ -6,7 +6,7 @@ import torch
 
 from hvdlocal.data.augment import MixUp
 from hvdlocal.data.augment.mixup import symmetric_beta
-from hvdlocal.data.keys import sample_keys
+from hvdlocal.data.random_keys import sample_keys
 
 stats = pytest.importorskip("scipy.stats")
 

@@ -7,7 +7,7 @@ import torch
 from hvdlocal.data.augment import RandAugment
 from hvdlocal.data.augment.base import RAND_AUGMENT, uniforms
 from hvdlocal.data.augment.rand_augment import OPERATIONS
-from hvdlocal.data.keys import sample_keys
+from hvdlocal.data.random_keys import sample_keys
 from hvdlocal.models.torchvision_import import import_torchvision
 
 EXACT = [name for name in OPERATIONS if name not in ("ShearX", "ShearY", "Rotate")]

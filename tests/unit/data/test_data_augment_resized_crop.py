@@ -7,7 +7,7 @@ import torch
 
 from hvdlocal.data.augment import CenterCrop, RandomResizedCrop
 from hvdlocal.data.augment.base import RESIZED_CROP, uniforms
-from hvdlocal.data.keys import sample_keys
+from hvdlocal.data.random_keys import sample_keys
 from hvdlocal.models.torchvision_import import import_torchvision
 
 KEYS = sample_keys(4, np.zeros(4000, np.int64), np.arange(4000))

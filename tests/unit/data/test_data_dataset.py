@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from hvdlocal.data import ShardedDataset, ShardWriter
-from hvdlocal.data.manifest import Manifest, ShardEntry
-from hvdlocal.data.shard import content_sha256, open_shard, shard_attributes
-from hvdlocal.data.shard_file import write_image_shard
+from hvdlocal.data.format.manifest import Manifest, ShardEntry
+from hvdlocal.data.format.shard import content_sha256, open_shard, shard_attributes
+from hvdlocal.data.write.shard_writer import write_image_shard
 
 SHAPE = (4, 3, 2)
 

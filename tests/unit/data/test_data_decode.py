@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvdlocal.data import Loader, ShardedDataset, decode
+from hvdlocal.data import Loader, ShardedDataset
 from hvdlocal.data.augment import CenterCrop, RandomResizedCrop
-from hvdlocal.data.decode import decode_crop, decode_crops, decoder_description
 from hvdlocal.data.errors import DamagedDataError
-from hvdlocal.data.keys import sample_keys
-from hvdlocal.data.writer import JpegShardWriter
+from hvdlocal.data.random_keys import sample_keys
+from hvdlocal.data.read import decode
+from hvdlocal.data.read.decode import decode_crop, decode_crops, decoder_description
+from hvdlocal.data.write.writer import JpegShardWriter
 
 
 def picture(height, width):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hvdlocal.data import ShardWriter
-from hvdlocal.data.foreign import open_hdf5
+from hvdlocal.data.read.user_hdf5 import open_hdf5
 
 N, SHAPE = 1000, (20, 10, 3)
 

@@ -12,7 +12,7 @@ import pytest
 from test_data_foreign import SHAPE, N, content, refused, write
 
 from hvdlocal.data import ShardedDataset
-from hvdlocal.data.foreign import open_hdf5
+from hvdlocal.data.read.user_hdf5 import open_hdf5
 
 STORAGES = ["ram", "mmap", "stream"]
 

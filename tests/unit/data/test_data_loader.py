@@ -14,9 +14,9 @@ import torch
 
 from hvdlocal.data import CropFlip, Loader, Normalize, evaluation_batches
 from hvdlocal.data.augment import Compose, MixUp, RandomResizedCrop
-from hvdlocal.data.dataset import ShardedDataset
-from hvdlocal.data.order import EpochOrder, epoch_permutation, replacement_draws
-from hvdlocal.data.prefetch import Job, prefetch
+from hvdlocal.data.load.order import EpochOrder, epoch_permutation, replacement_draws
+from hvdlocal.data.load.prefetch import Job, prefetch
+from hvdlocal.data.read.dataset import ShardedDataset
 
 
 def source_index(images):

@@ -3,8 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from hvdlocal.data.keys import sample_keys, splitmix64
-from hvdlocal.data.order import (
+from hvdlocal.data.load.order import (
     EpochOrder,
     SampleSequence,
     block_permutation,
@@ -13,6 +12,7 @@ from hvdlocal.data.order import (
     pre_shuffle,
     replacement_draws,
 )
+from hvdlocal.data.random_keys import sample_keys, splitmix64
 
 
 def sha256(array: np.ndarray) -> str:

@@ -6,7 +6,7 @@ import pytest
 from data_prep import synthetic
 from data_prep.__main__ import main
 from hvdlocal.data import ShardedDataset
-from hvdlocal.data.manifest import Manifest
+from hvdlocal.data.format.manifest import Manifest
 
 
 def test_the_same_numbers_everywhere():

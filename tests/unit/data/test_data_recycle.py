@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlocal.data.recycle import Recycler
+from hvdlocal.data.load.buffer_pool import Recycler
 
 SHAPE = (64, 3, 32, 32)  # 786 KB as float32
 

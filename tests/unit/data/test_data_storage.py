@@ -17,12 +17,12 @@ import pytest
 from PIL import Image
 
 from hvdlocal.data import ShardedDataset, ShardWriter
-from hvdlocal.data.storage import Layout, Region
-from hvdlocal.data.storage.base import FileReader
-from hvdlocal.data.storage.choice import this_node
-from hvdlocal.data.storage.mapped import MappedStorage, _arrange, _map
-from hvdlocal.data.storage.stream import StreamStorage
-from hvdlocal.data.writer import JpegShardWriter
+from hvdlocal.data.read.storage import Layout, Region
+from hvdlocal.data.read.storage.base import FileReader
+from hvdlocal.data.read.storage.mapped import MappedStorage, _arrange, _map
+from hvdlocal.data.read.storage.select import this_node
+from hvdlocal.data.read.storage.stream import StreamStorage
+from hvdlocal.data.write.writer import JpegShardWriter
 
 MODES = ["ram", "mmap", "stream"]
 MIB = 1 << 20
@@ -154,7 +154,7 @@ def test_a_flipped_bit_is_found_at_first_touch(copy, storage):
 
 
 def test_mmap_checks_every_unit_once(large, monkeypatch):
-    from hvdlocal.data.shard import Shard
+    from hvdlocal.data.format.shard import Shard
 
     checked = []
     check_unit = Shard.check_unit
@@ -329,7 +329,7 @@ def test_a_stream_keeps_what_was_used_last(tmp_path, reads):
 
 
 def test_announced_samples_are_read_in_their_order_before_anybody_waits(tmp_path, reads, monkeypatch):
-    monkeypatch.setattr("hvdlocal.data.storage.stream.NUM_THREADS", 1)
+    monkeypatch.setattr("hvdlocal.data.read.storage.stream.NUM_THREADS", 1)
     storage = stream_of(tmp_path, 20, 8)
     storage.read_ahead(np.array([100, 101, 3, 101, 50, 80, 60, 10]))  # of blocks 12, 0, 6, 10, 7, 1
     wait_for(lambda: len(reads) == 4)  # half of the room
@@ -407,7 +407,7 @@ def test_closing_ends_a_wait(large, monkeypatch):
 
     waiting = threading.Thread(target=read)
     waiting.start()
-    monkeypatch.setattr("hvdlocal.data.storage.stream._STOP_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr("hvdlocal.data.read.storage.stream._STOP_TIMEOUT_SECONDS", 0.1)
     time.sleep(0.05)
     dataset.close()
     waiting.join(10)
@@ -451,7 +451,7 @@ def test_a_pickle_finds_shared_memory_before_anything_is_chosen(large, monkeypat
     os.write(memory, dataset.take(np.arange(8000)).tobytes())
     found = os.fstat(memory)
     region = Region(this_node(), os.getpid(), memory, found.st_dev, found.st_ino)
-    monkeypatch.setattr("hvdlocal.data.storage.choice.available_bytes", lambda: 0)
+    monkeypatch.setattr("hvdlocal.data.read.storage.select.available_bytes", lambda: 0)
     monkeypatch.setattr(dataset._storage, "region", region)
     again = pickle.loads(pickle.dumps(dataset))
     np.testing.assert_array_equal(again.take(np.arange(8000)), dataset.take(np.arange(8000)))

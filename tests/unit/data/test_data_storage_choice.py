@@ -3,8 +3,8 @@
 import pytest
 
 from hvdlocal.data import ShardedDataset
-from hvdlocal.data.storage import choice
-from hvdlocal.data.storage.choice import available_bytes, choose, file_system
+from hvdlocal.data.read.storage import select
+from hvdlocal.data.read.storage.select import available_bytes, choose, file_system
 
 GIB = 1 << 30
 
@@ -22,9 +22,9 @@ class Ranks:
 @pytest.fixture
 def machine(monkeypatch):
     def make(free, kind):
-        monkeypatch.setattr(choice, "available_bytes", lambda: free)
-        monkeypatch.setattr(choice, "file_system", lambda path: kind)
-        monkeypatch.setattr(choice, "this_node", lambda: choice.Node("here", 1))
+        monkeypatch.setattr(select, "available_bytes", lambda: free)
+        monkeypatch.setattr(select, "file_system", lambda path: kind)
+        monkeypatch.setattr(select, "this_node", lambda: select.Node("here", 1))
 
     return make
 
@@ -55,7 +55,7 @@ def test_auto(machine, tmp_path, size, kind, mode, reason):
 
 def test_the_smallest_node_decides_for_all(machine, tmp_path):
     machine(64 * GIB, "ext4")
-    there = choice.Node("there", 1)
+    there = select.Node("there", 1)
     found = choose("auto", 8 * GIB, tmp_path, None, Ranks((there, 8 * GIB, "ext4"), (there, 8 * GIB, "ext4")))
     assert found.mode == "mmap"
     assert found.stream_bytes == GIB, "a quarter of the free memory, for each of the ranks there"
@@ -65,7 +65,7 @@ def test_the_smallest_node_decides_for_all(machine, tmp_path):
 
 def test_ranks_that_do_not_see_each_other_need_a_copy_each(machine, tmp_path):
     machine(8 * GIB, "ext4")
-    same, container = choice.Node("here", 1), choice.Node("here", 2)
+    same, container = select.Node("here", 1), select.Node("here", 2)
     assert choose("auto", 3 * GIB, tmp_path, None, Ranks((same, 8 * GIB, "ext4"))).mode == "ram"
     assert choose("auto", 3 * GIB, tmp_path, None, Ranks((container, 8 * GIB, "ext4"))).mode == "mmap"
 

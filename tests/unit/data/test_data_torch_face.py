@@ -12,8 +12,8 @@ from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 import hvdlocal
 from hvdlocal.data import Loader, ShardedDataset, ShardWriter
 from hvdlocal.data.augment import CenterCrop, CropFlip, Normalize, RandomResizedCrop
-from hvdlocal.data.loader import evaluation_batches
-from hvdlocal.data.torch_face import EpochSampler, SampleIndex, TorchDataset
+from hvdlocal.data.load.loader import evaluation_batches
+from hvdlocal.data.load.torch_dataset import EpochSampler, SampleIndex, TorchDataset
 
 
 def samplers(dataset, num_workers, batch_size, **options):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from hvdlocal.data import ShardedDataset, ShardWriter
-from hvdlocal.data.manifest import Manifest
-from hvdlocal.data.order import pre_shuffle
-from hvdlocal.data.shard_file import write_image_shard
+from hvdlocal.data.format.manifest import Manifest
+from hvdlocal.data.load.order import pre_shuffle
+from hvdlocal.data.write.shard_writer import write_image_shard
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -287,7 +287,7 @@ def test_a_byte_that_changes_on_its_way_to_the_disk_is_noticed(tmp_path, source,
         path.write_bytes(raw)
         return sha256
 
-    monkeypatch.setattr("hvdlocal.data.writer.write_image_shard", flipping)
+    monkeypatch.setattr("hvdlocal.data.write.writer.write_image_shard", flipping)
     with pytest.raises(ValueError, match=r"is damaged in samples 64\.\.99 "):
         ShardWriter(tmp_path, "train", classes=CLASSES).write(*source(100))
     assert not files(tmp_path)

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from hvdlocal.data.manifest import Manifest
-from hvdlocal.data.order import pre_shuffle
-from hvdlocal.data.writer import JpegShardWriter, ShardWriter, verify
+from hvdlocal.data.format.manifest import Manifest
+from hvdlocal.data.load.order import pre_shuffle
+from hvdlocal.data.write.writer import JpegShardWriter, ShardWriter, verify
 from hvdlocal.lock import hold
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
@@ -255,7 +255,7 @@ def test_a_full_disk(tmp_path, source):
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
     """The second is told who the first is; the first leaves no trace of it."""
-    monkeypatch.setattr("hvdlocal.data.split_writer.hold", lambda *file: hold(*file, patience_seconds=0.1))
+    monkeypatch.setattr("hvdlocal.data.write.split_writer.hold", lambda *file: hold(*file, patience_seconds=0.1))
     inside = []
 
     class Images(np.ndarray):

@@ -9,9 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-from hvdlocal.data.manifest import Manifest, ShardEntry
-from hvdlocal.data.shard import Shard, content_sha256, open_shard, shard_attributes
-from hvdlocal.data.shard_file import write_image_shard, write_jpeg_shard
+from hvdlocal.data.format.manifest import Manifest, ShardEntry
+from hvdlocal.data.format.shard import Shard, content_sha256, open_shard, shard_attributes
+from hvdlocal.data.write.shard_writer import write_image_shard, write_jpeg_shard
 
 SHAPE = (4, 3, 2)
 ATTRIBUTES = shard_attributes("train", 0, ["a"])
@@ -196,7 +196,7 @@ def test_verify_reads_in_large_pieces(tmp_path, monkeypatch):
 
 
 def test_large_shards_are_aligned_to_a_mebibyte(tmp_path, monkeypatch):
-    monkeypatch.setattr("hvdlocal.data.shard_file._LARGE_FILE_BYTES", 2000)
+    monkeypatch.setattr("hvdlocal.data.write.shard_writer._LARGE_FILE_BYTES", 2000)
     arguments = np.zeros((3, 2), np.uint16), np.zeros(3, np.int32), np.arange(3), ATTRIBUTES
     for length, offset in ((1, 2048), (1 << 20, 1 << 20)):
         write_jpeg_shard(tmp_path / f"{length}.h5", [b"x" * length] * 3, *arguments)

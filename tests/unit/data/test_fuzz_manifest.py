@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hvdlocal.data import ShardedDataset, ShardWriter
-from hvdlocal.data.manifest import Manifest, sha256_of_json
+from hvdlocal.data.format.manifest import Manifest, sha256_of_json
 
 FUZZ = settings(max_examples=150, deadline=None)
 IMAGES = np.random.RandomState(0).randint(0, 256, (70, 4, 3, 2)).astype(np.uint8)

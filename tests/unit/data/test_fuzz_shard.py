@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from hvdlocal.data import ShardedDataset, ShardWriter, open_hdf5
-from hvdlocal.data.writer import JpegShardWriter
+from hvdlocal.data.write.writer import JpegShardWriter
 
 CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE)
 N = 70

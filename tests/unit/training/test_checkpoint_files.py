@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdlocal.analysis.cost import young_interval
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.directory import Directory
+from hvdlocal.plan.cost import young_interval
 from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, averaged_model, files, resume
-from hvdlocal.training.checkpoint.pace import FIRST_SECONDS, Pace
+from hvdlocal.training.checkpoint.interval import FIRST_SECONDS, Pace
 from hvdlocal.training.config import CheckpointConfig
 
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from hvdlocal import ShardWriter
-from hvdlocal.data.split_writer import LOCK
+from hvdlocal.data.write.split_writer import LOCK
 from hvdlocal.directory import Directory, LinkError, MovedError, replacing, user_file, write_text
 from hvdlocal.lock import hold
-from hvdlocal.training import run_directory
+from hvdlocal.training import output_directory
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
 from hvdlocal.training.metrics import JsonLines
@@ -65,21 +65,21 @@ def named_by_a_user(path: Path) -> None:
 
 
 def figure(path: Path) -> None:
-    from hvdlocal.analysis.figures_style import new_figure, save
+    from hvdlocal.figures.style import new_figure, save
 
     save(new_figure(1, 1)[0], path / "figure.svg")
 
 
 def described(path: Path) -> None:
     config = TrainConfig(DataConfig("data"), ModelConfig("digits_cnn"), "out")
-    run_directory.describe(Directory(path), asdict(config), {"ranks": 2})
+    output_directory.describe(Directory(path), asdict(config), {"ranks": 2})
 
 
 WRITERS = {
     "text": lambda path: write_text(path / "file", "x" * 1000),
     "user's file": named_by_a_user,
     "config.yaml": described,
-    "attempts.jsonl": lambda path: [run_directory.note_attempt(Directory(path), step, 2) for step in (0, 5)],
+    "attempts.jsonl": lambda path: [output_directory.note_attempt(Directory(path), step, 2) for step in (0, 5)],
     "model.pt": lambda path: save_state(STATE["model"], Directory(path), "model.pt"),
     "rank file": lambda path: files.write_rank(Directory(path), 7, 0, STATE),
     "figure": figure,
@@ -244,7 +244,7 @@ def test_temporaries_that_are_links(tmp_path, victim, name):
     run.mkdir()
     (run / name).symlink_to(victim / "file")
     described(run)
-    run_directory.note_attempt(Directory(run), 0, 1)
+    output_directory.note_attempt(Directory(run), 0, 1)
     save_state(STATE["model"], Directory(run), "model.pt")
     assert sorted(path.name for path in run.iterdir() if path.is_symlink()) == []
 
@@ -264,7 +264,7 @@ def test_files_that_are_opened_and_are_not_ours(tmp_path, victim, name, kind):
         os.mkfifo(run / name)
     if name == ".lock":
         with pytest.raises(ValueError, match=rf"output={run} cannot be used \({run}/\.lock: .*remove it\)"):
-            run_directory.claim(run)
+            output_directory.claim(run)
     else:
         with pytest.raises(LinkError, match=rf"remove it: '{run}/metrics\.jsonl'"):
             JsonLines(Directory(run))
@@ -276,8 +276,8 @@ def test_directories_that_are_links(tmp_path, victim, name):
     run.mkdir()
     (run / name).symlink_to(victim)
     with pytest.raises(ValueError, match=f"{run}/{name}: a symbolic link"):
-        run_directory.claim(run)
-    run_directory.clear(Directory(run))  # as --overwrite does
+        output_directory.claim(run)
+    output_directory.clear(Directory(run))  # as --overwrite does
     assert not (run / name).exists()
 
 

@@ -8,9 +8,9 @@ import pytest
 
 from hvdlocal.cli.configuration import parse
 from hvdlocal.data import CenterCrop, Compose, RandomResizedCrop, ShardedDataset, ShardWriter, evaluation_batches
-from hvdlocal.data.writer import JpegShardWriter
+from hvdlocal.data.write.writer import JpegShardWriter
 from hvdlocal.training.config import DataConfig
-from hvdlocal.training.images import configured_images
+from hvdlocal.training.preprocessing import configured_images
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, replace
 import pytest
 
 from hvdlocal.directory import Directory
-from hvdlocal.training import interruption, run_directory
+from hvdlocal.training import interruption, output_directory
 from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, effective_settings, leaves
 from hvdlocal.training.metrics import JsonLines
-from hvdlocal.training.run_directory import Standing, standing
+from hvdlocal.training.output_directory import Standing, standing
 
 
 def config(tmp_path, **settings):
@@ -21,7 +21,7 @@ def config(tmp_path, **settings):
 
 
 def leave(tmp_path, **settings):
-    run_directory.describe(Directory(tmp_path), asdict(config(tmp_path, **settings)), {})
+    output_directory.describe(Directory(tmp_path), asdict(config(tmp_path, **settings)), {})
 
 
 def test_standing(tmp_path, monkeypatch):
@@ -35,12 +35,12 @@ def test_standing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds an earlier run with optimizer\.lr=1e-05, not 0\.1"):
         standing(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=False)
     assert standing(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=True) is Standing.NEW
-    (tmp_path / run_directory.SUMMARY).touch()
+    (tmp_path / output_directory.SUMMARY).touch()
     assert standing(tmp_path, now, overwrite=False) is Standing.FINISHED
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that said --overwrite true is started again:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert standing(tmp_path, now, overwrite=True) is Standing.NEW  # it had not come to replace anything yet
-    run_directory.note_attempt(Directory(tmp_path), 0, 2)
+    output_directory.note_attempt(Directory(tmp_path), 0, 2)
     assert standing(tmp_path, now, overwrite=True) is Standing.FINISHED  # this is its own
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert standing(tmp_path, now, overwrite=True) is Standing.NEW
@@ -50,10 +50,12 @@ def test_a_setting_without_effect_may_be_another_now(tmp_path):
     """Such as a default that was another when the run was begun: 0.08 was the smallest area of every crop once."""
     now = config(tmp_path)
     earlier = replace(now, data=replace(now.data, min_area=0.08))
-    run_directory.describe(Directory(tmp_path), asdict(earlier), {})
+    output_directory.describe(Directory(tmp_path), asdict(earlier), {})
     assert standing(tmp_path, effective_settings(now), overwrite=False) is Standing.STARTED
     cropping = replace(now, data=replace(now.data, image_size=8))
-    run_directory.describe(Directory(tmp_path), asdict(replace(earlier, data=replace(earlier.data, image_size=8))), {})
+    output_directory.describe(
+        Directory(tmp_path), asdict(replace(earlier, data=replace(earlier.data, image_size=8))), {}
+    )
     with pytest.raises(ValueError, match=r"an earlier run with data\.min_area=0\.08, not null: continue it"):
         standing(tmp_path, effective_settings(cropping), overwrite=False)
 
@@ -66,28 +68,28 @@ def test_an_unreadable_config_is_no_invitation(tmp_path, content):
 
 
 def test_a_directory_is_claimed_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_directory, "PATIENCE_SECONDS", 0.1)
-    claim = run_directory.claim(tmp_path / "run")
+    monkeypatch.setattr(output_directory, "PATIENCE_SECONDS", 0.1)
+    claim = output_directory.claim(tmp_path / "run")
     with pytest.raises(ValueError, match=f"in use by another run \\(process {os.getpid()} on"):
-        run_directory.claim(tmp_path / "run")
+        output_directory.claim(tmp_path / "run")
     claim.close()
-    run_directory.claim(tmp_path / "run").close()
+    output_directory.claim(tmp_path / "run").close()
 
 
 def test_starts_without_progress(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     for step in (0, 40, 40, 40):
-        run_directory.note_attempt(Directory(tmp_path), step, 2)
+        output_directory.note_attempt(Directory(tmp_path), step, 2)
     with pytest.raises(ValueError, match="started 3 times from step 40"):
-        run_directory.note_attempt(Directory(tmp_path), 40, 2)
+        output_directory.note_attempt(Directory(tmp_path), 40, 2)
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"step": 4')  # a disk was full
     with pytest.raises(ValueError, match="started 3 times from step 40"):
-        run_directory.note_attempt(Directory(tmp_path), 40, 2)
-    run_directory.note_attempt(Directory(tmp_path), 41, 2)
+        output_directory.note_attempt(Directory(tmp_path), 40, 2)
+    output_directory.note_attempt(Directory(tmp_path), 41, 2)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     for _ in range(5):  # a person may try as often as they like
-        run_directory.note_attempt(Directory(tmp_path), 41, 2)
+        output_directory.note_attempt(Directory(tmp_path), 41, 2)
 
 
 def test_records_are_cut_at_the_checkpoint(tmp_path):
@@ -119,9 +121,9 @@ def test_records_that_were_lost_leave_no_torn_line(tmp_path):
 def test_clearing(tmp_path):
     leave(tmp_path)
     (tmp_path / "checkpoints" / "step-1" / "deeper").mkdir(parents=True)
-    for name in ("model.pt", run_directory.SUMMARY, "metrics.jsonl", "checkpoints/step-1/deeper/file"):
+    for name in ("model.pt", output_directory.SUMMARY, "metrics.jsonl", "checkpoints/step-1/deeper/file"):
         (tmp_path / name).touch()
-    run_directory.clear(Directory(tmp_path))
+    output_directory.clear(Directory(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
     assert list((tmp_path / "checkpoints").iterdir()) == [], "which may be a disk of its own"
 

@@ -1,0 +1,97 @@
+"""Measuring what methods would cost, on the ranks at hand and with the model, data and optimizer of a configuration."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+
+from hvdlocal.advise.benchmark import PERIOD, ShortRun, Workbench
+from hvdlocal.advise.measurements import Block, Measurements, Series, unshared
+from hvdlocal.averaging import NonFiniteError
+from hvdlocal.communicator import Communicator
+from hvdlocal.training.config import TrainConfig
+from hvdlocal.training.trainer import DivergedError
+
+BLOCKS = 5
+RUN_SHARE = 0.6
+"""Of a block's time, for the short run; the rest is for the collectives."""
+
+
+def measure(config: TrainConfig, communicator: Communicator, seconds: float) -> Measurements:
+    """Measures in about so many seconds, once the data are read; a collective.
+
+    At least seven rounds of the short run and seven turns of the collectives are taken, the first two of each not counted.
+    With methods that take the learning rate for that of the whole step (sync, local), the short run takes its K·a-th part for
+    that of one worker.
+
+    Raises:
+        SetupError, DisagreementError: a run with this configuration could not start; the same on every rank.
+        DivergedError: the short run ended in NaN or infinity; on all ranks.
+    """
+    bench = Workbench(config, communicator)
+    try:
+        return _in_blocks(bench, seconds)
+    except NonFiniteError as error:
+        raise DivergedError(f"while measuring: {error}") from error
+    finally:
+        bench.close()
+
+
+def _in_blocks(bench: Workbench, seconds: float) -> Measurements:
+    start = time.monotonic()
+    communicator = bench.communicator
+    run = ShortRun(bench)
+    contestants = [] if communicator.size == 1 else bench.contestants()
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            run.round()
+
+    def turns(count: int) -> None:
+        for _ in range(count):
+            for contestant in contestants:
+                contestant.turn()
+
+    for _ in range(2):  # warming up; the second is a first guess
+        of_round, of_turn = _per_item(rounds, 1), _per_item(turns, 1)
+    run.take()
+    for contestant in contestants:
+        contestant.take()
+    paces, apart, closings, ends = [], [], [], []
+    micro_batches = PERIOD * bench.config.method.accumulate
+    for block in range(BLOCKS):
+        left = max(start + seconds - time.monotonic(), 0.0) / (BLOCKS - block)
+        share = RUN_SHARE if contestants else 1.0
+        begun = len(run.rounds)
+        of_round = _per_item(rounds, _agreed(communicator, left * share / of_round))
+        of_turn = _per_item(turns, _agreed(communicator, left * (1 - share) / of_turn))
+        paces.append(tuple(communicator.gather(run.take(), "hvdlocal.paces")))
+        apart.append(unshared(communicator.gather(run.rounds[begun:], "hvdlocal.rounds"), micro_batches))
+        closings.append({contestant.name: contestant.take() for contestant in contestants})
+        ends.append(len(run.averages))
+    grad_sqr, grad_var = (
+        [Series.of(estimates[begin:end]) for begin, end in pairwise([0, *ends])] for estimates in run.estimates()
+    )
+    return Measurements(
+        accumulate=bench.config.method.accumulate,
+        batch_size=bench.config.data.batch_size,
+        samples=bench.loader.samples_per_epoch,
+        epoch=bench.epoch,
+        parameters=bench.parameters,
+        blocks=tuple(Block(*parts) for parts in zip(paces, apart, closings, grad_sqr, grad_var, strict=True)),
+        epochs=run.optimizer.progress / bench.epoch,
+        seconds=max(communicator.gather(time.monotonic() - start, "hvdlocal.seconds")),
+    )
+
+
+def _agreed(communicator: Communicator, wish: float) -> int:
+    """How often to do something, at least once: the slowest rank decides; a collective."""
+    return max(1, int(min(communicator.gather(wish, "hvdlocal.repeats"))))
+
+
+def _per_item(work: Callable[[int], None], count: int) -> float:
+    """Seconds of each."""
+    start = time.perf_counter()
+    work(count)
+    return max(time.perf_counter() - start, 1e-6) / count

@@ -1,0 +1,213 @@
+"""Seconds for an epoch of progress, by method and H, from what steps and collectives take. Arithmetic on numbers.
+
+Every method makes rounds: n micro-batches in s optimizer steps, of which the last ends in a collective. Data parallelism has
+s = 1 (sync: a micro-batches, acc-*: H·a), Local SGD s = H and n = H·a. A round takes
+
+    n · t + (n − s) · collect + (s − 1) · update + closing,
+
+t being the time of a micro-batch on the slowest rank; with nothing but t and the averaging that is Eq. 16 of Balles et al. It
+makes s · ρ scale-invariant iterations of progress, ρ from Eqs. 14 and 49 (with accumulation in place of local steps Eq. 21).
+
+Fixed rules (sync, acc-lin, local-lin) take progress for granted: K·n iterations. To compare methods, all are held to the
+progress that the gradient statistics justify.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from hvdlocal.averaging.gain import gain_ratio
+from hvdlocal.plan.crossover import crossovers
+
+PERIODS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+CERTAIN = 2.0
+"""Standard errors by which two times must differ before one is called shorter."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a method beside the micro-batches.
+
+    Attributes:
+        closing: a step with its collective.
+        update: a step without one.
+        collect: taking in a micro-batch that does not complete a step.
+    """
+
+    closing: float
+    update: float = 0.0
+    collect: float = 0.0
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a prediction is made from.
+
+    Attributes:
+        micro_batch: seconds of forward pass, backward pass and loading of one micro-batch: the mean of each rank.
+        costs: by method.
+        grad_sqr, grad_var: G and σ².
+        variation: standard deviation of a micro-batch's seconds that ranks do not share, relative to their mean.
+        accumulate: a, micro-batches of a local step.
+        c: weight of the local steps' bias in the gain.
+        epoch: N / B, micro-batches of one worker in an epoch.
+    """
+
+    micro_batch: tuple[float, ...]
+    costs: Mapping[str, Cost]
+    grad_sqr: float
+    grad_var: float
+    variation: float = 0.0
+    accumulate: int = 1
+    c: float = 1.0
+    epoch: float = 1.0
+
+    @property
+    def num_workers(self) -> int:
+        """K."""
+        return len(self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a method takes with a period. With acc-* the period is the micro-batches of a step, over a.
+
+    Attributes:
+        method, period: which.
+        gain: factor on the base rate that the method applies, and the iterations of progress that it counts for a step.
+        justified: the gain by Eq. 49.
+        round: seconds between the ends of two collectives.
+        own_epoch: seconds of an epoch as the method counts; for the fixed rules an epoch of data.
+        epoch: seconds for one epoch of progress at the justified gain.
+    """
+
+    method: str
+    period: int
+    gain: float
+    justified: float
+    round: float
+    own_epoch: float
+    epoch: float
+
+
+def predict(situation: Situation, method: str, period: int) -> Prediction:
+    """The prediction for one method and period.
+
+    Args:
+        situation: what was measured.
+        method: one of `situation.costs`: sync, acc-lin, acc-ada, local-lin, local-ada, local-ada-nostale.
+        period: H; 1 with sync.
+    """
+    local = method.startswith("local")
+    workers, accumulate = situation.num_workers, situation.accumulate
+    steps = period if local else 1
+    micro_batches = period * accumulate
+    grad_sqr, grad_var = situation.grad_sqr, situation.grad_var
+    per_step = micro_batches // steps
+    justified = gain_ratio(grad_sqr, grad_var, workers, steps, situation.c, accumulate=per_step)
+    gain = justified if "ada" in method else float(workers * per_step)
+    cost = situation.costs[method]
+    round_seconds = (
+        slowest(situation.micro_batch, situation.variation, micro_batches)
+        + (micro_batches - steps) * cost.collect
+        + (steps - 1) * cost.update
+        + cost.closing
+    )
+    per_unit = round_seconds * situation.epoch / steps
+    return Prediction(method, period, gain, justified, round_seconds, per_unit / gain, per_unit / justified)
+
+
+def slowest(means: Sequence[float], variation: float, count: int) -> float:
+    """Expected seconds of so many micro-batches on the rank that takes longest: E max_k Σ t_k.
+
+    As `straggler_factor`, but ranks may differ for good, and sums are taken for normal. A few hundred draws, always the same.
+
+    Args:
+        means: seconds of one micro-batch on each rank.
+        variation: standard deviation relative to the mean, independent from one micro-batch to the next.
+        count: micro-batches between two collectives.
+    """
+    mean = np.asarray(means)
+    sums = count * mean + math.sqrt(count) * variation * mean * _draws(len(mean))
+    return float(sums.max(1).mean())
+
+
+@lru_cache(maxsize=1)
+def _draws(ranks: int) -> np.ndarray:
+    draws = np.random.Generator(np.random.Philox(0)).standard_normal((512, ranks))
+    return draws - draws.mean(0)  # one rank waits for nobody
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Local SGD at its best period against data parallelism at its best.
+
+    Attributes:
+        local: the best of local-ada (of local-ada-nostale where that has a cost) with H > 1: H = 1 is data parallelism.
+        data_parallel: the best of sync and acc-ada.
+        ratio: time of the first over time of the second.
+        error: of the ratio, one standard error.
+    """
+
+    local: Prediction
+    data_parallel: Prediction
+    ratio: float
+    error: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """The winner, "local" or "data-parallel"; "undecided" within the noise."""
+        if abs(self.ratio - 1) <= CERTAIN * self.error:
+            return "undecided"
+        return "local" if self.ratio < 1 else "data-parallel"
+
+
+def contest(situation: Situation, periods: Sequence[int] = PERIODS) -> Contest:
+    """Who is faster at equal progress."""
+    adaptive = "local-ada-nostale" if "local-ada-nostale" in situation.costs else "local-ada"
+    local = [predict(situation, adaptive, period) for period in periods if period > 1]
+    parallel = [predict(situation, "sync", 1), *(predict(situation, "acc-ada", period) for period in periods)]
+    best_local, best_parallel = (min(some, key=lambda one: one.epoch) for some in (local, parallel))
+    return Contest(best_local, best_parallel, best_local.epoch / best_parallel.epoch)
+
+
+def crossover(
+    noise: float, num_workers: int, accumulate: int = 1, c: float = 1.0, periods: Sequence[int] = PERIODS
+) -> float | None:
+    """The m from which local-ada at its best H > 1 is faster than acc-ada at its best, by Eqs. 16 and 49 alone; None for never.
+
+    Args:
+        noise: σ²/G.
+        num_workers: K.
+        accumulate: a.
+        c: of the gain.
+        periods: to choose from.
+    """
+    grad_sqr, grad_var = (1.0, noise) if math.isfinite(noise) else (0.0, 1.0)
+
+    def epochs(period: int, local: bool) -> float:
+        steps, per_step = (period, accumulate) if local else (1, period * accumulate)
+        return period / steps / gain_ratio(grad_sqr, grad_var, num_workers, steps, c, accumulate=per_step)
+
+    accumulated = {period: epochs(period, local=False) for period in periods}
+    local = {period: epochs(period, local=True) for period in periods if period > 1}
+    return next(iter(crossovers(accumulated, local)), None)
+
+
+def noise(situation: Situation) -> float:
+    """σ²/G."""
+    return situation.grad_var / situation.grad_sqr if situation.grad_sqr else math.inf
+
+
+def averaging_ratio(situation: Situation, method: str) -> float:
+    """m: what a step with a collective takes longer, over a local step without one."""
+    cost, accumulate = situation.costs[method], situation.accumulate
+    step = accumulate * max(situation.micro_batch) + cost.update
+    if method.startswith("local"):
+        step += (accumulate - 1) * cost.collect
+    return max(cost.closing - cost.update, 0.0) / step

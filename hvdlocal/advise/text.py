@@ -1,0 +1,224 @@
+"""Advice for a person at a terminal, and for programs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from statistics import fmean, stdev
+from typing import Any
+
+from hvdlocal.advise.advice import Advice, pooled_paces
+from hvdlocal.advise.measurements import Measurements, Series
+from hvdlocal.advise.predictions import PERIODS, Contest, Prediction, noise, predict, slowest
+from hvdlocal.figures.units import bytes_text, seconds_text
+
+KEEPS_UP = 0.05
+"""Share of the time that a rank may wait for its images before its loader is called too slow."""
+
+TRUSTED = 0.9
+"""Share of a fixed rule's gain that the statistics must justify."""
+
+SHAKY = 0.1
+"""Standard error of the ratio of two methods, above which the reader is warned."""
+
+ALONE = "one rank has nothing to average: train with any method, H does not matter. Start more ranks for advice."
+
+PAYLOADS = {
+    "acc-lin": "the gradient (sync, acc-lin)",
+    "acc-ada": "the gradient, and its norm (acc-ada)",
+    "local-lin": "the model (local, local-lin)",
+    "local-ada sketch": "the model and a sketch (local-ada)",
+    "local-ada exact": "the model and a gradient (local-ada)",
+    "local-ada-nostale": "the same in two collectives",
+}
+
+
+def measured_text(measured: Measurements) -> str:
+    """What was measured between collectives."""
+    paces, batch = pooled_paces(measured.blocks), measured.batch_size
+    slow = max((pace.micro_batch for pace in paces), key=lambda one: one.mean)
+    quick = min(pace.micro_batch.mean for pace in paces)
+    spread = max(pace.micro_batch.deviation / pace.micro_batch.mean for pace in paces)
+    waiting = max(pace.waiting.mean / pace.micro_batch.mean for pace in paces)
+    keeps_up = (
+        "the loader keeps up"
+        if waiting <= KEEPS_UP
+        else "THE LOADER HOLDS UP TRAINING: give it more threads (data.threads), or prepare smaller images"
+    )
+    ranks = f"; the fastest rank {_ms(quick)}" if len(paces) > 1 else ""
+    lines = [
+        f"{len(paces)} rank{'s' * (len(paces) > 1)} × {batch} of {measured.samples:,} images; "
+        f"{measured.parameters:,} parameters; measured for {seconds_text(measured.seconds)}",
+        "",
+        f"  micro-batch  {_ms(slow.mean)} on the slowest rank, ± {100 * spread:.0f} % from one to the next{ranks}",
+        f"  update       {_ms(max(pace.update.mean for pace in paces))}",
+        f"  images       {batch / slow.mean:,.0f}/s per rank; {100 * waiting:.1f} % of the time is waiting for them: {keeps_up}",
+    ]
+    return "\n".join(lines)
+
+
+def advice_text(advice: Advice) -> str:
+    """All of it, from the measurements to the verdict."""
+    parts = [measured_text(advice.measured), *_averagings(advice), *_statistics(advice), *_table(advice)]
+    return "\n".join([*parts, "", *_scenarios(advice), "", *_verdict(advice)])
+
+
+def as_dict(advice: Advice) -> dict[str, Any]:
+    """The same for programs: seconds and bytes."""
+    situation = advice.known.situation
+    return {
+        "measured": asdict(advice.measured),
+        "m": dict(advice.m),
+        "grad_sqr": situation.grad_sqr,
+        "grad_var": situation.grad_var,
+        "predictions": [{**asdict(one), "epoch_error": _error(advice, one)} for one in advice.table.values()],
+        "contest": _contest_dict(advice.now),
+        "scenarios": [
+            {"statistics": one.label, "grad_var_over_sqr": _finite(one.noise), **_contest_dict(one.contest)}
+            for one in advice.scenarios
+        ],
+        "crossover_m": advice.crossover,
+    }
+
+
+def _averagings(advice: Advice) -> Iterator[str]:
+    situation, blocks = advice.known.situation, advice.measured.blocks
+    yield ""
+    yield f"  {'a step that ends with the sum of':38}{'per rank':>10}{'collective':>18}{'whole step':>18}{'m':>8}"
+    update = situation.costs["local-lin"].update
+    step = situation.accumulate * max(situation.micro_batch) + update
+    for name in blocks[0].closings:
+        closings = [block.closings[name] for block in blocks]
+        m = max(Series.pooled(closing.step for closing in closings).mean - update, 0.0) / step
+        yield (
+            f"  {PAYLOADS[name]:38}{bytes_text(closings[0].bytes):>10}"
+            f"{_sampled([closing.collective for closing in closings]):>18}"
+            f"{_sampled([closing.step for closing in closings]):>18}{m:8.2f}"
+        )
+    waits = [(count, slowest(situation.micro_batch, situation.variation, count)) for count in (1, 8, 64)]
+    mean = fmean(situation.micro_batch)
+    told = ", ".join(f"{100 * (wait / (count * mean) - 1):.1f} % with H = {count}" for count, wait in waits)
+    yield f"  waiting for the slowest rank adds {told}"
+
+
+def _statistics(advice: Advice) -> Iterator[str]:
+    measured, situation = advice.measured, advice.known.situation
+    ranges = ", ".join(
+        f"{one.label} {_number(one.noise)}" for one in advice.scenarios if one.label.startswith("at its")
+    )
+    count = sum(block.grad_sqr.count for block in measured.blocks)
+    yield ""
+    yield (
+        f"  statistics   G = {situation.grad_sqr:.3g}, σ² = {situation.grad_var:.3g}, σ²/G = {_number(noise(situation))} "
+        f"in a short run{f' ({ranges})' if ranges else ''}: {count} estimates in {measured.epochs:.2g} epochs"
+    )
+
+
+def _table(advice: Advice) -> Iterator[str]:
+    adaptive = [name for name in ("acc-ada", "local-ada", "local-ada-nostale") if name in advice.m]
+    fixed = ("acc-lin", "local-lin")
+    sync = advice.table["sync", 1]
+    yield ""
+    yield "Seconds for a scale-invariant epoch (± one standard error), and the gain; with fixed rules seconds for an epoch"
+    yield "of data, and how many times larger their rate is than the statistics justify"
+    heads = "".join(f"{name:>18}   gain" for name in adaptive) + "".join(f"{name:>13}{'':8}" for name in fixed)
+    yield f"     H{heads}".rstrip()
+    for period in PERIODS:
+        line = f"{period:6}"
+        for one in (advice.table[name, period] for name in adaptive):
+            line += f"{f'{_seconds(one.epoch)} ± {_seconds(_error(advice, one))}':>18}{one.gain:7.3g}"
+        for one in (advice.table[name, period] for name in fixed):
+            line += f"{_seconds(one.own_epoch):>13}{_excess(one):>8}"
+        yield line.rstrip()
+    yield (
+        f"  sync takes {_seconds(sync.own_epoch)} s for an epoch of data, and {_seconds(sync.epoch)} s for the progress of a "
+        "scale-invariant one"
+    )
+
+
+def _scenarios(advice: Advice) -> Iterator[str]:
+    yield "Best of local-ada (H > 1) and of data parallelism at equal progress, by the noise of the gradients"
+    rows = [("as measured", noise(advice.known.situation), advice.now)]
+    rows += [(one.label, one.noise, one.contest) for one in advice.scenarios]
+    for label, ratio, contest in rows:
+        local, parallel = contest.local, contest.data_parallel
+        yield (
+            f"  {label:30}σ²/G {_number(ratio):>8}   H = {local.period:<4}{_seconds(local.epoch):>9} s   "
+            f"{_named(parallel):16}{_seconds(parallel.epoch):>9} s   local/parallel {contest.ratio:.2f} ± {contest.error:.2f}"
+        )
+
+
+def _verdict(advice: Advice) -> Iterator[str]:
+    now = advice.now
+    local, parallel = now.local, now.data_parallel
+    ours, theirs = f"{local.method}, H = {local.period}", _named(parallel)
+    if now.verdict == "local":
+        yield f"USE LOCAL SGD: {ours}. Data parallelism at its best, {theirs}, takes {_more(1 / now.ratio)} to the same progress."
+    elif now.verdict == "data-parallel":
+        yield f"USE DATA PARALLELISM: {theirs}. Local SGD at its best, {ours}, takes {_more(now.ratio)} to the same progress."
+    else:
+        yield (
+            f"NO DIFFERENCE BEYOND THE NOISE between {ours} and {theirs}: data parallelism is simpler. Measure for longer "
+            "(--seconds) to tell them apart."
+        )
+    if now.error > SHAKY:
+        yield "The measurements vary much: something else keeps these nodes or their network busy."
+    m = advice.m[local.method]
+    if advice.crossover is None:
+        yield f"By the formulas alone no m makes local steps pay with these statistics; here m = {m:.2f}."
+    else:
+        yield f"By the formulas alone local steps pay from m = {advice.crossover:.2g} with these statistics; here m = {m:.2f}."
+    others = {one.contest.verdict for one in advice.scenarios} - {now.verdict, "undecided"}
+    if others:
+        yield "It changes with the noise, which grows while the loss falls: see the lines above."
+    sync = advice.table["sync", 1]
+    fixed = ", ".join(
+        f"{advice.table['local-lin', period].own_epoch / sync.own_epoch:.2f} with H = {period}"
+        for period in (4, 16, 64)
+    )
+    yield f"With a fixed number of epochs of data (local, local-lin, QSR) an epoch takes, in multiples of sync's: {fixed}."
+
+
+def _more(ratio: float) -> str:
+    return f"{ratio:.1f} times as long" if ratio >= 2 else f"{100 * (ratio - 1):.0f} % more time"
+
+
+def _named(one: Prediction) -> str:
+    """With acc-*, where the period counts micro-batches."""
+    return one.method if one.method == "sync" else f"{one.method}, {one.period}"
+
+
+def _error(advice: Advice, one: Prediction) -> float:
+    return advice.known.error(lambda situation: predict(situation, one.method, one.period).epoch)
+
+
+def _excess(one: Prediction) -> str:
+    times = one.gain / one.justified
+    return "" if times * TRUSTED <= 1 else f"({times:.2g}×)"
+
+
+def _contest_dict(contest: Contest) -> dict[str, Any]:
+    return {**asdict(contest), "verdict": contest.verdict}
+
+
+def _sampled(blocks: Sequence[Series]) -> str:
+    """The mean with its standard error, from how much the blocks differ."""
+    error = stdev(one.mean for one in blocks) / math.sqrt(len(blocks))
+    return f"{_ms(Series.pooled(blocks).mean)} ± {1000 * error:.2g}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{1000 * seconds:.0f} ms"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"
+
+
+def _number(value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:.3g}"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,5 +1,0 @@
-"""What a schedule costs, as arithmetic."""
-
-from lazy_loader import attach_stub
-
-__getattr__, __dir__, __all__ = attach_stub(__name__, __file__)

@@ -1,0 +1,1 @@
+"""The files on disk: manifests, shards, and the numbers that both hold."""

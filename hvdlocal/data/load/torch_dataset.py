@@ -1,0 +1,206 @@
+"""The same data in the same order for people with a `torch.utils.data.DataLoader` of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import data
+
+from hvdlocal.data.load.order import OrderMode
+from hvdlocal.data.load.partition import Plan, require_samples, resolve_order
+from hvdlocal.data.random_keys import sample_keys
+
+if TYPE_CHECKING:
+    from hvdlocal.data.augment import Crop, Transform
+    from hvdlocal.data.read.dataset import StoredSamples
+
+
+class SampleIndex(int):
+    """The index of a sample, which also knows the 64 random bits of its augmentation in the epoch that it is drawn for."""
+
+    key: int
+
+    def __new__(cls, sample: int, key: int) -> SampleIndex:
+        """The index of ``sample`` with ``key``."""
+        index = super().__new__(cls, sample)
+        index.key = key
+        return index
+
+    def __reduce__(self) -> tuple[type[SampleIndex], tuple[int, int]]:
+        return SampleIndex, (int(self), self.key)
+
+
+class TorchDataset(data.Dataset[tuple[Any, int]]):
+    """A map-style dataset of (image, label), for `torch.utils.data.DataLoader`.
+
+    An image is a uint8 (H, W, C) tensor, or what one of the transforms makes of that; a label is an int. A pickle holds
+    paths, not handles, so worker processes may be spawned; in an MPI program they must be
+    (``multiprocessing_context="spawn"``), as MPI and fork do not go together. ``Loader`` needs no processes and is faster.
+
+    Args:
+        dataset: a ``ShardedDataset``, or a user's own file. With workers open it with storage="mmap" or "ram".
+        crop: which part of a JPEG is decoded, and at what size; needed for data sets of JPEGs, refused for others.
+        batch_transform: a ``Transform`` such as ``CropFlip``, called with all images of a batch at once. Its randomness,
+            like that of ``crop``, is that of ``Loader`` if the indices come from an ``EpochSampler``, else torch's.
+        transform: anything else, called with each image, a uint8 (H, W, C) tensor of its own.
+
+    Raises:
+        ValueError: a crop is missing or not wanted, or both transforms are given.
+    """
+
+    def __init__(
+        self,
+        dataset: StoredSamples,
+        *,
+        crop: Crop | None = None,
+        batch_transform: Transform | None = None,
+        transform: Callable[[Tensor], Any] | None = None,
+    ) -> None:
+        require_samples(dataset, "TorchDataset")
+        if (crop is None) == (dataset.kind == "jpeg"):
+            raise ValueError(
+                f"crop is {crop}; it is needed for JPEGs and only for them, and the samples are {dataset.kind}"
+            )
+        if batch_transform is not None and transform is not None:
+            raise ValueError("batch_transform and transform are both given; give one of them")
+        self.dataset = dataset
+        self.crop = crop
+        self.batch_transform = batch_transform
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} leaves the data set of {len(self)} samples")  # which ends an iteration
+        return self.__getitems__([index if index >= 0 else index + len(self)])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+        """The items of a batch, fetched at once; DataLoader calls this."""
+        rows = np.array([int(index) for index in indices], np.int64)
+        keyed = self.crop is not None or self.batch_transform is not None
+        keys = _keys(indices) if keyed else np.empty(0, np.uint64)  # nothing else shall use up torch's randomness
+        batch = torch.from_numpy(self.dataset.take(rows) if self.crop is None else self._decode(rows, keys, self.crop))
+        if self.batch_transform is not None:
+            batch = self.batch_transform(batch, keys)
+        images: Sequence[Any] = batch.unbind()
+        if self.transform is not None:
+            images = [self.transform(image) for image in images]
+        return list(zip(images, self.dataset.labels[rows].tolist(), strict=True))
+
+    def _decode(self, rows: NDArray[np.int64], keys: NDArray[np.uint64], crop: Crop) -> NDArray[np.uint8]:
+        from hvdlocal.data.read.decode import decode_crops  # and with it OpenCV, which nobody but JPEGs needs
+
+        assert self.dataset.dims is not None
+        pixels = np.empty((len(rows), crop.size, crop.size, 3), np.uint8)
+        decode_crops(self.dataset, rows, crop.boxes(self.dataset.dims[rows], keys), pixels)
+        return pixels
+
+
+class EpochSampler(data.Sampler[int]):
+    """The indices of one rank, epoch by epoch: exactly the samples that ``Loader`` with the same arguments gives.
+
+    Every rank gets the same number of indices, a multiple of ``batch_size``, and no sample is repeated to get there. Use it
+    as ``DataLoader(TorchDataset(dataset), batch_size, sampler=sampler)``, and call ``set_epoch`` before every epoch.
+
+    Args:
+        dataset: what is sampled: a ``TorchDataset``, or what one is made of.
+        batch_size: of this rank; the DataLoader's.
+        rank, num_workers, seed, order: see ``Loader``.
+        tail: "carry" or "drop", see ``Loader``. With "carry" epochs end where ``Loader``'s do, so their lengths differ by up
+            to a global batch, and every sample comes once in each len(dataset) of the endless sequence.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: TorchDataset | StoredSamples,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        num_workers: int = 1,
+        seed: int = 0,
+        order: OrderMode | Literal["auto"] = "auto",
+        tail: Literal["carry", "drop"] = "carry",
+    ) -> None:
+        if tail not in ("carry", "drop"):
+            raise ValueError(
+                f"tail is {tail!r}; a sampler can do 'carry' or 'drop', as a DataLoader knows no empty batches"
+            )
+        stored = dataset.dataset if isinstance(dataset, TorchDataset) else dataset
+        require_samples(stored, "EpochSampler")
+        self._plan = Plan(
+            stored,
+            batch_size,
+            rank=rank,
+            num_workers=num_workers,
+            seed=seed,
+            order=resolve_order(order, stored),
+            tail=tail,
+        )
+        if self._plan.global_batch_size > self._plan.samples_per_epoch:
+            raise ValueError(
+                f"a global batch of {self._plan.global_batch_size} is more than the {self._plan.samples_per_epoch} samples of "
+                "an epoch, so that some epochs would have no batch; choose a smaller batch_size or fewer ranks"
+            )
+        self.seed = seed
+        self._epoch = self._start = 0
+        self._offset = 0  # of the steps from multiples of the global batch: a run may have begun with another size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Makes the next iteration that of epoch ``epoch``, from 0; from its beginning, unless a state was loaded in it."""
+        if epoch != self._epoch:
+            self._epoch, self._start = epoch, self._edge(epoch)
+
+    def __len__(self) -> int:
+        return (self._edge(self._epoch + 1) - self._start) // self._plan.num_workers
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of the epoch that was set."""
+        for cursor in range(self._start, self._edge(self._epoch + 1), self._plan.global_batch_size):
+            samples, epochs = self._plan.selection(cursor)
+            keys = sample_keys(self.seed, epochs, samples)
+            for sample, key in zip(samples.tolist(), keys.tolist(), strict=True):
+                yield SampleIndex(sample, key)
+
+    def state_dict(self, batches: int = 0) -> dict[str, Any]:
+        """Where the run stands; the same on every rank, and ``Loader`` understands it.
+
+        Args:
+            batches: batches of the last iteration that were trained with, over and above what it began with. A DataLoader
+                fetches indices ahead, so nobody but the training loop knows.
+        """
+        return self._plan.state(self._start + batches * self._plan.global_batch_size)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Makes the next iteration the rest of the epoch in which ``state`` was taken; set_epoch to it changes nothing.
+
+        Raises:
+            ValueError: the state belongs to other data, another seed, order or tail, or another length of an epoch.
+        """
+        self._start = self._plan.cursor(state)
+        self._epoch = self._start // self._plan.samples_per_epoch
+        self._offset = self._start % self._plan.global_batch_size
+
+    def _edge(self, epoch: int) -> int:
+        """The cursor at which epoch ``epoch`` begins: at its edge or in the step beyond, as for ``Loader``."""
+        step = self._plan.global_batch_size
+        return self._offset + -(-(epoch * self._plan.samples_per_epoch - self._offset) // step) * step
+
+
+def _keys(indices: Sequence[int]) -> NDArray[np.uint64]:
+    keys = [
+        index.key
+        if isinstance(index, SampleIndex)
+        else int(torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        for index in indices
+    ]
+    return np.array(keys, np.uint64)

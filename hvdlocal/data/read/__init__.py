@@ -1,0 +1,1 @@
+"""Reading data sets: shards or a user's own HDF5 files, held in memory, mapped, or streamed."""

@@ -1,0 +1,1 @@
+"""Writing data sets into shards, by any number of ranks, restartable."""

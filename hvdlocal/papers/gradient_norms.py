@@ -1,0 +1,158 @@
+"""Fig. 7 of Balles et al. (TMLR 2024): how much the norm of the full gradient varies within H steps.
+
+LocalAdaScale takes ‖∇f‖ for constant over a round (Eq. 40). Here one worker trains with SGD, as in the paper; at some moments of
+the run the full gradient is taken before each of the next steps, and its norm's standard deviation is divided by its mean.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hvdlocal.data import ShardedDataset
+from hvdlocal.papers.experiment_report import Finding
+from hvdlocal.papers.fixed_subset import first_images
+from hvdlocal.training import TrainConfig
+from hvdlocal.training.builders import configured_loader, configured_model, memory_format
+from hvdlocal.training.preprocessing import configured_images
+from hvdlocal.training.presets import build_inner
+from hvdlocal.training.schedules import build_schedule
+
+if TYPE_CHECKING:
+    from hvdlocal.figures.style import Figure
+
+PERIODS = (2, 8, 32)
+MOMENTS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
+"""When the full gradients are taken, as shares of the run."""
+WELL_BELOW_1 = 0.5
+IMAGES = 5_000
+"""The first training images, over which f is taken; without augmentation."""
+
+
+def coefficient_of_variation(norms: Sequence[float]) -> float:
+    """Standard deviation, of a sample, over mean."""
+    return statistics.stdev(norms) / statistics.fmean(norms)
+
+
+def full_gradient_norm(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """‖∇f‖ of the mean cross-entropy; the model, with its batch-norm statistics, stays as it is."""
+    model = copy.deepcopy(model).train()
+    model.zero_grad()
+    total = sum(len(y) for _, y in batches)
+    for x, y in batches:
+        (F.cross_entropy(model(x).float(), y, reduction="sum") / total).backward()
+    norms = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack(norms).norm().item()
+
+
+def moments(budget: int) -> list[int]:
+    """The first steps of the windows in a run of so many, none of which overlap.
+
+    Raises:
+        ValueError: there is no room for two.
+    """
+    length = max(PERIODS)
+    if budget < 2 * length:
+        raise ValueError(f"the run has {budget} steps: at least {2 * length} are needed, see --epochs")
+    starts: list[int] = []
+    for share in MOMENTS:
+        start = min(int(share * budget), budget - length)
+        if not starts or start >= starts[-1] + length:
+            starts.append(start)
+    return starts
+
+
+def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[float, list[float]]]:
+    """Trains on one worker; yields (epoch, the norms before the next steps) at each of the moments.
+
+    Args:
+        config: data, model, optimizer, schedule, epochs and seed; the method is plain SGD.
+        say: prints a line.
+
+    Raises:
+        ValueError: a norm is not finite, or the run is too short.
+    """
+    with closing(ShardedDataset(config.data.path, config.data.train_split, storage=config.data.storage)) as data:
+        images = configured_images(config.data, data)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        loader = configured_loader(config, data, images, device)
+        budget = round(config.epochs * loader.steps_per_epoch)
+        starts = moments(budget)
+        schedule = build_schedule(config.schedule, config.optimizer.lr, budget, loader.steps_per_epoch)
+        model, layout = configured_model(config, data.num_classes, images, device), memory_format(config.model)
+        optimizer = build_inner(config.optimizer, model)
+        probe = first_images(data, images, IMAGES, device)
+        norms: list[float] = []
+        with closing(loader.endless()) as batches:
+            for step in range(budget):
+                if starts and step >= starts[0]:
+                    norms.append(full_gradient_norm(model, probe))
+                    if not math.isfinite(norms[-1]):
+                        raise ValueError(f"the gradient is {norms[-1]} after {step} steps: lower the learning rate")
+                    if len(norms) == max(PERIODS):
+                        epoch = starts.pop(0) / loader.steps_per_epoch
+                        say(f"epoch {epoch:6.2f}  ‖∇f‖ {norms[0]:.4f}")
+                        yield epoch, norms
+                        norms = []
+                        if not starts:
+                            return
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule(step)
+                x, y = next(batches)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x.contiguous(memory_format=layout)), y).backward()
+                optimizer.step()
+
+
+def run(config: TrainConfig, say: Callable[[str], None]) -> Finding:
+    """The experiment: minutes. See `train`."""
+    windows = list(train(config, say))
+    rows = [
+        (epoch, norms[0], [coefficient_of_variation(norms[:period]) for period in PERIODS]) for epoch, norms in windows
+    ]
+    later = [max(variations) for _, _, variations in rows[1:]]
+    claims = [
+        (
+            f"after the start, the coefficient of variation is below {WELL_BELOW_1:g} for every H (the paper: “well below 1”)",
+            all(one < WELL_BELOW_1 for one in later),
+        ),
+    ]
+    table = [[f"{epoch:.2f}", f"{norm:.4f}", *(f"{one:.3f}" for one in variations)] for epoch, norm, variations in rows]
+    record = {"periods": PERIODS, "windows": [{"epoch": epoch, "norms": norms} for epoch, norms in windows]}
+    return Finding(
+        "Fig. 7: the norm of the full gradient within H steps",
+        f"{config.model.name} on {config.data.path}, SGD with one worker, B = {config.data.batch_size}, {config.epochs:g} "
+        "epochs; "
+        f"‖∇f‖ of the cross-entropy of the first {IMAGES:,} training images (or all, if there are fewer) without augmentation, "
+        "before each of the next steps; its standard deviation over H steps divided by its mean. The paper: ResNet-9, CIFAR-10.",
+        claims,
+        ("epoch", "‖∇f‖", *(f"H = {period}" for period in PERIODS)),
+        table,
+        [],
+        record,
+        lambda: _figure(rows),
+    )
+
+
+def _figure(rows: Sequence[tuple[float, float, list[float]]]) -> Figure:
+    from hvdlocal.figures.style import COLORS, new_figure, style
+
+    with style():
+        figure, axes = new_figure(1, 1, width=5.5, height=3.2)
+        panel = axes[0][0]
+        for i, period in enumerate(PERIODS):
+            panel.plot(
+                [row[0] for row in rows], [row[2][i] for row in rows], "o-", color=COLORS[i], label=f"H = {period}"
+            )
+        panel.axhline(1, color="#808080", lw=0.8)
+        panel.set(xlabel="Epoch", ylabel="Standard deviation of ‖∇f‖ / mean", ylim=(0, None))
+        panel.legend()
+    return figure

@@ -1,0 +1,255 @@
+"""Rules for H side by side: what they reach, what they cost, and how flat the minimum is that they end in."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hvdlocal.directory import write_text
+from hvdlocal.papers.curvature import IMAGES, Curvature
+from hvdlocal.papers.runs import Outcome
+from hvdlocal.papers.studies import Cell, Setting, Study
+
+TITLES = {
+    "sync": "data parallel (H = 1)",
+    "constant": "H = 4",
+    "inverse": "H ∝ 1/η",
+    "qsr": "H ∝ 1/η² (QSR)",
+    "cubic": "H ∝ 1/η³",
+    "post-local": "post-local",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One seed of a rule; `curvature` is None until it is measured, and for a run that diverged."""
+
+    seed: int
+    outcome: Outcome
+    curvature: Curvature | None
+
+    @property
+    def accuracy(self) -> float:
+        """In percent; chance where it diverged."""
+        return self.outcome.accuracy_percent
+
+    @property
+    def communication(self) -> float | None:
+        """Bytes sent, as a share of data parallelism's; None where it diverged."""
+        return self.outcome.communication
+
+    @property
+    def loss(self) -> float | None:
+        """Of the final average on training images as they are."""
+        return None if self.curvature is None else self.curvature.loss
+
+    @property
+    def largest(self) -> float | None:
+        """Eigenvalue of that loss's Hessian."""
+        return None if self.curvature is None else self.curvature.largest
+
+    @property
+    def trace(self) -> float | None:
+        """Of that Hessian."""
+        return None if self.curvature is None else self.curvature.trace
+
+
+Measure = Callable[[Run], float | None]
+
+
+@dataclass(frozen=True)
+class RuleClaim:
+    """Something that the QSR paper says: `measure` of one rule is `sign` (1: more, -1: less) than that of another."""
+
+    text: str
+    rule: str
+    other: str
+    measure: Measure
+    sign: int
+
+
+def _accuracy(run: Run) -> float:
+    return run.accuracy
+
+
+def _largest(run: Run) -> float | None:
+    return run.largest
+
+
+CLAIMS = (
+    RuleClaim("QSR generalises better than data parallelism", "qsr", "sync", _accuracy, 1),
+    RuleClaim("QSR generalises better than its smallest H throughout", "qsr", "constant", _accuracy, 1),
+    RuleClaim("QSR generalises better than H ∝ 1/η", "qsr", "inverse", _accuracy, 1),
+    RuleClaim("QSR generalises better than H ∝ 1/η³", "qsr", "cubic", _accuracy, 1),
+    RuleClaim("QSR generalises better than post-local", "qsr", "post-local", _accuracy, 1),
+    RuleClaim("QSR ends in a flatter minimum than data parallelism", "qsr", "sync", _largest, -1),
+)
+
+CONFIDENCE = 0.95
+
+RULE = (
+    f"A difference between two rules is taken seed by seed and counts if Student's t, two-sided with {CONFIDENCE:.0%}, resolves "
+    f"it; there are {len(CLAIMS)} claims, so about one in {round(1 / (1 - CONFIDENCE) / len(CLAIMS))} such tables has a yes or "
+    "no by chance alone."
+)
+
+
+def resolved(differences: Sequence[float]) -> int | None:
+    """The sign of the mean difference if it is resolved, 0 if not, None for fewer than two seeds.
+
+    Raises:
+        ImportError: SciPy is missing.
+    """
+    from scipy.stats import t
+
+    if len(differences) < 2:
+        return None
+    mean = statistics.fmean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    needed = t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)
+    return int(math.copysign(1, mean)) if error and abs(mean) > needed * error else 0
+
+
+class RuleReport:
+    """What is known of a study of rules, for one K, so far.
+
+    Args:
+        study: which.
+        setting: it was run in.
+        epochs: of every run.
+        outcomes: of the runs that have ended.
+        curvatures: of those that were measured.
+        expected: how many runs there will be.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        setting: Setting,
+        epochs: float,
+        outcomes: Mapping[Cell, Outcome],
+        curvatures: Mapping[Cell, Curvature],
+        expected: int,
+    ) -> None:
+        self.study, self.setting, self.epochs = study, setting, epochs
+        self.done, self.expected = len(outcomes), expected
+        self.workers = sorted({cell.workers for cell in outcomes})
+        self.runs: dict[str, list[Run]] = {}
+        for cell, outcome in sorted(outcomes.items(), key=lambda item: item[0].seed):
+            self.runs.setdefault(cell.method.name, []).append(Run(cell.seed, outcome, curvatures.get(cell)))
+        self.runs = {method.name: self.runs[method.name] for method in study.methods if method.name in self.runs}
+
+    def claims(self) -> list[dict[str, Any]]:
+        """The paper's claims, with the mean difference and how many standard errors it is from zero."""
+        return [self._claim(claim) for claim in CLAIMS] if self.runs else []
+
+    def _claim(self, claim: RuleClaim) -> dict[str, Any]:
+        other = {run.seed: claim.measure(run) for run in self.runs.get(claim.other, [])}
+        pairs = [(claim.measure(run), other.get(run.seed)) for run in self.runs.get(claim.rule, [])]
+        differences = [a - b for a, b in pairs if a is not None and b is not None]
+        sign = resolved(differences)
+        spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+        return {
+            "workers": self.workers[0],
+            "claim": claim.text,
+            "here": None if not sign else sign == claim.sign,
+            "seeds": len(differences),
+            "difference": statistics.fmean(differences) if differences else None,
+            "standard_error": spread / math.sqrt(len(differences)) if spread else None,
+        }
+
+    @staticmethod
+    def answer(claim: Mapping[str, Any]) -> str:
+        """Whether a claim holds here, in words."""
+        if claim["here"] is None:
+            return "not resolved" if claim["seeds"] > 1 else "not known"
+        return "yes" if claim["here"] else "no"
+
+    def line(self, cell: Cell) -> str:
+        """The row of a run in a few words."""
+        runs = self.runs[cell.method.name]
+        accuracy, communication = _mean(runs, _accuracy, ".2f"), _mean(runs, lambda run: run.communication, ".1%")
+        return f"{accuracy} %, {communication} of the communication" if communication else f"{accuracy} %: diverged"
+
+    def markdown(self) -> str:
+        """The whole report."""
+        lines = [
+            f"# {self.study.title}",
+            "",
+            f"{self.setting.title}; K = {self.workers[0]}, {self.epochs:g} epochs for every rule. {self.done} of "
+            f"{self.expected} runs are done; ± is the standard deviation over the seeds. Communication: bytes, as a share of "
+            "data parallelism's. Training loss, largest eigenvalue and trace of its Hessian: of the final average, on the first "
+            f"{IMAGES:,} training images (or all, if there are fewer) without augmentation. A run that diverged counts as "
+            "chance.",
+            "",
+            "| rule | test accuracy | communication | training loss | largest eigenvalue | trace |",
+            "|---|---|---|---|---|---|",
+        ]
+        for name, runs in self.runs.items():
+            diverged = sum(run.outcome.diverged for run in runs)
+            cells = [
+                TITLES.get(name, name),
+                _mean(runs, _accuracy, ".2f") + (f" ({diverged} diverged)" if diverged else ""),
+                _mean(runs, lambda run: run.communication, ".1%"),
+                _mean(runs, lambda run: run.loss, ".3f"),
+                _mean(runs, _largest, ".3g"),
+                _mean(runs, lambda run: run.trace, ".3g"),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"What Gu, Lyu, Arora, Zhang and Huang (ICLR 2024) say of large networks on ImageNet. {RULE}", ""]
+        lines += ["| claim | here | difference | standard error | seeds |", "|---|---|---|---|---|"]
+        for claim in self.claims():
+            difference, error = claim["difference"], claim["standard_error"]
+            cells = [
+                claim["claim"],
+                "**no**" if claim["here"] is False else self.answer(claim),
+                "" if difference is None else f"{difference:+.2f}",
+                "" if error is None else f"{error:.2f}",
+                str(claim["seeds"]),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+    def record(self) -> dict[str, Any]:
+        """The same for programs."""
+        return {
+            "study": self.study.name,
+            "title": self.study.title,
+            "setting": asdict(self.setting),
+            "epochs": self.epochs,
+            "rule": RULE,
+            "runs_done": self.done,
+            "runs_expected": self.expected,
+            "rows": [{"method": name, "runs": [asdict(run) for run in runs]} for name, runs in self.runs.items()],
+            "claims": self.claims(),
+        }
+
+    def write(self, stem: Path) -> list[Path]:
+        """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
+        paths = [stem.with_suffix(".json")]
+        write_text(paths[0], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
+        if not self.runs:
+            return paths
+        paths.append(stem.with_suffix(".md"))
+        write_text(paths[-1], self.markdown())
+        try:
+            from hvdlocal.papers.figure import draw_rules
+        except ImportError:
+            return paths
+        paths.append(stem.with_suffix(".svg"))
+        draw_rules(self, paths[-1])
+        return paths
+
+
+def _mean(runs: Sequence[Run], measure: Measure, form: str) -> str:
+    """The mean, with the standard deviation over several seeds; empty where nothing is known."""
+    values = [value for run in runs if (value := measure(run)) is not None]
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread}"

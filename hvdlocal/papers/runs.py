@@ -1,0 +1,172 @@
+"""The runs of a grid: which are done, what they came to, and doing the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from hvdlocal.directory import Directory, write_text
+from hvdlocal.exit_codes import ExitCode
+from hvdlocal.papers.curvature import CURVATURE
+from hvdlocal.papers.launcher import Supervisor, train_command
+from hvdlocal.papers.studies import Cell, Setting
+from hvdlocal.training import TrainConfig
+from hvdlocal.training.config import effective_settings
+from hvdlocal.training.output_directory import SUMMARY, Standing, clear, standing
+
+DIVERGED = "diverged.json"
+"""Marks the directory of a run that ended in NaN: it would do so again."""
+
+ROOT = (
+    "Open MPI refuses to start ranks as root: use another account, or export OMPI_ALLOW_RUN_AS_ROOT=1 "
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+)
+
+
+class State(Enum):
+    """How far a run is."""
+
+    FINISHED = "finished"
+    DIVERGED = "diverged"
+    OPEN = "open"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of a grid, with its configuration.
+
+    Attributes:
+        cell: which.
+        directory: its output.
+        arguments: of `hvdlocal train`.
+        config: what they mean.
+    """
+
+    cell: Cell
+    directory: Path
+    arguments: list[str]
+    config: TrainConfig
+
+    @property
+    def state(self) -> State:
+        """From what is on disk.
+
+        Raises:
+            ValueError: there is a run with other settings.
+        """
+        found = standing(self.directory, effective_settings(self.config), overwrite=False)
+        if found is Standing.FINISHED:
+            return State.FINISHED
+        return State.DIVERGED if found is Standing.STARTED and self._marker.exists() else State.OPEN
+
+    @property
+    def log(self) -> Path:
+        """What the run says."""
+        return self.directory.parent / "logs" / f"{self.directory.name}.log"
+
+    def mark_diverged(self, message: str) -> None:
+        """Notes that the run ended in NaN."""
+        write_text(self._marker, json.dumps({"message": message}) + "\n")
+
+    def clear(self) -> None:
+        """Removes what the run left."""
+        with Directory(self.directory) as directory:
+            clear(directory)
+        for left in (
+            self._marker,
+            self.directory / CURVATURE,
+            self.directory / "config.yaml",
+        ):  # which the next run replaces, if it is started
+            left.unlink(missing_ok=True)
+
+    def last_words(self) -> str:
+        """The last thing that hvdlocal said in the log, else the last line."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = [line.strip() for line in lines if line.strip(" -")]
+        if any("as root is" in line for line in lines[-12:]):
+            return f"{ROOT} ({self.log})"
+        said = [line for line in lines if line.startswith("hvdlocal")]
+        return (said or lines or ["nothing was said"])[-1][:400]
+
+    @property
+    def _marker(self) -> Path:
+        return self.directory / DIVERGED
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to; a diverged one has the accuracy of chance, and no epochs.
+
+    Attributes:
+        accuracy_percent: of the final average on the test images.
+        epochs: passes over the data.
+        seconds: from the first step to the last.
+        diverged: it ended in NaN.
+        communication: bytes sent, as a share of data parallelism's.
+    """
+
+    accuracy_percent: float
+    epochs: float | None
+    seconds: float | None
+    diverged: bool = False
+    communication: float | None = None
+
+
+def outcome(job: Job, setting: Setting) -> Outcome | None:
+    """What a run came to; None as long as it has not ended."""
+    state = job.state
+    if state is State.DIVERGED:
+        return Outcome(setting.chance_percent, None, None, diverged=True)
+    if state is State.OPEN:
+        return None
+    summary = json.loads((job.directory / SUMMARY).read_text(encoding="utf-8"))
+    accuracy = 100 * summary["evaluation"][setting.measure]
+    saved = summary.get("communication_saved")
+    share = None if saved is None else 1 - saved
+    return Outcome(accuracy, summary["data_epochs"], summary["seconds"]["elapsed"], communication=share)
+
+
+def run_all(
+    jobs: Sequence[Job], launcher: Sequence[str], say: Callable[[str], None], after: Callable[[Job], None]
+) -> int:
+    """Makes the runs that are not done, one after the other.
+
+    Args:
+        jobs: all of the grid.
+        launcher: see `ranks_command`.
+        say: prints a line.
+        after: called with every run that has ended.
+
+    Returns:
+        0; 1 if one failed, the others being tried unless two in succession failed for the same reason; 85 if the run that was
+        going was asked to stop, after which no other is started.
+    """
+    failed, reason = False, ""
+    with Supervisor() as supervisor:
+        for number, job in enumerate(jobs, 1):
+            if job.state is not State.OPEN:
+                continue
+            say(f"[{number}/{len(jobs)}] {job.cell.title} … {job.log}")
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            code = supervisor.run(train_command(launcher, job.cell.workers, job.arguments), job.log)
+            if code == ExitCode.DIVERGED:
+                job.mark_diverged(job.last_words())
+            elif code and (code == ExitCode.INTERRUPTED or supervisor.asked):
+                say(f"interrupted: {job.last_words()}")
+                return ExitCode.INTERRUPTED
+            elif code:
+                words = job.last_words()
+                say(f"  failed with exit code {code}: {words}")
+                failed, before, reason = True, reason, words.replace(job.directory.name, "")
+                if reason == before:
+                    say("the same as in the run before: the others are not tried")
+                    return ExitCode.FAILED
+                continue
+            reason = ""
+            after(job)
+            if supervisor.asked:
+                return ExitCode.INTERRUPTED
+    return ExitCode.FAILED if failed else ExitCode.FINISHED

@@ -1,0 +1,276 @@
+"""What is run: the paper's tables and figures as grids of workers, periods and methods, in the paper's setting or a small one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Data, network and budget.
+
+    Attributes:
+        file: name of the configuration in experiments/.
+        title: for people.
+        table: name of the published table that its results are put beside; "" where none was published.
+        published_epochs: the budget of that table's runs.
+        is_published: whether this is the very setting of that table.
+        measure: "accuracy" or "top5".
+        chance_percent: what a network that has learnt nothing reaches in it.
+        prepare: the command that makes the data, less its --output.
+    """
+
+    file: str
+    title: str
+    table: str
+    published_epochs: int
+    is_published: bool
+    measure: str
+    chance_percent: float
+    prepare: str
+
+    @property
+    def path(self) -> Path:
+        """The configuration.
+
+        Raises:
+            FileNotFoundError: the package was installed without it.
+        """
+        path = Path(str(resources.files("hvdlocal.papers"))) / "settings" / f"{self.file}.yaml"
+        if not path.is_file():
+            raise FileNotFoundError(f"no {path}: hvdlocal is not installed completely")
+        return path
+
+
+SMALL = Setting(
+    "cifar10_small_cnn",
+    "a small network on 20,000 images of CIFAR-10, 16×16",
+    "cifar10",
+    200,
+    False,
+    "accuracy",
+    10.0,
+    "python -m data_prep cifar10 --source …/cifar-10-batches-bin --pool 2 --limit 20000",
+)
+SMALL_QSR = Setting(
+    "cifar10_small_qsr",
+    SMALL.title,
+    "",
+    0,
+    False,
+    "accuracy",
+    10.0,
+    SMALL.prepare,
+)
+CIFAR10 = Setting(
+    "cifar10_resnet18",
+    "ResNet-18 on CIFAR-10",
+    "cifar10",
+    200,
+    True,
+    "accuracy",
+    10.0,
+    "python -m data_prep cifar10 --source …/cifar-10-batches-bin",
+)
+IMAGENET32 = Setting(
+    "imagenet32_wrn_28_2",
+    "Wide-ResNet-28-2 on ImageNet-32",
+    "imagenet32",
+    40,
+    True,
+    "top5",
+    0.5,
+    "python -m data_prep imagenet32 --source …",
+)
+IMAGENET = Setting(
+    "imagenet_resnet50",
+    "ResNet-50 on ImageNet",
+    "imagenet",
+    90,
+    True,
+    "top5",
+    0.5,
+    "python -m data_prep imagenet --source …",
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared: a preset, which is run with every H of a grid, or one with a rule of its own for H.
+
+    Attributes:
+        name: in tables and on the command line.
+        settings: of `hvdlocal train`.
+        directory: first part of the names of its runs; the same where two studies have a run in common.
+    """
+
+    name: str
+    settings: tuple[str, ...]
+    directory: str
+
+
+def _preset(name: str) -> Method:
+    return Method(name, (f"--method.preset={name}",), name)
+
+
+def _weight(c: float) -> Method:
+    directory = "local-ada" if c == 1 else f"local-ada-c{c:g}"
+    return Method(f"c={c:g}", ("--method.preset=local-ada", f"--method.c={c}"), directory)
+
+
+def _rule(name: str, *settings: str) -> Method:
+    return Method(name, ("--method.preset=local", *settings), name)
+
+
+BASELINE = Method("baseline", ("--method.preset=sync",), "baseline")
+"""One worker, whose accuracy the methods are to keep (Sec. 6.1)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A setting with the K and H that are tried in it; without H, the methods have rules for it."""
+
+    setting: Setting
+    workers: tuple[int, ...]
+    periods: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A table or figure of the papers, or a question beside them.
+
+    Attributes:
+        name, title: for the command line and for people.
+        methods: what is compared.
+        paper: in the paper's setting; None where there is none.
+        small: in the small one; None where that says nothing about it.
+        baseline: one worker, run beside; None where a method of the study is what the others are measured by.
+    """
+
+    name: str
+    title: str
+    methods: tuple[Method, ...]
+    paper: Grid | None
+    small: Grid | None = None
+    baseline: Method | None = BASELINE
+
+
+_NO_RULE = ("--method.period.alpha=null", "--method.period.h_base=null")
+_TABLE_METHODS = tuple(_preset(name) for name in ("acc-lin", "acc-ada", "local-lin", "local-ada"))
+_RULES = (
+    Method("sync", ("--method.preset=sync", "--method.period.rule=constant", *_NO_RULE), "sync"),
+    _rule("constant", "--method.period.rule=constant", "--method.period.period=4", *_NO_RULE),
+    _rule("inverse", "--method.period.rule=power", "--method.period.exponent=1", "--method.period.alpha=0.16"),
+    _rule("qsr", "--method.period.rule=qsr", "--method.period.alpha=0.08"),
+    _rule("cubic", "--method.period.rule=power", "--method.period.exponent=3", "--method.period.alpha=0.0635"),
+    _rule(
+        "post-local",
+        "--method.period.rule=post-local",
+        "--method.period.switch_epochs=20",
+        "--method.period.period=16",
+        *_NO_RULE,
+    ),
+)
+"""H = 1, H_base, H ∝ 1/η, 1/η², 1/η³; coefficients with which all reach H_base at the same η."""
+
+_WORKERS, _PERIODS = (8, 16, 24), (2, 4, 8, 16, 32, 64)
+_SMALL = Grid(SMALL, (8,), (2, 8, 32))
+
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "table2",
+            "Table 2: accuracy and epochs, CIFAR-10",
+            _TABLE_METHODS,
+            Grid(CIFAR10, _WORKERS, _PERIODS),
+            _SMALL,
+        ),
+        Study(
+            "table3", "Table 3: accuracy and epochs, ImageNet-32", _TABLE_METHODS, Grid(IMAGENET32, _WORKERS, _PERIODS)
+        ),
+        Study("table4", "Table 4: accuracy and epochs, ImageNet", _TABLE_METHODS, Grid(IMAGENET, _WORKERS, (2, 8, 32))),
+        Study(
+            "fig9",
+            "Figs. 8 and 9: statistics from the round before, or fresh ones",
+            (_preset("local-ada"), _preset("local-ada-nostale")),
+            Grid(CIFAR10, _WORKERS, _PERIODS),
+            _SMALL,
+        ),
+        Study(
+            "fig10",
+            "Fig. 10: the weight c of the local steps' bias (Eq. 49)",
+            tuple(_weight(c) for c in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)),
+            Grid(IMAGENET32, (16,), (16, 32)),
+            Grid(SMALL, (8,), (8, 32)),
+        ),
+        Study(
+            "sketch",
+            "The statistics from a random projection of the gradient, or from the gradient itself",
+            (
+                _preset("local-ada"),
+                Method("exact", ("--method.preset=local-ada", "--method.statistics=exact"), "exact"),
+            ),
+            Grid(CIFAR10, _WORKERS, _PERIODS),
+            _SMALL,
+        ),
+        Study(
+            "qsr",
+            "Rules for H as the learning rate decays: accuracy, communication, sharpness",
+            _RULES,
+            None,
+            Grid(SMALL_QSR, (8,), ()),
+            None,
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid; `period` is None for the baseline, and where a rule decides."""
+
+    method: Method
+    workers: int
+    period: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its directory."""
+        period = "" if self.period is None else f"-H{self.period}"
+        return f"{self.method.directory}-K{self.workers}{period}-seed{self.seed}"
+
+    @property
+    def place(self) -> tuple[str, int, int | None]:
+        """Method, K and H: of one line in the table."""
+        return self.method.name, self.workers, self.period
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        period = "" if self.period is None else f" H={self.period}"
+        return f"{self.method.name} K={self.workers}{period} seed={self.seed}"
+
+    @property
+    def settings(self) -> list[str]:
+        """For `hvdlocal train`."""
+        period = [] if self.period is None else [f"--method.period.period={self.period}"]
+        return [*self.method.settings, *period, f"--seed={self.seed}"]
+
+
+def cells(
+    methods: Sequence[Method], workers: Sequence[int], periods: Sequence[int], seeds: Sequence[int]
+) -> Iterator[Cell]:
+    """The runs in the order in which they are made: the baseline first, and the whole grid for one seed after the other."""
+    for seed in seeds:
+        if BASELINE in methods:
+            yield Cell(BASELINE, 1, None, seed)
+        for num_workers in workers:
+            for period in periods or (None,):
+                for method in methods:
+                    if method is not BASELINE:
+                        yield Cell(method, num_workers, period, seed)

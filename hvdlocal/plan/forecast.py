@@ -1,0 +1,117 @@
+"""A plan, and what follows from it with numbers that a configuration does not hold: bytes, seconds, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hvdlocal.plan.cost import young_interval
+from hvdlocal.plan.run_plan import RunPlan
+
+if TYPE_CHECKING:
+    from hvdlocal.plan.payload import Payload
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """How often to write a checkpoint, and what that costs.
+
+    Attributes:
+        seconds: between two checkpoints, Young's √(2 · cost · time between failures).
+        lost_share: share of the run's time that goes into checkpoints and, on average, into work that a failure undoes.
+    """
+
+    seconds: float
+    lost_share: float
+
+    @classmethod
+    def best(cls, cost_seconds: float, failure_hours: float) -> Checkpoints:
+        """The spacing that loses least (Young 1974, Eq. 1; Daly 2006 keeps it as the first order).
+
+        Args:
+            cost_seconds: by which one checkpoint holds up training.
+            failure_hours: mean time between failures of the whole job.
+        """
+        if not (cost_seconds > 0 and failure_hours > 0):
+            raise ValueError(
+                f"a checkpoint's {cost_seconds} seconds and the {failure_hours} hours between failures must be positive"
+            )
+        seconds = young_interval(cost_seconds, 3600 * failure_hours)
+        return cls(seconds, cost_seconds / seconds + seconds / (2 * 3600 * failure_hours))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One line of a comparison.
+
+    Attributes:
+        label: what sets it apart.
+        plan: the run.
+        payload: bytes of its collectives; None when not asked for.
+        step_seconds: of one optimizer step without communication; None when not known.
+        checkpoints: None when the cost of one is not known.
+        notes: what was assumed, and other sentences to know.
+    """
+
+    label: str
+    plan: RunPlan
+    payload: Payload | None = None
+    step_seconds: float | None = None
+    checkpoints: Checkpoints | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int | None:
+        """Bytes that one rank hands to collectives in training, evaluations left out."""
+        if self.payload is None:
+            return None
+        return self.plan.rounds * self.payload.round if self.plan.num_workers > 1 else 0
+
+    @property
+    def data_parallel_bytes(self) -> int | None:
+        """Bytes of data parallelism at the same work: the gradient of every micro-batch."""
+        if self.payload is None:
+            return None
+        return self.plan.micro_batches * self.payload.gradient if self.plan.num_workers > 1 else 0
+
+    @property
+    def byte_share(self) -> float | None:
+        """`bytes` over `data_parallel_bytes`; None when either is not known or there is nobody to send to."""
+        return self.bytes / self.data_parallel_bytes if self.bytes and self.data_parallel_bytes else None
+
+    def seconds(self, steps: float) -> float | None:
+        """Time of so many steps without communication; None when not known."""
+        return None if self.step_seconds is None else steps * self.step_seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        plan, longest = self.plan, self.plan.longest
+        return {
+            "label": self.label,
+            "workers": plan.num_workers,
+            "accumulate": plan.accumulate,
+            "steps": plan.steps,
+            "rounds": plan.rounds,
+            "epochs": plan.epochs,
+            "data_epochs": plan.data_epochs,
+            "mean_gain": plan.mean_gain,
+            "mean_period": plan.mean_period,
+            "longest": {
+                "steps": longest.period,
+                "from_step": longest.step,
+                "from_epoch": longest.epoch,
+                "data_epochs": longest.period * plan.data_epochs_per_step,
+                "seconds": self.seconds(longest.period),
+            },
+            "collectives": plan.collectives,
+            "collective_share": plan.collective_share,
+            "parameters": self.payload and self.payload.parameters,
+            "bytes_per_round": self.payload and self.payload.round,
+            "bytes": self.bytes,
+            "data_parallel_bytes": self.data_parallel_bytes,
+            "byte_share": self.byte_share,
+            "computing_seconds": self.seconds(plan.steps),
+            "checkpoint_seconds": self.checkpoints and self.checkpoints.seconds,
+            "notes": list(self.notes),
+            "stretches": [stretch._asdict() for stretch in plan.stretches],
+        }

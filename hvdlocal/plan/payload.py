@@ -1,0 +1,68 @@
+"""How many bytes a rank hands to one collective, from the very buffers that training would allocate, without their memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+
+from hvdlocal.averaging.buffers import Buffers, averaged_buffers, choose_policies
+from hvdlocal.averaging.flat_buffer import Arena, FlatViews
+from hvdlocal.averaging.local import averaged_moments
+from hvdlocal.averaging.sketch import default_size
+from hvdlocal.averaging.synchronous import NUM_SCALARS
+from hvdlocal.models import build_model, check_images
+from hvdlocal.training.config import TrainConfig
+from hvdlocal.training.presets import LOCAL_PRESETS, build_inner, build_scaling
+
+
+@dataclass(frozen=True)
+class Payload:
+    """Bytes of one rank.
+
+    Attributes:
+        parameters: trainable parameters of the model, a number.
+        gradient: of one averaging of the gradient, data parallelism's.
+        round: of all collectives of one round; for the synchronous presets, of one step.
+    """
+
+    parameters: int
+    gradient: int
+    round: int
+
+
+def measure_payload(config: TrainConfig, num_classes: int, shape: tuple[int, int, int]) -> Payload:
+    """The payload of a configured run of more than one rank.
+
+    Args:
+        config: model, optimizer and method.
+        num_classes: of the data.
+        shape: (height, width, channels) of what the model sees.
+
+    Raises:
+        ValueError: the model cannot be built so.
+    """
+    check_images(config.model.name, num_classes, shape, config.data.batch_size)
+    with torch.device("meta"):
+        model = build_model(config.model.name, num_classes, shape)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    numel = sum(p.numel() for p in parameters)
+    if config.method.preset in LOCAL_PRESETS:
+        elements = _local(config, model, parameters, numel)
+    else:
+        elements = FlatViews(parameters).numel + NUM_SCALARS
+    return Payload(numel, 4 * numel, 4 * elements)
+
+
+def _local(config: TrainConfig, model: torch.nn.Module, parameters: list[torch.nn.Parameter], numel: int) -> int:
+    method, scaling = config.method, build_scaling(config.method)
+    moments = averaged_moments(build_inner(config.optimizer, model)) if method.momentum == "average" else ()
+    buffers = list(averaged_buffers(model, choose_policies(model, cast(Buffers, method.buffers))).values())
+    vector = 0
+    if scaling.uses_statistics:
+        sketch = min(method.sketch_size or default_size(numel), numel)
+        vector = sketch if method.statistics == "sketch" else numel
+    return Arena(
+        parameters, buffers, len(moments), vector
+    ).flat.numel()  # the statistics travel now or, not stale, before

@@ -1,0 +1,125 @@
+"""How each run is named and drawn: few runs by their own names and colours, many by what they have in common."""
+
+from __future__ import annotations
+
+import colorsys
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hvdlocal.figures.style import COLORS, DASHES
+from hvdlocal.report.records import Run
+
+MOST_LOOKS = 10
+"""So many kinds of line can be told apart in a small panel."""
+
+BOOKKEEPING = ("output", "overwrite", "tensorboard", "log_every_seconds", "checkpoint", "time_limit_minutes")
+"""Settings, or sections of them, that change nothing in what is trained."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A run as a line in a figure: its name, and the colour, dashes and legend that it may share with others."""
+
+    run: Run
+    name: str
+    legend: str
+    color: str
+    dashes: Any = "solid"
+    legend_color: str | None = None
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """For Matplotlib's `plot`."""
+        return {"color": self.color, "ls": self.dashes}
+
+    @property
+    def legend_style(self) -> dict[str, Any]:
+        """Of all lines with this legend."""
+        return {"color": self.legend_color or self.color, "ls": self.dashes}
+
+
+def draw_as(runs: Sequence[Run]) -> list[Line]:
+    """Names, colours and dashes, in the order of the runs.
+
+    Runs that differ in nothing but their seed look the same. With more looks than can be told apart, a colour is a preset, the
+    darker the larger H.
+    """
+    names = short_names([run.directory for run in runs])
+    keys: list[Any] = [_experiment(run) for run in runs]
+    kinds = list(dict.fromkeys(keys))
+    if len(kinds) > MOST_LOOKS:
+        return _by_preset(runs, names)
+    legends = {}
+    for kind in kinds:
+        members = [i for i, key in enumerate(keys) if key == kind]
+        first = runs[members[0]]
+        legends[kind] = names[members[0]]
+        if len(members) > 1:
+            legends[kind] = f"{first.preset}, K = {first.num_workers}, {describe_period(first)} ({len(members)} runs)"
+    if len(set(legends.values())) < len(kinds):  # they differ in something else
+        legends = {kind: f"{names[keys.index(kind)]} ({keys.count(kind)} runs)" for kind in kinds}
+    looks = {kind: (COLORS[i % len(COLORS)], DASHES[i // len(COLORS)]) for i, kind in enumerate(kinds)}
+    return [Line(run, name, legends[key], *looks[key]) for run, name, key in zip(runs, names, keys, strict=True)]
+
+
+def describe_period(run: Run) -> str:
+    """The rule for H in a few words."""
+    period = run.config["method"]["period"]
+    if not run.preset.startswith("local"):
+        return f"a = {run.accumulate}" if run.accumulate > 1 else "H = 1"
+    rule, limit = period["rule"], f", ≤ {period['max_period']}" if period["max_period"] else ""
+    base = f"≥ {period['h_base']}"
+    return {
+        "constant": f"H = {period['period']}",
+        "qsr": f"QSR α = {period['alpha']}, {base}",
+        "power": f"(α/η)^{period['exponent']}, α = {period['alpha']}, {base}",
+        "post-local": f"1, then {period['period']}",
+        "adacomm": f"AdaComm from {period['period']}",
+    }.get(rule, str(rule)) + limit
+
+
+def short_names(directories: Sequence[Path]) -> list[str]:
+    """The part of each path in which they differ."""
+    paths = [path.resolve() for path in directories]
+    if len(paths) == 1:
+        return [paths[0].name]
+    common = os.path.commonpath(paths)
+    return [os.path.relpath(path, common) for path in paths]
+
+
+def _by_preset(runs: Sequence[Run], names: Sequence[str]) -> list[Line]:
+    presets = list(dict.fromkeys(run.preset for run in runs))  # at most as many as there are colours
+    periods = sorted({_period(run) for run in runs})
+    counts = {preset: sum(run.preset == preset for run in runs) for preset in presets}
+    note = ", darker for larger H" if len(periods) > 1 else ""
+    return [
+        Line(
+            run,
+            name,
+            f"{run.preset} ({counts[run.preset]} runs{note})",
+            _shaded(COLORS[presets.index(run.preset)], periods.index(_period(run)) / max(1, len(periods) - 1)),
+            legend_color=COLORS[presets.index(run.preset)],
+        )
+        for run, name in zip(runs, names, strict=True)
+    ]
+
+
+def _period(run: Run) -> int:
+    period = run.config["method"]["period"]
+    return int(period["h_base"] or period["period"])
+
+
+def _shaded(color: str, depth: float) -> str:
+    """A colour from pale (0) to dark (1), both still readable on white."""
+    red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
+    shaded = colorsys.hls_to_rgb(hue, min(0.72, lightness + 0.3) * (1 - depth) + 0.7 * lightness * depth, saturation)
+    return "#" + "".join(f"{round(255 * part):02X}" for part in shaded)
+
+
+def _experiment(run: Run) -> str:
+    settings = {name: value for name, value in run.config.items() if name not in (*BOOKKEEPING, "seed")}
+    return repr((run.num_workers, settings))

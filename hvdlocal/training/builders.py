@@ -1,0 +1,111 @@
+"""What a configuration describes, built: for training, for `advise`, and for looking at a run again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from hvdlocal.data import Loader, ShardedDataset
+from hvdlocal.data.load.order import OrderMode
+from hvdlocal.models import build_model, check_images
+from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig, leaves
+from hvdlocal.training.environment import versions
+from hvdlocal.training.memory import out_of_memory
+from hvdlocal.training.preprocessing import Images
+
+CPU = torch.device("cpu")
+
+
+def memory_format(config: ModelConfig) -> torch.memory_format:
+    """Of the model and its inputs."""
+    return torch.channels_last if config.channels_last else torch.contiguous_format
+
+
+def configured_model(config: TrainConfig, num_classes: int, images: Images, device: torch.device = CPU) -> nn.Module:
+    """The model as it is before training: the same for the same seed.
+
+    Args:
+        config: model and seed.
+        num_classes: length of its output.
+        images: that it will see.
+        device: where it is to be.
+
+    Raises:
+        ValueError: no such model, images that it cannot take, or no memory for it.
+    """
+    torch.manual_seed(config.seed)
+    try:
+        model = build_model(config.model.name, num_classes, images.shape).to(device)
+        return model.to(memory_format=memory_format(config.model))  # type: ignore[call-overload]
+    except (RuntimeError, MemoryError) as error:
+        if (shortage := out_of_memory(error)) is None:
+            raise
+        raise ValueError(
+            f"model.name={config.model.name} on {images.shape[0]}×{images.shape[1]} pixels: {shortage}"
+        ) from error
+
+
+def check_model(config: TrainConfig, data: ShardedDataset, images: Images, num_workers: int = 1) -> None:
+    """Refuses a model that cannot be trained on these images in such batches.
+
+    Raises:
+        ValueError: no such model, or images or batches that it cannot take.
+    """
+    smallest = smallest_batch(config.data, len(data), num_workers)
+    check_images(config.model.name, data.num_classes, images.shape, smallest)
+
+
+def smallest_batch(config: DataConfig, samples: int, num_workers: int) -> int:
+    """Images of the smallest batch that a rank is given: of the last of an epoch, with tail partial."""
+    rest = samples % (config.batch_size * num_workers)
+    if config.tail != "partial" or rest < num_workers:  # so few are taken by the batch before
+        return config.batch_size
+    return rest // num_workers
+
+
+def configured_loader(
+    config: TrainConfig,
+    data: ShardedDataset,
+    images: Images,
+    device: torch.device = CPU,
+    *,
+    rank: int = 0,
+    num_workers: int = 1,
+    seed: int | None = None,
+    order: OrderMode | Literal["auto"] | None = None,
+) -> Loader:
+    """The loader of the training images; `seed` and `order` are those of the configuration unless given."""
+    settings = config.data
+    return Loader(
+        data,
+        settings.batch_size,
+        rank=rank,
+        num_workers=num_workers,
+        seed=config.seed if seed is None else seed,
+        order=settings.order if order is None else order,
+        tail=settings.tail,
+        crop=images.crop,
+        transform=images.transform,
+        mix=images.mix,
+        device=device,
+        prefetch=settings.prefetch,
+        threads=settings.threads,
+    )
+
+
+def facts(config: TrainConfig, device: torch.device, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """What all ranks must have in common, with names for people.
+
+    Args:
+        config: on this rank.
+        device: of this rank, of which only the kind counts.
+        fingerprints: of the data, by "training" and "test".
+    """
+    found: dict[str, Any] = {f"config {key}": value for key, value in leaves(config).items()}
+    found |= {f"version of {package}": version for package, version in versions().items()}
+    found |= {f"{split} data (fingerprint)": print for split, print in fingerprints.items()}
+    found["kind of device"] = device.type
+    return found

@@ -1,0 +1,195 @@
+"""Predictions where the answer is known in closed form."""
+
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+from scaling import straggler_factor
+
+from hvdlocal.advise.advice import Known, advise, judged, known
+from hvdlocal.advise.measurements import Block, Closing, Measurements, Pace, Series, unshared, unsmoothed
+from hvdlocal.advise.predictions import (
+    PERIODS,
+    Cost,
+    Situation,
+    averaging_ratio,
+    contest,
+    crossover,
+    predict,
+    slowest,
+)
+from hvdlocal.advise.text import advice_text, as_dict
+from hvdlocal.averaging.gain import gain_ratio
+from hvdlocal.averaging.statistics import MovingAverage
+from hvdlocal.plan import pseudo_wall_clock
+
+METHODS = ("sync", "acc-lin", "acc-ada", "local-lin", "local-ada")
+
+
+def situation(m=0.0, noise=1.0, workers=8, **more):
+    """Steps of one second, averagings of m."""
+    costs = dict.fromkeys(METHODS, Cost(closing=m))
+    return Situation((1.0,) * workers, costs, grad_sqr=1.0, grad_var=noise, **more)
+
+
+@pytest.mark.parametrize("period", [1, 4, 64])
+@pytest.mark.parametrize("m", [0.0, 0.5, 20.0])
+def test_without_anything_else_it_is_equation_16(period, m):
+    now = situation(m, noise=10.0)
+    local, accumulated = predict(now, "local-ada", period), predict(now, "acc-ada", period)
+    assert local.gain == gain_ratio(1, 10, 8, period)
+    assert local.epoch == pytest.approx(pseudo_wall_clock(8 / local.gain, 8, period, m))
+    assert accumulated.gain == gain_ratio(1, 10, 8, 1, accumulate=period)
+    assert accumulated.epoch == pytest.approx(pseudo_wall_clock(8 * period / accumulated.gain, 8, period, m))
+    linear = predict(now, "local-lin", period)
+    assert linear.own_epoch == pytest.approx(pseudo_wall_clock(1, 8, period, m)), "always the same number of epochs"
+    assert linear.epoch == pytest.approx(local.epoch), "but only as much progress as is justified"
+
+
+def test_the_parts_of_a_round():
+    cost = Cost(closing=7.0, update=0.1, collect=0.01)
+    now = situation(accumulate=3)
+    now = Situation(now.micro_batch, dict.fromkeys(METHODS, cost), 1.0, 1.0, accumulate=3, epoch=100.0)
+    assert predict(now, "local-ada", 4).round == pytest.approx(12 * 1.0 + 8 * 0.01 + 3 * 0.1 + 7.0)
+    assert predict(now, "acc-ada", 4).round == pytest.approx(12 * 1.0 + 11 * 0.01 + 7.0)
+    sync = predict(now, "sync", 1)
+    assert sync.round == pytest.approx(3 * 1.0 + 2 * 0.01 + 7.0)
+    assert sync.own_epoch == pytest.approx(100 / (8 * 3) * sync.round)
+    assert averaging_ratio(now, "local-ada") == pytest.approx(6.9 / (3 + 0.02 + 0.1))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.3, 10.0, 1000.0])
+def test_free_averagings_make_local_steps_pointless(noise):
+    now = situation(0.0, noise)
+    result = contest(now)
+    assert result.verdict == "data-parallel" or noise == 0
+    assert result.ratio >= 1
+    assert result.data_parallel.period == 1
+    assert min(predict(now, "local-ada", period).epoch for period in PERIODS) == predict(now, "local-ada", 1).epoch
+
+
+@pytest.mark.parametrize("noise", [0.3, 10.0])
+def test_endless_averagings_want_the_longest_rounds(noise):
+    result = contest(situation(1e9, noise))
+    assert result.verdict == "local"
+    assert result.local.period == PERIODS[-1]
+
+
+def test_a_round_beats_a_step_of_as_many_micro_batches_from_a_known_noise_on():
+    """At one H, progress of H local steps against that of one step on H micro-batches: H > (3/4 − 1/K) σ²/G."""
+    for workers in (2, 8, 24):
+        for period in (2, 16, 64):
+            even = period / (0.75 - 1 / workers)
+            for noise, better in ((0.99 * even, True), (1.01 * even, False)):
+                round_progress = period * gain_ratio(1, noise, workers, period)
+                step_progress = gain_ratio(1, noise, workers, 1, accumulate=period)
+                assert (round_progress > step_progress) is better
+
+
+def test_crossover_in_closed_form():
+    """K = 8, σ²/G = 1: (1 + m)/1.777778 of sync meets (2 + m)/(2 · 1.253785) of H = 2."""
+    assert crossover(1.0, 8, periods=(1, 2)) == pytest.approx(1.436, abs=1e-3)
+    m = crossover(1.0, 8)
+    assert contest(situation(0.99 * m)).ratio > 1 > contest(situation(1.01 * m)).ratio
+    assert crossover(math.inf, 8) is None, "without a mean gradient every local step is as good as data parallelism's"
+
+
+def test_the_slowest_rank():
+    assert slowest([1.0, 1.5], 0.0, 4) == pytest.approx(6)
+    assert slowest([2.0], 0.3, 4) == pytest.approx(8), "nobody to wait for"
+    for count in (1, 16):
+        expected = straggler_factor(8, count, 0.05, rounds=4000) * count
+        assert slowest([1.0] * 8, 0.05, count) == pytest.approx(expected, rel=0.005)
+    assert slowest([1.0, 3.0], 0.1, 64) == pytest.approx(192, rel=1e-3), "a rank that is always slow"
+
+
+# -- from measurements -------------------------------------------------------------------------------------------------
+
+
+def measurements(averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0, 10.0, 10.0), grad_sqr=1.0):
+    none = Series.of([])
+    blocks = []
+    for averaging, step, var in zip(averagings, steps, noise, strict=True):
+        pace = Pace(Series(step, 0.05, 10), Series(0.01, count=10), Series(0.1, count=10), none)
+        closing = Closing(4000, Series(averaging + 0.1, count=10), Series(averaging, count=10), none)
+        names = ("acc-lin", "acc-ada", "local-lin", "local-ada sketch", "local-ada exact")
+        blocks.append(
+            Block(
+                (pace,) * 4,
+                Series(0.0, 0.05, 9),
+                dict.fromkeys(names, closing),
+                Series(grad_sqr, count=10),
+                Series(var, count=10),
+            )
+        )
+    return Measurements(1, 32, 3200, 100.0, 1000, tuple(blocks), epochs=0.5, seconds=60.0)
+
+
+def test_a_situation_from_blocks():
+    now = known(measurements(averagings=(0.4, 0.5, 0.6)), c=1.0, statistics="sketch").situation
+    assert now.micro_batch == (1.0,) * 4
+    assert now.costs["local-ada"] == Cost(pytest.approx(0.6), pytest.approx(0.1), 0.0)
+    assert now.variation == pytest.approx(0.05)
+    assert averaging_ratio(now, "local-ada") == pytest.approx(0.5 / 1.1)
+
+
+def test_the_error_of_a_mean_is_the_standard_error():
+    found = known(measurements(averagings=(0.4, 0.5, 0.9)), c=1.0, statistics="sketch")
+    expected = statistics.stdev((0.4, 0.5, 0.9)) / math.sqrt(3)
+    assert found.error(lambda now: now.costs["sync"].closing) == pytest.approx(expected)
+
+
+def test_what_slows_down_everything_alike_is_no_doubt():
+    together = advise(measurements(averagings=(5.0, 10.0, 20.0), steps=(0.9, 1.9, 3.9)))
+    apart = advise(measurements(averagings=(5.0, 10.0, 20.0), steps=(3.9, 1.9, 0.9)))
+    assert together.now.error < 0.05 < apart.now.error
+
+
+def test_no_winner_within_the_noise():
+    now = situation(0.99 * crossover(1.0, 8))
+    assert judged(Known(now)).verdict == "data-parallel"
+    doubtful = Known(now, [situation(0.8 * crossover(1.0, 8)), situation(1.2 * crossover(1.0, 8))])
+    assert judged(doubtful).verdict == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("averaging", "said"), [(0.0, "USE DATA PARALLELISM"), (50.0, "USE LOCAL SGD: local-ada, H = ")]
+)
+def test_the_verdict_is_said(averaging, said):
+    text = advice_text(advise(measurements(averagings=(averaging,) * 3)))
+    assert said in text
+    assert "σ²/G = 10" in text
+
+
+def test_gradients_that_are_nothing_but_noise():
+    advice = advise(measurements(grad_sqr=0.0, averagings=(3.0, 3.0, 3.0)))
+    assert advice.table["local-ada", 64].gain == pytest.approx(4)
+    assert "∞" in advice_text(advice)
+    json.dumps(as_dict(advice), allow_nan=False)
+
+
+def test_single_estimates_come_back_from_moving_averages():
+    average, estimates, seen = MovingAverage(), [3.0, 0.0, 7.5, 1.25], []
+    for estimate in estimates:
+        average.update(estimate, 0.992)
+        seen.append(average.value)
+    assert unsmoothed(seen, 0.992) == pytest.approx(estimates)
+    assert unsmoothed(seen, 0.992)[1] == 0
+    assert unsmoothed([1.0, 2.0], 0.0) == [1.0, 2.0]
+
+
+def test_pooling():
+    whole = Series.pooled([Series(1.0, 0.1, 10), Series(4.0, 0.1, 20), Series.of([])])
+    assert whole == Series(pytest.approx(3.0), pytest.approx(0.1), 30)
+
+
+def test_what_ranks_share_is_no_reason_to_wait():
+    busy = [4.0, 8.0, 5.0, 40.0]
+    slower = [seconds + 1 for seconds in busy]
+    assert unshared([busy, slower], 4).deviation == pytest.approx(0, abs=1e-9)
+    random = np.random.default_rng(0)
+    own = random.normal(1.0, 0.1, (3, 4000, 4)).sum(2)
+    assert unshared((own + random.normal(0, 5, 4000)).tolist(), 4).deviation == pytest.approx(0.1, rel=0.03)
+    assert unshared([[1.0, 2.0]], 1).count == 0

@@ -1,0 +1,74 @@
+"""The cost model in its limits, which are known in closed form."""
+
+import math
+
+import pytest
+from scaling import (
+    Link,
+    allreduce_seconds,
+    doubling_seconds,
+    halving_seconds,
+    ring_seconds,
+    straggler_factor,
+)
+
+LINK = Link(latency_seconds=1e-5, bytes_per_second=1e9)
+ALGORITHMS = [ring_seconds, doubling_seconds, halving_seconds]
+
+
+@pytest.mark.parametrize("seconds", [*ALGORITHMS, allreduce_seconds])
+def test_one_worker_sends_nothing(seconds):
+    assert seconds(1e9, 1, LINK) == 0
+
+
+@pytest.mark.parametrize("seconds", ALGORITHMS)
+def test_two_workers_exchange_everything_once(seconds):
+    messages = {doubling_seconds: 1}.get(seconds, 2)
+    assert seconds(1e6, 2, LINK) == pytest.approx(messages * 1e-5 + 1e-3)
+
+
+def test_latency_and_bandwidth_with_many_workers():
+    assert ring_seconds(0, 16384, LINK) == pytest.approx(2 * 16383 * 1e-5)
+    assert doubling_seconds(0, 16384, LINK) == pytest.approx(14e-5)
+    assert halving_seconds(0, 16384, LINK) == pytest.approx(28e-5)
+    free = Link(0, 1e9)
+    assert ring_seconds(1e9, 16384, free) == pytest.approx(2 * 16383 / 16384)
+    assert halving_seconds(1e9, 16384, free) == pytest.approx(ring_seconds(1e9, 16384, free))
+    assert doubling_seconds(1e9, 16384, free) == pytest.approx(14)
+    assert doubling_seconds(0, 9, LINK) == pytest.approx(4e-5), "nine need as many levels as sixteen"
+
+
+def test_the_best_algorithm_depends_on_the_length():
+    assert allreduce_seconds(4, 64, LINK) == doubling_seconds(4, 64, LINK)
+    assert allreduce_seconds(1e9, 64, LINK) == halving_seconds(1e9, 64, LINK)
+
+
+def test_nobody_waits_without_variation_or_alone():
+    assert straggler_factor(64, 3, 0) == pytest.approx(1)
+    assert straggler_factor(1, 5, 0.2, rounds=2000) == pytest.approx(1, abs=0.01)
+
+
+def test_the_slower_of_two():
+    """For a small variation v, log-normal is normal: E max of two is 1 + v/√π."""
+    assert straggler_factor(2, 1, 0.05, rounds=20000) == pytest.approx(1 + 0.05 / math.sqrt(math.pi), abs=0.002)
+
+
+def test_the_wait_falls_with_the_root_of_the_period():
+    waits = [straggler_factor(128, period, 0.1, rounds=1000) - 1 for period in (1, 4, 16)]
+    assert waits[0] / waits[1] == pytest.approx(2, rel=0.1)
+    assert waits[1] / waits[2] == pytest.approx(2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda: ring_seconds(1, 0, LINK),
+        lambda: Link(-1, 1),
+        lambda: Link(0, 0),
+        lambda: straggler_factor(2, 0, 0.1),
+        lambda: straggler_factor(2, 1, -0.1),
+    ],
+)
+def test_mistakes(mistake):
+    with pytest.raises(ValueError, match=r"at least|must"):
+        mistake()

@@ -1,0 +1,221 @@
+"""A plan is what the optimizers do: the same steps, rounds, progress, collectives and bytes."""
+
+import math
+
+import pytest
+import torch
+
+from hvdlocal.communicator import Communicator
+from hvdlocal.models import build_model
+from hvdlocal.plan.forecast import Checkpoints
+from hvdlocal.plan.payload import measure_payload
+from hvdlocal.plan.run_plan import plan_run
+from hvdlocal.training.config import (
+    DataConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PeriodConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from hvdlocal.training.presets import build_optimizer
+from hvdlocal.training.schedules import build_schedule
+
+SAMPLES, BATCH, RATIO = 1000, 10, 20.0
+
+
+class Done:
+    """A collective that is over."""
+
+    def __init__(self, result=None):
+        self.result = result
+
+    def done(self):
+        return True
+
+    def finish(self):
+        return self.result
+
+
+class Echo(Communicator):
+    """A job whose other ranks do what this one does."""
+
+    backend = "none"
+
+    def __init__(self, size):
+        super().__init__(0, size, 0, size, timeout_seconds=1)
+
+    def shutdown(self):
+        pass
+
+    def _start_sum(self, flat, name):
+        flat.mul_(self.size)
+        return Done()
+
+    def _start_broadcast(self, *_):
+        return Done()
+
+    def _gather_bytes(self, data, name):
+        return [data] * self.size
+
+
+def config(preset, epochs=3.0, schedule=None, model="digits_cnn", **method):
+    return TrainConfig(
+        data=DataConfig(path="x", batch_size=BATCH),
+        model=ModelConfig(model),
+        output="y",
+        epochs=epochs,
+        optimizer=OptimizerConfig(lr=0.01),
+        schedule=schedule or ScheduleConfig("cosine", warmup_epochs=0.3, final_lr=1e-4),
+        method=MethodConfig(preset, **method),
+    )
+
+
+def run(config, workers, monkeypatch, ratio=RATIO):
+    """Trains on nothing, as Trainer does: rounds as (first step, H), the optimizer, collectives and bytes."""
+    job = Echo(workers)
+    monkeypatch.setattr("hvdlocal.averaging.replica.current", lambda: job)
+    torch.manual_seed(0)
+    model = build_model(config.model.name, 10, (8, 8, 1))
+    adaptive = "-ada" in config.method.preset
+    accumulate = config.method.period.period if config.method.preset.startswith("acc-") else config.method.accumulate
+    reference = 1 if adaptive or config.method.preset.endswith("-lin") else workers * accumulate
+    epoch = SAMPLES / BATCH / reference
+    budget = config.epochs * epoch
+    schedule = build_schedule(config.schedule, config.optimizer.lr, budget, epoch)
+    optimizer = build_optimizer(config, model, budget, epoch)
+    monkeypatch.setattr(optimizer, "_update_statistics", lambda *_, **__: optimizer._smoothed.update(1.0, ratio, 0.0))
+    collectives, sent = job.traffic.collectives, job.traffic.bytes
+    rounds, steps, start = [], 0, 0
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    while not optimizer.finished:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(optimizer.progress)
+        for _ in range(accumulate):
+            for parameter in model.parameters():
+                parameter.grad = torch.full_like(parameter, 1e-3)
+            optimizer.step()
+        steps += 1
+        if optimizer.in_sync:
+            rounds.append((start, steps - start))
+            start = steps
+    return rounds, optimizer, epoch, job.traffic.collectives - collectives, job.traffic.bytes - sent
+
+
+QSR = PeriodConfig("qsr", alpha=0.02, h_base=2)
+CASES = {
+    "local, constant": config("local", period=PeriodConfig(period=7)),
+    "local, qsr": config("local", period=QSR),
+    "local, qsr, a = 2": config("local", period=QSR, accumulate=2),
+    "local, power, capped": config("local", period=PeriodConfig("power", 8, 0.03, 3, 1.0, max_period=9)),
+    "local, post-local, steps": config(
+        "local", 3.3, ScheduleConfig("step", step_epochs=1), period=PeriodConfig("post-local", 6, switch_epochs=1.1)
+    ),
+    "local, averaged moments and buffers": config("local", model="digits_cnn", momentum="average"),
+    "local-lin, qsr": config("local-lin", period=QSR),
+    "local-lin, qsr of the base rate": config(
+        "local-lin", period=PeriodConfig("qsr", alpha=0.02, h_base=2, rate="base")
+    ),
+    "local-ada, constant": config("local-ada", period=PeriodConfig(period=16)),
+    "local-ada, qsr": config("local-ada", period=QSR),
+    "local-ada, qsr, a = 3": config("local-ada", period=QSR, accumulate=3),
+    "local-ada, exact": config("local-ada", period=PeriodConfig(period=3), statistics="exact"),
+    "local-ada, c = 0": config("local-ada", period=QSR, c=0.0, sketch_size=64),
+    "local-ada-nostale": config("local-ada-nostale", period=QSR),
+    "acc-lin": config("acc-lin", period=PeriodConfig(period=3)),
+    "acc-ada": config("acc-ada", period=PeriodConfig(period=3)),
+    "sync": config("sync"),
+    "sync, a = 2": config("sync", accumulate=2),
+}
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_is_what_the_optimizer_does(name, workers, monkeypatch):
+    case = CASES[name]
+    rounds, optimizer, epoch, collectives, sent = run(case, workers, monkeypatch)
+    ratio = RATIO if "-ada" in case.method.preset else None
+    plan = plan_run(case, SAMPLES, workers, grad_var_over_sqr=ratio)
+    planned = [(s.step + i * s.period, s.period) for s in plan.stretches for i in range(s.rounds)]
+    assert planned == rounds
+    assert plan.steps == sum(period for _, period in rounds)
+    assert plan.epochs * epoch == pytest.approx(optimizer.progress, rel=1e-12)
+    assert plan.data_epochs == pytest.approx(plan.steps * optimizer.accumulate * workers * BATCH / SAMPLES)
+    assert plan.collectives == collectives
+    if workers > 1:
+        assert plan.rounds * measure_payload(case, 10, (8, 8, 1)).round == sent
+
+
+def test_payload_counts_what_the_arena_holds():
+    """A ResNet-18: 11.2 M parameters, 20 batch norms with two running statistics each, and a sketch of 16,384."""
+    shape = (32, 32, 3)
+    model = build_model("resnet18_cifar", 10, shape)
+    parameters = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() for b in model.buffers() if b.is_floating_point())
+
+    def elements(preset, **method):
+        payload = measure_payload(config(preset, model="resnet18_cifar", **method), 10, shape)
+        assert payload.parameters == parameters
+        assert payload.gradient == 4 * parameters
+        return payload.round / 4
+
+    padding = 16 * (len(list(model.parameters())) + 60)  # every tensor begins at a multiple of 64 bytes
+    assert elements("sync") == pytest.approx(parameters, abs=padding)
+    assert elements("local") == pytest.approx(parameters + buffers, abs=padding)
+    assert elements("local", buffers="local") == pytest.approx(parameters, abs=padding)
+    assert elements("local", momentum="average") == pytest.approx(2 * parameters + buffers, abs=2 * padding)
+    assert elements("local-ada") == pytest.approx(parameters + buffers + 16384, abs=padding)
+    assert elements("local-ada", statistics="exact") == pytest.approx(2 * parameters + buffers, abs=padding)
+
+
+def test_an_assumed_gain_divides_the_epochs_of_data():
+    case = config("local-ada", epochs=30)
+    at_one = plan_run(case, SAMPLES, 4)
+    assert at_one.mean_gain == 1
+    assert at_one.data_epochs == pytest.approx(4 * 30)
+    # The first round, before there is an estimate, has gain 1.
+    assert plan_run(case, SAMPLES, 4, gain=3.0).data_epochs == pytest.approx(4 * 30 / 3, rel=0.01)
+
+
+def test_epochs_of_data_with_every_tail():
+    """1,000 images in global batches of 48: 20.8 steps with the rest carried over, 21 with a small batch, 20 without it."""
+    for tail, steps in (("carry", 1000 / 48), ("partial", 21), ("drop", 20)):
+        case = config("sync", epochs=6)
+        case.data.batch_size, case.data.tail = 12, tail
+        assert plan_run(case, 1000, 4).steps == math.ceil(6 * steps)
+
+
+def test_longest_round():
+    plan = plan_run(config("local", period=QSR), SAMPLES, 2)
+    assert plan.longest.period == max(stretch.period for stretch in plan.stretches)
+    assert plan.stretch_at(plan.longest.epoch) == plan.longest
+    assert plan.stretch_at(0) == plan.stretches[0]
+
+
+@pytest.mark.parametrize(
+    ("case", "assumptions", "message"),
+    [
+        (config("local", period=PeriodConfig("adacomm")), {}, "AdaComm depends on the training loss"),
+        (config("local"), {"gain": 2.0}, "nothing to assume"),
+        (config("sync"), {"grad_var_over_sqr": 2.0}, "nothing to assume"),
+        (config("local-ada"), {"gain": 2.0, "grad_var_over_sqr": 2.0}, "not both"),
+        (config("local-ada"), {"gain": 0.0}, "must be positive"),
+        (config("local-ada"), {"grad_var_over_sqr": -1.0}, "must not be negative"),
+        (config("local", epochs=-1), {}, "epochs=-1"),
+    ],
+)
+def test_mistakes(case, assumptions, message):
+    with pytest.raises(ValueError, match=message):
+        plan_run(case, SAMPLES, 2, **assumptions)
+
+
+def test_spacing_of_checkpoints():
+    """Against the loss that it should minimise: cost / T + T / (2 · time between failures)."""
+    best = Checkpoints.best(cost_seconds=10, failure_hours=24)
+    assert best.seconds == pytest.approx(math.sqrt(2 * 10 * 86400))
+    around = [10 / seconds + seconds / (2 * 86400) for seconds in (best.seconds / 1.1, best.seconds * 1.1)]
+    assert best.lost_share < min(around)
+    with pytest.raises(ValueError, match="must be positive"):
+        Checkpoints.best(0, 24)
