@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi launch gpu-code test-slurm test-gpu bench clean
+.PHONY: setup train test lint unit mpi launch gpu-code docs test-slurm test-gpu bench clean
 
 setup:
 	@install/setup.sh
@@ -14,12 +14,16 @@ train: setup data/digits/test/manifest.json
 data/digits/test/manifest.json:
 	python -m data_prep digits --output data/digits
 
-test: lint unit mpi launch gpu-code
+test: lint docs unit mpi launch gpu-code
 
 lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+
+# The documents and an API reference from the docstrings, as pages in build/site; a link that leads nowhere is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
 unit: setup
 	python -m pytest tests/unit

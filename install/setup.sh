@@ -52,7 +52,7 @@ say "MPI: $(command -v mpicxx) (${mpi_version:-no mpirun: start ranks with srun}
 
 say "installing torch and hvdlocal (versions of constraints.txt)"
 pip install -c constraints.txt torch
-pip install -c constraints.txt -e '.[test]'
+pip install -c constraints.txt -e '.[test,docs]'
 
 # Horovod, from its unmodified source; the wheel is kept per torch, Python, MPI and build settings.
 key=$({

@@ -39,7 +39,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
         accumulate: a, micro-batches (calls of `step`) per optimizer step.
         scaling: `AdaScale()`, `LinearScaling()` or `NoScaling()`.
         buffers: as in `LocalOptimizer`, but every buffer is each rank's own while training, and averaged by `synchronize`.
-        budget, max_norm, communicator: as in `LocalOptimizer`; max_norm clips the mean gradient.
+        budget: as in `LocalOptimizer`.
+        max_norm: the mean gradient is clipped to this norm.
+        communicator: as in `LocalOptimizer`.
 
     Raises:
         ValueError: an argument cannot be used, with the reason; on all ranks.

@@ -20,7 +20,8 @@ class CropFlip(Normalize):
     Each image draws its own offsets in 0..2*padding (uniform) and its own flip (probability 1/2).
 
     Args:
-        mean, std: see ``Normalize``.
+        mean: see ``Normalize``.
+        std: see ``Normalize``.
         padding: pixels of black added on every side before an image of the original size is cut out.
         flip: whether half of the images are mirrored.
     """

@@ -18,7 +18,8 @@ class Normalize:
     """(pixel / 255 - mean) / std.
 
     Args:
-        mean, std: one number per channel, in units of pixel / 255; ``ShardedDataset.mean`` and ``.std``.
+        mean: one number per channel, in units of pixel / 255; ``ShardedDataset.mean``.
+        std: likewise; ``ShardedDataset.std``.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:

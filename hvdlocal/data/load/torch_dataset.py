@@ -112,7 +112,10 @@ class EpochSampler(data.Sampler[int]):
     Args:
         dataset: what is sampled: a ``TorchDataset``, or what one is made of.
         batch_size: of this rank; the DataLoader's.
-        rank, num_workers, seed, order: see ``Loader``.
+        rank: see ``Loader``.
+        num_workers: see ``Loader``.
+        seed: see ``Loader``.
+        order: see ``Loader``.
         tail: "carry" or "drop", see ``Loader``. With "carry" epochs end where ``Loader``'s do, so their lengths differ by up
             to a global batch, and every sample comes once in each len(dataset) of the endless sequence.
 

@@ -53,7 +53,10 @@ def open_hdf5(
         channels: which of four axes is that of the channels, "first" (the second axis of all) or "last". "auto" takes the last if
             it is shorter than the second, and the second if it has at most 4 entries and the last has more; other shapes are
             refused.
-        storage, communicator, share, stream_bytes: see `ShardedDataset`.
+        storage: see `ShardedDataset`.
+        communicator: see `ShardedDataset`.
+        share: see `ShardedDataset`.
+        stream_bytes: see `ShardedDataset`.
 
     Raises:
         FileNotFoundError: there is no such file.
