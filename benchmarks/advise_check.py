@@ -23,7 +23,7 @@ from contest import machine
 
 import hvdlocal
 from hvdlocal.advise.advice import Advice, advise
-from hvdlocal.advise.benchmark import ShortRun, Workbench
+from hvdlocal.advise.benchmark import Benchmark, StepTimer
 from hvdlocal.advise.measure import measure
 from hvdlocal.advise.measurements import Measurements
 from hvdlocal.advise.text import advice_text, as_dict
@@ -46,8 +46,8 @@ class Training:
 
     def __init__(self, config: TrainConfig, communicator: hvdlocal.Communicator) -> None:
         self._communicator = communicator
-        bench = Workbench(config, communicator)
-        self._runs = {run: ShortRun(bench, *run) for run in RUNS}
+        bench = Benchmark(config, communicator)
+        self._runs = {run: StepTimer(bench, *run) for run in RUNS}
         for training in self._runs.values():
             training.round()
 

@@ -133,7 +133,7 @@ def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Calla
         optimizer.step()  # the first of a round that would not end
 
     def run() -> None:
-        if optimizer._arena.statistics_scalars is not None:
+        if optimizer._flat_replica.statistics_scalars is not None:
             optimizer._take_statistics(valid=True)  # once a round, by its first step: part of the price
         optimizer.synchronize()
 

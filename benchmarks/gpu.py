@@ -347,13 +347,13 @@ def train_loop(place: Place, title: str, config: object, batch: int, steps: int,
         nonlocal done, began
         if done == warm:  # after a pause the first batches were ready, so they do not count
             place.finish()
-            began = time.perf_counter(), trainer.ledger.waiting_for_data
+            began = time.perf_counter(), trainer.totals.waiting_for_data
         original(batches)
         done += 1
         if done == warm + steps:
             place.finish()
             times["hvdlocal train"].append(time.perf_counter() - began[0])
-            waiting.append((trainer.ledger.waiting_for_data - began[1]) / times["hvdlocal train"][-1])
+            waiting.append((trainer.totals.waiting_for_data - began[1]) / times["hvdlocal train"][-1])
             times["bare"].append(bare.seconds(steps))
             done = 0
             if len(times["bare"]) == turns:
@@ -363,7 +363,7 @@ def train_loop(place: Place, title: str, config: object, batch: int, steps: int,
     try:
         trainer.run()
     except Enough:
-        trainer.keeper.writer.close()
+        trainer.coordinator.writer.close()
     report_loops(title, batch * steps, times)
     print(f"\nOf its time, `hvdlocal train` waited {statistics.median(waiting):.1%} for data.", flush=True)
 

@@ -14,15 +14,15 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from hvdlocal.advise.measurements import Closing, Pace, Series, unsmoothed
+from hvdlocal.advise.measurements import Series, StepTimes, SyncStepTimes, undo_moving_average
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import ShardedDataset
-from hvdlocal.training.builders import check_model, configured_loader, configured_model, facts, memory_format
+from hvdlocal.training.builders import check_model, configured_loader, facts, memory_format, model_from_config
 from hvdlocal.training.config import PeriodConfig, Preset, TrainConfig, check_ranges
 from hvdlocal.training.environment import choose_device, set_threads
-from hvdlocal.training.preprocessing import configured_images
+from hvdlocal.training.preprocessing import preprocessing_from_config
 from hvdlocal.training.presets import (
     LOCAL_PRESETS,
     build_optimizer,
@@ -36,7 +36,7 @@ PERIOD = 4
 """H of the short run: the steps within a round are timed between its first, which takes statistics, and its last."""
 
 
-class Workbench:
+class Benchmark:
     """What all measurements share. Building it is a collective.
 
     Args:
@@ -67,7 +67,7 @@ class Workbench:
 
     def _prepare(self) -> None:
         config, workers = self.config, self.communicator.size
-        self.images = configured_images(config.data, self.data)
+        self.images = preprocessing_from_config(config.data, self.data)
         check_model(config, self.data, self.images, workers)
         rank = self.communicator.rank
         self.loader = configured_loader(config, self.data, self.images, self.device, rank=rank, num_workers=workers)
@@ -80,7 +80,7 @@ class Workbench:
             build_period(config.method.period, config.optimizer.lr, 0.0, self.epoch)
         self.parameters = sum(p.numel() for p in self.model().parameters() if p.requires_grad)
 
-    def contestants(self) -> list[Contestant]:
+    def candidates(self) -> list[Candidate]:
         """What has a payload of its own; sync is like acc-lin, local like local-lin. A collective."""
         variants: list[tuple[str, Preset, str]] = [
             ("acc-lin", "acc-lin", "sketch"),
@@ -91,7 +91,7 @@ class Workbench:
         ]
         if self.config.method.preset == "local-ada-nostale":
             variants.append(("local-ada-nostale", "local-ada-nostale", self.config.method.statistics))
-        return [Contestant(self, *variant) for variant in variants]
+        return [Candidate(self, *variant) for variant in variants]
 
     def close(self) -> None:
         """Ends the loading."""
@@ -99,7 +99,7 @@ class Workbench:
 
     def model(self) -> nn.Module:
         """The configured model as it is before training."""
-        return configured_model(self.config, self.data.num_classes, self.images, self.device)
+        return model_from_config(self.config, self.data.num_classes, self.images, self.device)
 
     @property
     def smoothing(self) -> float:
@@ -133,7 +133,7 @@ class Workbench:
             torch.cuda.synchronize(self.device)
 
 
-class Contestant:
+class Candidate:
     """Steps that end in a collective, with a replica of its own. Building it, and a turn, are collectives.
 
     Args:
@@ -143,7 +143,7 @@ class Contestant:
         statistics: of local-ada.
     """
 
-    def __init__(self, bench: Workbench, name: str, preset: Preset, statistics: str) -> None:
+    def __init__(self, bench: Benchmark, name: str, preset: Preset, statistics: str) -> None:
         self.name = name
         self._bench = bench
         self._optimizer = bench.optimizer(preset, 2 if preset.startswith("acc") else 1, statistics)
@@ -169,7 +169,7 @@ class Contestant:
         self._samples.append((step, optimizer.seconds_averaging - averaging))
         self._bytes = communicator.traffic.bytes - sent
 
-    def take(self) -> Closing:
+    def take(self) -> SyncStepTimes:
         """What was measured since the last call; a collective."""
         communicator = self._bench.communicator
         everyone = communicator.gather((self._samples, Series.of(self._collect)), "hvdlocal.closing")
@@ -179,7 +179,7 @@ class Contestant:
         step, collective = zip(*slowest, strict=True)
         collect = max((one for _, one in everyone), key=lambda one: one.mean)
         self._samples, self._collect = [], []
-        return Closing(self._bytes, Series.of(step), Series.of(collective), collect)
+        return SyncStepTimes(self._bytes, Series.of(step), Series.of(collective), collect)
 
     def _step(self) -> float:
         for p, gradient in self._gradients:
@@ -191,7 +191,7 @@ class Contestant:
         return time.perf_counter() - start
 
 
-class ShortRun:
+class StepTimer:
     """Training's inner loop with a clock, with LocalAdaScale. Building it, and a round, are collectives.
 
     Args:
@@ -204,7 +204,7 @@ class ShortRun:
         rounds: this rank's seconds of computing in each round.
     """
 
-    def __init__(self, bench: Workbench, preset: Preset = "local-ada", period: int = PERIOD) -> None:
+    def __init__(self, bench: Benchmark, preset: Preset = "local-ada", period: int = PERIOD) -> None:
         config = bench.config
         self._bench = bench
         self.optimizer = bench.optimizer(preset, period, config.method.statistics)
@@ -238,9 +238,9 @@ class ShortRun:
             if self.averages[-1:] != [now]:  # an overflow gives no estimate
                 self.averages.append(now)
 
-    def take(self) -> Pace:
+    def take(self) -> StepTimes:
         """What this rank's clock showed since the last call."""
-        pace = Pace(*map(Series.of, self._times))
+        pace = StepTimes(*map(Series.of, self._times))
         for times in self._times:
             times.clear()
         return pace
@@ -249,8 +249,8 @@ class ShortRun:
         """Single estimates of G and of σ², of which `averages` are the moving averages."""
         theta = self._bench.smoothing
         return (
-            unsmoothed([grad_sqr for grad_sqr, _ in self.averages], theta),
-            unsmoothed([grad_var for _, grad_var in self.averages], theta),
+            undo_moving_average([grad_sqr for grad_sqr, _ in self.averages], theta),
+            undo_moving_average([grad_var for _, grad_var in self.averages], theta),
         )
 
     def _micro_batch(self) -> tuple[float, float, float]:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-from hvdlocal.advise.benchmark import PERIOD, ShortRun, Workbench
-from hvdlocal.advise.measurements import Block, Measurements, Series, unshared
+from hvdlocal.advise.benchmark import PERIOD, Benchmark, StepTimer
+from hvdlocal.advise.measurements import Block, Measurements, Series, rank_jitter
 from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator
 from hvdlocal.training.config import TrainConfig
@@ -29,7 +29,7 @@ def measure(config: TrainConfig, communicator: Communicator, seconds: float) -> 
         SetupError, DisagreementError: a run with this configuration could not start; the same on every rank.
         DivergedError: the short run ended in NaN or infinity; on all ranks.
     """
-    bench = Workbench(config, communicator)
+    bench = Benchmark(config, communicator)
     try:
         return _in_blocks(bench, seconds)
     except NonFiniteError as error:
@@ -38,11 +38,11 @@ def measure(config: TrainConfig, communicator: Communicator, seconds: float) -> 
         bench.close()
 
 
-def _in_blocks(bench: Workbench, seconds: float) -> Measurements:
+def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
     start = time.monotonic()
     communicator = bench.communicator
-    run = ShortRun(bench)
-    contestants = [] if communicator.size == 1 else bench.contestants()
+    run = StepTimer(bench)
+    candidates = [] if communicator.size == 1 else bench.candidates()
 
     def rounds(count: int) -> None:
         for _ in range(count):
@@ -50,25 +50,25 @@ def _in_blocks(bench: Workbench, seconds: float) -> Measurements:
 
     def turns(count: int) -> None:
         for _ in range(count):
-            for contestant in contestants:
-                contestant.turn()
+            for candidate in candidates:
+                candidate.turn()
 
     for _ in range(2):  # warming up; the second is a first guess
         of_round, of_turn = _per_item(rounds, 1), _per_item(turns, 1)
     run.take()
-    for contestant in contestants:
-        contestant.take()
+    for candidate in candidates:
+        candidate.take()
     paces, apart, closings, ends = [], [], [], []
     micro_batches = PERIOD * bench.config.method.accumulate
     for block in range(BLOCKS):
         left = max(start + seconds - time.monotonic(), 0.0) / (BLOCKS - block)
-        share = RUN_SHARE if contestants else 1.0
+        share = RUN_SHARE if candidates else 1.0
         begun = len(run.rounds)
         of_round = _per_item(rounds, _agreed(communicator, left * share / of_round))
         of_turn = _per_item(turns, _agreed(communicator, left * (1 - share) / of_turn))
         paces.append(tuple(communicator.gather(run.take(), "hvdlocal.paces")))
-        apart.append(unshared(communicator.gather(run.rounds[begun:], "hvdlocal.rounds"), micro_batches))
-        closings.append({contestant.name: contestant.take() for contestant in contestants})
+        apart.append(rank_jitter(communicator.gather(run.rounds[begun:], "hvdlocal.rounds"), micro_batches))
+        closings.append({candidate.name: candidate.take() for candidate in candidates})
         ends.append(len(run.averages))
     grad_sqr, grad_var = (
         [Series.of(estimates[begin:end]) for begin, end in pairwise([0, *ends])] for estimates in run.estimates()

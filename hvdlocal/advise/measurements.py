@@ -41,7 +41,7 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Pace:
+class StepTimes:
     """What one rank takes between averagings, in seconds.
 
     Attributes:
@@ -58,7 +58,7 @@ class Pace:
 
 
 @dataclass(frozen=True)
-class Closing:
+class SyncStepTimes:
     """A step that ends in a collective, every rank having come to it at the same time. Of each, the slowest rank's seconds.
 
     Attributes:
@@ -85,9 +85,9 @@ class Block:
         grad_sqr, grad_var: single estimates of G and σ², clamped but not smoothed; no samples on one rank.
     """
 
-    paces: tuple[Pace, ...]
+    paces: tuple[StepTimes, ...]
     apart: Series
-    closings: Mapping[str, Closing]
+    closings: Mapping[str, SyncStepTimes]
     grad_sqr: Series
     grad_var: Series
 
@@ -123,7 +123,7 @@ class Measurements:
         return len(self.blocks[0].paces)
 
 
-def unshared(rounds: Sequence[Sequence[float]], micro_batches: int) -> Series:
+def rank_jitter(rounds: Sequence[Sequence[float]], micro_batches: int) -> Series:
     """How much a micro-batch's seconds vary on one rank beyond what they do on all: nobody waits for what slows down all alike.
 
     Args:
@@ -144,7 +144,7 @@ def unshared(rounds: Sequence[Sequence[float]], micro_batches: int) -> Series:
     return Series(0.0, math.sqrt(squares / ((ranks - 1) * (count - 1)) / micro_batches), count - 1)
 
 
-def unsmoothed(averages: Sequence[float], theta: float) -> list[float]:
+def undo_moving_average(averages: Sequence[float], theta: float) -> list[float]:
     """What a debiased moving average was made of; rounding errors in place of 0 are 0 again.
 
     Args:

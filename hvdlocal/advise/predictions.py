@@ -45,7 +45,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Situation:
+class CostModel:
     """What a prediction is made from.
 
     Attributes:
@@ -95,30 +95,30 @@ class Prediction:
     epoch: float
 
 
-def predict(situation: Situation, method: str, period: int) -> Prediction:
+def predict(cost_model: CostModel, method: str, period: int) -> Prediction:
     """The prediction for one method and period.
 
     Args:
-        situation: what was measured.
-        method: one of `situation.costs`: sync, acc-lin, acc-ada, local-lin, local-ada, local-ada-nostale.
+        cost_model: what was measured.
+        method: one of `cost_model.costs`: sync, acc-lin, acc-ada, local-lin, local-ada, local-ada-nostale.
         period: H; 1 with sync.
     """
     local = method.startswith("local")
-    workers, accumulate = situation.num_workers, situation.accumulate
+    workers, accumulate = cost_model.num_workers, cost_model.accumulate
     steps = period if local else 1
     micro_batches = period * accumulate
-    grad_sqr, grad_var = situation.grad_sqr, situation.grad_var
+    grad_sqr, grad_var = cost_model.grad_sqr, cost_model.grad_var
     per_step = micro_batches // steps
-    justified = gain_ratio(grad_sqr, grad_var, workers, steps, situation.c, accumulate=per_step)
+    justified = gain_ratio(grad_sqr, grad_var, workers, steps, cost_model.c, accumulate=per_step)
     gain = justified if "ada" in method else float(workers * per_step)
-    cost = situation.costs[method]
+    cost = cost_model.costs[method]
     round_seconds = (
-        slowest(situation.micro_batch, situation.variation, micro_batches)
+        slowest(cost_model.micro_batch, cost_model.variation, micro_batches)
         + (micro_batches - steps) * cost.collect
         + (steps - 1) * cost.update
         + cost.closing
     )
-    per_unit = round_seconds * situation.epoch / steps
+    per_unit = round_seconds * cost_model.epoch / steps
     return Prediction(method, period, gain, justified, round_seconds, per_unit / gain, per_unit / justified)
 
 
@@ -144,7 +144,7 @@ def _draws(ranks: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Contest:
+class Comparison:
     """Local SGD at its best period against data parallelism at its best.
 
     Attributes:
@@ -167,13 +167,13 @@ class Contest:
         return "local" if self.ratio < 1 else "data-parallel"
 
 
-def contest(situation: Situation, periods: Sequence[int] = PERIODS) -> Contest:
+def compare_methods(cost_model: CostModel, periods: Sequence[int] = PERIODS) -> Comparison:
     """Who is faster at equal progress."""
-    adaptive = "local-ada-nostale" if "local-ada-nostale" in situation.costs else "local-ada"
-    local = [predict(situation, adaptive, period) for period in periods if period > 1]
-    parallel = [predict(situation, "sync", 1), *(predict(situation, "acc-ada", period) for period in periods)]
+    adaptive = "local-ada-nostale" if "local-ada-nostale" in cost_model.costs else "local-ada"
+    local = [predict(cost_model, adaptive, period) for period in periods if period > 1]
+    parallel = [predict(cost_model, "sync", 1), *(predict(cost_model, "acc-ada", period) for period in periods)]
     best_local, best_parallel = (min(some, key=lambda one: one.epoch) for some in (local, parallel))
-    return Contest(best_local, best_parallel, best_local.epoch / best_parallel.epoch)
+    return Comparison(best_local, best_parallel, best_local.epoch / best_parallel.epoch)
 
 
 def crossover(
@@ -199,15 +199,15 @@ def crossover(
     return next(iter(crossovers(accumulated, local)), None)
 
 
-def noise(situation: Situation) -> float:
+def noise(cost_model: CostModel) -> float:
     """σ²/G."""
-    return situation.grad_var / situation.grad_sqr if situation.grad_sqr else math.inf
+    return cost_model.grad_var / cost_model.grad_sqr if cost_model.grad_sqr else math.inf
 
 
-def averaging_ratio(situation: Situation, method: str) -> float:
+def averaging_ratio(cost_model: CostModel, method: str) -> float:
     """m: what a step with a collective takes longer, over a local step without one."""
-    cost, accumulate = situation.costs[method], situation.accumulate
-    step = accumulate * max(situation.micro_batch) + cost.update
+    cost, accumulate = cost_model.costs[method], cost_model.accumulate
+    step = accumulate * max(cost_model.micro_batch) + cost.update
     if method.startswith("local"):
         step += (accumulate - 1) * cost.collect
     return max(cost.closing - cost.update, 0.0) / step

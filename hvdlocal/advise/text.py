@@ -10,7 +10,7 @@ from typing import Any
 
 from hvdlocal.advise.advice import Advice, pooled_paces
 from hvdlocal.advise.measurements import Measurements, Series
-from hvdlocal.advise.predictions import PERIODS, Contest, Prediction, noise, predict, slowest
+from hvdlocal.advise.predictions import PERIODS, Comparison, Prediction, noise, predict, slowest
 from hvdlocal.figures.units import bytes_text, seconds_text
 
 KEEPS_UP = 0.05
@@ -66,16 +66,16 @@ def advice_text(advice: Advice) -> str:
 
 def as_dict(advice: Advice) -> dict[str, Any]:
     """The same for programs: seconds and bytes."""
-    situation = advice.known.situation
+    cost_model = advice.known.cost_model
     return {
         "measured": asdict(advice.measured),
         "m": dict(advice.m),
-        "grad_sqr": situation.grad_sqr,
-        "grad_var": situation.grad_var,
+        "grad_sqr": cost_model.grad_sqr,
+        "grad_var": cost_model.grad_var,
         "predictions": [{**asdict(one), "epoch_error": _error(advice, one)} for one in advice.table.values()],
-        "contest": _contest_dict(advice.now),
+        "contest": _comparison_dict(advice.now),
         "scenarios": [
-            {"statistics": one.label, "grad_var_over_sqr": _finite(one.noise), **_contest_dict(one.contest)}
+            {"statistics": one.label, "grad_var_over_sqr": _finite(one.noise), **_comparison_dict(one.comparison)}
             for one in advice.scenarios
         ],
         "crossover_m": advice.crossover,
@@ -83,11 +83,11 @@ def as_dict(advice: Advice) -> dict[str, Any]:
 
 
 def _averagings(advice: Advice) -> Iterator[str]:
-    situation, blocks = advice.known.situation, advice.measured.blocks
+    cost_model, blocks = advice.known.cost_model, advice.measured.blocks
     yield ""
     yield f"  {'a step that ends with the sum of':38}{'per rank':>10}{'collective':>18}{'whole step':>18}{'m':>8}"
-    update = situation.costs["local-lin"].update
-    step = situation.accumulate * max(situation.micro_batch) + update
+    update = cost_model.costs["local-lin"].update
+    step = cost_model.accumulate * max(cost_model.micro_batch) + update
     for name in blocks[0].closings:
         closings = [block.closings[name] for block in blocks]
         m = max(Series.pooled(closing.step for closing in closings).mean - update, 0.0) / step
@@ -96,21 +96,21 @@ def _averagings(advice: Advice) -> Iterator[str]:
             f"{_sampled([closing.collective for closing in closings]):>18}"
             f"{_sampled([closing.step for closing in closings]):>18}{m:8.2f}"
         )
-    waits = [(count, slowest(situation.micro_batch, situation.variation, count)) for count in (1, 8, 64)]
-    mean = fmean(situation.micro_batch)
+    waits = [(count, slowest(cost_model.micro_batch, cost_model.variation, count)) for count in (1, 8, 64)]
+    mean = fmean(cost_model.micro_batch)
     told = ", ".join(f"{100 * (wait / (count * mean) - 1):.1f} % with H = {count}" for count, wait in waits)
     yield f"  waiting for the slowest rank adds {told}"
 
 
 def _statistics(advice: Advice) -> Iterator[str]:
-    measured, situation = advice.measured, advice.known.situation
+    measured, cost_model = advice.measured, advice.known.cost_model
     ranges = ", ".join(
         f"{one.label} {_number(one.noise)}" for one in advice.scenarios if one.label.startswith("at its")
     )
     count = sum(block.grad_sqr.count for block in measured.blocks)
     yield ""
     yield (
-        f"  statistics   G = {situation.grad_sqr:.3g}, σ² = {situation.grad_var:.3g}, σ²/G = {_number(noise(situation))} "
+        f"  statistics   G = {cost_model.grad_sqr:.3g}, σ² = {cost_model.grad_var:.3g}, σ²/G = {_number(noise(cost_model))} "
         f"in a short run{f' ({ranges})' if ranges else ''}: {count} estimates in {measured.epochs:.2g} epochs"
     )
 
@@ -139,13 +139,13 @@ def _table(advice: Advice) -> Iterator[str]:
 
 def _scenarios(advice: Advice) -> Iterator[str]:
     yield "Best of local-ada (H > 1) and of data parallelism at equal progress, by the noise of the gradients"
-    rows = [("as measured", noise(advice.known.situation), advice.now)]
-    rows += [(one.label, one.noise, one.contest) for one in advice.scenarios]
-    for label, ratio, contest in rows:
-        local, parallel = contest.local, contest.data_parallel
+    rows = [("as measured", noise(advice.known.cost_model), advice.now)]
+    rows += [(one.label, one.noise, one.comparison) for one in advice.scenarios]
+    for label, ratio, found in rows:
+        local, parallel = found.local, found.data_parallel
         yield (
             f"  {label:30}σ²/G {_number(ratio):>8}   H = {local.period:<4}{_seconds(local.epoch):>9} s   "
-            f"{_named(parallel):16}{_seconds(parallel.epoch):>9} s   local/parallel {contest.ratio:.2f} ± {contest.error:.2f}"
+            f"{_named(parallel):16}{_seconds(parallel.epoch):>9} s   local/parallel {found.ratio:.2f} ± {found.error:.2f}"
         )
 
 
@@ -169,7 +169,7 @@ def _verdict(advice: Advice) -> Iterator[str]:
         yield f"By the formulas alone no m makes local steps pay with these statistics; here m = {m:.2f}."
     else:
         yield f"By the formulas alone local steps pay from m = {advice.crossover:.2g} with these statistics; here m = {m:.2f}."
-    others = {one.contest.verdict for one in advice.scenarios} - {now.verdict, "undecided"}
+    others = {one.comparison.verdict for one in advice.scenarios} - {now.verdict, "undecided"}
     if others:
         yield "It changes with the noise, which grows while the loss falls: see the lines above."
     sync = advice.table["sync", 1]
@@ -190,7 +190,7 @@ def _named(one: Prediction) -> str:
 
 
 def _error(advice: Advice, one: Prediction) -> float:
-    return advice.known.error(lambda situation: predict(situation, one.method, one.period).epoch)
+    return advice.known.error(lambda cost_model: predict(cost_model, one.method, one.period).epoch)
 
 
 def _excess(one: Prediction) -> str:
@@ -198,8 +198,8 @@ def _excess(one: Prediction) -> str:
     return "" if times * TRUSTED <= 1 else f"({times:.2g}×)"
 
 
-def _contest_dict(contest: Contest) -> dict[str, Any]:
-    return {**asdict(contest), "verdict": contest.verdict}
+def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
+    return {**asdict(comparison), "verdict": comparison.verdict}
 
 
 def _sampled(blocks: Sequence[Series]) -> str:

@@ -1,6 +1,6 @@
 """One flat buffer for everything that the ranks average, so that an averaging is one collective and no copy.
 
-Layout of `Arena.flat`, float32, every part beginning at a multiple of 64 bytes:
+Layout of `FlatReplica.flat`, float32, every part beginning at a multiple of 64 bytes:
 
     [ parameters | averaged buffers | averaged moments | scalars, digest | statistics vector | statistics scalars ]
       `replica`, divided by a number of workers after the sum  ───┘
@@ -64,7 +64,7 @@ class FlatViews:
         ]
 
 
-class Arena:
+class FlatReplica:
     """The flat buffer of one replica, its parts, and the views that are the replica's parameters and buffers.
 
     Args:

@@ -53,7 +53,7 @@ def gain_ratio(
 
 
 @dataclass(frozen=True)
-class Moment:
+class ScalingContext:
     """What a scaling rule may look at before a step.
 
     `grad_sqr` and `grad_var` are None before the first estimate; `budget` is None when the run has no planned end.
@@ -79,11 +79,11 @@ class Scaling:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({vars(self)})"  # the same on every rank, unlike Python's own
 
-    def gain(self, now: Moment) -> float:
+    def gain(self, now: ScalingContext) -> float:
         """The factor on the base learning rate."""
         raise NotImplementedError
 
-    def progress(self, now: Moment) -> float:
+    def progress(self, now: ScalingContext) -> float:
         """The scale-invariant iterations that one step counts for: its gain."""
         return self.gain(now)
 
@@ -96,7 +96,7 @@ class Scaling:
 class NoScaling(Scaling):
     """Gain 1: the learning rate is that of the whole step, K workers with a micro-batches each, as in Gu et al. (QSR)."""
 
-    def gain(self, now: Moment) -> float:
+    def gain(self, now: ScalingContext) -> float:
         return 1.0
 
     def reference_batches(self, num_workers: int, accumulate: int) -> int:
@@ -119,7 +119,7 @@ class LinearScaling(Scaling):
         if not 0 <= self.warmup < 1:
             raise ValueError(f"LinearScaling(warmup={self.warmup}): give a share of the budget, 0 ≤ warmup < 1")
 
-    def gain(self, now: Moment) -> float:
+    def gain(self, now: ScalingContext) -> float:
         full = now.num_workers * now.accumulate
         if self.warmup == 0:
             return float(full)
@@ -130,7 +130,7 @@ class LinearScaling(Scaling):
             )
         return 1 + (full - 1) * min(1.0, now.progress / (self.warmup * now.budget))
 
-    def progress(self, now: Moment) -> float:
+    def progress(self, now: ScalingContext) -> float:
         return float(now.num_workers * now.accumulate)
 
 
@@ -149,7 +149,7 @@ class AdaScale(Scaling):
     def __post_init__(self) -> None:
         _check_smoothing(self.smoothing)
 
-    def gain(self, now: Moment) -> float:
+    def gain(self, now: ScalingContext) -> float:
         if now.grad_sqr is None or now.grad_var is None:
             return 1.0
         return gain_ratio(now.grad_sqr, now.grad_var, now.num_workers, 1, accumulate=now.accumulate)
@@ -188,7 +188,7 @@ class LocalAdaScale(Scaling):
             raise ValueError(f"LocalAdaScale(sketch_size={self.sketch_size!r}): must be a whole number of at least 16")
         _check_smoothing(self.smoothing)
 
-    def gain(self, now: Moment) -> float:
+    def gain(self, now: ScalingContext) -> float:
         if now.grad_sqr is None or now.grad_var is None:
             return 1.0
         return gain_ratio(now.grad_sqr, now.grad_var, now.num_workers, now.period, self.c, accumulate=now.accumulate)

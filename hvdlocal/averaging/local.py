@@ -11,7 +11,7 @@ import torch
 
 from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
 from hvdlocal.averaging.digest import Fact, rounded
-from hvdlocal.averaging.flat_buffer import Arena, CoordinateSample, Scalar, StatisticsScalar
+from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica, Scalar, StatisticsScalar
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
@@ -115,7 +115,7 @@ class LocalOptimizer(ReplicaOptimizer):
             communicator=communicator,
         )
         if budget is None:
-            scaling.gain(self._moment(1))  # refuses a rule that needs the budget now, not at the first step
+            scaling.gain(self._scaling_context(1))  # refuses a rule that needs the budget now, not at the first step
         self.period_rule = period
         self._momentum_policy = momentum
         self._rate_for_period = rate_for_period
@@ -136,15 +136,15 @@ class LocalOptimizer(ReplicaOptimizer):
             else:
                 vector = sum(numels)
         self._claim(averaged)
-        self._arena = Arena(self._parameters, list(averaged.values()), len(self._moment_names), vector)
+        self._flat_replica = FlatReplica(self._parameters, list(averaged.values()), len(self._moment_names), vector)
         for alias, name in aliases:
             alias.data = averaged[name].data
         self._averaged_names = list(averaged)
         self._buffer_owners = [owner_of(model, name) for name in averaged]
         self._accumulated = None
         if accumulate > 1:
-            flat = torch.zeros(self._arena.layout.numel, dtype=torch.float32, device=device)
-            self._accumulated = GradientBuffer(self._parameters, self._arena.layout, flat)
+            flat = torch.zeros(self._flat_replica.layout.numel, dtype=torch.float32, device=device)
+            self._accumulated = GradientBuffer(self._parameters, self._flat_replica.layout, flat)
 
         self._round = 0
         self._steps_in_round = 0
@@ -157,10 +157,10 @@ class LocalOptimizer(ReplicaOptimizer):
         self._first_loss: float | None = None
         self._start_together(
             {"period": repr(period), "momentum": momentum, "rate_for_period": rate_for_period},
-            self._arena.replica,
+            self._flat_replica.replica,
             {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
         )
-        self._sample = CoordinateSample(self._arena.parameters)
+        self._sample = CoordinateSample(self._flat_replica.parameters)
         # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
         self._renormalised = bool(renormalised_weights(model, self._parameters))
 
@@ -254,8 +254,8 @@ class LocalOptimizer(ReplicaOptimizer):
         self._sample.move_origin()
         self._write_digest(everything=True)
         # Under the averaging's name: a rank that is in the middle of a round meets this one there, and both get an error.
-        self.communicator.sum_(self._arena.digest, AVERAGE)
-        self._digest.check(self._arena.digest.tolist())
+        self.communicator.sum_(self._flat_replica.digest, AVERAGE)
+        self._digest.check(self._flat_replica.digest.tolist())
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -273,14 +273,14 @@ class LocalOptimizer(ReplicaOptimizer):
             self._accumulated.give_back()
         if self._steps_in_round == 0:
             self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
-            if self._arena.statistics_scalars is not None:
+            if self._flat_replica.statistics_scalars is not None:
                 self._take_statistics(valid=not (empty or self._overflowed) and bool(self._gradients()))
             self._period = self._next_period()
             self._longest_period = max(self._longest_period, self._period)
             if self._progress == 0 and self._smoothed.grad_sqr is not None:
                 # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.
                 self._smoothed.weigh_first(self._theta(self.communicator.size * self._period * self.accumulate))
-        self._inner_step(self._moment(self._period))
+        self._inner_step(self._scaling_context(self._period))
         self._steps_in_round += 1
         self._steps_since_statistics += 1
         self._dropped_steps = 0
@@ -291,7 +291,7 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _next_period(self) -> int:
         # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
-        gain = self.scaling.gain(self._moment(self._period)) if self._rate_for_period == "scaled" else 1.0
+        gain = self.scaling.gain(self._scaling_context(self._period)) if self._rate_for_period == "scaled" else 1.0
         rates = self._rates()
         trained = [
             rate
@@ -327,7 +327,7 @@ class LocalOptimizer(ReplicaOptimizer):
             return period
         progress = self._progress
         for steps in range(1, period):
-            progress += self.scaling.progress(self._moment(period, progress))
+            progress += self.scaling.progress(self._scaling_context(period, progress))
             if self._ends_at(progress):
                 return steps
         return period
@@ -342,29 +342,29 @@ class LocalOptimizer(ReplicaOptimizer):
                 gradient is not a gradient of zero.
         """
         assert isinstance(self.scaling, LocalAdaScale)
-        assert self._arena.statistics_scalars is not None
-        vector = self._arena.statistics
+        assert self._flat_replica.statistics_scalars is not None
+        vector = self._flat_replica.statistics
         gradients = [_dense_gradient(p) for p in self._parameters]
         if self._sketch:
             self._sketch.project(gradients, vector)
         else:
             torch.cat([gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients], out=vector)
         sqr_norm = torch.dot(vector, vector)
-        scalars = self._arena.statistics_scalars
+        scalars = self._flat_replica.statistics_scalars
         scalars[StatisticsScalar.SQR_NORM].copy_(sqr_norm)
         if valid:
             scalars[StatisticsScalar.VALID].copy_(sqr_norm.isfinite())  # not read: a local step does not wait for a GPU
         else:
             scalars[StatisticsScalar.VALID].zero_()
         if not self.scaling.stale:
-            self._timed_sum(self._arena.with_statistics_scalars, "hvdlocal.statistics")
+            self._timed_sum(self._flat_replica.with_statistics_scalars, "hvdlocal.statistics")
             self._use_statistics(*self._summed_statistics().tolist())
 
     def _summed_statistics(self) -> torch.Tensor:
         """Σ ‖g‖², how many ranks' gradients are finite, and ‖Σ g‖², all of the summed statistics: float32 (3,)."""
-        assert self._arena.statistics_scalars is not None
-        vector = self._arena.statistics
-        return torch.cat([self._arena.statistics_scalars, torch.dot(vector, vector).view(1)])
+        assert self._flat_replica.statistics_scalars is not None
+        vector = self._flat_replica.statistics
+        return torch.cat([self._flat_replica.statistics_scalars, torch.dot(vector, vector).view(1)])
 
     def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float) -> None:
         """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike, and so
@@ -385,17 +385,19 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _average(self) -> None:
         self._check_parameters()
-        self._check_arena()
+        self._check_views()
         self._adopt_moments()
         mine, finite = self._write_scalars()
-        with_statistics = self._arena.statistics_scalars is not None and self._stale
+        with_statistics = self._flat_replica.statistics_scalars is not None and self._stale
         if self.communicator.size > 1:
-            self._timed_sum(self._arena.flat if with_statistics else self._arena.without_statistics, AVERAGE)
+            self._timed_sum(
+                self._flat_replica.flat if with_statistics else self._flat_replica.without_statistics, AVERAGE
+            )
         workers = self.communicator.size
-        on_device = self._arena.scalars
+        on_device = self._flat_replica.scalars
         healthy_ranks = (workers - on_device[Scalar.NONFINITE]).clamp_(min=1)
-        nonfinite = self._scale(self._arena.weights, healthy_ranks.reciprocal_())
-        buffers = self._arena.buffers.div_((workers - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
+        nonfinite = self._scale(self._flat_replica.weights, healthy_ranks.reciprocal_())
+        buffers = self._flat_replica.buffers.div_((workers - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
         # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
         moved = self._sample.distance().view(1)
         wanted = [on_device, nonfinite, mine.view(1), moved, buffers.isfinite().all().view(1)]
@@ -442,19 +444,21 @@ class LocalOptimizer(ReplicaOptimizer):
             Whether this rank's replica is not finite: 0 or 1, on the device and of shape (). And which elements of its averaged
             buffers are finite, a mask: they are few, so all are looked at, and taken back alone.
         """
-        scalars = self._arena.scalars
+        scalars = self._flat_replica.scalars
         displacement = self._sample.distance()
         scalars[Scalar.DISPLACEMENT].copy_(displacement)
         scalars[Scalar.LOSS_SUM].copy_(self._loss_sum)
         scalars[Scalar.LOSS_COUNT].fill_(self._loss_count)
         bad = displacement.isfinite().logical_and_(self._loss_sum.isfinite()).logical_not_()
         if bad.device.type != "cpu":
-            self._arena.flat.masked_fill_(bad, 0.0)  # reads all of it, which costs a GPU less than to be waited for
+            self._flat_replica.flat.masked_fill_(
+                bad, 0.0
+            )  # reads all of it, which costs a GPU less than to be waited for
         elif bad:
-            self._arena.flat.zero_()
-        finite = self._arena.buffers.isfinite()
+            self._flat_replica.flat.zero_()
+        finite = self._flat_replica.buffers.isfinite()
         bad_buffers = finite.all().logical_not_()
-        self._arena.buffers.masked_fill_(bad_buffers, 0.0)
+        self._flat_replica.buffers.masked_fill_(bad_buffers, 0.0)
         scalars[Scalar.NONFINITE_BUFFERS].copy_(bad_buffers.logical_or_(bad))
         scalars[Scalar.PRESENT].fill_(1)
         scalars[Scalar.NONFINITE].copy_(bad)
@@ -474,7 +478,7 @@ class LocalOptimizer(ReplicaOptimizer):
             Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self._progress)},
         }
         origin = {} if self._renormalised else {"trained parameters": self._sample.origin}
-        self._digest.write(self._arena.digest, values, origin, everything=everything)
+        self._digest.write(self._flat_replica.digest, values, origin, everything=everything)
 
     def _measure_divergence(self, sum_displacement: float, moved: float, healthy: int) -> None:
         """(1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began; the last is `moved`."""
@@ -503,7 +507,7 @@ class LocalOptimizer(ReplicaOptimizer):
                     "built, so momentum='average' has no room for it: build the optimizer with that momentum or amsgrad (a tiny "
                     "momentum will do), and change it afterwards"
                 )
-        for name, views in zip(self._moment_names, self._arena.moments, strict=True):
+        for name, views in zip(self._moment_names, self._flat_replica.moments, strict=True):
             for parameter, view in zip(self._parameters, views, strict=True):
                 moment = self.state[parameter].get(name) if parameter in self.state else None
                 if moment is None:
@@ -514,15 +518,15 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _names_of_nonfinite(self, finite: torch.Tensor) -> list[str]:
         """The averaged buffers in which the mask of finite elements has a hole."""
-        masks = self._arena.buffer_layout.of(finite)
+        masks = self._flat_replica.buffer_layout.of(finite)
         return [name for name, mask in zip(self._averaged_names, masks, strict=True) if not mask.all()]
 
-    def _check_arena(self) -> None:
+    def _check_views(self) -> None:
         """Refuses a model whose parameters or buffers are no longer those in the arena."""
         buffers = [getattr(module, name, None) for module, name in self._buffer_owners]
         present = [*self._parameters, *buffers]
         owners = [*self._owners, *self._buffer_owners]
-        for (module, name), tensor, view in zip(owners, present, self._arena.views, strict=True):
+        for (module, name), tensor, view in zip(owners, present, self._flat_replica.views, strict=True):
             if tensor is None or tensor.data_ptr() != view.data_ptr():
                 raise RuntimeError(
                     f"{name!r} of a {type(module).__name__} no longer lies in hvdlocal's buffer: something replaced it after the "
@@ -533,7 +537,7 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- state -------------------------------------------------------------------------------------------------------
 
     def _own_state(self) -> dict[str, Any]:
-        with_statistics = self._arena.statistics_scalars is not None
+        with_statistics = self._flat_replica.statistics_scalars is not None
         return {
             **super()._own_state(),
             "round": self._round,
@@ -545,7 +549,7 @@ class LocalOptimizer(ReplicaOptimizer):
             "longest_period": self._longest_period,
             "first_loss": self._first_loss,
             "sample": self._sample.state(),
-            "round_statistics": self._arena.with_statistics_scalars.clone() if with_statistics else None,
+            "round_statistics": self._flat_replica.with_statistics_scalars.clone() if with_statistics else None,
         }
 
     def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
@@ -573,8 +577,8 @@ class LocalOptimizer(ReplicaOptimizer):
         else:
             self._sample.load_state(own["sample"])
         statistics = own["round_statistics"]
-        if statistics is not None and statistics.shape == self._arena.with_statistics_scalars.shape:
-            self._arena.with_statistics_scalars.copy_(statistics)
+        if statistics is not None and statistics.shape == self._flat_replica.with_statistics_scalars.shape:
+            self._flat_replica.with_statistics_scalars.copy_(statistics)
 
 
 def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

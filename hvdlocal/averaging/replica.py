@@ -32,7 +32,7 @@ from hvdlocal.averaging.buffers import (
     running_statistics,
 )
 from hvdlocal.averaging.digest import Digest, rounded
-from hvdlocal.averaging.gain import Moment, Scaling
+from hvdlocal.averaging.gain import Scaling, ScalingContext
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import (
     check_rate,
@@ -492,8 +492,8 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         if scale is not None and (gradients := self._gradients()):
             torch._foreach_mul_(gradients, 1 / scale)
 
-    def _moment(self, period: int, progress: float | None = None) -> Moment:
-        return Moment(
+    def _scaling_context(self, period: int, progress: float | None = None) -> ScalingContext:
+        return ScalingContext(
             num_workers=self.communicator.size,
             accumulate=self.accumulate,
             period=period,
@@ -521,7 +521,7 @@ class ReplicaOptimizer(torch.optim.Optimizer):
         theta = getattr(self.scaling, "smoothing", None)
         return default_smoothing(micro_batches) if theta is None else theta
 
-    def _inner_step(self, now: Moment) -> None:
+    def _inner_step(self, now: ScalingContext) -> None:
         """Steps the wrapped optimizer at gain times the groups' learning rates, unless a micro-batch overflowed."""
         gain = self.scaling.gain(now)
         if self._max_norm is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from hvdlocal.averaging.gain import Moment, NoScaling, Scaling
+from hvdlocal.averaging.gain import NoScaling, Scaling, ScalingContext
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 
 
@@ -107,15 +107,15 @@ class _Gains:
     statistics: tuple[float, float] | None = None
 
     def gain(self, period: int, progress: float) -> float:
-        return self.scaling.gain(self._moment(period, progress))
+        return self.scaling.gain(self._scaling_context(period, progress))
 
     def progress(self, period: int) -> float:
         """The same for all steps of a round: what changes during a run is only the gain of a warm-up."""
-        return self.scaling.progress(self._moment(period, 0.0))
+        return self.scaling.progress(self._scaling_context(period, 0.0))
 
-    def _moment(self, period: int, progress: float) -> Moment:
+    def _scaling_context(self, period: int, progress: float) -> ScalingContext:
         grad_sqr, grad_var = self.statistics or (None, None)
-        return Moment(self.num_workers, self.accumulate, period, progress, self.budget, grad_sqr, grad_var)
+        return ScalingContext(self.num_workers, self.accumulate, period, progress, self.budget, grad_sqr, grad_var)
 
 
 def _walk(gains: _Gains, period: int, progress: float, limit: int) -> tuple[int, float]:

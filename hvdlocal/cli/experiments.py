@@ -8,10 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvdlocal.papers.studies import CIFAR10, SMALL, Setting
+from hvdlocal.papers.studies import CIFAR10, SMALL, Setup
 
 if TYPE_CHECKING:
-    from hvdlocal.papers.experiment_report import Finding
+    from hvdlocal.papers.experiment_report import ExperimentReport
     from hvdlocal.training import TrainConfig
 
 EXPERIMENTS = {
@@ -60,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _simulation(options: argparse.Namespace) -> Finding:
+def _simulation(options: argparse.Namespace) -> ExperimentReport:
     if options.experiment == "bounds":
         from hvdlocal.papers import bounds
 
@@ -71,14 +71,14 @@ def _simulation(options: argparse.Namespace) -> Finding:
     return valley.run(options.seed)
 
 
-def _fig7(options: argparse.Namespace, train: Sequence[str]) -> Finding:
+def _fig7(options: argparse.Namespace, train: Sequence[str]) -> ExperimentReport:
     from hvdlocal.papers import gradient_norms
 
     setting = CIFAR10 if options.scale == "paper" else SMALL
     return gradient_norms.run(_config(setting, options, train), lambda text: print(text, flush=True))
 
 
-def _config(setting: Setting, options: argparse.Namespace, train: Sequence[str]) -> TrainConfig:
+def _config(setting: Setup, options: argparse.Namespace, train: Sequence[str]) -> TrainConfig:
     from hvdlocal.cli.configuration import parse
     from hvdlocal.data.format.manifest import MANIFEST_NAME
     from hvdlocal.training.config import check_ranges

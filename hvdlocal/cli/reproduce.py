@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from hvdlocal.cli.experiments import EXPERIMENTS, require_scipy
 from hvdlocal.cli.experiments import run as run_experiment
 from hvdlocal.exit_codes import ExitCode
-from hvdlocal.papers.studies import STUDIES, Cell, Grid, Study, cells
+from hvdlocal.papers.studies import STUDIES, Grid, GridPoint, Study, cells
 
 if TYPE_CHECKING:
     from hvdlocal.papers.grid_report import Report
     from hvdlocal.papers.rule_report import RuleReport
-    from hvdlocal.papers.runs import Job
+    from hvdlocal.papers.runs import GridRun
 
 OWN_OPTIONS = {
     "--method.preset": "--methods",
@@ -65,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
     count = f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}"
     print(f"{study.title}\n{grid.setting.title}: {count}, {done} done, in {output}", flush=True)
 
-    def after(job: Job) -> None:
+    def after(job: GridRun) -> None:
         report = _report(study, grid, jobs)
         report.write(output / study.name)
         print(f"  {report.line(job.cell)}", flush=True)
@@ -93,7 +93,7 @@ def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
     return study, grid
 
 
-def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Cell]:
+def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[GridPoint]:
     """The runs that are asked for."""
     known = {method.name: method for method in (study.baseline, *study.methods) if method}
     if unknown := [name for name in options.methods or () if name not in known]:
@@ -108,10 +108,10 @@ def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Ce
     return cells(*(list(dict.fromkeys(numbers)) for numbers in lists))
 
 
-def _jobs(grid: Grid, chosen: Sequence[Cell], output: Path, settings: Sequence[str]) -> Iterator[Job]:
+def _jobs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Sequence[str]) -> Iterator[GridRun]:
     """The runs with their configurations, all of them checked."""
     from hvdlocal.cli.configuration import parse
-    from hvdlocal.papers.runs import Job
+    from hvdlocal.papers.runs import GridRun
     from hvdlocal.training.config import check_ranges
 
     for cell in chosen:
@@ -125,10 +125,10 @@ def _jobs(grid: Grid, chosen: Sequence[Cell], output: Path, settings: Sequence[s
                 f"{cell.method.name} switches after {switch:g} epochs, and the run has {config.epochs:g}: leave it out with "
                 "--methods"
             )
-        yield Job(cell, directory, arguments, config)
+        yield GridRun(cell, directory, arguments, config)
 
 
-def _prepare(jobs: Sequence[Job], grid: Grid) -> None:
+def _prepare(jobs: Sequence[GridRun], grid: Grid) -> None:
     """Looks for the data, and removes earlier runs if that is asked for."""
     from hvdlocal.data.format.manifest import MANIFEST_NAME
     from hvdlocal.training.output_directory import restart_count
@@ -147,7 +147,7 @@ def _prepare(jobs: Sequence[Job], grid: Grid) -> None:
             job.clear()
 
 
-def _measure(jobs: Sequence[Job]) -> int:
+def _measure(jobs: Sequence[GridRun]) -> int:
     """The sharpness of what the runs found, where it is not known.
 
     Returns:
@@ -172,7 +172,7 @@ def _measure(jobs: Sequence[Job]) -> int:
     return failed
 
 
-def _report(study: Study, grid: Grid, jobs: Sequence[Job]) -> Report | RuleReport:
+def _report(study: Study, grid: Grid, jobs: Sequence[GridRun]) -> Report | RuleReport:
     """What is known so far."""
     from hvdlocal.papers import curvature
     from hvdlocal.papers.grid_report import Report

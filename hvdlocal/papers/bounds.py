@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hvdlocal.papers.experiment_report import Finding
+from hvdlocal.papers.experiment_report import ExperimentReport
 
 if TYPE_CHECKING:
     from hvdlocal.figures.style import Figure
@@ -115,7 +115,7 @@ def error_bound(lr: float) -> Array:
     return VARIANCE / NUM_WORKERS + divergence_bound(lr)
 
 
-def run(seed: int = 0) -> Finding:
+def run(seed: int = 0) -> ExperimentReport:
     """The experiment: some seconds."""
     quadratics = {lr: simulate(quadratic, lr, seed) for lr in LEARNING_RATES}
     others = {lr: simulate(log_cosh, lr, seed + 1) for lr in LEARNING_RATES}
@@ -191,7 +191,7 @@ def run(seed: int = 0) -> Finding:
             for lr, course in courses.items()
         ],
     }
-    return Finding(
+    return ExperimentReport(
         "Lemma C.1 and Proposition 4.2: divergence and gradient error within a round",
         f"Local SGD from one point, K = {NUM_WORKERS}, H = {PERIOD}, gradient noise of variance σ² = {VARIANCE:g}, "
         f"{DIMENSIONS} dimensions, L = 1, means over {ROUNDS:,} rounds, numbers from before the last step: on a quadratic with "

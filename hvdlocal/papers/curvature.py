@@ -16,8 +16,8 @@ from hvdlocal.directory import write_text
 from hvdlocal.papers.fixed_subset import first_images
 from hvdlocal.papers.sharpness import Sharpness, sharpness
 from hvdlocal.training import TrainConfig
-from hvdlocal.training.builders import configured_model
-from hvdlocal.training.preprocessing import configured_images
+from hvdlocal.training.builders import model_from_config
+from hvdlocal.training.preprocessing import preprocessing_from_config
 
 CURVATURE = "curvature.json"
 IMAGES = 2_500
@@ -57,8 +57,8 @@ def measure(directory: Path, config: TrainConfig) -> Curvature:
         ImportError: SciPy is missing.
     """
     with closing(ShardedDataset(config.data.path, config.data.train_split, storage="mmap")) as data:
-        images = configured_images(config.data, data)
-        model = configured_model(config, data.num_classes, images).eval()
+        images = preprocessing_from_config(config.data, data)
+        model = model_from_config(config, data.num_classes, images).eval()
         model.load_state_dict(torch.load(directory / "model.pt", weights_only=True))
         batches = first_images(data, images, IMAGES)
     total = sum(len(y) for _, y in batches)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finding:
+class ExperimentReport:
     """An experiment's outcome.
 
     Attributes:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from hvdlocal.data import ShardedDataset, evaluation_batches
-from hvdlocal.training.preprocessing import Images
+from hvdlocal.training.preprocessing import Preprocessing
 
 BATCH = 500
 
 
 def first_images(
-    data: ShardedDataset, images: Images, number: int, device: str | torch.device = "cpu"
+    data: ShardedDataset, images: Preprocessing, number: int, device: str | torch.device = "cpu"
 ) -> list[tuple[Tensor, Tensor]]:
     """The first images of a data set, whose order on disk is random, in batches: cut like test images, not augmented."""
     batches: list[tuple[Tensor, Tensor]] = []

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hvdlocal.data import ShardedDataset
-from hvdlocal.papers.experiment_report import Finding
+from hvdlocal.papers.experiment_report import ExperimentReport
 from hvdlocal.papers.fixed_subset import first_images
 from hvdlocal.training import TrainConfig
-from hvdlocal.training.builders import configured_loader, configured_model, memory_format
-from hvdlocal.training.preprocessing import configured_images
+from hvdlocal.training.builders import configured_loader, memory_format, model_from_config
+from hvdlocal.training.preprocessing import preprocessing_from_config
 from hvdlocal.training.presets import build_inner
 from hvdlocal.training.schedules import build_schedule
 
@@ -81,13 +81,13 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[flo
         ValueError: a norm is not finite, or the run is too short.
     """
     with closing(ShardedDataset(config.data.path, config.data.train_split, storage=config.data.storage)) as data:
-        images = configured_images(config.data, data)
+        images = preprocessing_from_config(config.data, data)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         loader = configured_loader(config, data, images, device)
         budget = round(config.epochs * loader.steps_per_epoch)
         starts = moments(budget)
         schedule = build_schedule(config.schedule, config.optimizer.lr, budget, loader.steps_per_epoch)
-        model, layout = configured_model(config, data.num_classes, images, device), memory_format(config.model)
+        model, layout = model_from_config(config, data.num_classes, images, device), memory_format(config.model)
         optimizer = build_inner(config.optimizer, model)
         probe = first_images(data, images, IMAGES, device)
         norms: list[float] = []
@@ -112,7 +112,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[flo
                 optimizer.step()
 
 
-def run(config: TrainConfig, say: Callable[[str], None]) -> Finding:
+def run(config: TrainConfig, say: Callable[[str], None]) -> ExperimentReport:
     """The experiment: minutes. See `train`."""
     windows = list(train(config, say))
     rows = [
@@ -127,7 +127,7 @@ def run(config: TrainConfig, say: Callable[[str], None]) -> Finding:
     ]
     table = [[f"{epoch:.2f}", f"{norm:.4f}", *(f"{one:.3f}" for one in variations)] for epoch, norm, variations in rows]
     record = {"periods": PERIODS, "windows": [{"epoch": epoch, "norms": norms} for epoch, norms in windows]}
-    return Finding(
+    return ExperimentReport(
         "Fig. 7: the norm of the full gradient within H steps",
         f"{config.model.name} on {config.data.path}, SGD with one worker, B = {config.data.batch_size}, {config.epochs:g} "
         "epochs; "

@@ -14,7 +14,7 @@ from hvdlocal.directory import write_text
 from hvdlocal.papers.claims import CLAIMS, RULE, Point, Results, Scale, Verdict, check, judge
 from hvdlocal.papers.published import Table, read_table
 from hvdlocal.papers.runs import Outcome
-from hvdlocal.papers.studies import BASELINE, Cell, Setting, Study
+from hvdlocal.papers.studies import BASELINE, GridPoint, Setup, Study
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Report:
     """
 
     def __init__(
-        self, study: Study, setting: Setting, budget: float, outcomes: Mapping[Cell, Outcome], expected: int
+        self, study: Study, setting: Setup, budget: float, outcomes: Mapping[GridPoint, Outcome], expected: int
     ) -> None:
         self.study = study
         self.setting = setting
@@ -150,7 +150,7 @@ class Report:
 
     # -- as text -----------------------------------------------------------------------------------------------------
 
-    def line(self, cell: Cell) -> str:
+    def line(self, cell: GridPoint) -> str:
         """The row of a run in a few words."""
         row = next(row for row in self.rows if (row.method, row.workers, row.period) == cell.place)
         spread = "" if row.spread is None else f" ± {row.spread:.2f}"

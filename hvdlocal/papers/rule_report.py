@@ -13,7 +13,7 @@ from typing import Any
 from hvdlocal.directory import write_text
 from hvdlocal.papers.curvature import IMAGES, Curvature
 from hvdlocal.papers.runs import Outcome
-from hvdlocal.papers.studies import Cell, Setting, Study
+from hvdlocal.papers.studies import GridPoint, Setup, Study
 
 TITLES = {
     "sync": "data parallel (H = 1)",
@@ -130,10 +130,10 @@ class RuleReport:
     def __init__(
         self,
         study: Study,
-        setting: Setting,
+        setting: Setup,
         epochs: float,
-        outcomes: Mapping[Cell, Outcome],
-        curvatures: Mapping[Cell, Curvature],
+        outcomes: Mapping[GridPoint, Outcome],
+        curvatures: Mapping[GridPoint, Curvature],
         expected: int,
     ) -> None:
         self.study, self.setting, self.epochs = study, setting, epochs
@@ -170,7 +170,7 @@ class RuleReport:
             return "not resolved" if claim["seeds"] > 1 else "not known"
         return "yes" if claim["here"] else "no"
 
-    def line(self, cell: Cell) -> str:
+    def line(self, cell: GridPoint) -> str:
         """The row of a run in a few words."""
         runs = self.runs[cell.method.name]
         accuracy, communication = _mean(runs, _accuracy, ".2f"), _mean(runs, lambda run: run.communication, ".1%")

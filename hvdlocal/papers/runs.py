@@ -12,10 +12,10 @@ from hvdlocal.directory import Directory, write_text
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.papers.curvature import CURVATURE
 from hvdlocal.papers.launcher import Supervisor, train_command
-from hvdlocal.papers.studies import Cell, Setting
+from hvdlocal.papers.studies import GridPoint, Setup
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import effective_settings
-from hvdlocal.training.output_directory import SUMMARY, Standing, clear, standing
+from hvdlocal.training.output_directory import SUMMARY, RunStatus, clear, find_status
 
 DIVERGED = "diverged.json"
 """Marks the directory of a run that ended in NaN: it would do so again."""
@@ -35,7 +35,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True)
-class Job:
+class GridRun:
     """A run of a grid, with its configuration.
 
     Attributes:
@@ -45,7 +45,7 @@ class Job:
         config: what they mean.
     """
 
-    cell: Cell
+    cell: GridPoint
     directory: Path
     arguments: list[str]
     config: TrainConfig
@@ -57,10 +57,10 @@ class Job:
         Raises:
             ValueError: there is a run with other settings.
         """
-        found = standing(self.directory, effective_settings(self.config), overwrite=False)
-        if found is Standing.FINISHED:
+        found = find_status(self.directory, effective_settings(self.config), overwrite=False)
+        if found is RunStatus.FINISHED:
             return State.FINISHED
-        return State.DIVERGED if found is Standing.STARTED and self._marker.exists() else State.OPEN
+        return State.DIVERGED if found is RunStatus.STARTED and self._marker.exists() else State.OPEN
 
     @property
     def log(self) -> Path:
@@ -115,7 +115,7 @@ class Outcome:
     communication: float | None = None
 
 
-def outcome(job: Job, setting: Setting) -> Outcome | None:
+def outcome(job: GridRun, setting: Setup) -> Outcome | None:
     """What a run came to; None as long as it has not ended."""
     state = job.state
     if state is State.DIVERGED:
@@ -130,7 +130,7 @@ def outcome(job: Job, setting: Setting) -> Outcome | None:
 
 
 def run_all(
-    jobs: Sequence[Job], launcher: Sequence[str], say: Callable[[str], None], after: Callable[[Job], None]
+    jobs: Sequence[GridRun], launcher: Sequence[str], say: Callable[[str], None], after: Callable[[GridRun], None]
 ) -> int:
     """Makes the runs that are not done, one after the other.
 

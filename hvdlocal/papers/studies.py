@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setup:
     """Data, network and budget.
 
     Attributes:
@@ -45,7 +45,7 @@ class Setting:
         return path
 
 
-SMALL = Setting(
+SMALL = Setup(
     "cifar10_small_cnn",
     "a small network on 20,000 images of CIFAR-10, 16×16",
     "cifar10",
@@ -55,7 +55,7 @@ SMALL = Setting(
     10.0,
     "python -m data_prep cifar10 --source …/cifar-10-batches-bin --pool 2 --limit 20000",
 )
-SMALL_QSR = Setting(
+SMALL_QSR = Setup(
     "cifar10_small_qsr",
     SMALL.title,
     "",
@@ -65,7 +65,7 @@ SMALL_QSR = Setting(
     10.0,
     SMALL.prepare,
 )
-CIFAR10 = Setting(
+CIFAR10 = Setup(
     "cifar10_resnet18",
     "ResNet-18 on CIFAR-10",
     "cifar10",
@@ -75,7 +75,7 @@ CIFAR10 = Setting(
     10.0,
     "python -m data_prep cifar10 --source …/cifar-10-batches-bin",
 )
-IMAGENET32 = Setting(
+IMAGENET32 = Setup(
     "imagenet32_wrn_28_2",
     "Wide-ResNet-28-2 on ImageNet-32",
     "imagenet32",
@@ -85,7 +85,7 @@ IMAGENET32 = Setting(
     0.5,
     "python -m data_prep imagenet32 --source …",
 )
-IMAGENET = Setting(
+IMAGENET = Setup(
     "imagenet_resnet50",
     "ResNet-50 on ImageNet",
     "imagenet",
@@ -133,7 +133,7 @@ BASELINE = Method("baseline", ("--method.preset=sync",), "baseline")
 class Grid:
     """A setting with the K and H that are tried in it; without H, the methods have rules for it."""
 
-    setting: Setting
+    setting: Setup
     workers: tuple[int, ...]
     periods: tuple[int, ...]
 
@@ -230,7 +230,7 @@ STUDIES = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class GridPoint:
     """One run of a grid; `period` is None for the baseline, and where a rule decides."""
 
     method: Method
@@ -264,13 +264,13 @@ class Cell:
 
 def cells(
     methods: Sequence[Method], workers: Sequence[int], periods: Sequence[int], seeds: Sequence[int]
-) -> Iterator[Cell]:
+) -> Iterator[GridPoint]:
     """The runs in the order in which they are made: the baseline first, and the whole grid for one seed after the other."""
     for seed in seeds:
         if BASELINE in methods:
-            yield Cell(BASELINE, 1, None, seed)
+            yield GridPoint(BASELINE, 1, None, seed)
         for num_workers in workers:
             for period in periods or (None,):
                 for method in methods:
                     if method is not BASELINE:
-                        yield Cell(method, num_workers, period, seed)
+                        yield GridPoint(method, num_workers, period, seed)

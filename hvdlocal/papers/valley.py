@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hvdlocal.papers.experiment_report import Finding
+from hvdlocal.papers.experiment_report import ExperimentReport
 
 if TYPE_CHECKING:
     from hvdlocal.figures.style import Figure
@@ -120,7 +120,7 @@ def simulate(
     return np.array(times), np.stack(points)
 
 
-def run(seed: int = 0) -> Finding:
+def run(seed: int = 0) -> ExperimentReport:
     """The experiment: about a minute."""
     points = [(rule, lr) for lr in LEARNING_RATES for rule in RULES]
     seeds = np.random.SeedSequence(seed).spawn(len(points))
@@ -175,7 +175,7 @@ def run(seed: int = 0) -> Finding:
         "and the noise is across it, so that averaging after a round of any length stays in the valley: this toy does not show "
         "why more than 1/η² would be too much.",
     ]
-    return Finding(
+    return ExperimentReport(
         "The drift towards flat minima: SGD, H ∝ 1/η and H ∝ 1/η² in a valley",
         f"L(x, y) = ½ (1 + x²) y², gradient noise of variance σ² = {VARIANCE:g} across the valley, K = {NUM_WORKERS}, from x = "
         f"{START:g}; x after the time η² · steps = {TIME:g}, mean and standard error over {REPLICAS} runs, beside the slow SDE. "

@@ -8,7 +8,7 @@ from typing import cast
 import torch
 
 from hvdlocal.averaging.buffers import Buffers, averaged_buffers, choose_policies
-from hvdlocal.averaging.flat_buffer import Arena, FlatViews
+from hvdlocal.averaging.flat_buffer import FlatReplica, FlatViews
 from hvdlocal.averaging.local import averaged_moments
 from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
@@ -63,6 +63,6 @@ def _local(config: TrainConfig, model: torch.nn.Module, parameters: list[torch.n
     if scaling.uses_statistics:
         sketch = min(method.sketch_size or default_size(numel), numel)
         vector = sketch if method.statistics == "sketch" else numel
-    return Arena(
+    return FlatReplica(
         parameters, buffers, len(moments), vector
     ).flat.numel()  # the statistics travel now or, not stale, before

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from hvdlocal.averaging.gain import Moment, Scaling
+from hvdlocal.averaging.gain import Scaling, ScalingContext
 from hvdlocal.averaging.rounds import Round, plan_rounds, plan_steps
-from hvdlocal.data.load.partition import Plan as DataPlan
+from hvdlocal.data.load.partition import Partition
 from hvdlocal.training.config import TrainConfig, check_ranges
 from hvdlocal.training.presets import LOCAL_PRESETS, build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.schedules import Schedule, build_schedule
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hvdlocal.data.read.dataset import StoredSamples
 
 
-class Stretch(NamedTuple):
+class Phase(NamedTuple):
     """Consecutive rounds of one length.
 
     Attributes:
@@ -62,7 +62,7 @@ class RunPlan:
     accumulate: int
     steps: int
     rounds: int
-    stretches: tuple[Stretch, ...]
+    stretches: tuple[Phase, ...]
     epochs: float
     data_epochs: float
     mean_gain: float
@@ -80,7 +80,7 @@ class RunPlan:
         return self.collectives / self.micro_batches
 
     @property
-    def longest(self) -> Stretch:
+    def longest(self) -> Phase:
         """The first of the longest rounds."""
         return max(self.stretches, key=lambda stretch: stretch.period)
 
@@ -94,7 +94,7 @@ class RunPlan:
         """What one optimizer step of all ranks consumes."""
         return self.data_epochs / self.steps
 
-    def stretch_at(self, epoch: float) -> Stretch:
+    def stretch_at(self, epoch: float) -> Phase:
         """What is under way at a scale-invariant epoch ≥ 0."""
         return self.stretches[bisect_right(self.stretches, epoch, key=lambda stretch: stretch.epoch) - 1]
 
@@ -109,7 +109,7 @@ class AssumedGain(Scaling):
         if not self.assumed > 0:
             raise ValueError(f"the assumed gain must be positive, not {self.assumed}")
 
-    def gain(self, now: Moment) -> float:
+    def gain(self, now: ScalingContext) -> float:
         return 1.0 if now.grad_sqr is None else self.assumed
 
 
@@ -167,7 +167,7 @@ def plan_run(
         stretches = tuple(_stretches(rounds, schedule, epoch))
     else:
         steps, end = plan_steps(budget, scaling, num_workers=num_workers, accumulate=accumulate, statistics=statistics)
-        stretches = (Stretch(0, 0.0, end / epoch, 1, steps, schedule(0), end / steps),)
+        stretches = (Phase(0, 0.0, end / epoch, 1, steps, schedule(0), end / steps),)
     steps = sum(stretch.period * stretch.rounds for stretch in stretches)
     averagings = sum(stretch.rounds for stretch in stretches)
     per_round = 0 if num_workers == 1 else 2 if method.preset == "local-ada-nostale" else 1
@@ -203,13 +203,13 @@ def _assumptions(
     return scaling, (1.0, grad_var_over_sqr)
 
 
-def _stretches(rounds: Iterable[Round], schedule: Schedule, epoch: float) -> Iterator[Stretch]:
+def _stretches(rounds: Iterable[Round], schedule: Schedule, epoch: float) -> Iterator[Phase]:
     """Joins consecutive rounds of one length."""
     for period, group in groupby(rounds, key=lambda one: one.period):
         joined = list(group)
         first, last = joined[0], joined[-1]
         gain = (last.end - first.progress) / (period * len(joined))
-        yield Stretch(
+        yield Phase(
             first.start, first.progress / epoch, last.end / epoch, period, len(joined), schedule(first.progress), gain
         )
 
@@ -229,7 +229,7 @@ def _steps_per_epoch(config: TrainConfig, samples: int, num_workers: int) -> flo
     data = config.data
     if samples < 1:
         raise ValueError(f"{samples} training images: at least 1")
-    plan = DataPlan(
+    plan = Partition(
         cast("StoredSamples", _Samples(samples)),
         data.batch_size,
         rank=0,

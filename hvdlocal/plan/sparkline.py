@@ -8,7 +8,7 @@ from collections.abc import Sequence
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def sketch(values: Sequence[float], rows: int = 5) -> list[str]:
+def sparkline(values: Sequence[float], rows: int = 5) -> list[str]:
     """Bars on a logarithmic scale: the smallest value is an eighth of a line high, the largest reaches the top.
 
     Args:

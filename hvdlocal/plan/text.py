@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from hvdlocal.figures.units import bytes_text, seconds_text
 from hvdlocal.plan.forecast import Forecast
 from hvdlocal.plan.run_plan import RunPlan
-from hvdlocal.plan.sparkline import sketch
+from hvdlocal.plan.sparkline import sparkline
 
 COLUMNS = 72
 """Of a sketch."""
@@ -94,7 +94,7 @@ def _period_sketch(plan: RunPlan, rows: int = 5) -> list[str]:
     if not _varies(plan):
         return []
     width = plan.epochs / COLUMNS
-    lines = sketch([plan.stretch_at((column + 0.5) * width).period for column in range(COLUMNS)], rows)
+    lines = sparkline([plan.stretch_at((column + 0.5) * width).period for column in range(COLUMNS)], rows)
     margin = lines[-1].index("┤") + 1
     axis = f"epoch 0{f'{plan.epochs:.0f}':>{COLUMNS - 7}}"
     return ["", *(f"  {line}" for line in lines), " " * (margin + 2) + axis]

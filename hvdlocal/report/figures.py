@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from hvdlocal.figures.style import COLORS, Figure, fit_scale, new_figure, powers_axis, style, verbatim
 from hvdlocal.figures.units import BYTES, TIME, seconds_text, unit
-from hvdlocal.report.lines import Line
+from hvdlocal.report.lines import RunStyle
 from hvdlocal.report.records import Column, Run
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Drawing:
     figure: Figure
 
 
-def draw(lines: Sequence[Line]) -> list[Drawing]:
+def draw(lines: Sequence[RunStyle]) -> list[Drawing]:
     """All figures for which there are records."""
     makers = (_test, _training, _statistics, _gain_grid, _time)
     with style():
@@ -70,7 +70,7 @@ def plateaus(x: Column, y: Column) -> tuple[Column, Column]:
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _test(lines: Sequence[Line]) -> Drawing | None:
+def _test(lines: Sequence[RunStyle]) -> Drawing | None:
     seen = [line for line in lines if len(line.run.evaluations)]
     if not seen:
         return None
@@ -111,7 +111,7 @@ def _test(lines: Sequence[Line]) -> Drawing | None:
     return Drawing("test", "Test accuracy and loss", caption, figure)
 
 
-def _training(lines: Sequence[Line]) -> Drawing | None:
+def _training(lines: Sequence[RunStyle]) -> Drawing | None:
     panels = [
         ("Training loss", _column("loss"), 10.0),
         ("Learning rate ρ·γ", _column("lr"), 50.0),
@@ -127,7 +127,7 @@ def _training(lines: Sequence[Line]) -> Drawing | None:
     return _against_progress("training", "Training, gain and period", caption, lines, panels)
 
 
-def _statistics(lines: Sequence[Line]) -> Drawing | None:
+def _statistics(lines: Sequence[RunStyle]) -> Drawing | None:
     panels = [
         ("G, squared norm of the gradient", _column("grad_sqr"), 10.0),
         ("σ², variance of a gradient", _column("grad_var"), 10.0),
@@ -142,9 +142,9 @@ def _statistics(lines: Sequence[Line]) -> Drawing | None:
     return _against_progress("statistics", "Gradient statistics and divergence", caption, lines, panels)
 
 
-def _gain_grid(lines: Sequence[Line]) -> Drawing | None:
+def _gain_grid(lines: Sequence[RunStyle]) -> Drawing | None:
     """Figs. 12 and 13, when the runs make up such a grid."""
-    cells: dict[tuple[int, int], list[Line]] = {}
+    cells: dict[tuple[int, int], list[RunStyle]] = {}
     for line in lines:
         method = line.run.config["method"]
         if line.run.preset.endswith(("-ada", "-ada-nostale")) and method["period"]["rule"] == "constant":
@@ -181,7 +181,7 @@ def _gain_grid(lines: Sequence[Line]) -> Drawing | None:
     return Drawing("gain", "Gain by workers and period", caption, figure)
 
 
-def _time(lines: Sequence[Line]) -> Drawing | None:
+def _time(lines: Sequence[RunStyle]) -> Drawing | None:
     parts = [
         ("computing", COLORS[0]),
         ("averaging", COLORS[1]),
@@ -225,7 +225,7 @@ def _against_progress(
     name: str,
     title: str,
     caption: str,
-    lines: Sequence[Line],
+    lines: Sequence[RunStyle],
     panels: Sequence[tuple[str, Callable[[Run], Column], float]],
 ) -> Drawing | None:
     """One panel for each quantity that some run has recorded: (label, values, span from which on its axis is logarithmic)."""
@@ -270,7 +270,7 @@ def _period_axis(panel: Axes, periods: Column) -> None:
         panel.set_ylim(0, periods.max() + 1)
 
 
-def _legend(figure: Figure, lines: Sequence[Line]) -> None:
+def _legend(figure: Figure, lines: Sequence[RunStyle]) -> None:
     if len(lines) == 1:
         return
     looks = {verbatim(line.legend): line.legend_style for line in lines}

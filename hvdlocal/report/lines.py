@@ -20,7 +20,7 @@ BOOKKEEPING = ("output", "overwrite", "tensorboard", "log_every_seconds", "check
 
 
 @dataclass(frozen=True)
-class Line:
+class RunStyle:
     """A run as a line in a figure: its name, and the colour, dashes and legend that it may share with others."""
 
     run: Run
@@ -41,7 +41,7 @@ class Line:
         return {"color": self.legend_color or self.color, "ls": self.dashes}
 
 
-def draw_as(runs: Sequence[Run]) -> list[Line]:
+def draw_as(runs: Sequence[Run]) -> list[RunStyle]:
     """Names, colours and dashes, in the order of the runs.
 
     Runs that differ in nothing but their seed look the same. With more looks than can be told apart, a colour is a preset, the
@@ -62,7 +62,7 @@ def draw_as(runs: Sequence[Run]) -> list[Line]:
     if len(set(legends.values())) < len(kinds):  # they differ in something else
         legends = {kind: f"{names[keys.index(kind)]} ({keys.count(kind)} runs)" for kind in kinds}
     looks = {kind: (COLORS[i % len(COLORS)], DASHES[i // len(COLORS)]) for i, kind in enumerate(kinds)}
-    return [Line(run, name, legends[key], *looks[key]) for run, name, key in zip(runs, names, keys, strict=True)]
+    return [RunStyle(run, name, legends[key], *looks[key]) for run, name, key in zip(runs, names, keys, strict=True)]
 
 
 def describe_period(run: Run) -> str:
@@ -90,13 +90,13 @@ def short_names(directories: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path, common) for path in paths]
 
 
-def _by_preset(runs: Sequence[Run], names: Sequence[str]) -> list[Line]:
+def _by_preset(runs: Sequence[Run], names: Sequence[str]) -> list[RunStyle]:
     presets = list(dict.fromkeys(run.preset for run in runs))  # at most as many as there are colours
     periods = sorted({_period(run) for run in runs})
     counts = {preset: sum(run.preset == preset for run in runs) for preset in presets}
     note = ", darker for larger H" if len(periods) > 1 else ""
     return [
-        Line(
+        RunStyle(
             run,
             name,
             f"{run.preset} ({counts[run.preset]} runs{note})",

@@ -15,7 +15,7 @@ import yaml
 from hvdlocal.figures.style import data_uri, save
 from hvdlocal.figures.units import bytes_text, seconds_text
 from hvdlocal.report.figures import Drawing, draw
-from hvdlocal.report.lines import BOOKKEEPING, Line, describe_period, draw_as
+from hvdlocal.report.lines import BOOKKEEPING, RunStyle, describe_period, draw_as
 from hvdlocal.report.records import State, read_run
 from hvdlocal.version import __version__
 
@@ -26,7 +26,7 @@ NONE = "–"
 class Report:
     """Runs, as they are drawn, their figures, and why other directories are left out."""
 
-    lines: list[Line]
+    lines: list[RunStyle]
     drawings: list[Drawing]
     left_out: list[str]
 
@@ -92,7 +92,7 @@ def make_report(directories: Sequence[Path]) -> Report:
     return Report(lines, draw([line for line in lines if line.run.num_steps]), left_out)
 
 
-def _row(line: Line) -> dict[str, Any]:
+def _row(line: RunStyle) -> dict[str, Any]:
     """One run's line in the table, as text."""
     run = line.run
     seconds, last = run.seconds, run.history
@@ -126,7 +126,7 @@ def _row(line: Line) -> dict[str, Any]:
     }
 
 
-def _differing_settings(lines: Sequence[Line]) -> dict[str, list[str]]:
+def _differing_settings(lines: Sequence[RunStyle]) -> dict[str, list[str]]:
     """Settings in which the runs differ and that the table of runs does not show, with each run's value."""
     flat = [
         _flat({name: value for name, value in line.run.config.items() if name not in BOOKKEEPING}) for line in lines

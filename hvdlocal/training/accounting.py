@@ -12,7 +12,7 @@ import torch
 from hvdlocal.averaging import ReplicaOptimizer
 
 
-class Ledger:
+class RunTotals:
     """Seconds of this rank by what they were spent on, and what training handed to collectives.
 
     Args:
@@ -83,7 +83,7 @@ class Ledger:
         self._bytes_before, self._collectives_before = state["bytes_sent"], state["collectives"]
 
 
-class Window:
+class TrainingMeter:
     """Means of this rank's training losses and accuracies since the last line of the log.
 
     Args:

@@ -11,10 +11,10 @@ from torch import nn
 from hvdlocal.data import Loader, ShardedDataset
 from hvdlocal.data.load.order import OrderMode
 from hvdlocal.models import build_model, check_images
-from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig, leaves
+from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig, flatten
 from hvdlocal.training.environment import versions
 from hvdlocal.training.memory import out_of_memory
-from hvdlocal.training.preprocessing import Images
+from hvdlocal.training.preprocessing import Preprocessing
 
 CPU = torch.device("cpu")
 
@@ -24,7 +24,9 @@ def memory_format(config: ModelConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def configured_model(config: TrainConfig, num_classes: int, images: Images, device: torch.device = CPU) -> nn.Module:
+def model_from_config(
+    config: TrainConfig, num_classes: int, images: Preprocessing, device: torch.device = CPU
+) -> nn.Module:
     """The model as it is before training: the same for the same seed.
 
     Args:
@@ -48,7 +50,7 @@ def configured_model(config: TrainConfig, num_classes: int, images: Images, devi
         ) from error
 
 
-def check_model(config: TrainConfig, data: ShardedDataset, images: Images, num_workers: int = 1) -> None:
+def check_model(config: TrainConfig, data: ShardedDataset, images: Preprocessing, num_workers: int = 1) -> None:
     """Refuses a model that cannot be trained on these images in such batches.
 
     Raises:
@@ -69,7 +71,7 @@ def smallest_batch(config: DataConfig, samples: int, num_workers: int) -> int:
 def configured_loader(
     config: TrainConfig,
     data: ShardedDataset,
-    images: Images,
+    images: Preprocessing,
     device: torch.device = CPU,
     *,
     rank: int = 0,
@@ -104,7 +106,7 @@ def facts(config: TrainConfig, device: torch.device, fingerprints: Mapping[str, 
         device: of this rank, of which only the kind counts.
         fingerprints: of the data, by "training" and "test".
     """
-    found: dict[str, Any] = {f"config {key}": value for key, value in leaves(config).items()}
+    found: dict[str, Any] = {f"config {key}": value for key, value in flatten(config).items()}
     found |= {f"version of {package}": version for package, version in versions().items()}
     found |= {f"{split} data (fingerprint)": print for split, print in fingerprints.items()}
     found["kind of device"] = device.type

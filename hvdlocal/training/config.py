@@ -197,7 +197,7 @@ class TrainConfig:
     """Replace what an earlier run left in the output directory, instead of continuing it."""
 
 
-FREE_TO_CHANGE = (
+RESUMABLE_SETTINGS = (
     "output",
     "data.path",
     "data.storage",
@@ -305,7 +305,7 @@ def check_ranges(config: TrainConfig) -> None:
     Raises:
         ValueError: naming the setting, its value and what it may be.
     """
-    for name, value in leaves(config).items():
+    for name, value in flatten(config).items():
         numbers = value if isinstance(value, tuple) else (value,)
         if name in RANGES and value is not None and not all(map(RANGES[name].holds, numbers)):
             raise ValueError(f"{name}={value}: must be {RANGES[name]}")
@@ -340,14 +340,14 @@ def unused_settings(config: TrainConfig) -> list[str]:
         "schedule": ScheduleConfig(),
         "method": MethodConfig(),
     }
-    given, usual = leaves(config), leaves(default)
+    given, usual = flatten(config), flatten(default)
     return [f"{name}={given[name]}" for name in _without_effect(config) if given[name] != usual[name]]
 
 
 def effective_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that have an effect in this run, by their dotted names: those that a continued run must share."""
     idle = _without_effect(config)
-    return {name: value for name, value in leaves(config).items() if name not in idle}
+    return {name: value for name, value in flatten(config).items() if name not in idle}
 
 
 def _without_effect(config: TrainConfig) -> list[str]:
@@ -385,10 +385,10 @@ def _without_effect(config: TrainConfig) -> list[str]:
     return [name for name, has_effect in used.items() if not has_effect]
 
 
-def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The settings of a configuration (or of a dictionary of configurations) by their dotted names."""
     named = tree if isinstance(tree, dict) else {f.name: getattr(tree, f.name) for f in fields(tree)}
     found: dict[str, Any] = {}
     for name, value in named.items():
-        found |= leaves(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
+        found |= flatten(value, f"{prefix}{name}.") if is_dataclass(value) else {prefix + name: value}
     return found

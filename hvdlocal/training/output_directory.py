@@ -17,7 +17,7 @@ from hvdlocal.careful import from_yaml, read_text
 from hvdlocal.directory import Directory
 from hvdlocal.lock import PATIENCE_SECONDS, hold
 from hvdlocal.terminal import plain
-from hvdlocal.training.config import FREE_TO_CHANGE
+from hvdlocal.training.config import RESUMABLE_SETTINGS
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
@@ -48,7 +48,7 @@ REQUEUED_LOCK_SECONDS = 120.0
 """How long a start that a batch system makes waits for the lock of the one before: that of a node that died may live so long."""
 
 
-class Standing(enum.Enum):
+class RunStatus(enum.Enum):
     """What is in the directory: nothing of this run, an attempt to continue, or a run that has ended well."""
 
     NEW = "new"
@@ -103,7 +103,7 @@ def claim(path: Path) -> Claimed:
         ) from error
 
 
-def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> Standing:
+def find_status(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> RunStatus:
     """What an earlier attempt left.
 
     Args:
@@ -115,7 +115,7 @@ def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> S
     """
     left = [name for name in WRITTEN if _holds_something(directory / name)]
     if not left or (overwrite and not _is_of_this_job(directory)):
-        return Standing.NEW
+        return RunStatus.NEW
     remedy = "choose another --output, or replace it with --overwrite true"
     try:
         earlier = _flat(from_yaml(read_text(directory / "config.yaml", MOST_BYTES)))
@@ -125,13 +125,13 @@ def standing(directory: Path, settings: Mapping[str, Any], overwrite: bool) -> S
         ) from error
     if difference := first_difference(earlier, settings):
         raise ValueError(f"{directory} holds an earlier run {difference}: continue it with its own settings, {remedy}")
-    return Standing.FINISHED if (directory / SUMMARY).exists() else Standing.STARTED
+    return RunStatus.FINISHED if (directory / SUMMARY).exists() else RunStatus.STARTED
 
 
 def first_difference(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """The first setting that a continued run may not change and that is another now."""
     for name, now in json.loads(json.dumps(dict(settings))).items():
-        if name in FREE_TO_CHANGE or name not in earlier:
+        if name in RESUMABLE_SETTINGS or name not in earlier:
             continue
         if (before := earlier[name]) != now:
             return f"with {name}={_as_written(before)}, not {_as_written(now)}"

@@ -31,7 +31,7 @@ MIN_AREA_OF_SMALL_IMAGES = 0.25
 
 
 @dataclass(frozen=True)
-class Images:
+class Preprocessing:
     """How training and test images are cut, augmented and normalised.
 
     Attributes:
@@ -50,7 +50,9 @@ class Images:
     description: str = ""
 
 
-def configured_images(config: DataConfig, data: ShardedDataset, test_data: ShardedDataset | None = None) -> Images:
+def preprocessing_from_config(
+    config: DataConfig, data: ShardedDataset, test_data: ShardedDataset | None = None
+) -> Preprocessing:
     """What the configuration makes of a data set's images.
 
     Args:
@@ -77,7 +79,7 @@ def configured_images(config: DataConfig, data: ShardedDataset, test_data: Shard
             augment.append(CropFlip(data.mean, data.std, padding=config.crop_padding, flip=config.flip))
         else:
             augment.append(normalize)
-        return Images(data.shape, None, Compose(augment), mix, None, normalize)
+        return Preprocessing(data.shape, None, Compose(augment), mix, None, normalize)
     min_area, test_crop = config.min_area, config.test_crop
     if min_area is None:
         min_area = USUAL_MIN_AREA if _most_are_larger(data, size) else MIN_AREA_OF_SMALL_IMAGES
@@ -95,9 +97,9 @@ def configured_images(config: DataConfig, data: ShardedDataset, test_data: Shard
         f"testing {kept}"
     )
     if data.shape is None:
-        return Images((size, size, 3), crop, transform, mix, center, normalize, description)
+        return Preprocessing((size, size, 3), crop, transform, mix, center, normalize, description)
     shape = (size, size, data.shape[2])
-    return Images(shape, None, Compose([crop, transform]), mix, None, Compose([center, normalize]), description)
+    return Preprocessing(shape, None, Compose([crop, transform]), mix, None, Compose([center, normalize]), description)
 
 
 def _most_are_larger(data: ShardedDataset, size: int) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.data import Loader
-from hvdlocal.training.accounting import Ledger, Window
+from hvdlocal.training.accounting import RunTotals, TrainingMeter
 from hvdlocal.training.evaluation import Evaluation
 from hvdlocal.training.metrics import Metrics
 
@@ -20,7 +20,7 @@ class Recorder:
 
     Args:
         metrics: where to.
-        optimizer, loader, ledger: what is recorded.
+        optimizer, loader, totals: what is recorded.
         epoch: progress of one scale-invariant epoch.
         gradient_bytes: what data parallelism would send for every micro-batch; 0 for one rank.
     """
@@ -30,14 +30,14 @@ class Recorder:
         metrics: Metrics,
         optimizer: LocalOptimizer | SynchronousOptimizer,
         loader: Loader,
-        ledger: Ledger,
+        totals: RunTotals,
         epoch: float,
         gradient_bytes: int,
     ) -> None:
         self.metrics = metrics
         self._optimizer = optimizer
         self._loader = loader
-        self._ledger = ledger
+        self._ledger = totals
         self._epoch = epoch
         self._gradient_bytes = gradient_bytes
 
@@ -67,7 +67,7 @@ class Recorder:
             elapsed_seconds=self._ledger.elapsed,
         )
 
-    def window(self, window: Window, steps: int) -> None:
+    def window(self, window: TrainingMeter, steps: int) -> None:
         """The training losses since the last such record."""
         loss, accuracy = window.take()
         self.metrics.write(

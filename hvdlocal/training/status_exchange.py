@@ -17,7 +17,7 @@ _MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
-class News:
+class Status:
     """What one rank has to say, or the sum of what all said.
 
     Attributes:
@@ -31,7 +31,7 @@ class News:
     writing: int = 0
 
 
-class Poll:
+class StatusExchange:
     """A tiny sum over all ranks every other second of steps, for which only a rank waits that is further ahead than that.
 
     It is begun at one step and read at the next poll, when it has mostly long arrived. All ranks poll at the same steps: each
@@ -53,7 +53,7 @@ class Poll:
         """Whether the ranks poll at this step."""
         return step >= self._next_step
 
-    def exchange(self, step: int, now: float, news: News) -> News | None:
+    def exchange(self, step: int, now: float, news: Status) -> Status | None:
         """Reads the answer of the last poll and begins the next one; a collective.
 
         Args:
@@ -81,10 +81,10 @@ class Poll:
         """Waits for the poll under way; to be called at the same step on all ranks."""
         self._read()
 
-    def _read(self) -> tuple[News | None, int]:
+    def _read(self) -> tuple[Status | None, int]:
         if self._pending is None:
             return None, 1
         pending, self._pending = self._pending, None
         pending()
         *said, gap = (round(value) for value in self._sums.tolist())
-        return News(*said), gap
+        return Status(*said), gap

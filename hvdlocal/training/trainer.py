@@ -22,20 +22,20 @@ from hvdlocal.data.load.order import OrderMode
 from hvdlocal.directory import Directory, MovedError
 from hvdlocal.terminal import warn
 from hvdlocal.training import interruption, output_directory
-from hvdlocal.training.accounting import Ledger, Window
-from hvdlocal.training.builders import check_model, configured_loader, configured_model, facts, memory_format
+from hvdlocal.training.accounting import RunTotals, TrainingMeter
+from hvdlocal.training.builders import check_model, configured_loader, facts, memory_format, model_from_config
 from hvdlocal.training.checkpoint import Resumed, resume
-from hvdlocal.training.checkpoint.coordinator import Keeper
+from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.checkpoint.files import newest_first
-from hvdlocal.training.config import TrainConfig, check_ranges, effective_settings, leaves, unused_settings
+from hvdlocal.training.config import TrainConfig, check_ranges, effective_settings, flatten, unused_settings
 from hvdlocal.training.console import Console
 from hvdlocal.training.damage import damage_elsewhere, damage_found, forget_damage
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions
 from hvdlocal.training.evaluation import Evaluation, evaluate
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import METRICS, JsonLines, Metrics, NoMetrics, TensorBoard
-from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY, TENSORBOARD, Standing
-from hvdlocal.training.preprocessing import configured_images
+from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus
+from hvdlocal.training.preprocessing import preprocessing_from_config
 from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
 from hvdlocal.training.recorder import Recorder
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
@@ -143,19 +143,19 @@ class Trainer:
         self.forward: nn.Module = torch.compile(self.model) if config.model.compile else self.model  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        self.ledger = Ledger(self.optimizer)
-        self.window = Window(self.device)
+        self.totals = RunTotals(self.optimizer)
+        self.window = TrainingMeter(self.device)
         self.position = Position(next_evaluation=config.evaluate_every_epochs * self.epoch)
         self.next_line = config.log_every_seconds
         # Dropout and the like differ between ranks from here on; the weights above do not.
         torch.manual_seed((config.seed * communicator.size + communicator.rank + 1) % 2**63)
-        self.keeper = Keeper(
-            communicator, config.checkpoint, self.output, self.deadline, self.ledger, self._state, self._contents
+        self.coordinator = CheckpointCoordinator(
+            communicator, config.checkpoint, self.output, self.deadline, self.totals, self._state, self._contents
         )
         # Before the directory is closed: its thread may still be writing there, and a descriptor soon has another meaning.
-        self.held.callback(self.keeper.writer.close)
+        self.held.callback(self.coordinator.writer.close)
         self.resumed: Resumed | None = None
-        if standing is Standing.STARTED:
+        if standing is RunStatus.STARTED:
             self.resumed = resume(communicator, self.directory / CHECKPOINTS, self._not_ours, self.run_id)
         if (resumed := self.resumed) is not None:
             succeed_together(communicator, lambda: self._restore(resumed), "hvdlocal.restore")
@@ -176,7 +176,7 @@ class Trainer:
         interruption.remember(self._saved)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         gradient_bytes = 4 * trained if communicator.size > 1 else 0
-        self.recorder = Recorder(self.metrics, self.optimizer, self.loader, self.ledger, self.epoch, gradient_bytes)
+        self.recorder = Recorder(self.metrics, self.optimizer, self.loader, self.totals, self.epoch, gradient_bytes)
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -187,18 +187,18 @@ class Trainer:
         self.device = choose_device(self.config.device, self.communicator)
         if self.communicator.rank == 0:
             self.output: Directory = self.held.enter_context(output_directory.claim(self.directory))
-            self.standing = output_directory.standing(
+            self.standing = output_directory.find_status(
                 self.directory, effective_settings(self.config), self.config.overwrite
             )
             self.held.callback(self.output.remove, self.probe)
             self.output.write_text(self.probe, "")
 
-    def _look_around(self) -> Standing:
+    def _look_around(self) -> RunStatus:
         """What rank 0 found in the output directory, once every rank is sure to see the same one; a collective."""
         communicator, rank = self.communicator, self.communicator.rank
         found = (self.probe, self.standing, output_directory.run_id(self.output)) if rank == 0 else None
         probe, standing, run_id = communicator.gather(found, "hvdlocal.standing")[0]
-        self.run_id = run_id if standing is Standing.STARTED else None
+        self.run_id = run_id if standing is RunStatus.STARTED else None
 
         def see() -> None:
             if rank:
@@ -212,7 +212,7 @@ class Trainer:
         succeed_together(communicator, see, "hvdlocal.shared_output")
         if rank == 0:
             self.output.remove(probe)
-        if standing is Standing.FINISHED:
+        if standing is RunStatus.FINISHED:
             raise AlreadyFinished(
                 f"{self.directory} holds this run, finished: nothing to do. --overwrite true runs it again."
             )
@@ -223,7 +223,7 @@ class Trainer:
         config, communicator = self.config, self.communicator
         if self.train_data.shape != self.test_data.shape or self.train_data.classes != self.test_data.classes:
             raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
-        self.images = configured_images(config.data, self.train_data, self.test_data)
+        self.images = preprocessing_from_config(config.data, self.train_data, self.test_data)
         self.loader = self._loader()
         scaling = build_scaling(config.method)
         reference = scaling.reference_batches(communicator.size, micro_batches_per_step(config.method))
@@ -232,7 +232,7 @@ class Trainer:
         self.schedule = build_schedule(config.schedule, config.optimizer.lr, self.budget, self.epoch)
 
         check_model(config, self.train_data, self.images, communicator.size)
-        self.model = configured_model(config, self.train_data.num_classes, self.images, self.device)
+        self.model = model_from_config(config, self.train_data.num_classes, self.images, self.device)
         self.memory_format = memory_format(config.model)
 
     def _loader(self, *, seed: int | None = None, order: OrderMode | None = None) -> Loader:
@@ -256,13 +256,13 @@ class Trainer:
             return
         forget_damage(self.output)
         steps, kept = self.position.steps, 0
-        if self.resumed is None and self.standing is Standing.NEW:
+        if self.resumed is None and self.standing is RunStatus.NEW:
             output_directory.clear(self.output)
         else:
             kept = self._clear_up()
         output_directory.describe(self.output, asdict(self.config), environment)
         output_directory.note_attempt(self.output, steps, self.communicator.size)
-        writer = self.keeper.writer
+        writer = self.coordinator.writer
         self.metrics = JsonLines(self.output, kept, lambda: writer.takes_room)
         if self.config.tensorboard:
             first = 0 if self.resumed is None else steps + 1
@@ -274,7 +274,7 @@ class Trainer:
         Returns:
             Bytes of metrics.jsonl to keep.
         """
-        self.keeper.writer.discard_all_but_good(None if self.resumed is None else self.resumed.step)
+        self.coordinator.writer.discard_all_but_good(None if self.resumed is None else self.resumed.step)
         if self.resumed is None:
             return 0
         for problem in self.resumed.skipped:
@@ -300,7 +300,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
             "device_random": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-            "ledger": self.ledger.state_dict(),
+            "totals": self.totals.state_dict(),
             "window": self.window.state_dict(),
             "next_line": self.next_line,
             "loader_stats": self.loader.stats(),
@@ -316,8 +316,8 @@ class Trainer:
             "position": asdict(self.position),
             "loader": self.loader.state_dict(),
             "metrics_bytes": self.metrics.position(),
-            "write_seconds": self.keeper.writer.write_seconds,
-            "settings": leaves(self.config),
+            "write_seconds": self.coordinator.writer.write_seconds,
+            "settings": flatten(self.config),
             "fingerprints": self._fingerprints(),
             "versions": versions(),
             "run": self.run_id,
@@ -348,7 +348,7 @@ class Trainer:
             # This node stores the data in another way than that before, for which another order would be quicker.
             self.loader = self._loader(order=contents["loader"]["order"])
         self.loader.load_state_dict(contents["loader"])
-        self.keeper.writer.write_seconds = contents["write_seconds"]
+        self.coordinator.writer.write_seconds = contents["write_seconds"]
         position = Position(**contents["position"])
         if position.evaluation is not None:
             position.evaluation = Evaluation(**position.evaluation)  # type: ignore[arg-type]
@@ -373,7 +373,7 @@ class Trainer:
             position.evaluated_at *= scale
             torch.manual_seed((torch.initial_seed() + position.steps * 0x9E3779B97F4A7C15) % 2**63)
         self.scaler.load_state_dict(state["scaler"])
-        self.ledger.load_state_dict(state["ledger"])
+        self.totals.load_state_dict(state["totals"])
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -434,8 +434,8 @@ class Trainer:
         self.last_good = LastGood(self.model, optimizer.buffer_policies) if self.communicator.rank == 0 else None
         if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
-        self.ledger.start()
-        self.keeper.start()
+        self.totals.start()
+        self.coordinator.start()
 
         console.say(f"training images: {self.train_data.describe()}")
         if self.images.description:
@@ -456,15 +456,15 @@ class Trainer:
                 if optimizer.micro_batches:
                     continue
                 position.steps += 1
-                due = self.ledger.elapsed >= self.next_line
+                due = self.totals.elapsed >= self.next_line
                 if due:
-                    self.next_line = self.ledger.elapsed + config.log_every_seconds
+                    self.next_line = self.totals.elapsed + config.log_every_seconds
                     self.recorder.window(self.window, position.steps)
                 console.progress(optimizer.progress, self.recorder.status(), due)
                 if optimizer.in_sync:
                     self._after_round(console)
                 if not optimizer.finished:
-                    self.keeper.after_step(position.steps)
+                    self.coordinator.after_step(position.steps)
         return self._end(console)
 
     def _end(self, console: Console) -> Summary:
@@ -475,7 +475,7 @@ class Trainer:
             self._evaluate(console)
         assert position.evaluation is not None
         summary = self._summary(position.evaluation)
-        self.keeper.finish()
+        self.coordinator.finish()
         if self.communicator.rank == 0:
             self.best_model.write()
             save_state(copy_of(self.model), self.output, "model.pt")
@@ -517,7 +517,7 @@ class Trainer:
                 group["lr"] = lr
         start = time.perf_counter()
         x, y = next(batches)
-        self.ledger.waiting_for_data += time.perf_counter() - start
+        self.totals.waiting_for_data += time.perf_counter() - start
         with self._autocast():
             logits = self.forward(x.contiguous(memory_format=self.memory_format))
             loss = self.criterion(logits, y)
@@ -537,10 +537,10 @@ class Trainer:
         """Evaluates the average; a collective."""
         start = time.perf_counter()
         averaging = self.optimizer.seconds_averaging
-        with self.ledger.beside_training():
+        with self.totals.beside_training():
             evaluation = self._evaluation()
         self.optimizer.seconds_averaging = averaging  # what is averaged for an evaluation counts as evaluating
-        self.ledger.evaluating += time.perf_counter() - start
+        self.totals.evaluating += time.perf_counter() - start
         position, progress = self.position, self.optimizer.progress
         position.evaluation, position.evaluated_at = evaluation, progress
         self.recorder.evaluation(evaluation, position.steps)
@@ -548,7 +548,7 @@ class Trainer:
             position.best = evaluation.accuracy
             if self.communicator.rank == 0:
                 self.best_model.take(copy_of(self.model))
-                self.keeper.writer.also(self.best_model.write)
+                self.coordinator.writer.also(self.best_model.write)
         console.say(
             f"epoch {progress / self.epoch:7.2f}  test accuracy {100 * evaluation.accuracy:.2f} %  loss {evaluation.loss:.4f}"
         )
@@ -582,7 +582,7 @@ class Trainer:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _summary(self, evaluation: Evaluation) -> Summary:
-        optimizer, ledger, steps = self.optimizer, self.ledger, self.position.steps
+        optimizer, totals, steps = self.optimizer, self.totals, self.position.steps
         return Summary(
             evaluation=evaluation,
             steps=steps,
@@ -591,10 +591,10 @@ class Trainer:
             progress=optimizer.progress,
             scale_invariant_epochs=optimizer.progress / self.epoch,
             data_epochs=self.loader.epoch,
-            collectives=ledger.collectives,
-            bytes_sent=ledger.bytes_sent,
+            collectives=totals.collectives,
+            bytes_sent=totals.bytes_sent,
             data_parallel_bytes=self.recorder.data_parallel_bytes(steps),
-            seconds=ledger.seconds(),
+            seconds=totals.seconds(),
         )
 
     def _save_last_good(self) -> str:

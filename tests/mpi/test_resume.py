@@ -17,7 +17,7 @@ from hvdlocal.communicator import SetupError
 from hvdlocal.models import build_model
 from hvdlocal.training import AlreadyFinished, Interrupted, Trainer, interruption
 from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, files
-from hvdlocal.training.checkpoint.coordinator import Keeper
+from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -110,7 +110,7 @@ def config(place, output, every_steps=None, **settings):
 def train(comm, settings, monkeypatch, die_after=None):
     """Trains; ends like a killed process after so many steps of the run. Returns the trainer."""
     trainer = Trainer(settings, comm)
-    original = Keeper.after_step
+    original = CheckpointCoordinator.after_step
 
     def after_step(self, steps):
         original(self, steps)
@@ -118,12 +118,12 @@ def train(comm, settings, monkeypatch, die_after=None):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "after_step", after_step)
+        patch.setattr(CheckpointCoordinator, "after_step", after_step)
         try:
             trainer.run()
         except Killed:
-            trainer.keeper._poll.close()
-            trainer.keeper.writer.close()
+            trainer.coordinator._poll.close()
+            trainer.coordinator.writer.close()
     comm.barrier("test.trained")
     return trainer
 
@@ -192,7 +192,7 @@ def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
         slow.append(time.monotonic())
         return write(*arguments)
 
-    original = Keeper.after_step
+    original = CheckpointCoordinator.after_step
 
     def after_step(self, steps):
         start = time.monotonic()
@@ -202,7 +202,7 @@ def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
 
     monkeypatch.setattr(status_exchange, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(writer.files, "write_rank", slowly)
-    monkeypatch.setattr(Keeper, "after_step", after_step)
+    monkeypatch.setattr(CheckpointCoordinator, "after_step", after_step)
     settings = config(place, "slow", **KINDS["local"])
     settings.checkpoint = CheckpointConfig(every_minutes=1e-6, keep=3)
     Trainer(settings, comm).run()

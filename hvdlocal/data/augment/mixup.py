@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdlocal.data.augment.base import MIXUP, check_keys, uniforms
-from hvdlocal.data.load.buffer_pool import Recycler
+from hvdlocal.data.load.buffer_pool import BufferPool
 
 
 class MixUp:
@@ -29,7 +29,7 @@ class MixUp:
             raise ValueError(f"num_classes is {num_classes}; there must be at least one")
         self.alpha = alpha
         self.num_classes = num_classes
-        self._buffers = Recycler()
+        self._buffers = BufferPool()
 
     def __call__(self, images: Tensor, labels: Tensor, keys: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
         """Mix floating-point (n, C, H, W) images and int64 (n,) labels; returns new images of the same type, and

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdlocal.data.augment.base import on_device
-from hvdlocal.data.load.buffer_pool import Recycler
+from hvdlocal.data.load.buffer_pool import BufferPool
 
 _CHUNK = 1 << 17  # elements that pass through all steps while they are in the cache
 
@@ -31,7 +31,7 @@ class Normalize:
         self._scale = (1 / (255 * std_tensor)).float()
         self._shift = (-torch.tensor(mean, dtype=torch.float64, device="cpu").view(-1, 1, 1) / std_tensor).float()
         self._numbers = tuple(self._scale.view(-1).tolist()), tuple(self._shift.view(-1).tolist())
-        self._buffers = Recycler()
+        self._buffers = BufferPool()
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64] | None = None) -> Tensor:
         """Normalise uint8 (n, H, W, C) images to contiguous float32 (n, C, H, W); ``keys`` are not used."""

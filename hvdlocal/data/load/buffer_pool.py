@@ -14,7 +14,7 @@ _SMALLEST = (
 _PAGE = 1 << 12
 
 
-class Recycler:
+class BufferPool:
     """Makes uninitialised tensors, in memory that was already touched where it can.
 
     The kernel zeroes every page of fresh memory at its first touch. malloc avoids that for batches of a few megabytes,
@@ -68,5 +68,5 @@ class Recycler:
             self._idle.appendleft(block)
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
-    def __reduce__(self) -> tuple[type["Recycler"], tuple[int | None]]:
-        return Recycler, (self._idle.maxlen,)
+    def __reduce__(self) -> tuple[type["BufferPool"], tuple[int | None]]:
+        return BufferPool, (self._idle.maxlen,)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hvdlocal.data.load.order import OrderMode
-from hvdlocal.data.load.partition import Plan, Tail, check_batch, require_samples, resolve_order
+from hvdlocal.data.load.partition import Partition, Tail, check_batch, require_samples, resolve_order
 from hvdlocal.data.load.pipeline import Batch, Pipeline, Selection, Stats, resolve_device
 from hvdlocal.data.random_keys import sample_keys
 
@@ -81,7 +81,7 @@ class Loader:
         threads: int | None = None,
     ) -> None:
         require_samples(dataset, "Loader")
-        self._plan = Plan(
+        self._plan = Partition(
             dataset,
             batch_size,
             rank=rank,

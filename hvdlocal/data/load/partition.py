@@ -18,7 +18,7 @@ Tail = Literal["carry", "partial", "drop"]
 _STATE_VERSION = 1
 
 
-class Plan:
+class Partition:
     """One rank's walk along the endless sequence order_0 ++ order_1 ++ … of a data set.
 
     A *cursor* is the number of samples that all ranks together have left behind; it fixes everything that comes.

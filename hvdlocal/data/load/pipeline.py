@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdlocal.data.load.buffer_pool import Recycler
+from hvdlocal.data.load.buffer_pool import BufferPool
 from hvdlocal.data.load.prefetch import Job, prefetch
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Pipeline:
     depth: int = 2
     threads: int | None = None
     read_ahead: int = 0
-    _recycler: Recycler = field(default_factory=Recycler, init=False, repr=False)
+    _recycler: BufferPool = field(default_factory=BufferPool, init=False, repr=False)
 
     def __post_init__(self) -> None:
         jpeg = self.dataset.kind == "jpeg"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import data
 
 from hvdlocal.data.load.order import OrderMode
-from hvdlocal.data.load.partition import Plan, require_samples, resolve_order
+from hvdlocal.data.load.partition import Partition, require_samples, resolve_order
 from hvdlocal.data.random_keys import sample_keys
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class EpochSampler(data.Sampler[int]):
             )
         stored = dataset.dataset if isinstance(dataset, TorchDataset) else dataset
         require_samples(stored, "EpochSampler")
-        self._plan = Plan(
+        self._plan = Partition(
             stored,
             batch_size,
             rank=rank,

@@ -5,8 +5,8 @@ hands every rank its part; `pace` says how often.
 """
 
 from hvdlocal.training.checkpoint.files import CheckpointError
-from hvdlocal.training.checkpoint.interval import Pace
+from hvdlocal.training.checkpoint.interval import CheckpointInterval
 from hvdlocal.training.checkpoint.resume import Resumed, averaged_model, resume
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 
-__all__ = ["CheckpointError", "CheckpointWriter", "Pace", "Resumed", "averaged_model", "resume"]
+__all__ = ["CheckpointError", "CheckpointInterval", "CheckpointWriter", "Resumed", "averaged_model", "resume"]

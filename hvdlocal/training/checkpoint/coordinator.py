@@ -9,18 +9,18 @@ from hvdlocal.communicator import Communicator
 from hvdlocal.directory import Directory
 from hvdlocal.terminal import warn
 from hvdlocal.training import interruption
-from hvdlocal.training.accounting import Ledger
-from hvdlocal.training.checkpoint import CheckpointWriter, Pace
+from hvdlocal.training.accounting import RunTotals
+from hvdlocal.training.checkpoint import CheckpointInterval, CheckpointWriter
 from hvdlocal.training.config import CheckpointConfig
 from hvdlocal.training.output_directory import CHECKPOINTS
-from hvdlocal.training.status_exchange import POLL_SECONDS, News, Poll
+from hvdlocal.training.status_exchange import POLL_SECONDS, Status, StatusExchange
 
 
 class Interrupted(Exception):  # noqa: N818  (no error: the run goes on later)
     """The run was asked to stop, and its checkpoint is on disk: the same command continues it. Raised on all ranks."""
 
 
-class Keeper:
+class CheckpointCoordinator:
     """One rank's part in keeping a run.
 
     Args:
@@ -28,7 +28,7 @@ class Keeper:
         config: how often, and how many.
         output: directory of the run.
         deadline: by which the process must have left; only rank 0's counts.
-        ledger: times the run, and is told what is not training.
+        totals: times the run, and is told what is not training.
         state: this rank's state, to be copied.
         contents: what the manifest says beside the files; asked on rank 0 only.
     """
@@ -39,7 +39,7 @@ class Keeper:
         config: CheckpointConfig,
         output: Directory,
         deadline: interruption.Deadline,
-        ledger: Ledger,
+        totals: RunTotals,
         state: Callable[[], dict[str, Any]],
         contents: Callable[[], dict[str, Any]],
     ) -> None:
@@ -47,11 +47,11 @@ class Keeper:
         self._every_steps = config.every_steps
         self._output = output
         self._deadline = deadline
-        self._ledger = ledger
+        self._ledger = totals
         self._state = state
         self._contents = contents
-        self._poll = Poll(communicator)
-        self._pace = Pace(config)
+        self._poll = StatusExchange(communicator)
+        self._pace = CheckpointInterval(config)
         self._cost = 0.0
         self._asked = False  # whether a poll has been begun since the last checkpoint was begun or finished
         self._polled = 0.0
@@ -102,12 +102,12 @@ class Keeper:
         self.writer.close()
         self._warn_of_failures(wait=True)
 
-    def _news(self) -> News:
+    def _news(self) -> Status:
         first = self._communicator.rank == 0
         now = self._ledger.elapsed
         gap, self._polled = now - self._polled, now  # a single step may take longer than POLL_SECONDS
         out_of_time = first and self._deadline.passes_within(2 * self.writer.write_seconds + POLL_SECONDS + 2 * gap)
-        return News(
+        return Status(
             stop=interruption.received() is not None or out_of_time,
             due=first and self._pace.due(self._ledger.elapsed),
             writing=self.writer.is_writing,

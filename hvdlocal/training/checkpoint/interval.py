@@ -12,7 +12,7 @@ WRITING_SHARE = 0.05
 """Share of the time that the disk may be busy with checkpoints: writing takes no time from training, but may from other jobs."""
 
 
-class Pace:
+class CheckpointInterval:
     """Says when the next checkpoint is due by the clock; `every_steps` needs no clock and is the trainer's."""
 
     def __init__(self, config: CheckpointConfig) -> None:

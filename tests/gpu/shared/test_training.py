@@ -16,7 +16,7 @@ import hvdlocal
 from hvdlocal.models import build_model
 from hvdlocal.training import Trainer
 from hvdlocal.training.checkpoint import files
-from hvdlocal.training.checkpoint.coordinator import Keeper
+from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -157,7 +157,7 @@ def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device,
         return made
 
     whole, _ = run(comm, config("whole"))
-    original = Keeper.after_step
+    original = CheckpointCoordinator.after_step
 
     def after_step(self, steps):
         original(self, steps)
@@ -166,11 +166,11 @@ def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device,
 
     killed = Trainer(config("killed", 2), comm)
     with monkeypatch.context() as patch:
-        patch.setattr(Keeper, "after_step", after_step)
+        patch.setattr(CheckpointCoordinator, "after_step", after_step)
         with pytest.raises(Killed):
             killed.run()
-    killed.keeper._poll.close()
-    killed.keeper.writer.close()
+    killed.coordinator._poll.close()
+    killed.coordinator.writer.close()
     comm.barrier("test.killed")
     step = files.newest_first(killed.directory / "checkpoints")[0]
     assert files.read_manifest(files.directory(killed.directory / "checkpoints", step))["in_sync"] is (

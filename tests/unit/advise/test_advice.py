@@ -8,14 +8,22 @@ import numpy as np
 import pytest
 from scaling import straggler_factor
 
-from hvdlocal.advise.advice import Known, advise, judged, known
-from hvdlocal.advise.measurements import Block, Closing, Measurements, Pace, Series, unshared, unsmoothed
+from hvdlocal.advise.advice import Estimate, advise, compare, known
+from hvdlocal.advise.measurements import (
+    Block,
+    Measurements,
+    Series,
+    StepTimes,
+    SyncStepTimes,
+    rank_jitter,
+    undo_moving_average,
+)
 from hvdlocal.advise.predictions import (
     PERIODS,
     Cost,
-    Situation,
+    CostModel,
     averaging_ratio,
-    contest,
+    compare_methods,
     crossover,
     predict,
     slowest,
@@ -28,16 +36,16 @@ from hvdlocal.plan import pseudo_wall_clock
 METHODS = ("sync", "acc-lin", "acc-ada", "local-lin", "local-ada")
 
 
-def situation(m=0.0, noise=1.0, workers=8, **more):
+def cost_model(m=0.0, noise=1.0, workers=8, **more):
     """Steps of one second, averagings of m."""
     costs = dict.fromkeys(METHODS, Cost(closing=m))
-    return Situation((1.0,) * workers, costs, grad_sqr=1.0, grad_var=noise, **more)
+    return CostModel((1.0,) * workers, costs, grad_sqr=1.0, grad_var=noise, **more)
 
 
 @pytest.mark.parametrize("period", [1, 4, 64])
 @pytest.mark.parametrize("m", [0.0, 0.5, 20.0])
 def test_without_anything_else_it_is_equation_16(period, m):
-    now = situation(m, noise=10.0)
+    now = cost_model(m, noise=10.0)
     local, accumulated = predict(now, "local-ada", period), predict(now, "acc-ada", period)
     assert local.gain == gain_ratio(1, 10, 8, period)
     assert local.epoch == pytest.approx(pseudo_wall_clock(8 / local.gain, 8, period, m))
@@ -50,8 +58,8 @@ def test_without_anything_else_it_is_equation_16(period, m):
 
 def test_the_parts_of_a_round():
     cost = Cost(closing=7.0, update=0.1, collect=0.01)
-    now = situation(accumulate=3)
-    now = Situation(now.micro_batch, dict.fromkeys(METHODS, cost), 1.0, 1.0, accumulate=3, epoch=100.0)
+    now = cost_model(accumulate=3)
+    now = CostModel(now.micro_batch, dict.fromkeys(METHODS, cost), 1.0, 1.0, accumulate=3, epoch=100.0)
     assert predict(now, "local-ada", 4).round == pytest.approx(12 * 1.0 + 8 * 0.01 + 3 * 0.1 + 7.0)
     assert predict(now, "acc-ada", 4).round == pytest.approx(12 * 1.0 + 11 * 0.01 + 7.0)
     sync = predict(now, "sync", 1)
@@ -62,8 +70,8 @@ def test_the_parts_of_a_round():
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 10.0, 1000.0])
 def test_free_averagings_make_local_steps_pointless(noise):
-    now = situation(0.0, noise)
-    result = contest(now)
+    now = cost_model(0.0, noise)
+    result = compare_methods(now)
     assert result.verdict == "data-parallel" or noise == 0
     assert result.ratio >= 1
     assert result.data_parallel.period == 1
@@ -72,7 +80,7 @@ def test_free_averagings_make_local_steps_pointless(noise):
 
 @pytest.mark.parametrize("noise", [0.3, 10.0])
 def test_endless_averagings_want_the_longest_rounds(noise):
-    result = contest(situation(1e9, noise))
+    result = compare_methods(cost_model(1e9, noise))
     assert result.verdict == "local"
     assert result.local.period == PERIODS[-1]
 
@@ -92,7 +100,7 @@ def test_crossover_in_closed_form():
     """K = 8, σ²/G = 1: (1 + m)/1.777778 of sync meets (2 + m)/(2 · 1.253785) of H = 2."""
     assert crossover(1.0, 8, periods=(1, 2)) == pytest.approx(1.436, abs=1e-3)
     m = crossover(1.0, 8)
-    assert contest(situation(0.99 * m)).ratio > 1 > contest(situation(1.01 * m)).ratio
+    assert compare_methods(cost_model(0.99 * m)).ratio > 1 > compare_methods(cost_model(1.01 * m)).ratio
     assert crossover(math.inf, 8) is None, "without a mean gradient every local step is as good as data parallelism's"
 
 
@@ -112,8 +120,8 @@ def measurements(averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0,
     none = Series.of([])
     blocks = []
     for averaging, step, var in zip(averagings, steps, noise, strict=True):
-        pace = Pace(Series(step, 0.05, 10), Series(0.01, count=10), Series(0.1, count=10), none)
-        closing = Closing(4000, Series(averaging + 0.1, count=10), Series(averaging, count=10), none)
+        pace = StepTimes(Series(step, 0.05, 10), Series(0.01, count=10), Series(0.1, count=10), none)
+        closing = SyncStepTimes(4000, Series(averaging + 0.1, count=10), Series(averaging, count=10), none)
         names = ("acc-lin", "acc-ada", "local-lin", "local-ada sketch", "local-ada exact")
         blocks.append(
             Block(
@@ -128,7 +136,7 @@ def measurements(averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0,
 
 
 def test_a_situation_from_blocks():
-    now = known(measurements(averagings=(0.4, 0.5, 0.6)), c=1.0, statistics="sketch").situation
+    now = known(measurements(averagings=(0.4, 0.5, 0.6)), c=1.0, statistics="sketch").cost_model
     assert now.micro_batch == (1.0,) * 4
     assert now.costs["local-ada"] == Cost(pytest.approx(0.6), pytest.approx(0.1), 0.0)
     assert now.variation == pytest.approx(0.05)
@@ -148,10 +156,10 @@ def test_what_slows_down_everything_alike_is_no_doubt():
 
 
 def test_no_winner_within_the_noise():
-    now = situation(0.99 * crossover(1.0, 8))
-    assert judged(Known(now)).verdict == "data-parallel"
-    doubtful = Known(now, [situation(0.8 * crossover(1.0, 8)), situation(1.2 * crossover(1.0, 8))])
-    assert judged(doubtful).verdict == "undecided"
+    now = cost_model(0.99 * crossover(1.0, 8))
+    assert compare(Estimate(now)).verdict == "data-parallel"
+    doubtful = Estimate(now, [cost_model(0.8 * crossover(1.0, 8)), cost_model(1.2 * crossover(1.0, 8))])
+    assert compare(doubtful).verdict == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -175,9 +183,9 @@ def test_single_estimates_come_back_from_moving_averages():
     for estimate in estimates:
         average.update(estimate, 0.992)
         seen.append(average.value)
-    assert unsmoothed(seen, 0.992) == pytest.approx(estimates)
-    assert unsmoothed(seen, 0.992)[1] == 0
-    assert unsmoothed([1.0, 2.0], 0.0) == [1.0, 2.0]
+    assert undo_moving_average(seen, 0.992) == pytest.approx(estimates)
+    assert undo_moving_average(seen, 0.992)[1] == 0
+    assert undo_moving_average([1.0, 2.0], 0.0) == [1.0, 2.0]
 
 
 def test_pooling():
@@ -188,8 +196,8 @@ def test_pooling():
 def test_what_ranks_share_is_no_reason_to_wait():
     busy = [4.0, 8.0, 5.0, 40.0]
     slower = [seconds + 1 for seconds in busy]
-    assert unshared([busy, slower], 4).deviation == pytest.approx(0, abs=1e-9)
+    assert rank_jitter([busy, slower], 4).deviation == pytest.approx(0, abs=1e-9)
     random = np.random.default_rng(0)
     own = random.normal(1.0, 0.1, (3, 4000, 4)).sum(2)
-    assert unshared((own + random.normal(0, 5, 4000)).tolist(), 4).deviation == pytest.approx(0.1, rel=0.03)
-    assert unshared([[1.0, 2.0]], 1).count == 0
+    assert rank_jitter((own + random.normal(0, 5, 4000)).tolist(), 4).deviation == pytest.approx(0.1, rel=0.03)
+    assert rank_jitter([[1.0, 2.0]], 1).count == 0

@@ -5,7 +5,7 @@ import math
 import pytest
 
 import hvdlocal
-from hvdlocal.averaging.gain import Moment
+from hvdlocal.averaging.gain import ScalingContext
 from hvdlocal.averaging.statistics import MovingAverage, SmoothedStatistics, default_smoothing
 
 # Eq. 14 for K = 8: σ²/G, then ρ for H = 1, 2, 8, 64.
@@ -109,14 +109,14 @@ def test_default_smoothing_is_fairscales():
 
 def test_linear_scaling_warms_up_over_five_percent_of_the_budget():
     def gain(progress):
-        moment = Moment(num_workers=4, accumulate=2, period=1, progress=progress, budget=1000)
+        moment = ScalingContext(num_workers=4, accumulate=2, period=1, progress=progress, budget=1000)
         return hvdlocal.LinearScaling().gain(moment)
 
     assert [gain(0), gain(25), gain(50), gain(900)] == [1, 4.5, 8, 8]
-    start = Moment(num_workers=4, accumulate=2, period=1, progress=0, budget=1000)
+    start = ScalingContext(num_workers=4, accumulate=2, period=1, progress=0, budget=1000)
     assert hvdlocal.LinearScaling().progress(start) == 8, "as many iterations as without a warm-up"
     with pytest.raises(ValueError, match="budget"):
-        hvdlocal.LinearScaling().gain(Moment(num_workers=4, accumulate=1, period=1, progress=0, budget=None))
+        hvdlocal.LinearScaling().gain(ScalingContext(num_workers=4, accumulate=1, period=1, progress=0, budget=None))
 
 
 def test_pseudo_wall_clock():

@@ -13,7 +13,7 @@ from hvdlocal.papers.claims import CLAIMS, Point, Scale, check, judge
 from hvdlocal.papers.grid_report import Report
 from hvdlocal.papers.published import read_table
 from hvdlocal.papers.runs import Outcome
-from hvdlocal.papers.studies import BASELINE, STUDIES, Cell, cells
+from hvdlocal.papers.studies import BASELINE, STUDIES, GridPoint, cells
 
 GRID = ["--workers", "2", "--periods", "2", "8"]
 
@@ -187,7 +187,7 @@ def test_fig10_shares_its_runs_with_the_tables():
     directories = [method.directory for method in STUDIES["fig10"].methods]
     assert directories[-1] == "local-ada"
     assert len(set(directories)) == 6
-    assert Cell(STUDIES["fig10"].methods[3], 8, 32, 1).name == "local-ada-c0.6-K8-H32-seed1"
+    assert GridPoint(STUDIES["fig10"].methods[3], 8, 32, 1).name == "local-ada-c0.6-K8-H32-seed1"
 
 
 def test_the_baseline_comes_first_and_once_a_seed():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlocal.data.load.buffer_pool import Recycler
+from hvdlocal.data.load.buffer_pool import BufferPool
 
 SHAPE = (64, 3, 32, 32)  # 786 KB as float32
 
@@ -17,7 +17,7 @@ def make(recycler, value=0.0, shape=SHAPE):
 
 
 def test_memory_is_used_again_once_the_tensor_is_gone():
-    recycler = Recycler()
+    recycler = BufferPool()
     first = make(recycler)
     address = first.data_ptr()
     second = make(recycler)
@@ -34,7 +34,7 @@ def test_what_it_makes_is_an_ordinary_tensor():
         ((500, 501), torch.bfloat16),
         ((300_001,), torch.bool),
     ):
-        found = Recycler().empty(shape, dtype)
+        found = BufferPool().empty(shape, dtype)
         assert (found.shape, found.dtype, found.device.type) == (torch.Size(shape), dtype, "cpu")
         assert found.is_contiguous()
         assert found.is_leaf
@@ -45,7 +45,7 @@ def test_what_it_makes_is_an_ordinary_tensor():
 
 @pytest.mark.parametrize("shape", [(0, 3, 32, 32), (5,), (), (4, 0)])
 def test_small_and_empty_tensors(shape):
-    found = Recycler().empty(shape, torch.float32)
+    found = BufferPool().empty(shape, torch.float32)
     assert found.shape == shape
 
 
@@ -90,7 +90,7 @@ KEEPERS = {
 @pytest.mark.parametrize("keep", KEEPERS.values(), ids=KEEPERS)
 def test_memory_is_not_used_again_while_anything_shares_it(keep):
     gc.collect()
-    recycler = Recycler(idle=8)
+    recycler = BufferPool(idle=8)
     tensor = make(recycler, 1.0)
     address = tensor.data_ptr()
     kept = keep(tensor)
@@ -103,7 +103,7 @@ def test_memory_is_not_used_again_while_anything_shares_it(keep):
 
 
 def test_gradients_see_the_values_that_were_saved():
-    recycler = Recycler()
+    recycler = BufferPool()
     weight = torch.ones(SHAPE, requires_grad=True)
     loss = (weight * make(recycler, 3.0)).sum()  # multiplication saves the batch for the gradient
     for _ in range(3):
@@ -113,7 +113,7 @@ def test_gradients_see_the_values_that_were_saved():
 
 
 def test_a_copy_does_not_hold_the_memory():
-    recycler = Recycler()
+    recycler = BufferPool()
     tensor = make(recycler, 1.0)
     address = tensor.data_ptr()
     clone = tensor.clone()
@@ -123,7 +123,7 @@ def test_a_copy_does_not_hold_the_memory():
 
 
 def test_memory_moved_away_is_free():
-    recycler = Recycler()
+    recycler = BufferPool()
     tensor = make(recycler, 1.0)
     address = tensor.data_ptr()
     tensor.share_memory_()
@@ -133,19 +133,19 @@ def test_memory_moved_away_is_free():
 
 
 def test_idle_memory_is_bounded():
-    recycler = Recycler(idle=2)
+    recycler = BufferPool(idle=2)
     held = [make(recycler) for _ in range(10)]
     addresses = [tensor.data_ptr() for tensor in held]
     del held
     assert len(recycler._idle) == 2
     assert {make(recycler).data_ptr() for _ in range(2)} <= set(addresses)
-    none = Recycler(idle=0)
+    none = BufferPool(idle=0)
     make(none)
     assert len(none._idle) == 0
 
 
 def test_sizes_do_not_mix():
-    recycler = Recycler(idle=3)
+    recycler = BufferPool(idle=3)
     small, large = make(recycler), make(recycler, shape=(128, 3, 32, 32))
     addresses = small.data_ptr(), large.data_ptr()
     del small, large
@@ -156,7 +156,7 @@ def test_sizes_do_not_mix():
 
 
 def test_sizes_that_are_not_wanted_any_more_give_way():
-    recycler = Recycler(idle=2)
+    recycler = BufferPool(idle=2)
     for shape in ((100, 3, 32, 32), SHAPE):
         held = [make(recycler, shape=shape) for _ in range(2)]
         held.clear()
@@ -164,7 +164,7 @@ def test_sizes_that_are_not_wanted_any_more_give_way():
 
 
 def test_it_may_go_before_its_tensors():
-    recycler = Recycler()
+    recycler = BufferPool()
     tensor = make(recycler, 4.0)
     del recycler
     gc.collect()
@@ -172,7 +172,7 @@ def test_it_may_go_before_its_tensors():
 
 
 def test_copies_begin_without_memory():
-    recycler = Recycler(idle=3)
+    recycler = BufferPool(idle=3)
     make(recycler)
     for other in (copy.deepcopy(recycler), pickle.loads(pickle.dumps(recycler))):
         assert other._idle.maxlen == 3
@@ -181,7 +181,7 @@ def test_copies_begin_without_memory():
 
 
 def test_threads_never_share_memory():
-    recycler = Recycler(idle=4)
+    recycler = BufferPool(idle=4)
     faults = []
 
     def work(number):
@@ -208,7 +208,7 @@ def test_threads_never_share_memory():
 
 
 def test_tensors_may_end_in_other_threads():
-    recycler = Recycler()
+    recycler = BufferPool()
     addresses = set()
     for _ in range(20):
         box = [make(recycler)]
@@ -221,7 +221,7 @@ def test_tensors_may_end_in_other_threads():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_pinned_memory_waits_for_copies_under_way():
-    recycler = Recycler()
+    recycler = BufferPool()
     for value in range(50):
         tensor = recycler.empty((1 << 22,), torch.float32, pinned=True)
         assert tensor.is_pinned()
@@ -233,4 +233,4 @@ def test_pinned_memory_waits_for_copies_under_way():
 
 def test_unfit_arguments_are_refused():
     with pytest.raises(ValueError, match="idle is -1"):
-        Recycler(idle=-1)
+        BufferPool(idle=-1)

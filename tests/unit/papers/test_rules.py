@@ -13,7 +13,7 @@ from hvdlocal.papers import curvature
 from hvdlocal.papers.curvature import Curvature
 from hvdlocal.papers.rule_report import TITLES, RuleReport, resolved
 from hvdlocal.papers.runs import Outcome
-from hvdlocal.papers.studies import STUDIES, Cell
+from hvdlocal.papers.studies import STUDIES, GridPoint
 
 STUDY = STUDIES["qsr"]
 
@@ -27,7 +27,7 @@ def report(accuracies, largest=None):
     outcomes, curvatures = {}, {}
     for method in STUDY.methods:
         for seed, accuracy in enumerate(accuracies.get(method.name, [])):
-            cell = Cell(method, 8, None, seed)
+            cell = GridPoint(method, 8, None, seed)
             if accuracy is None:
                 outcomes[cell] = Outcome(10.0, None, None, diverged=True)
                 continue
@@ -79,7 +79,7 @@ def test_runs_that_diverge_are_told(tmp_path):
     text = found.markdown()
     assert "| H ∝ 1/η² (QSR) | 36.00 ± 36.77 (1 diverged) | 16.0% | 0.500 | 11.1 | 100 |" in text
     assert "| H ∝ 1/η³ | 10.00 ± 0.00 (2 diverged) |  |  |  |  |" in text
-    assert found.line(Cell(STUDY.methods[4], 8, None, 0)) == "10.00 ± 0.00 %: diverged"
+    assert found.line(GridPoint(STUDY.methods[4], 8, None, 0)) == "10.00 ± 0.00 %: diverged"
     assert len(found.write(tmp_path / "qsr")) >= 2, "a figure without the points that there are not"
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hvdlocal.papers import bounds, valley
-from hvdlocal.papers.experiment_report import Finding
+from hvdlocal.papers.experiment_report import ExperimentReport
 
 
 def test_one_step_after_an_averaging_the_divergence_is_that_of_the_noise():
@@ -82,5 +82,7 @@ def test_the_valley_behaves_as_the_sde_says(tmp_path):
 
 
 def test_a_claim_that_fails_stands_out():
-    finding = Finding("t", "s", [("it rains", False), ("it pours", True)], ("a",), [["1"]], [], {}, lambda: None)
+    finding = ExperimentReport(
+        "t", "s", [("it rains", False), ("it pours", True)], ("a",), [["1"]], [], {}, lambda: None
+    )
     assert "| it rains | **no** |\n| it pours | yes |" in finding.markdown()

@@ -15,7 +15,7 @@ from hvdlocal.communicator.base import Communicator
 from hvdlocal.directory import Directory
 from hvdlocal.plan.cost import young_interval
 from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, averaged_model, files, resume
-from hvdlocal.training.checkpoint.interval import FIRST_SECONDS, Pace
+from hvdlocal.training.checkpoint.interval import FIRST_SECONDS, CheckpointInterval
 from hvdlocal.training.config import CheckpointConfig
 
 
@@ -260,7 +260,7 @@ def test_a_file_that_was_lost_before_the_end_is_no_checkpoint(tmp_path, lose):
 
 def test_pace():
     assert young_interval(2.0, 3600.0) == 120.0
-    pace = Pace(CheckpointConfig(failure_hours=1.0))
+    pace = CheckpointInterval(CheckpointConfig(failure_hours=1.0))
     pace.start(100.0)
     assert not pace.due(100.0 + FIRST_SECONDS - 1)
     assert pace.due(100.0 + FIRST_SECONDS)
@@ -268,11 +268,11 @@ def test_pace():
     assert pace.interval == 120.0
     pace.learn(cost=2.0, writing=30.0)
     assert pace.interval == pytest.approx(600.0), "never more than a twentieth of the time writing"
-    fixed = Pace(CheckpointConfig(every_minutes=2.0))
+    fixed = CheckpointInterval(CheckpointConfig(every_minutes=2.0))
     fixed.start(0.0)
     fixed.learn(cost=2.0, writing=30.0)
     assert (fixed.due(119.0), fixed.due(120.0)) == (False, True)
-    by_steps = Pace(CheckpointConfig(every_steps=10))
+    by_steps = CheckpointInterval(CheckpointConfig(every_steps=10))
     by_steps.start(0.0)
     assert not by_steps.due(1e9)
 

@@ -6,7 +6,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from hvdlocal.training.config import RANGES, DataConfig, ModelConfig, TrainConfig, check_ranges, leaves
+from hvdlocal.training.config import RANGES, DataConfig, ModelConfig, TrainConfig, check_ranges, flatten
 
 CONFIG = TrainConfig(data=DataConfig(path="x"), model=ModelConfig(name="digits_cnn"), output="y")
 
@@ -32,7 +32,7 @@ def changed(tree, key, value):
 
 
 def given(key, value):
-    pair = isinstance(leaves(CONFIG)[key], tuple)
+    pair = isinstance(flatten(CONFIG)[key], tuple)
     return changed(CONFIG, key, (0.5, value) if pair else value)
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from hvdlocal.directory import Directory
 from hvdlocal.training import interruption, output_directory
-from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, effective_settings, leaves
+from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, effective_settings, flatten
 from hvdlocal.training.metrics import JsonLines
-from hvdlocal.training.output_directory import Standing, standing
+from hvdlocal.training.output_directory import RunStatus, find_status
 
 
 def config(tmp_path, **settings):
@@ -26,24 +26,27 @@ def leave(tmp_path, **settings):
 
 def test_standing(tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    now = leaves(config(tmp_path, optimizer=OptimizerConfig(lr=1e-5, betas=(0.9, 0.95))))
+    now = flatten(config(tmp_path, optimizer=OptimizerConfig(lr=1e-5, betas=(0.9, 0.95))))
     (tmp_path / "checkpoints").mkdir()  # perhaps a disk of its own
-    assert standing(tmp_path, now, overwrite=False) is Standing.NEW
+    assert find_status(tmp_path, now, overwrite=False) is RunStatus.NEW
     leave(tmp_path, optimizer=OptimizerConfig(lr=1e-5, betas=(0.9, 0.95)))
-    assert standing(tmp_path, now, overwrite=False) is Standing.STARTED
-    assert standing(tmp_path, {**now, "data.threads": 3, "log_every_seconds": 1.0}, overwrite=False) is Standing.STARTED
+    assert find_status(tmp_path, now, overwrite=False) is RunStatus.STARTED
+    assert (
+        find_status(tmp_path, {**now, "data.threads": 3, "log_every_seconds": 1.0}, overwrite=False)
+        is RunStatus.STARTED
+    )
     with pytest.raises(ValueError, match=r"holds an earlier run with optimizer\.lr=1e-05, not 0\.1"):
-        standing(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=False)
-    assert standing(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=True) is Standing.NEW
+        find_status(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=False)
+    assert find_status(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=True) is RunStatus.NEW
     (tmp_path / output_directory.SUMMARY).touch()
-    assert standing(tmp_path, now, overwrite=False) is Standing.FINISHED
+    assert find_status(tmp_path, now, overwrite=False) is RunStatus.FINISHED
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that said --overwrite true is started again:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert standing(tmp_path, now, overwrite=True) is Standing.NEW  # it had not come to replace anything yet
+    assert find_status(tmp_path, now, overwrite=True) is RunStatus.NEW  # it had not come to replace anything yet
     output_directory.note_attempt(Directory(tmp_path), 0, 2)
-    assert standing(tmp_path, now, overwrite=True) is Standing.FINISHED  # this is its own
+    assert find_status(tmp_path, now, overwrite=True) is RunStatus.FINISHED  # this is its own
     monkeypatch.setenv("SLURM_JOB_ID", "8")
-    assert standing(tmp_path, now, overwrite=True) is Standing.NEW
+    assert find_status(tmp_path, now, overwrite=True) is RunStatus.NEW
 
 
 def test_a_setting_without_effect_may_be_another_now(tmp_path):
@@ -51,20 +54,20 @@ def test_a_setting_without_effect_may_be_another_now(tmp_path):
     now = config(tmp_path)
     earlier = replace(now, data=replace(now.data, min_area=0.08))
     output_directory.describe(Directory(tmp_path), asdict(earlier), {})
-    assert standing(tmp_path, effective_settings(now), overwrite=False) is Standing.STARTED
+    assert find_status(tmp_path, effective_settings(now), overwrite=False) is RunStatus.STARTED
     cropping = replace(now, data=replace(now.data, image_size=8))
     output_directory.describe(
         Directory(tmp_path), asdict(replace(earlier, data=replace(earlier.data, image_size=8))), {}
     )
     with pytest.raises(ValueError, match=r"an earlier run with data\.min_area=0\.08, not null: continue it"):
-        standing(tmp_path, effective_settings(cropping), overwrite=False)
+        find_status(tmp_path, effective_settings(cropping), overwrite=False)
 
 
 @pytest.mark.parametrize("content", ["", "[1, 2]", "a: [", "\x00"])
 def test_an_unreadable_config_is_no_invitation(tmp_path, content):
     (tmp_path / "config.yaml").write_text(content)
     with pytest.raises(ValueError, match="cannot be read"):
-        standing(tmp_path, {"epochs": 1}, overwrite=False)
+        find_status(tmp_path, {"epochs": 1}, overwrite=False)
 
 
 def test_a_directory_is_claimed_by_one(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from hvdlocal.cli.configuration import parse
 from hvdlocal.data import CenterCrop, Compose, RandomResizedCrop, ShardedDataset, ShardWriter, evaluation_batches
 from hvdlocal.data.write.writer import JpegShardWriter
 from hvdlocal.training.config import DataConfig
-from hvdlocal.training.preprocessing import configured_images
+from hvdlocal.training.preprocessing import preprocessing_from_config
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
@@ -26,7 +26,7 @@ def jpegs(*sides):
 
 def cuts(config, data, test_data=None):
     """(smallest share of a training crop, side of a test image before the central crop)."""
-    images = configured_images(config, data, test_data)
+    images = preprocessing_from_config(config, data, test_data)
     if images.crop is None:
         assert isinstance(images.transform, Compose)
         crop, center = images.transform.transforms[0], images.test_transform.transforms[0]
@@ -74,23 +74,23 @@ def test_settings_win(test_crop, resize):
     ("settings", "kept"), [({}, "testing the whole image"), ({"test_crop": 0.875}, "the central 87.5 % of each side")]
 )
 def test_it_is_said(settings, kept):
-    description = configured_images(DataConfig("data", image_size=28, **settings), fixed(28, 28)).description
+    description = preprocessing_from_config(DataConfig("data", image_size=28, **settings), fixed(28, 28)).description
     assert description.startswith(
         "brought to 28 pixels; training takes random crops of 25 to 100 % of the area, testing"
     )
     assert description.endswith(kept)
-    assert configured_images(DataConfig("data"), fixed(28, 28)).description == ""
+    assert preprocessing_from_config(DataConfig("data"), fixed(28, 28)).description == ""
 
 
 @pytest.mark.parametrize("data", [fixed(28, 40), jpegs((28, 40))])
 def test_of_an_oblong_image_a_square_is_tested(data):
-    description = configured_images(DataConfig("data", image_size=28), data).description
+    description = preprocessing_from_config(DataConfig("data", image_size=28), data).description
     assert description.endswith("testing the largest central square")
 
 
 def seen(data, config):
     """The test images as a model sees them, back in units of a pixel."""
-    images = configured_images(config, data)
+    images = preprocessing_from_config(config, data)
     (batch,) = (x for x, _ in evaluation_batches(data, 10, crop=images.test_crop, transform=images.test_transform))
     mean, std = (np.array(values, np.float32).reshape(-1, 1, 1) for values in (data.mean, data.std))
     return np.rint((batch.numpy() * std + mean) * 255)
