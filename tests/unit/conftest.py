@@ -1,6 +1,30 @@
-"""The benchmarks are scripts and no package: their directory is put on the path."""
+"""What all unit tests share: the benchmarks' directory on the path (they are scripts and no package), and real data."""
 
+import os
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+def real_data(name: str, what: str) -> Path:
+    """A directory of real data, or a skipped test."""
+    default = Path(__file__).resolve().parents[3] / "shared" / "data"
+    path = Path(os.environ.get("HVDLOCAL_TEST_DATA", default)) / name
+    if not path.is_dir():
+        pytest.skip(f"no {what} at {path}; set HVDLOCAL_TEST_DATA to the directory that holds {name}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def cifar10_source() -> Path:
+    """Directory of the real CIFAR-10, binary version."""
+    return real_data("cifar-10-batches-bin", "CIFAR-10")
+
+
+@pytest.fixture(scope="session")
+def jpeg_source() -> Path:
+    """Directory of 120 files of ImageNet: train/<class>/*.jpg, val/<class>/*.jpg, 24 classes."""
+    return real_data("jpeg-sample", "sample of ImageNet")

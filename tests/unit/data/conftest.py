@@ -1,6 +1,5 @@
-"""Small data sets for the tests of the data layer, and the way to the real ones."""
+"""Small data sets for the tests of the data layer."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,24 +66,3 @@ def make_jpeg_dataset(tmp_path: Path, jpeg_files: Callable) -> Callable[..., Sha
         return ShardedDataset(tmp_path)
 
     return make
-
-
-def real_data(name: str, what: str) -> Path:
-    """A directory of real data, or a skipped test."""
-    default = Path(__file__).resolve().parents[4] / "shared" / "data"
-    path = Path(os.environ.get("HVDLOCAL_TEST_DATA", default)) / name
-    if not path.is_dir():
-        pytest.skip(f"no {what} at {path}; set HVDLOCAL_TEST_DATA to the directory that holds {name}")
-    return path
-
-
-@pytest.fixture(scope="session")
-def cifar10_source() -> Path:
-    """Directory of the real CIFAR-10, binary version."""
-    return real_data("cifar-10-batches-bin", "CIFAR-10")
-
-
-@pytest.fixture(scope="session")
-def jpeg_source() -> Path:
-    """Directory of 120 files of ImageNet: train/<class>/*.jpg, val/<class>/*.jpg, 24 classes."""
-    return real_data("jpeg-sample", "sample of ImageNet")

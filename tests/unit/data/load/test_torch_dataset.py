@@ -224,7 +224,7 @@ def test_epochs_without_a_batch_are_refused(make_dataset):
 
 
 def test_the_example_of_the_documentation_runs(source, tmp_path, monkeypatch):
-    text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
+    text = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
     section = text.split("## In your own loop")[1].split("\n## ")[0]
     ShardWriter(tmp_path / "data" / "cifar10", "train", classes=list("abcde")).write(*source(300))
     monkeypatch.chdir(tmp_path)

@@ -9,7 +9,7 @@ import warnings
 import h5py
 import numpy as np
 import pytest
-from test_data_foreign import SHAPE, N, content, refused, write
+from test_user_hdf5 import SHAPE, N, content, refused, write
 
 from hvdlocal.data import ShardedDataset
 from hvdlocal.data.read.user_hdf5 import open_hdf5
@@ -208,7 +208,7 @@ def test_a_virtual_data_set_without_end(tmp_path):
 
 PREFIXES = """
 from pathlib import Path
-from test_data_foreign_places import ALL, FULL, check, content, open_hdf5, virtual, with_raw_file, write
+from test_user_hdf5_places import ALL, FULL, check, content, open_hdf5, virtual, with_raw_file, write
 check(open_hdf5(with_raw_file(Path("a.h5"), content()[0])))
 assert Path("elsewhere/pixels.raw").exists()
 write(Path("elsewhere/s.h5"))
