@@ -20,17 +20,11 @@ from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import ShardedDataset
 from hvdlocal.training.builders import check_model, configured_loader, facts, memory_format, model_from_config
-from hvdlocal.training.config import PeriodConfig, Preset, TrainConfig, check_ranges
+from hvdlocal.training.config import MethodConfig, PeriodConfig, Preset, TrainConfig, check_ranges
 from hvdlocal.training.environment import choose_device, set_threads
 from hvdlocal.training.preprocessing import preprocessing_from_config
-from hvdlocal.training.presets import (
-    LOCAL_PRESETS,
-    build_optimizer,
-    build_period,
-    build_scaling,
-    micro_batches_per_step,
-)
-from hvdlocal.training.schedules import build_schedule
+from hvdlocal.training.presets import LOCAL_PRESETS, build_optimizer, build_period
+from hvdlocal.training.run_length import run_length
 
 PERIOD = 4
 """H of the short run: the steps within a round are timed between its first, which takes statistics, and its last."""
@@ -71,13 +65,13 @@ class Benchmark:
         check_model(config, self.data, self.images, workers)
         rank = self.communicator.rank
         self.loader = configured_loader(config, self.data, self.images, self.device, rank=rank, num_workers=workers)
-        self.epoch = self.loader.steps_per_epoch * workers
-        self.schedule = build_schedule(config.schedule, config.optimizer.lr, config.epochs * self.epoch, self.epoch)
-        # The method in the configuration is not run, but a mistake in it should be heard of now.
-        accumulate = micro_batches_per_step(config.method)
-        self.reference = build_scaling(config.method).reference_batches(workers, accumulate)
+        # The method in the configuration is not run, but a mistake in it should be reported now.
+        configured = run_length(config, self.loader.steps_per_epoch, workers)
         if config.method.preset in LOCAL_PRESETS:
-            build_period(config.method.period, config.optimizer.lr, 0.0, self.epoch)
+            build_period(config.method.period, config.optimizer.lr, 0.0, configured.epoch)
+        self.reference = configured.reference_batches
+        short_run = replace(config, method=self.method("local-ada", PERIOD, config.method.statistics))
+        self.length = run_length(short_run, self.loader.steps_per_epoch, workers)
         self.parameters = sum(p.numel() for p in self.model().parameters() if p.requires_grad)
 
     def candidates(self) -> list[Candidate]:
@@ -116,7 +110,12 @@ class Benchmark:
 
     def optimizer(self, preset: Preset, period: int, statistics: str) -> LocalOptimizer | SynchronousOptimizer:
         """An optimizer with a replica of its own, as the configuration has it but for the method; a collective."""
-        method = replace(
+        config = replace(self.config, method=self.method(preset, period, statistics))
+        return build_optimizer(config, self.model(), self.length, self.communicator)
+
+    def method(self, preset: Preset, period: int, statistics: str) -> MethodConfig:
+        """The configured method with another preset and a constant period."""
+        return replace(
             self.config.method,
             preset=preset,
             period=PeriodConfig(period=period),
@@ -124,8 +123,6 @@ class Benchmark:
             smoothing=self.smoothing,
             accumulate=1 if preset.startswith("acc") else self.config.method.accumulate,
         )
-        config = replace(self.config, method=method)
-        return build_optimizer(config, self.model(), self.config.epochs * self.epoch, self.epoch)
 
     def synchronize_device(self) -> None:
         """Waits for what a GPU has been asked for: clocks should not count it later."""
@@ -257,7 +254,7 @@ class StepTimer:
         """One micro-batch: seconds of waiting for its images, of forward and backward pass, and of the optimizer's `step`."""
         bench, optimizer, config = self._bench, self.optimizer, self._bench.config
         if not optimizer.micro_batches:
-            lr = bench.schedule(optimizer.progress) / bench.reference
+            lr = bench.length.schedule(optimizer.progress) / bench.reference
             for group in optimizer.param_groups:
                 group["lr"] = lr
         start = time.perf_counter()

@@ -77,10 +77,10 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         accumulate=bench.config.method.accumulate,
         batch_size=bench.config.data.batch_size,
         samples=bench.loader.samples_per_epoch,
-        epoch=bench.epoch,
+        epoch=bench.length.epoch,
         parameters=bench.parameters,
         blocks=tuple(Block(*parts) for parts in zip(paces, apart, closings, grad_sqr, grad_var, strict=True)),
-        epochs=run.optimizer.progress / bench.epoch,
+        epochs=run.optimizer.progress / bench.length.epoch,
         seconds=max(communicator.gather(time.monotonic() - start, "hvdlocal.seconds")),
     )
 

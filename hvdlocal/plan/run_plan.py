@@ -13,7 +13,8 @@ from hvdlocal.averaging.rounds import Round, plan_rounds, plan_steps
 from hvdlocal.data.load.partition import Partition
 from hvdlocal.training.config import TrainConfig, check_ranges
 from hvdlocal.training.presets import LOCAL_PRESETS, build_period, build_scaling, micro_batches_per_step
-from hvdlocal.training.schedules import Schedule, build_schedule
+from hvdlocal.training.run_length import run_length
+from hvdlocal.training.schedules import Schedule
 
 if TYPE_CHECKING:
     from hvdlocal.data.read.dataset import StoredSamples
@@ -142,15 +143,12 @@ def plan_run(
     method, accumulate = config.method, micro_batches_per_step(config.method)
     local = method.preset in LOCAL_PRESETS
     steps_per_epoch = _steps_per_epoch(config, samples, num_workers)
-    configured = build_scaling(method)
-    scaling, statistics = _assumptions(config, configured, gain, grad_var_over_sqr)
+    scaling, statistics = _assumptions(config, build_scaling(method), gain, grad_var_over_sqr)
     if num_workers * (1 if local else accumulate) == 1:
         statistics = None  # one gradient has no variance
 
-    # As in Trainer: an epoch in units of progress, which are steps at gain 1.
-    epoch = steps_per_epoch * num_workers / configured.reference_batches(num_workers, accumulate)
-    budget = config.epochs * epoch
-    schedule = build_schedule(config.schedule, config.optimizer.lr, budget, epoch)
+    length = run_length(config, steps_per_epoch, num_workers)
+    epoch, budget, schedule = length.epoch, length.budget, length.schedule
     if local:
         warmup = config.schedule.warmup_epochs * epoch
         rounds = plan_rounds(

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
     from hvdlocal.averaging.buffers import Buffers
+    from hvdlocal.communicator import Communicator
+    from hvdlocal.training.run_length import RunLength
 
 LOCAL_PRESETS = ("local", "local-lin", "local-ada", "local-ada-nostale")
 
@@ -118,7 +120,7 @@ def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.
 
 
 def build_optimizer(
-    config: TrainConfig, model: torch.nn.Module, budget: float, epoch: float
+    config: TrainConfig, model: torch.nn.Module, length: RunLength, communicator: Communicator
 ) -> LocalOptimizer | SynchronousOptimizer:
     """The optimizer of the configured method around the configured inner optimizer; a collective."""
     from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
@@ -128,18 +130,19 @@ def build_optimizer(
     inner = build_inner(config.optimizer, model)
     scaling = build_scaling(method)
     if method.preset in LOCAL_PRESETS:
-        warmup = config.schedule.warmup_epochs * epoch
+        warmup = config.schedule.warmup_epochs * length.epoch
         return LocalOptimizer(
             inner,
             model,
-            period=build_period(method.period, config.optimizer.lr, warmup, epoch),
+            period=build_period(method.period, config.optimizer.lr, warmup, length.epoch),
             scaling=scaling,
             momentum=method.momentum,
             buffers=buffers,
             accumulate=micro_batches_per_step(method),
-            budget=budget,
+            budget=length.budget,
             max_norm=config.optimizer.max_norm,
             rate_for_period=method.period.rate,
+            communicator=communicator,
         )
     return SynchronousOptimizer(
         inner,
@@ -147,8 +150,9 @@ def build_optimizer(
         accumulate=micro_batches_per_step(method),
         scaling=scaling,
         buffers=buffers,
-        budget=budget,
+        budget=length.budget,
         max_norm=config.optimizer.max_norm,
+        communicator=communicator,
     )
 
 

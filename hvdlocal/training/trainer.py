@@ -36,10 +36,10 @@ from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import METRICS, JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus
 from hvdlocal.training.preprocessing import preprocessing_from_config
-from hvdlocal.training.presets import build_optimizer, build_scaling, is_local, micro_batches_per_step
+from hvdlocal.training.presets import build_optimizer, is_local
 from hvdlocal.training.recorder import Recorder
+from hvdlocal.training.run_length import run_length
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
-from hvdlocal.training.schedules import build_schedule
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 
@@ -139,13 +139,13 @@ class Trainer:
         require_agreement(communicator, facts(config, self.device, self._fingerprints()), "hvdlocal.preflight")
         self.threads = set_threads(config.threads, communicator)
         self.unused = unused_settings(config)
-        self.optimizer = build_optimizer(config, self.model, self.budget, self.epoch)
+        self.optimizer = build_optimizer(config, self.model, self.length, communicator)
         self.forward: nn.Module = torch.compile(self.model) if config.model.compile else self.model  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")
         self.criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.totals = RunTotals(self.optimizer)
         self.window = TrainingMeter(self.device)
-        self.position = Position(next_evaluation=config.evaluate_every_epochs * self.epoch)
+        self.position = Position(next_evaluation=config.evaluate_every_epochs * self.length.epoch)
         self.next_line = config.log_every_seconds
         # Dropout and the like differ between ranks from here on; the weights above do not.
         torch.manual_seed((config.seed * communicator.size + communicator.rank + 1) % 2**63)
@@ -176,7 +176,9 @@ class Trainer:
         interruption.remember(self._saved)
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         gradient_bytes = 4 * trained if communicator.size > 1 else 0
-        self.recorder = Recorder(self.metrics, self.optimizer, self.loader, self.totals, self.epoch, gradient_bytes)
+        self.recorder = Recorder(
+            self.metrics, self.optimizer, self.loader, self.totals, self.length.epoch, gradient_bytes
+        )
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -225,12 +227,7 @@ class Trainer:
             raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
         self.images = preprocessing_from_config(config.data, self.train_data, self.test_data)
         self.loader = self._loader()
-        scaling = build_scaling(config.method)
-        reference = scaling.reference_batches(communicator.size, micro_batches_per_step(config.method))
-        self.epoch = self.loader.steps_per_epoch * communicator.size / reference
-        self.budget = config.epochs * self.epoch
-        self.schedule = build_schedule(config.schedule, config.optimizer.lr, self.budget, self.epoch)
-
+        self.length = run_length(config, self.loader.steps_per_epoch, communicator.size)
         check_model(config, self.train_data, self.images, communicator.size)
         self.model = model_from_config(config, self.train_data.num_classes, self.images, self.device)
         self.memory_format = memory_format(config.model)
@@ -312,7 +309,7 @@ class Trainer:
             "num_workers": self.communicator.size,
             "in_sync": self.optimizer.in_sync,
             "progress": self.optimizer.progress,
-            "progress_of_an_epoch": self.epoch,
+            "progress_of_an_epoch": self.length.epoch,
             "position": asdict(self.position),
             "loader": self.loader.state_dict(),
             "metrics_bytes": self.metrics.position(),
@@ -366,7 +363,7 @@ class Trainer:
         else:
             assert resumed.averaged is not None
             state = resumed.averaged
-            scale = self.epoch / contents["progress_of_an_epoch"]
+            scale = self.length.epoch / contents["progress_of_an_epoch"]
             self.model.load_state_dict(state["model"])
             self.optimizer.load_averaged_state_dict(state["optimizer"], contents["progress"] * scale)
             position.next_evaluation *= scale
@@ -387,7 +384,7 @@ class Trainer:
             DamageError: damaged images were found; on all ranks.
             LostRankError: this rank cannot go on: no room for its records, no memory, or an image that cannot be read.
         """
-        console = Console(self.communicator, self.budget, self.epoch, self.optimizer.progress)
+        console = Console(self.communicator, self.length.budget, self.length.epoch, self.optimizer.progress)
         try:
             summary = self._train(console)
             self.metrics.close()
@@ -493,7 +490,7 @@ class Trainer:
         if is_local(optimizer):
             self.recorder.round(position.steps)
         if optimizer.progress >= position.next_evaluation and not optimizer.finished:
-            gap = self.config.evaluate_every_epochs * self.epoch
+            gap = self.config.evaluate_every_epochs * self.length.epoch
             position.next_evaluation = (optimizer.progress // gap + 1) * gap
             self._evaluate(console)
 
@@ -512,7 +509,7 @@ class Trainer:
     def _micro_batch(self, batches: Iterator[Batch]) -> None:
         optimizer = self.optimizer
         if not optimizer.micro_batches:
-            lr = self.schedule(optimizer.progress)
+            lr = self.length.schedule(optimizer.progress)
             for group in optimizer.param_groups:
                 group["lr"] = lr
         start = time.perf_counter()
@@ -550,7 +547,8 @@ class Trainer:
                 self.best_model.take(copy_of(self.model))
                 self.coordinator.writer.also(self.best_model.write)
         console.say(
-            f"epoch {progress / self.epoch:7.2f}  test accuracy {100 * evaluation.accuracy:.2f} %  loss {evaluation.loss:.4f}"
+            f"epoch {progress / self.length.epoch:7.2f}  test accuracy {100 * evaluation.accuracy:.2f} %  "
+            f"loss {evaluation.loss:.4f}"
         )
 
     def _evaluation(self) -> Evaluation:
@@ -589,7 +587,7 @@ class Trainer:
             micro_batches=steps * optimizer.accumulate,
             rounds=optimizer.round,
             progress=optimizer.progress,
-            scale_invariant_epochs=optimizer.progress / self.epoch,
+            scale_invariant_epochs=optimizer.progress / self.length.epoch,
             data_epochs=self.loader.epoch,
             collectives=totals.collectives,
             bytes_sent=totals.bytes_sent,

@@ -16,6 +16,7 @@ from hvdlocal.training.config import (
     TrainConfig,
 )
 from hvdlocal.training.presets import build_optimizer
+from hvdlocal.training.run_length import run_length
 
 H = 3
 METHODS = {
@@ -36,15 +37,14 @@ METHODS = {
 }
 
 
-def training(device, monkeypatch, method, **optimizer):
+def training(device, method, **optimizer):
     """An optimizer of two ranks that hold the same, and a function that computes one gradient."""
-    monkeypatch.setattr("hvdlocal.averaging.replica.current", Echo)
     torch.manual_seed(0)
     model = build_model("digits_cnn", 10, (8, 8, 1)).to(device)
     config = TrainConfig(
         DataConfig("none"), ModelConfig("digits_cnn"), "none", optimizer=OptimizerConfig(**optimizer), method=method
     )
-    wrapped = build_optimizer(config, model, budget=10_000.0, epoch=100.0)
+    wrapped = build_optimizer(config, model, run_length(config, 100, num_workers=1), Echo())
     x, y = torch.randn(16, 1, 8, 8).to(device), torch.randint(10, (16,)).to(device)
 
     def gradient():
@@ -86,19 +86,19 @@ def check_steps(device, optimizer, gradient):
 
 @pytest.mark.parametrize("clip", [None, 1.0], ids=["", "clipped"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_a_step_without_a_collective_does_not_wait(device, monkeypatch, method, clip):
-    check_steps(device, *training(device, monkeypatch, method, lr=1e-4, max_norm=clip))
+def test_a_step_without_a_collective_does_not_wait(device, method, clip):
+    check_steps(device, *training(device, method, lr=1e-4, max_norm=clip))
 
 
-def test_adamw_does_not_wait_either(device, monkeypatch):
+def test_adamw_does_not_wait_either(device):
     if device.type == "cpu":
         pytest.skip("AdamW counts its steps on the CPU, where counting cannot be told from waiting")
-    check_steps(device, *training(device, monkeypatch, METHODS["local-ada"], name="adamw", lr=0.001))
+    check_steps(device, *training(device, METHODS["local-ada"], name="adamw", lr=0.001))
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_an_averaging_waits_once(device, monkeypatch, name):
-    optimizer, gradient = training(device, monkeypatch, METHODS[name], lr=1e-4)
+def test_an_averaging_waits_once(device, name):
+    optimizer, gradient = training(device, METHODS[name], lr=1e-4)
     for _ in range(2 * H * optimizer.accumulate):  # into the second round
         gradient()
         optimizer.step()

@@ -20,7 +20,7 @@ from hvdlocal.training.config import (
     TrainConfig,
 )
 from hvdlocal.training.presets import build_optimizer
-from hvdlocal.training.schedules import build_schedule
+from hvdlocal.training.run_length import run_length
 
 SAMPLES, BATCH, RATIO = 1000, 10, 20.0
 
@@ -75,16 +75,11 @@ def config(preset, epochs=3.0, schedule=None, model="digits_cnn", **method):
 def run(config, workers, monkeypatch, ratio=RATIO):
     """Trains on nothing, as Trainer does: rounds as (first step, H), the optimizer, collectives and bytes."""
     job = Echo(workers)
-    monkeypatch.setattr("hvdlocal.averaging.replica.current", lambda: job)
     torch.manual_seed(0)
     model = build_model(config.model.name, 10, (8, 8, 1))
-    adaptive = "-ada" in config.method.preset
     accumulate = config.method.period.period if config.method.preset.startswith("acc-") else config.method.accumulate
-    reference = 1 if adaptive or config.method.preset.endswith("-lin") else workers * accumulate
-    epoch = SAMPLES / BATCH / reference
-    budget = config.epochs * epoch
-    schedule = build_schedule(config.schedule, config.optimizer.lr, budget, epoch)
-    optimizer = build_optimizer(config, model, budget, epoch)
+    length = run_length(config, SAMPLES / BATCH / workers, workers)
+    optimizer = build_optimizer(config, model, length, job)
     monkeypatch.setattr(optimizer, "_update_statistics", lambda *_, **__: optimizer._smoothed.update(1.0, ratio, 0.0))
     collectives, sent = job.traffic.collectives, job.traffic.bytes
     rounds, steps, start = [], 0, 0
@@ -92,7 +87,7 @@ def run(config, workers, monkeypatch, ratio=RATIO):
         parameter.grad = torch.full_like(parameter, 1e-3)
     while not optimizer.finished:
         for group in optimizer.param_groups:
-            group["lr"] = schedule(optimizer.progress)
+            group["lr"] = length.schedule(optimizer.progress)
         for _ in range(accumulate):
             for parameter in model.parameters():
                 parameter.grad = torch.full_like(parameter, 1e-3)
@@ -101,7 +96,7 @@ def run(config, workers, monkeypatch, ratio=RATIO):
         if optimizer.in_sync:
             rounds.append((start, steps - start))
             start = steps
-    return rounds, optimizer, epoch, job.traffic.collectives - collectives, job.traffic.bytes - sent
+    return rounds, optimizer, length.epoch, job.traffic.collectives - collectives, job.traffic.bytes - sent
 
 
 QSR = PeriodConfig("qsr", alpha=0.02, h_base=2)

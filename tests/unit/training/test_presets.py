@@ -15,6 +15,7 @@ from hvdlocal.training.config import (
     unused_settings,
 )
 from hvdlocal.training.presets import build_inner, build_optimizer, build_period, build_scaling, micro_batches_per_step
+from hvdlocal.training.run_length import RunLength
 
 
 class OneRank:
@@ -85,11 +86,11 @@ def test_inner_optimizers():
     assert {"lr": 0.3, "betas": (0.5, 0.6), "weight_decay": 0.01}.items() <= adamw.defaults.items()
 
 
-def test_optimizer_gets_the_method(monkeypatch):
-    monkeypatch.setattr("hvdlocal.averaging.replica.current", OneRank)
+def test_optimizer_gets_the_method():
+    length = RunLength(epoch=10, budget=70, schedule=lambda progress: 0.1, reference_batches=1)
     method = MethodConfig("local-ada", PeriodConfig("qsr", alpha=0.2, h_base=4, rate="base"), 3, "average", "local")
     optimizer = build_optimizer(
-        config(method=method, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), budget=70, epoch=10
+        config(method=method, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm) == (3, 70, 2.0)
     assert (optimizer._momentum_policy, optimizer._buffers, optimizer._rate_for_period) == (
@@ -99,7 +100,7 @@ def test_optimizer_gets_the_method(monkeypatch):
     )
     acc = MethodConfig("acc-lin", PeriodConfig(period=5), buffers="local")
     optimizer = build_optimizer(
-        config(method=acc, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), budget=70, epoch=10
+        config(method=acc, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm, optimizer._buffers) == (
         5,
