@@ -14,7 +14,7 @@ from hvdlocal.exit_codes import ExitCode
 from hvdlocal.papers.studies import STUDIES, Grid, GridPoint, Study, cells
 
 if TYPE_CHECKING:
-    from hvdlocal.papers.grid_report import Report
+    from hvdlocal.papers.grid_report import GridReport
     from hvdlocal.papers.rule_report import RuleReport
     from hvdlocal.papers.runs import GridRun
 
@@ -172,10 +172,10 @@ def _measure(jobs: Sequence[GridRun]) -> int:
     return failed
 
 
-def _report(study: Study, grid: Grid, jobs: Sequence[GridRun]) -> Report | RuleReport:
+def _report(study: Study, grid: Grid, jobs: Sequence[GridRun]) -> GridReport | RuleReport:
     """What is known so far."""
     from hvdlocal.papers import curvature
-    from hvdlocal.papers.grid_report import Report
+    from hvdlocal.papers.grid_report import GridReport
     from hvdlocal.papers.rule_report import RuleReport
     from hvdlocal.papers.runs import outcome
 
@@ -183,7 +183,7 @@ def _report(study: Study, grid: Grid, jobs: Sequence[GridRun]) -> Report | RuleR
     if not grid.periods:
         around = {job.cell: known for job in jobs if (known := curvature.known(job.directory)) is not None}
         return RuleReport(study, grid.setting, jobs[0].config.epochs, found, around, len(jobs))
-    return Report(study, grid.setting, jobs[0].config.epochs, found, len(jobs))
+    return GridReport(study, grid.setting, jobs[0].config.epochs, found, len(jobs))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvdlocal.directory import write_text
+from hvdlocal.papers.report_files import write_report
 
 if TYPE_CHECKING:
     from hvdlocal.figures.style import Figure
@@ -49,16 +48,6 @@ class ExperimentReport:
 
     def write(self, stem: Path) -> list[Path]:
         """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
-        stem.parent.mkdir(parents=True, exist_ok=True)
-        paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
-        write_text(paths[0], self.markdown())
         claims = [{"claim": text, "here": holds} for text, holds in self.claims]
         record = {"title": self.title, "setting": self.setting, "claims": claims} | self.record
-        write_text(paths[1], json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        try:
-            from hvdlocal.figures.style import save
-        except ImportError:
-            return paths
-        paths.append(stem.with_suffix(".svg"))
-        save(self.draw(), paths[-1])
-        return paths
+        return write_report(stem, self.markdown(), record, self.draw)

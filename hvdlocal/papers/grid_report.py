@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hvdlocal.directory import write_text
 from hvdlocal.papers.claims import CLAIMS, RULE, Point, Results, Scale, Verdict, check, judge
 from hvdlocal.papers.published import Table, read_table
+from hvdlocal.papers.report_files import write_report
 from hvdlocal.papers.runs import Outcome
 from hvdlocal.papers.studies import BASELINE, GridPoint, Setup, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from hvdlocal.figures.style import Figure
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Row:
         return statistics.fmean(self.epochs) if self.epochs else None
 
 
-class Report:
+class GridReport:
     """What is known of a study so far.
 
     Args:
@@ -231,14 +236,75 @@ class Report:
 
     def write(self, stem: Path) -> list[Path]:
         """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
-        paths = [stem.with_suffix(".md"), stem.with_suffix(".json")]
-        write_text(paths[0], self.markdown())
-        write_text(paths[1], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
-        if self.workers:
-            try:
-                from hvdlocal.papers.figure import draw
-            except ImportError:
-                return paths
-            paths.append(stem.with_suffix(".svg"))
-            draw(self, paths[-1])
-        return paths
+        return write_report(stem, self.markdown(), self.record(), partial(_draw, self) if self.workers else None)
+
+
+_COLORS = {"acc-ada": 0, "local-ada": 1, "acc-lin": 2, "local-lin": 4, "local-ada-nostale": 3, "exact": 3}
+"""Index into the style's colours, by method."""
+
+
+def _draw(report: GridReport) -> Figure:
+    """Returns the figure: a row for each K; accuracies as points above or below the target, epochs in units of the budget."""
+    from hvdlocal.figures.style import new_figure, style
+
+    with style():
+        figure, axes = new_figure(len(report.workers), 2, width=9.5, height=3.2)
+        for row, workers in zip(axes, report.workers, strict=True):
+            lines = _over_weights if report.study.name == "fig10" else _over_periods
+            lines(report, workers, row)
+            row[0].axhline(0, color="#808080", lw=0.8)
+            row[0].set(title=f"K = {workers}", ylabel="Accuracy less the target\n[points]")
+            row[1].set(ylabel="Epochs / budget")
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=4)
+    return figure
+
+
+def _over_periods(report: GridReport, workers: int, panels: Sequence[Axes]) -> None:
+    from hvdlocal.figures.style import COLORS, fit_scale, powers_axis
+
+    periods = report.periods(workers)
+    sources: list[tuple[str, Results, float, Any]] = [
+        ("", report.results(workers), report.scale.target_percent if report.scale else 0.0, "solid")
+    ]
+    published = {key: point for key, point in report.published(workers).items() if key[1] in periods}
+    sources.append((", published", published, report.published_scale.target_percent, (0, (1, 1.5))))
+    for method, index in _COLORS.items():
+        color = COLORS[index]
+        for suffix, results, target, dashes in sources:
+            mine = sorted(period for name, period in results if name == method)
+            if not mine or (suffix and (method, mine[0]) not in report.results(workers)):
+                continue
+            heights = [results[method, period].accuracy_percent - target for period in mine]
+            label = f"{method}{suffix}"
+            marker = "" if suffix else "o"
+            panels[0].plot(mine, heights, color=color, ls=dashes, marker=marker, label=label)
+            known = [(period, epochs) for period in mine if (epochs := results[method, period].epochs) is not None]
+            panels[1].plot(
+                [p for p, _ in known], [e for _, e in known], color=color, ls=dashes, marker=marker, label=label
+            )
+    for panel in panels:
+        powers_axis(panel, "x", periods)
+        panel.set_xlabel("H: local steps, or accumulated batches")
+    fit_scale(panels[1], "y", _all_epochs(report, workers), ratio=4)
+
+
+def _over_weights(report: GridReport, workers: int, panels: Sequence[Axes]) -> None:
+    from hvdlocal.figures.style import COLORS
+
+    results = report.results(workers)
+    target = report.scale.target_percent if report.scale else 0.0
+    for period, color in zip(report.periods(workers), COLORS, strict=False):
+        mine = sorted((float(name.removeprefix("c=")), point) for (name, h), point in results.items() if h == period)
+        weights = [c for c, _ in mine]
+        panels[0].plot(
+            weights, [p.accuracy_percent - target for _, p in mine], "o-", color=color, label=f"H = {period}"
+        )
+        panels[1].plot(weights, [p.epochs or float("nan") for _, p in mine], "o-", color=color)
+    for panel in panels:
+        panel.set_xlabel("c: weight of the local steps' bias")
+
+
+def _all_epochs(report: GridReport, workers: int) -> list[float]:
+    results: Results = report.results(workers)
+    return [point.epochs for point in results.values() if point.epochs is not None]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hvdlocal.directory import write_text
 from hvdlocal.papers.curvature import IMAGES, Curvature
+from hvdlocal.papers.report_files import write_report
 from hvdlocal.papers.runs import Outcome
 from hvdlocal.papers.studies import GridPoint, Setup, Study
+
+if TYPE_CHECKING:
+    from hvdlocal.figures.style import Figure
 
 TITLES = {
     "sync": "data parallel (H = 1)",
@@ -230,20 +233,10 @@ class RuleReport:
         }
 
     def write(self, stem: Path) -> list[Path]:
-        """Writes `stem`.md, .json and, with Matplotlib, .svg; returns their names."""
-        paths = [stem.with_suffix(".json")]
-        write_text(paths[0], json.dumps(self.record(), indent=1, ensure_ascii=False) + "\n")
+        """Writes `stem`.json and, once there are runs, `stem`.md and, with Matplotlib, .svg; returns their names."""
         if not self.runs:
-            return paths
-        paths.append(stem.with_suffix(".md"))
-        write_text(paths[-1], self.markdown())
-        try:
-            from hvdlocal.papers.figure import draw_rules
-        except ImportError:
-            return paths
-        paths.append(stem.with_suffix(".svg"))
-        draw_rules(self, paths[-1])
-        return paths
+            return write_report(stem, None, self.record(), None)
+        return write_report(stem, self.markdown(), self.record(), partial(_draw, self))
 
 
 def _mean(runs: Sequence[Run], measure: Measure, form: str) -> str:
@@ -253,3 +246,34 @@ def _mean(runs: Sequence[Run], measure: Measure, form: str) -> str:
         return ""
     spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):{form}}{spread}"
+
+
+def _draw(report: RuleReport) -> Figure:
+    """Returns the figure: accuracy and sharpness of every rule against its communication, a point for each seed."""
+    from hvdlocal.figures.style import COLORS, new_figure, style
+
+    with style():
+        figure, axes = new_figure(1, 2, width=9.5, height=3.4)
+        for (name, runs), color in zip(report.runs.items(), COLORS, strict=False):
+            known = [(100 * run.communication, run) for run in runs if run.communication is not None]
+            for panel, points in zip(
+                axes[0],
+                (
+                    [(share, run.accuracy) for share, run in known],
+                    [(share, run.largest) for share, run in known if run.largest is not None],
+                ),
+                strict=True,
+            ):
+                if points:
+                    shares, values = zip(*points, strict=True)
+                    panel.plot(shares, values, ".", color=color, alpha=0.6)
+                    mean = ([sum(shares) / len(shares)], [sum(values) / len(values)])
+                    panel.plot(*mean, "o", color=color, ms=6, label=TITLES.get(name, name))
+        for panel, label in zip(
+            axes[0], ("Test accuracy [%]", "Largest eigenvalue of the Hessian\nof the training loss"), strict=True
+        ):
+            panel.set(xlabel="Bytes sent [% of data parallelism's]", ylabel=label)
+            panel.set_xlim(0)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    return figure

@@ -10,7 +10,7 @@ import pytest
 import hvdlocal
 from hvdlocal.cli import main
 from hvdlocal.papers.claims import CLAIMS, Point, Scale, check, judge
-from hvdlocal.papers.grid_report import Report
+from hvdlocal.papers.grid_report import GridReport
 from hvdlocal.papers.published import read_table
 from hvdlocal.papers.runs import Outcome
 from hvdlocal.papers.studies import BASELINE, STUDIES, GridPoint, cells
@@ -247,7 +247,7 @@ def test_a_report_of_the_published_numbers_agrees_with_them(tmp_path):
         for cell in cells(study.methods, table.workers, table.periods, [0])
         for found in [table.cells[cell.place]]
     }
-    report = Report(study, study.paper.setting, 200, outcomes, len(outcomes))
+    report = GridReport(study, study.paper.setting, 200, outcomes, len(outcomes))
     assert all(report.verdict(row).agrees for row in report.rows)
     assert all(claim["here"] and claim["published"] for claim in report.claims())
     assert "**" not in report.markdown()
