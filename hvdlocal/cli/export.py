@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvdlocal.directory import user_file
-from hvdlocal.training.checkpoint import averaged_model, files
+from hvdlocal.training.checkpoint import files
+from hvdlocal.training.checkpoint.resume import averaged_model
 from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY
 from hvdlocal.training.saved_model import write_state
 

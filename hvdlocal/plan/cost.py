@@ -1,8 +1,6 @@
-"""What time costs: the papers' model of synchronisation, and that of checkpoints."""
+"""The papers' model of what a run costs in time."""
 
 from __future__ import annotations
-
-import math
 
 
 def pseudo_wall_clock(epochs: float, num_workers: int, period: int, m: float) -> float:
@@ -22,13 +20,3 @@ def pseudo_wall_clock(epochs: float, num_workers: int, period: int, m: float) ->
             f"epochs={epochs} and m={m} must be ≥ 0, num_workers={num_workers} and period={period} at least 1"
         )
     return epochs / num_workers * (1 + m / period)
-
-
-def young_interval(cost: float, failure_seconds: float) -> float:
-    """The time between two checkpoints that loses least, √(2 · cost · mean time between failures) (Young 1974, Eq. 1).
-
-    Args:
-        cost: seconds by which one checkpoint holds up the run.
-        failure_seconds: mean time between failures.
-    """
-    return math.sqrt(2 * cost * failure_seconds)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hvdlocal.plan.cost import young_interval
 from hvdlocal.plan.run_plan import RunPlan
+from hvdlocal.training.checkpoint.interval import young_interval
 
 if TYPE_CHECKING:
     from hvdlocal.plan.payload import Payload

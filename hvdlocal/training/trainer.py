@@ -24,9 +24,9 @@ from hvdlocal.terminal import warn
 from hvdlocal.training import interruption, output_directory
 from hvdlocal.training.accounting import RunTotals, TrainingMeter
 from hvdlocal.training.builders import check_model, configured_loader, facts, memory_format, model_from_config
-from hvdlocal.training.checkpoint import Resumed, resume
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.checkpoint.files import newest_first
+from hvdlocal.training.checkpoint.resume import Resumed, resume
 from hvdlocal.training.config import TrainConfig, check_ranges, effective_settings, flatten, unused_settings
 from hvdlocal.training.console import Console
 from hvdlocal.training.damage import damage_elsewhere, damage_found, forget_damage

@@ -16,8 +16,10 @@ import hvdlocal
 from hvdlocal.communicator import SetupError
 from hvdlocal.models import build_model
 from hvdlocal.training import AlreadyFinished, Interrupted, Trainer, interruption
-from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, files
+from hvdlocal.training.checkpoint import files
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
+from hvdlocal.training.checkpoint.files import CheckpointError
+from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.config import (
     CheckpointConfig,
     DataConfig,

@@ -10,7 +10,8 @@ from hvdlocal.directory import Directory
 from hvdlocal.terminal import warn
 from hvdlocal.training import interruption
 from hvdlocal.training.accounting import RunTotals
-from hvdlocal.training.checkpoint import CheckpointInterval, CheckpointWriter
+from hvdlocal.training.checkpoint.interval import CheckpointInterval
+from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.config import CheckpointConfig
 from hvdlocal.training.output_directory import CHECKPOINTS
 from hvdlocal.training.status_exchange import POLL_SECONDS, Status, StatusExchange

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from hvdlocal.plan.cost import young_interval
+import math
+
 from hvdlocal.training.config import CheckpointConfig
 
 FIRST_SECONDS = 10.0
@@ -10,6 +11,16 @@ FIRST_SECONDS = 10.0
 
 WRITING_SHARE = 0.05
 """Share of the time that the disk may be busy with checkpoints: writing takes no time from training, but may from other jobs."""
+
+
+def young_interval(cost: float, failure_seconds: float) -> float:
+    """The time between two checkpoints that loses least, √(2 · cost · mean time between failures) (Young 1974, Eq. 1).
+
+    Args:
+        cost: seconds by which one checkpoint holds up the run.
+        failure_seconds: mean time between failures.
+    """
+    return math.sqrt(2 * cost * failure_seconds)
 
 
 class CheckpointInterval:

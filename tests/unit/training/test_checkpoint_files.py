@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.directory import Directory
-from hvdlocal.plan.cost import young_interval
-from hvdlocal.training.checkpoint import CheckpointError, CheckpointWriter, averaged_model, files, resume
-from hvdlocal.training.checkpoint.interval import FIRST_SECONDS, CheckpointInterval
+from hvdlocal.training.checkpoint import files
+from hvdlocal.training.checkpoint.files import CheckpointError
+from hvdlocal.training.checkpoint.interval import FIRST_SECONDS, CheckpointInterval, young_interval
+from hvdlocal.training.checkpoint.resume import averaged_model, resume
+from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.config import CheckpointConfig
 
 

@@ -8,7 +8,7 @@ from test_checkpoint_files import Alone, write
 
 from hvdlocal.averaging.buffers import choose_policies
 from hvdlocal.directory import Directory
-from hvdlocal.training.checkpoint import averaged_model, resume
+from hvdlocal.training.checkpoint.resume import averaged_model, resume
 from hvdlocal.training.config import DataConfig, MethodConfig, ModelConfig, TrainConfig, check_ranges, unused_settings
 from hvdlocal.training.saved_model import LastGood
 
