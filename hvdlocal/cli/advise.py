@@ -16,6 +16,7 @@ from hvdlocal.advise.text import ALONE, advice_text, as_dict, measured_text
 from hvdlocal.cli.configuration import parse
 from hvdlocal.communicator import succeed_together
 from hvdlocal.directory import user_file
+from hvdlocal.exit_codes import ExitCode
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -44,7 +45,7 @@ def run(arguments: Sequence[str]) -> int:
                 file.write((json.dumps(facts, indent=1) + "\n").encode())
         print(text, flush=True)
     communicator.barrier("hvdlocal.end")
-    return 0
+    return ExitCode.FINISHED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,6 +12,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdlocal.exit_codes import ExitCode
+from hvdlocal.launch_command import (
+    ALLOW_ROOT,
+    REFUSES_ROOT,
+    last_words,
+    launcher_words,
+    refused_root,
+    without_leftovers,
+)
+
 TRIAL_SECONDS = 90
 """Deadline of the two-rank trial; starting Python on a busy file system takes a while."""
 
@@ -30,13 +40,13 @@ def run(arguments: Sequence[str]) -> int:
     """Prints the findings.
 
     Returns:
-        0 when hvdlocal can train here over at least one backend, else 1.
+        FINISHED if hvdlocal can train here over the chosen backend, else FAILED.
     """
     if arguments:
         print(
             "usage: hvdlocal doctor\n\nChecks versions, MPI, Horovod, GPUs, core binding, and a real allreduce of two ranks."
         )
-        return 0 if arguments[0] in ("-h", "--help") else 2
+        return ExitCode.FINISHED if arguments[0] in ("-h", "--help") else ExitCode.MISTAKE
     marks = {"ok": "  ok  ", "note": " note ", "wrong": " WRONG"}
     findings = []
     for check in CHECKS:
@@ -47,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
                 print(f"{'':7}{'':18}   → {finding.remedy}", flush=True)
     usable = verdict(findings)
     print(f"\n{'hvdlocal can train here.' if usable else 'hvdlocal cannot train here: see the lines marked WRONG.'}")
-    return 0 if usable else 1
+    return ExitCode.FINISHED if usable else ExitCode.FAILED
 
 
 def verdict(findings: Sequence[Finding]) -> bool:
@@ -209,21 +219,19 @@ def cores() -> Iterator[Finding]:
 
 def two_ranks() -> Iterator[Finding]:
     """A real sum over two ranks, over each backend."""
-    mpirun = shutil.which("mpirun")
-    if not mpirun:
+    if not shutil.which("mpirun"):
         yield Finding("note", "two ranks", "not tried: no mpirun", "try inside a job: srun -n 2 hvdlocal train …")
         return
     for backend in ("horovod", "mpi4py"):
         if backend != _backend() and isinstance(_python(f"import {backend}"), str):
             continue
-        found = _trial(mpirun, backend)
+        found = _trial(backend)
         if found is None:
             yield Finding("ok", f"2 × {backend}", "an allreduce of two ranks gives the right sum")
             continue
         remedy = "mpirun must be that of the MPI which the backend was built with; on a login node, try inside a job"
-        if "as root" in found:
-            found = "Open MPI refuses to start ranks as root"
-            remedy = "use another account, or export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
+        if found == REFUSES_ROOT:
+            remedy = ALLOW_ROOT
         yield Finding("wrong" if backend == _backend() else "note", f"2 × {backend}", found, remedy)
 
 
@@ -237,14 +245,13 @@ def _backend() -> str:
     return os.environ.get("HVDLOCAL_BACKEND") or "horovod"
 
 
-def _trial(mpirun: str, backend: str) -> str | None:
+def _trial(backend: str) -> str | None:
     """What went wrong in a sum over two ranks; None when nothing did."""
     program = (
         f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
         "c.sum_(t, 'hvdlocal.doctor'); print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
     )
-    options = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in _first_line([mpirun, "--version"]) else []
-    command = [mpirun, *options, "-np", "2", sys.executable, "-c", program]
+    command = without_leftovers([*launcher_words(), "2", sys.executable, "-c", program])
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL
@@ -257,8 +264,8 @@ def _trial(mpirun: str, backend: str) -> str | None:
         return None
     if answers and answers[0][0] == "1":
         return "each of the two ranks believes to be alone: mpirun and the library belong to different MPIs"
-    if "run as root" in result.stderr or "as root is" in result.stderr:
-        return "as root"
+    if refused_root(result.stderr):
+        return REFUSES_ROOT
     return f"mpirun ended with code {result.returncode}: {_last_words(result.stderr or result.stdout)}"
 
 
@@ -282,7 +289,5 @@ def _first_line(command: list[str]) -> str:
     return next(iter((result.stdout or result.stderr).splitlines()), "(no answer)")
 
 
-def _last_words(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip(" -")]
-    errors = [line for line in lines if "Error" in line or "error" in line]
-    return (errors or lines or ["no output"])[-1][:300]
+def _last_words(output: str) -> str:
+    return last_words(output, lambda line: "Error" in line or "error" in line)

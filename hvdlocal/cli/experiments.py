@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.papers.studies import CIFAR10, SMALL, Setup
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ def require_scipy(name: str) -> None:
 def run(arguments: Sequence[str]) -> int:
     """Runs an experiment and writes its report.
 
-    Returns:
-        0.
-
     Raises:
         ValueError: an option or a setting is wrong, or data are missing.
         OSError: the report cannot be written, which is tried beforehand.
@@ -57,7 +55,7 @@ def run(arguments: Sequence[str]) -> int:
     for text, holds in finding.claims:
         print(f"{text}: {'yes' if holds else 'no'}")
     print(" ".join(map(str, paths)))
-    return 0
+    return ExitCode.FINISHED
 
 
 def _simulation(options: argparse.Namespace) -> ExperimentReport:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvdlocal.directory import user_file
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.checkpoint.resume import averaged_model
 from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY
@@ -31,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     with user_file(options.output) as file:
         write_state(state, file)
     print(f"{options.output}: the average of {path} ({len(state)} tensors)")
-    return 0
+    return ExitCode.FINISHED
 
 
 def _checkpoint(run: Path) -> Path:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from hvdlocal.exit_codes import ExitCode
+
 
 def run(arguments: Sequence[str]) -> int:
     """Draws the paper's figures that follow from formulas and published tables, and prints the crossovers of Eq. 16."""
@@ -31,4 +33,4 @@ def run(arguments: Sequence[str]) -> int:
     print("\nLocalAdaScale overtakes AdaScale with accumulation, each at its best H, from this m on (Eq. 16):")
     for title, workers, crossovers in crossover_table():
         print(f"  {title:10}  K = {workers:2}   m = {', '.join(f'{m:.2f}' for m in crossovers)}")
-    return 0
+    return ExitCode.FINISHED

@@ -68,10 +68,10 @@ def _lasts(arguments: Sequence[str]) -> bool:
 def _run(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["--version"]:
         print(f"hvdlocal {__version__}")
-        return 0
+        return ExitCode.FINISHED
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
-        return 0
+        return ExitCode.FINISHED
     command, *rest = arguments
     if command not in COMMANDS:
         _complain(f"no command {command!r}: choose one of {', '.join(COMMANDS)}")

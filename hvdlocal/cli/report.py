@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvdlocal.directory import user_file
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.terminal import warn
 
 
@@ -14,7 +15,7 @@ def run(arguments: Sequence[str]) -> int:
     """Writes one page about one run or many.
 
     Returns:
-        0; 2 when a directory is no sound run, and the page is about the others.
+        FINISHED; MISTAKE when a directory is not a readable run, in which case the page is about the others.
     """
     parser = argparse.ArgumentParser(
         prog="hvdlocal report",
@@ -41,4 +42,4 @@ def run(arguments: Sequence[str]) -> int:
             print(path)
     for reason in report.left_out:
         warn(f"left out: {reason}")
-    return 2 if report.left_out else 0
+    return ExitCode.MISTAKE if report.left_out else ExitCode.FINISHED

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hvdlocal.cli.experiments import EXPERIMENTS, require_scipy
 from hvdlocal.cli.experiments import run as run_experiment
 from hvdlocal.exit_codes import ExitCode
+from hvdlocal.launch_command import launcher_words
 from hvdlocal.papers.studies import STUDIES, Grid, GridPoint, Study, cells
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ def run(arguments: Sequence[str]) -> int:
     """Runs a study, or what is missing of it, and writes its report after every run.
 
     Returns:
-        0 when all runs are done; 1 when one failed; 85 when it was asked to stop: the same command goes on.
+        FINISHED when all runs are done; FAILED when one failed; INTERRUPTED when the command was asked to stop: the same
+        command then continues.
 
     Raises:
         ValueError: an option or a setting is wrong, data are missing, or there are runs with other settings.
@@ -48,16 +50,16 @@ def run(arguments: Sequence[str]) -> int:
     if meant := [OWN_OPTIONS[name] for word in train if (name := word.partition("=")[0]) in OWN_OPTIONS]:
         raise ValueError(f"the grid decides this setting: use {meant[0]}")
 
-    from hvdlocal.papers.launcher import ranks_command, train_command
+    from hvdlocal.papers.launcher import train_command
     from hvdlocal.papers.runs import run_all  # torch takes seconds to load
 
     output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
     jobs = list(_jobs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
-    launcher = [] if options.report else ranks_command(options.launcher)
+    launcher = [] if options.report else launcher_words(options.launcher)
     if options.dry_run:
         for job in jobs:
             print(shlex.join(train_command(launcher, job.cell.workers, job.arguments)))
-        return 0
+        return ExitCode.FINISHED
     if not options.report:
         _prepare(jobs, grid)
     output.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,9 @@ def run(arguments: Sequence[str]) -> int:
         report.write(output / study.name)
         print(f"  {report.line(job.cell)}", flush=True)
 
-    code = 0 if options.report else run_all(jobs, launcher, lambda text: print(text, flush=True), after)
+    code: int = (
+        ExitCode.FINISHED if options.report else run_all(jobs, launcher, lambda text: print(text, flush=True), after)
+    )
     if not (grid.periods or options.report or code == ExitCode.INTERRUPTED):
         code |= _measure(jobs)
     report = _report(study, grid, jobs)
@@ -151,12 +155,12 @@ def _measure(jobs: Sequence[GridRun]) -> int:
     """The sharpness of what the runs found, where it is not known.
 
     Returns:
-        0, or 1 where it could not be measured.
+        FINISHED, or FAILED where it could not be measured.
     """
     from hvdlocal.papers import curvature
     from hvdlocal.papers.runs import State
 
-    failed = 0
+    code = ExitCode.FINISHED
     for job in jobs:
         if job.state is not State.FINISHED or curvature.known(job.directory) is not None:
             continue
@@ -164,12 +168,12 @@ def _measure(jobs: Sequence[GridRun]) -> int:
             found = curvature.measure(job.directory, job.config)
         except (RuntimeError, ValueError, OSError) as error:
             print(f"{job.cell.title}: the sharpness could not be measured: {error}", flush=True)
-            failed = 1
+            code = ExitCode.FAILED
         else:
             print(
                 f"{job.cell.title}: training loss {found.loss:.3f}, largest eigenvalue {found.largest:.3g}", flush=True
             )
-    return failed
+    return code
 
 
 def _report(study: Study, grid: Grid, jobs: Sequence[GridRun]) -> GridReport | RuleReport:

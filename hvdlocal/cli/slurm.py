@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hvdlocal.directory import user_file
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.slurm import options as check
 from hvdlocal.slurm.template import NAMES, Place, Template, directory
 
@@ -29,7 +30,7 @@ def run(arguments: Sequence[str]) -> int:
     given = _parser().parse_args(arguments)
     if given.list:
         print("\n".join(f"{name:15} {Template.load(name).summary}" for name in NAMES))
-        return 0
+        return ExitCode.FINISHED
     if given.template is None:
         raise ValueError(f"no --template: choose one of {', '.join(NAMES)}")
     template = Template.load(given.template)
@@ -53,7 +54,7 @@ def run(arguments: Sequence[str]) -> int:
         print(_submit(script, given.output))
     elif given.output is None:
         print(script, end="")
-    return 0
+    return ExitCode.FINISHED
 
 
 # -- what was asked for ----------------------------------------------------------------------------------------------

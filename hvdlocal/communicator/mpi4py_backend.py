@@ -166,7 +166,7 @@ class Mpi4pyCommunicator(Communicator):
         # To the process's own stderr: torch.distributed calls hooks with a buffer in its place, which would end with the process.
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)
         print(f"{self.describe()}: uncaught {kind.__name__}; ending the job\n", end="", file=sys.__stderr__)
-        self.abort(1)
+        self.abort(ExitCode.FAILED)
 
 
 def _memory(tensor: torch.Tensor) -> NDArray[Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,32 +11,10 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+from hvdlocal.launch_command import without_leftovers
+from hvdlocal.training import interruption
 
-
-def ranks_command(launcher: str | None) -> list[str]:
-    """What starts ranks: the words before their number.
-
-    Args:
-        launcher: the user's, such as "srun --mpi=pmix -n"; None for the mpirun on PATH, with ranks that are not bound to a
-            core and may outnumber the cores.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if launcher is not None:
-        words = shlex.split(launcher)
-        if not words or shutil.which(words[0]) is None:
-            raise ValueError(f"--launcher {launcher!r}: no such command on PATH")
-        return words
-    mpirun = shutil.which("mpirun")
-    if mpirun is None:
-        raise ValueError(
-            "no mpirun on PATH: load the site's MPI module, or say what starts ranks: --launcher 'srun -n'"
-        )
-    told = subprocess.run([mpirun, "--version"], capture_output=True, text=True, check=False).stdout
-    open_mpi = any(name in told for name in ("Open MPI", "OpenRTE", "PRTE"))
-    return [mpirun, *(["--oversubscribe", "--bind-to", "none"] if open_mpi else ["-bind-to", "none"]), "-np"]
+SIGNALS = (*interruption.SIGNALS, signal.SIGHUP)
 
 
 def train_command(launcher: Sequence[str], ranks: int, arguments: Sequence[str]) -> list[str]:
@@ -79,7 +55,7 @@ class Supervisor:
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                command,
+                without_leftovers(command),
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

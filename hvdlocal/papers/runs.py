@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hvdlocal.directory import Directory, write_text
 from hvdlocal.exit_codes import ExitCode
+from hvdlocal.launch_command import ALLOW_ROOT, REFUSES_ROOT, last_words, refused_root
 from hvdlocal.papers.curvature import CURVATURE
 from hvdlocal.papers.launcher import Supervisor, train_command
 from hvdlocal.papers.studies import GridPoint, Setup
@@ -19,11 +20,6 @@ from hvdlocal.training.output_directory import SUMMARY, RunStatus, clear, find_s
 
 DIVERGED = "diverged.json"
 """Marks the directory of a run that ended in NaN: it would do so again."""
-
-ROOT = (
-    "Open MPI refuses to start ranks as root: use another account, or export OMPI_ALLOW_RUN_AS_ROOT=1 "
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-)
 
 
 class State(Enum):
@@ -84,12 +80,10 @@ class GridRun:
 
     def last_words(self) -> str:
         """The last thing that hvdlocal said in the log, else the last line."""
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        lines = [line.strip() for line in lines if line.strip(" -")]
-        if any("as root is" in line for line in lines[-12:]):
-            return f"{ROOT} ({self.log})"
-        said = [line for line in lines if line.startswith("hvdlocal")]
-        return (said or lines or ["nothing was said"])[-1][:400]
+        output = self.log.read_text(encoding="utf-8", errors="replace")
+        if refused_root(output):
+            return f"{REFUSES_ROOT}: {ALLOW_ROOT} ({self.log})"
+        return last_words(output, lambda line: line.startswith("hvdlocal"))
 
     @property
     def _marker(self) -> Path:
@@ -136,13 +130,13 @@ def run_all(
 
     Args:
         jobs: all of the grid.
-        launcher: see `ranks_command`.
+        launcher: see `launcher_words`.
         say: prints a line.
         after: called with every run that has ended.
 
     Returns:
-        0; 1 if one failed, the others being tried unless two in succession failed for the same reason; 85 if the run that was
-        going was asked to stop, after which no other is started.
+        FINISHED; FAILED if one failed (the others are tried unless two in succession fail for the same reason); INTERRUPTED if
+        the current run was asked to stop, after which no other is started.
     """
     failed, reason = False, ""
     with Supervisor() as supervisor:
