@@ -68,7 +68,7 @@ bench: setup data/digits/test/manifest.json
 	install/mpirun -np 2 python benchmarks/averaging.py --json $(RESULTS)/averaging.json
 	python benchmarks/local_step.py
 	install/mpirun -np 2 python benchmarks/long_run.py --rounds 5000 --json $(RESULTS)/long_run.json
-	benchmarks/slow_link.sh 100mbit python benchmarks/slow_link.py --rate 100mbit --steps 8 --turns 1
+	benchmarks/slow_link.sh 100mbit python benchmarks/slow_link.py --rate 100mbit --steps 8 --trials 1
 	set -e; for rate in 1gbit 10gbit; do \
 	  benchmarks/slow_link.sh $$rate python benchmarks/slow_link.py --rate $$rate --json $(RESULTS)/link-$$rate.json; done
 	if [ -d $(CIFAR10) ]; then \

@@ -19,7 +19,7 @@ from pathlib import Path
 
 os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
 
-from contest import machine
+from harness import machine
 
 import hvdlocal
 from hvdlocal.advise.advice import Advice, advise
@@ -42,7 +42,7 @@ RUNS: list[tuple[Preset, int]] = [
 
 
 class Training:
-    """All methods and periods, each with its own replica; building it, and a turn, are collectives."""
+    """All methods and periods, each with its own replica; building it and running a trial are collectives."""
 
     def __init__(self, config: TrainConfig, communicator: hvdlocal.Communicator) -> None:
         self._communicator = communicator
@@ -51,7 +51,7 @@ class Training:
         for training in self._runs.values():
             training.round()
 
-    def turn(self, advice: Advice, seconds: float) -> dict[tuple[str, int], float]:
+    def trial(self, advice: Advice, seconds: float) -> dict[tuple[str, int], float]:
         """Seconds of a round on the slowest rank, by method and period; each trains for about so many seconds."""
         taken = {}
         for run, training in self._runs.items():
@@ -94,10 +94,10 @@ def main() -> None:
     communicator = hvdlocal.init()
     first = communicator.rank == 0
     training = Training(config, communicator)
-    measurements, turns, loads = [], [], [load()]
+    measurements, trials, loads = [], [], [load()]
     for _ in range(arguments.passes):
         measurements.append(measure(config, communicator, arguments.seconds))
-        turns.append(training.turn(advice_from(measurements[-1:], config), arguments.run_seconds))
+        trials.append(training.trial(advice_from(measurements[-1:], config), arguments.run_seconds))
         loads.append(load())
     if not first:
         return
@@ -107,10 +107,10 @@ def main() -> None:
     ratios = {}
     for run in RUNS:
         method, period = run
-        predicted, taken = advice.table[run].round, statistics.fmean(turn[run] for turn in turns)
+        predicted, taken = advice.table[run].round, statistics.fmean(trial[run] for trial in trials)
         every = [
-            advice_from([measured], config).table[run].round / turn[run]
-            for measured, turn in zip(measurements, turns, strict=True)
+            advice_from([measured], config).table[run].round / trial[run]
+            for measured, trial in zip(measurements, trials, strict=True)
         ]
         ratios[f"{method} {period}"] = {"ratio": predicted / taken, "passes": every}
         print(

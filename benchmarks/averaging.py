@@ -2,8 +2,8 @@
 
 mpirun -np 2 --bind-to none python benchmarks/averaging.py [--models resnet18_cifar resnet50 vit_b_16] [--json FILE]
 
-All contestants take turns in the same processes, with a barrier before each and the slowest rank's time counting, so that
-ratios within a turn are worth something on a noisy machine. No network is in the way: ranks on one node average through shared
+All candidates alternate in the same processes, with a barrier before each and the slowest rank's time counting, so that
+ratios within a trial are worth something on a noisy machine. No network is in the way: ranks on one node average through shared
 memory, which is where the work beside the collective shows most.
 """
 
@@ -26,7 +26,7 @@ os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
 
 import torch
 import torch.distributed as dist
-from contest import machine
+from harness import machine
 from mpi4py import MPI
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.nn.parallel import DistributedDataParallel
@@ -55,7 +55,7 @@ class Weights(torch.nn.Module):
 
 
 @dataclass
-class Contestant:
+class Candidate:
     """Something that is timed: `run`, after `prepare`."""
 
     name: str
@@ -66,8 +66,8 @@ class Contestant:
 
 def averagings(
     model: torch.nn.Module, gradients: list[torch.Tensor], mpi: Mpi4pyCommunicator, peers: bool
-) -> Iterator[Contestant]:
-    """Ways to average a model once."""
+) -> Iterator[Candidate]:
+    """Yields ways to average a model once."""
     import horovod.torch as hvd
 
     horovod = hvdlocal.init("horovod")
@@ -78,9 +78,9 @@ def averagings(
     def touch() -> None:
         flat.mul_(1)  # as a step does with the parameters just before they are averaged
 
-    yield Contestant("floor: hvd.allreduce_ (Average)", lambda: hvd.allreduce_(flat, name="floor.average"), touch)
-    yield Contestant("floor: hvd.allreduce_ (Sum)", lambda: hvd.allreduce_(flat, name="floor.sum", op=hvd.Sum), touch)
-    yield Contestant("floor: MPI_Allreduce (sum)", lambda: mpi_world().Allreduce(MPI.IN_PLACE, array), touch)
+    yield Candidate("floor: hvd.allreduce_ (Average)", lambda: hvd.allreduce_(flat, name="floor.average"), touch)
+    yield Candidate("floor: hvd.allreduce_ (Sum)", lambda: hvd.allreduce_(flat, name="floor.sum", op=hvd.Sum), touch)
+    yield Candidate("floor: MPI_Allreduce (sum)", lambda: mpi_world().Allreduce(MPI.IN_PLACE, array), touch)
 
     variants: dict[str, dict[str, Any]] = {
         "plain": {},
@@ -97,7 +97,7 @@ def averagings(
         inner = torch.optim.SGD(ours.parameters(), lr=0.0, momentum=0.9 if "momentum" in settings else 0.0)
         optimizer = hvdlocal.LocalOptimizer(inner, ours, period=hvdlocal.ConstantPeriod(NEVER), **settings)
         for backend, communicator in (("horovod", horovod), ("mpi4py", mpi)):
-            yield Contestant(f"hvdlocal {name}, {backend}", *_round(optimizer, communicator))
+            yield Candidate(f"hvdlocal {name}, {backend}", *_round(optimizer, communicator))
 
     if not peers:
         return
@@ -112,7 +112,7 @@ def averagings(
     def touch_all() -> None:
         torch._foreach_mul_(tensors, 1)
 
-    yield Contestant("torch model averaging, Gloo", lambda: averager.average_parameters(list(peer.weights)), touch_all)
+    yield Candidate("torch model averaging, Gloo", lambda: averager.average_parameters(list(peer.weights)), touch_all)
 
     def one_by_one() -> None:
         for i, tensor in enumerate(tensors):
@@ -122,9 +122,9 @@ def averagings(
         for handle in [hvd.allreduce_async_(tensor, name=f"many.{i}") for i, tensor in enumerate(tensors)]:
             hvd.synchronize(handle)
 
-    yield Contestant("Horovod, parameter after parameter", one_by_one, touch_all)
-    yield Contestant("Horovod, all parameters in flight", all_at_once, touch_all)
-    yield Contestant("Horovod, grouped allreduce", lambda: hvd.grouped_allreduce_(tensors, name="grouped"), touch_all)
+    yield Candidate("Horovod, parameter after parameter", one_by_one, touch_all)
+    yield Candidate("Horovod, all parameters in flight", all_at_once, touch_all)
+    yield Candidate("Horovod, grouped allreduce", lambda: hvd.grouped_allreduce_(tensors, name="grouped"), touch_all)
 
 
 def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Callable[[], object], Callable[[], object]]:
@@ -140,8 +140,8 @@ def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Calla
     return run, prepare
 
 
-def steps(model: torch.nn.Module, gradients: list[torch.Tensor]) -> Iterator[Contestant]:
-    """Ways to take one data-parallel step: backward, exchange, update."""
+def steps(model: torch.nn.Module, gradients: list[torch.Tensor]) -> Iterator[Candidate]:
+    """Yields ways to take one data-parallel step: backward pass, exchange, update."""
     import horovod.torch as hvd
 
     def step(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], object]:
@@ -162,33 +162,33 @@ def steps(model: torch.nn.Module, gradients: list[torch.Tensor]) -> Iterator[Con
             optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named)
         elif name == "PyTorch DDP, Gloo":
             network = DistributedDataParallel(network)
-        yield Contestant(name, step(network, optimizer))
+        yield Candidate(name, step(network, optimizer))
 
 
 def mpi_world() -> MPI.Comm:
     return MPI.COMM_WORLD
 
 
-def take_turns(contestants: list[Contestant], turns: int) -> None:
-    """Every contestant once a turn, in an order that changes; the first turn does not count."""
+def run_trials(candidates: list[Candidate], trials: int) -> None:
+    """Runs every candidate once per trial, in an order that changes; the first trial is not counted."""
     world = MPI.COMM_WORLD
-    for turn in range(turns + 1):
-        for place in torch.randperm(len(contestants), generator=torch.Generator().manual_seed(turn)).tolist():
-            contestant = contestants[place]
-            contestant.prepare()
+    for trial in range(trials + 1):
+        for place in torch.randperm(len(candidates), generator=torch.Generator().manual_seed(trial)).tolist():
+            candidate = candidates[place]
+            candidate.prepare()
             world.Barrier()
             start = time.perf_counter()
-            contestant.run()
+            candidate.run()
             slowest = world.allreduce(time.perf_counter() - start, op=MPI.MAX)
-            if turn:
-                contestant.seconds.append(slowest)
+            if trial:
+                candidate.seconds.append(slowest)
 
 
-def table(title: str, contestants: list[Contestant], floors: list[Contestant]) -> list[str]:
-    """Median milliseconds, and the median of the ratios to each floor within a turn."""
+def table(title: str, candidates: list[Candidate], floors: list[Candidate]) -> list[str]:
+    """Returns, as lines of text, median milliseconds and the median of the ratios to each floor within a trial."""
     heads = [f"/ {floor.name.partition(': ')[2] or floor.name}" for floor in floors]
     lines = [title, f"{'':40}{'ms':>9}  {'min … max':>15}" + "".join(f"{head:>32}" for head in heads)]
-    for one in contestants:
+    for one in candidates:
         ratios = [ratio(one, floor) for floor in floors]
         spread = f"{1000 * min(one.seconds):.0f} … {1000 * max(one.seconds):.0f}"
         lines.append(
@@ -198,13 +198,13 @@ def table(title: str, contestants: list[Contestant], floors: list[Contestant]) -
     return lines
 
 
-def ratio(one: Contestant, other: Contestant) -> float:
+def ratio(one: Candidate, other: Candidate) -> float:
     return statistics.median(a / b for a, b in zip(one.seconds, other.seconds, strict=True))
 
 
 @contextmanager
 def gloo() -> Iterator[None]:
-    """PyTorch's own process group over the same ranks."""
+    """Opens PyTorch's own process group over the same ranks."""
     world = MPI.COMM_WORLD
     with tempfile.TemporaryDirectory() as folder:
         path = world.bcast(f"{folder}/store")
@@ -216,34 +216,34 @@ def gloo() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def measure(name: str, turns: int, mpi: Mpi4pyCommunicator, peers: bool) -> dict[str, Any]:
-    """Both contests for one model; prints and returns the results."""
+def measure(name: str, trials: int, mpi: Mpi4pyCommunicator, peers: bool) -> dict[str, Any]:
+    """Makes both comparisons for one model; prints and returns the results."""
     torch.manual_seed(0)
     model = build_model(name, 1000, SHAPES[name])
     numel = sum(p.numel() for p in model.parameters())
     gradients = FlatViews(list(model.parameters())).of(torch.randn(FlatViews(list(model.parameters())).numel))
     results: dict[str, Any] = {"parameters": numel}
     for kind in ("averaging", "step") if peers else ("averaging",):
-        contestants = list(averagings(model, gradients, mpi, peers) if kind == "averaging" else steps(model, gradients))
-        take_turns(contestants, turns)
-        floors = contestants[:3] if kind == "averaging" else contestants[:1]
+        candidates = list(averagings(model, gradients, mpi, peers) if kind == "averaging" else steps(model, gradients))
+        run_trials(candidates, trials)
+        floors = candidates[:3] if kind == "averaging" else candidates[:1]
         if mpi.rank == 0:
             print(
-                "\n".join(table(f"\n{name} ({numel / 1e6:.1f} M parameters): one {kind}", contestants, floors)),
+                "\n".join(table(f"\n{name} ({numel / 1e6:.1f} M parameters): one {kind}", candidates, floors)),
                 flush=True,
             )
         results[kind] = {
             one.name: {"seconds": one.seconds, "ratios": {floor.name: ratio(one, floor) for floor in floors}}
-            for one in contestants
+            for one in candidates
         }
-        contestants.clear()
+        candidates.clear()
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--trials", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="of torch, per rank (default: %(default)s)")
     parser.add_argument("--without-peers", action="store_true", help="hvdlocal and the bare allreduces only")
     parser.add_argument("--json", type=Path)
@@ -262,7 +262,7 @@ def main() -> None:
         print(", ".join(f"{key}: {value}" for key, value in facts.items() if key != "versions"))
     peers = not arguments.without_peers
     with gloo() if peers else nullcontext():
-        results = {name: measure(name, arguments.turns, mpi, peers) for name in arguments.models}
+        results = {name: measure(name, arguments.trials, mpi, peers) for name in arguments.models}
     if mpi.rank == 0 and arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"machine": facts, "results": results}, indent=2) + "\n")

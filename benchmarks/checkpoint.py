@@ -26,7 +26,7 @@ from hvdlocal.training.checkpoint import CheckpointWriter
 def main() -> None:
     """Runs on every rank; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--directory", help="where to write (default: the directory for temporary files)")
     options = parser.parse_args()
     communicator = hvdlocal.init()
@@ -41,13 +41,13 @@ def main() -> None:
     writer = CheckpointWriter(communicator, Directory(root), keep=1)
 
     averaging, held_up, on_disk = [], [], []
-    for turn in range(options.turns):
+    for trial in range(options.trials):
         optimizer.step()
         optimizer.step()
         optimizer.step()  # inside a round: every rank writes its replica
-        communicator.barrier("checkpoint.turn")
+        communicator.barrier("checkpoint.trial")
         start = time.perf_counter()
-        writer.begin(turn, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, {"num_workers": 2})
+        writer.begin(trial, {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, {"num_workers": 2})
         held_up.append(time.perf_counter() - start)
         problem = writer.finish(wait=True)
         on_disk.append(time.perf_counter() - start)

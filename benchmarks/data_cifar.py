@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contest import Contestant, contest
+from harness import Candidate, compare
 
 from data_prep.__main__ import main as data_prep
 from hvdlocal.data import CropFlip, Loader, ShardedDataset
@@ -81,7 +81,7 @@ def write_python_version(dataset: ShardedDataset, directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="directory with data_batch_1.bin (or data_batch_1) …")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--trials", type=int, default=9)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/data_cifar.json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,15 +91,15 @@ def main() -> None:
         dataset = ShardedDataset(shards)
         write_python_version(dataset, Path(pickles))
         statistics = dataset.mean, dataset.std
-        contest(
+        compare(
             f"CIFAR-10, batches of {BATCH}: random crop, flip, normalised to float32",
             [
-                Contestant("hvdlocal Loader", hvdlocal_loader, (shards, *statistics, 1)),
-                Contestant("hvdlocal Loader, 2 threads", hvdlocal_loader, (shards, *statistics, 2)),
-                Contestant("torchvision, DataLoader, 2 workers", torchvision_loader, (pickles, *statistics, 2)),
-                Contestant("torchvision, DataLoader, no workers", torchvision_loader, (pickles, *statistics, 0)),
+                Candidate("hvdlocal Loader", hvdlocal_loader, (shards, *statistics, 1)),
+                Candidate("hvdlocal Loader, 2 threads", hvdlocal_loader, (shards, *statistics, 2)),
+                Candidate("torchvision, DataLoader, 2 workers", torchvision_loader, (pickles, *statistics, 2)),
+                Candidate("torchvision, DataLoader, no workers", torchvision_loader, (pickles, *statistics, 0)),
             ],
-            turns=arguments.turns,
+            trials=arguments.trials,
             seconds=1.5,
             json_path=arguments.json,
         )

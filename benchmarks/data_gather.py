@@ -12,7 +12,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from contest import Contestant, contest
+from harness import Candidate, compare
 
 from data_prep.__main__ import main as data_prep
 from hvdlocal.data import Loader, ShardedDataset
@@ -60,7 +60,7 @@ def h5py_items(directory: str) -> Iterator[int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="directory with data_batch_1.bin (or data_batch_1) …")
-    parser.add_argument("--turns", type=int, default=11)
+    parser.add_argument("--trials", type=int, default=11)
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/data_gather.json"))
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -68,18 +68,18 @@ def main() -> None:
         for output, shards in ((one, "1"), (eight, "8")):
             if data_prep(["cifar10", "--source", arguments.data, "--output", output, "--shards", shards]):
                 return
-        contest(
+        compare(
             f"Batches of {BATCH} random images of CIFAR-10, one thread",
             [
-                Contestant("hvdlocal take, ram", hvdlocal_take, (one, "ram")),
-                Contestant("hvdlocal take, mmap", hvdlocal_take, (one, "mmap")),
-                Contestant("hvdlocal take, ram, 8 shards", hvdlocal_take, (eight, "ram")),
-                Contestant("hvdlocal take, mmap, 8 shards", hvdlocal_take, (eight, "mmap")),
-                Contestant("hvdlocal Loader, stream, 8 shards", hvdlocal_stream, (eight,)),
-                Contestant("numpy take from a memory map", numpy_take, (one,)),
-                Contestant("h5py, item by item", h5py_items, (one,)),
+                Candidate("hvdlocal take, ram", hvdlocal_take, (one, "ram")),
+                Candidate("hvdlocal take, mmap", hvdlocal_take, (one, "mmap")),
+                Candidate("hvdlocal take, ram, 8 shards", hvdlocal_take, (eight, "ram")),
+                Candidate("hvdlocal take, mmap, 8 shards", hvdlocal_take, (eight, "mmap")),
+                Candidate("hvdlocal Loader, stream, 8 shards", hvdlocal_stream, (eight,)),
+                Candidate("numpy take from a memory map", numpy_take, (one,)),
+                Candidate("h5py, item by item", h5py_items, (one,)),
             ],
-            turns=arguments.turns,
+            trials=arguments.trials,
             seconds=0.3,
             json_path=arguments.json,
         )

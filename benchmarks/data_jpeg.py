@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from contest import Contestant, contest
+from harness import Candidate, compare
 from PIL import Image
 
 from data_prep.__main__ import main as data_prep
@@ -157,21 +157,21 @@ def write_mds(source: Path, directory: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="directory with train/<class>/*.jpg")
-    parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each contestant")
+    parser.add_argument("--trials", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each candidate")
     parser.add_argument("--path", action="append", default=[], help="where else to look for other loaders")
     parser.add_argument("--json", type=Path, default=Path("runs/benchmarks/data_jpeg.json"))
     arguments = parser.parse_args()
-    sys.path += arguments.path  # the contestants' processes inherit it
+    sys.path += arguments.path  # the candidates' processes inherit it
     train, threads = arguments.data / "train", arguments.threads
     with tempfile.TemporaryDirectory() as folder:
         shards = f"{folder}/shards"
         if data_prep(["imagenet", "--source", str(arguments.data), "--output", shards]):
             return
-        contestants = [
-            Contestant("hvdlocal Loader", hvdlocal_loader, (shards, threads)),
-            Contestant("bare loop, same decoder", bare_loop, (shards, threads)),
-            Contestant("ImageFolder, DataLoader", image_folder, (str(train), threads)),
+        candidates = [
+            Candidate("hvdlocal Loader", hvdlocal_loader, (shards, threads)),
+            Candidate("bare loop, same decoder", bare_loop, (shards, threads)),
+            Candidate("ImageFolder, DataLoader", image_folder, (str(train), threads)),
         ]
         others = (("webdataset", write_tars, webdataset), ("MosaicML streaming", write_mds, mosaic_streaming))
         for name, write, prepare in others:
@@ -180,11 +180,11 @@ def main() -> None:
             except ImportError as error:
                 print(f"{name} takes no part: {error}")
             else:
-                contestants.append(Contestant(f"{name}, DataLoader", prepare, (f"{folder}/{name}", threads)))
-        contest(
+                candidates.append(Candidate(f"{name}, DataLoader", prepare, (f"{folder}/{name}", threads)))
+        compare(
             f"JPEGs, batches of {BATCH}: RandomResizedCrop({SIZE}), flip, normalised to float32; {threads} threads or workers",
-            contestants,
-            turns=arguments.turns,
+            candidates,
+            trials=arguments.trials,
             seconds=2.0,
             json_path=arguments.json,
             extra_versions=("webdataset", "mosaicml-streaming"),

@@ -11,7 +11,7 @@ Parts, each a table in Markdown on standard output:
     cifar10     the loop of `hvdlocal train` against a bare loop: ResNet-18, shards of CIFAR-10 (--data)
     jpeg        the same with ResNet-50 and shards of JPEGs (--data)
 
-Loops take turns in one process, and a ratio is the median over the turns. A bare loop is forward pass, backward pass and
+Loops alternate in one process, and a ratio is the median over the trials. A bare loop is forward pass, backward pass and
 torch's SGD over a batch that lies on the device already: it loads nothing, augments nothing, averages nothing and writes
 nothing. Device times are measured with a full queue, so that launching is not counted; host times with an empty one.
 `--device cpu` and `--small` run the same code anywhere.
@@ -87,11 +87,11 @@ class Place:
     def host_seconds(self, work: Work, before: Work = lambda: None, repeats: int = 30) -> float:
         """Median time until `work` returns, the device having nothing to do."""
         found = []
-        for turn in range(8 if self.small else repeats):
+        for trial in range(8 if self.small else repeats):
             before()
             self.finish()
             taken = seconds(work)
-            if turn >= 3:
+            if trial >= 3:
                 found.append(taken)
         self.finish()
         return statistics.median(found)
@@ -153,34 +153,34 @@ def sketch(place: Place) -> None:
 
 
 def step(place: Place) -> None:
-    """Host time of `step()` for the options, which take turns; one batch's gradients are used again and again."""
+    """Host time of `step()` for the options, which alternate; one batch's gradients are used again and again."""
     name, shape = next(iter(place.models().items()))
     gradients = gradients_of(name, shape, place.device)
-    contestants: dict[str, tuple[Work, Work]] = {}  # what is timed, and what comes before
+    candidates: dict[str, tuple[Work, Work]] = {}  # what is timed, and what comes before
     for option, settings in {"bare SGD": None, **OPTIONS}.items():
         if option.startswith("accumulating"):
             continue  # two calls are a step
         optimizer = optimizer_of(build_model(name, 1000, shape).to(place.device), settings)
         set_gradients(optimizer, gradients)
         optimizer.step()  # the first of a round, with its statistics, that never ends
-        contestants[option] = optimizer.step, lambda: None
+        candidates[option] = optimizer.step, lambda: None
     for statistics_ in ("sketch", "exact"):
         settings = {"scaling": hvdlocal.LocalAdaScale(statistics=statistics_)}
         optimizer = optimizer_of(build_model(name, 1000, shape).to(place.device), settings)
         set_gradients(optimizer, gradients)
-        contestants[f"first step of a round, {statistics_}"] = optimizer.step, optimizer.synchronize
-    times: dict[str, list[float]] = {option: [] for option in contestants}
-    for turn in range(8 if place.small else 60):
-        for option, (work, before) in contestants.items():
+        candidates[f"first step of a round, {statistics_}"] = optimizer.step, optimizer.synchronize
+    times: dict[str, list[float]] = {option: [] for option in candidates}
+    for trial in range(8 if place.small else 60):
+        for option, (work, before) in candidates.items():
             before()
             place.finish()
             taken = seconds(work)
-            if turn >= 3:
+            if trial >= 3:
                 times[option].append(taken)
     head(f"{name}: step() that does not average", "host, µs", "more than bare, µs", "device, µs")
     for option, found in times.items():
         more = statistics.median(mine - bare for mine, bare in zip(found, times["bare SGD"], strict=True))
-        device = 1e6 * place.device_seconds(contestants[option][0]) if option in ("bare SGD", *OPTIONS) else ""
+        device = 1e6 * place.device_seconds(candidates[option][0]) if option in ("bare SGD", *OPTIONS) else ""
         row(option, 1e6 * statistics.median(found), 1e6 * more, device)
 
 
@@ -232,7 +232,7 @@ def memory(place: Place) -> None:
 
 def averaging(place: Place) -> None:
     """Ranks that share the device over mpi4py, through host memory."""
-    from averaging import Contestant, Weights, ratio, take_turns
+    from averaging import Candidate, Weights, ratio, run_trials
 
     communicator = hvdlocal.init()
     variants: dict[str, dict] = {
@@ -245,17 +245,17 @@ def averaging(place: Place) -> None:
         model = build_model(name, 1000, shape).to(place.device)
         gradients = gradients_of(name, shape, place.device)
         flat = torch.zeros(sum(p.numel() for p in model.parameters()), device=place.device)
-        contestants = [Contestant("bare collective", waited(place, lambda f=flat: communicator.sum_(f, "bare")))]
+        candidates = [Candidate("bare collective", waited(place, lambda f=flat: communicator.sum_(f, "bare")))]
         for title, settings in variants.items():
             weights = Weights(model)
             optimizer = optimizer_of(weights, settings, communicator=communicator)
             set_gradients(optimizer, gradients)
-            contestants.append(Contestant(title, waited(place, optimizer.synchronize), waited(place, optimizer.step)))
-        take_turns(contestants, 2 if place.small else 5)
+            candidates.append(Candidate(title, waited(place, optimizer.synchronize), waited(place, optimizer.step)))
+        run_trials(candidates, 2 if place.small else 5)
         if communicator.rank == 0:
             head(f"{name}, {communicator.size} ranks: one averaging", "ms", "× bare collective")
-            for one in contestants:
-                row(one.name, 1e3 * statistics.median(one.seconds), ratio(one, contestants[0]))
+            for one in candidates:
+                row(one.name, 1e3 * statistics.median(one.seconds), ratio(one, candidates[0]))
 
 
 def waited(place: Place, work: Work) -> Work:
@@ -297,7 +297,7 @@ class Bare:
 def synthetic(place: Place) -> None:
     """The library's part of a loop of the user's own."""
     name, shape = next(iter(place.models().items()))
-    batch, steps, turns = (4, 2, 2) if place.small else (128, 25, 5)
+    batch, steps, trials = (4, 2, 2) if place.small else (128, 25, 5)
     bare = Bare(place, build_model(name, 1000, shape), batch, shape, 1000)
     loops = {"LocalOptimizer, H = 8": {}, "with LocalAdaScale, H = 8": {"scaling": hvdlocal.LocalAdaScale()}}
     ours: dict[str, Bare] = {}
@@ -311,7 +311,7 @@ def synthetic(place: Place) -> None:
     for loop in (bare, *ours.values()):
         loop.seconds(max(3, steps // 3))
     times: dict[str, list[float]] = {title: [] for title in ("bare", *ours)}
-    for _ in range(turns):
+    for _ in range(trials):
         for title, loop in {"bare": bare, **ours}.items():
             times[title].append(loop.seconds(steps))
     report_loops(
@@ -330,7 +330,7 @@ class Enough(BaseException):
     """Ends a run that has been measured."""
 
 
-def train_loop(place: Place, title: str, config: object, batch: int, steps: int, turns: int) -> None:
+def train_loop(place: Place, title: str, config: object, batch: int, steps: int, trials: int) -> None:
     """The loop of a real run, interrupted now and then for as many steps of a bare loop."""
     from hvdlocal.training import Trainer
 
@@ -356,7 +356,7 @@ def train_loop(place: Place, title: str, config: object, batch: int, steps: int,
             waiting.append((trainer.totals.waiting_for_data - began[1]) / times["hvdlocal train"][-1])
             times["bare"].append(bare.seconds(steps))
             done = 0
-            if len(times["bare"]) == turns:
+            if len(times["bare"]) == trials:
                 raise Enough
 
     trainer._micro_batch = micro_batch
@@ -395,21 +395,21 @@ def configuration(place: Place, data: Path, output: str, model: str, batch: int,
 def cifar10(place: Place, data: Path) -> None:
     """Fixed-size images: crop and flip on the device."""
     model = "resnet9_narrow" if place.small else "resnet18_cifar"
-    for batch, steps, turns in [(16, 3, 2)] if place.small else [(128, 80, 5), (512, 50, 5)]:
+    for batch, steps, trials in [(16, 3, 2)] if place.small else [(128, 80, 5), (512, 50, 5)]:
         with tempfile.TemporaryDirectory() as folder:
             config = configuration(place, data, folder, model, batch, crop_padding=4)
             title = f"{model}, images of 32 pixels from shards, bfloat16, channels_last, batches of {batch}"
-            train_loop(place, title, config, batch, steps, turns)
+            train_loop(place, title, config, batch, steps, trials)
 
 
 def jpeg(place: Place, data: Path) -> None:
     """JPEGs decoded by the host's cores."""
     model, size = ("resnet9_narrow", 32) if place.small else ("resnet50", 224)
-    batch, steps, turns = (8, 3, 2) if place.small else (128, 20, 4)
+    batch, steps, trials = (8, 3, 2) if place.small else (128, 20, 4)
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(place, data, folder, model, batch, image_size=size)
         title = f"{model}, JPEG shards at {size} pixels, bfloat16, channels_last, batches of {batch}"
-        train_loop(place, title, config, batch, steps, turns)
+        train_loop(place, title, config, batch, steps, trials)
     print(f"\nDecoded by {len(os.sched_getaffinity(0)) - 1 or 1} threads.", flush=True)
 
 

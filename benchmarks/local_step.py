@@ -21,7 +21,7 @@ from hvdlocal.communicator import Communicator
 from hvdlocal.models import build_model
 
 NEVER = 10**9
-TURNS = 60
+TRIALS = 60
 
 
 class Echo(Communicator):
@@ -83,18 +83,18 @@ def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> C
 
 
 def times() -> None:
-    contestants = {
+    candidates = {
         "bare SGD": build(None),
         **{name: build(settings) for name, settings in OPTIONS.items() if name == "plain"},
     }
-    runs = {name: training_step(*pair) for name, pair in contestants.items()}
+    runs = {name: training_step(*pair) for name, pair in candidates.items()}
     whole: dict[str, list[float]] = {name: [] for name in runs}
     alone: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(TURNS + 5):
+    for trial in range(TRIALS + 5):
         for name, run in runs.items():
             start = time.perf_counter()
             step = run()
-            if turn >= 5:
+            if trial >= 5:
                 whole[name].append(time.perf_counter() - start)
                 alone[name].append(step)
     print(f"{'':24}{'iteration, ms':>15}{'ratio':>8}{'step(), ms':>12}{'ratio':>8}{'more, µs':>10}")

@@ -4,7 +4,7 @@ benchmarks/slow_link.sh 1gbit          (runs this on two ranks that are joined b
 
 m is the time of a bare allreduce of what a method sends over the time of a step of plain SGD, both measured apart from the
 methods: 1 + m/H is a prediction. The methods train the same network (three linear layers, 2.6 M parameters: little to compute,
-much to send) on the same random images, and take turns.
+much to send) on the same random images, in alternating trials.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
 
 import torch
-from contest import machine
+from harness import machine
 from torch import nn
 from torch.nn import functional as F
 
@@ -37,7 +37,7 @@ class Run:
     Args:
         name: what the table calls it.
         wrap: makes the optimizer from (inner optimizer, model).
-        steps: length of a turn; the learning rate falls from its peak along a cosine in every turn.
+        steps: length of a trial; the learning rate falls from its peak along a cosine in every trial.
     """
 
     def __init__(self, name: str, wrap: Callable[..., torch.optim.Optimizer], steps: int) -> None:
@@ -50,7 +50,7 @@ class Run:
         self.seconds: list[float] = []
         self.averagings = self.floats = 0
 
-    def turn(self, x: torch.Tensor, y: torch.Tensor, count: bool) -> None:
+    def trial(self, x: torch.Tensor, y: torch.Tensor, count: bool) -> None:
         optimizer = self.optimizer
         communicator = hvdlocal.init()
         communicator.barrier("bench.start")
@@ -89,7 +89,7 @@ def local(period: hvdlocal.averaging.period.PeriodRule, **settings: object) -> C
 
 
 def methods(steps: int) -> list[Run]:
-    """The contestants; first plain SGD, which shows what a step costs by itself, then data parallelism."""
+    """The candidates; first plain SGD, which shows what a step costs by itself, then data parallelism."""
     ada, constant = hvdlocal.LocalAdaScale, hvdlocal.ConstantPeriod
     wraps: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "plain SGD": lambda inner, model: inner,
@@ -118,8 +118,8 @@ def bare_allreduce(communicator: hvdlocal.Communicator, numel: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", default="", help="what the link is, for the title")
-    parser.add_argument("--steps", type=int, default=16, help="per turn (default: %(default)s)")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=16, help="per trial (default: %(default)s)")
+    parser.add_argument("--trials", type=int, default=3)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -127,9 +127,9 @@ def main() -> None:
     torch.manual_seed(communicator.rank)
     x, y = torch.randn(BATCH, 3, 32, 32), torch.randint(10, (BATCH,))
     runs = methods(arguments.steps)
-    for turn in range(arguments.turns + 1):
+    for trial in range(arguments.trials + 1):
         for run in runs:
-            run.turn(x, y, count=turn > 0)
+            run.trial(x, y, count=trial > 0)
 
     step = runs[0].per_step
     sizes = sorted({run.payload for run in runs[1:]})

@@ -1,8 +1,8 @@
-"""Contests: several ways to do the same, each in a process of its own, taking turns on the same machine.
+"""Compares several ways to do the same work, each in its own process, in alternating trials on the same machine.
 
-A turn is a stretch of time in which samples are counted, after a while in which they are not: what a loader prepared
-before its turn must be used up first. A slow moment of the machine meets all of them alike: the ratio of two is the
-median over the turns of the ratio within a turn. Absolute figures are worth less.
+A trial counts samples for a fixed time, after a warm-up that uses up what a loader has prepared in advance. A slow moment of
+the machine affects all candidates alike, so the ratio of two candidates is the median over the trials of the ratio within a
+trial. Absolute figures are less reliable.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from typing import Any
 import torch
 
 _LIBRARIES = ("hvdlocal", "torch", "torchvision", "numpy", "h5py", "pillow", "simplejpeg", "opencv-python-headless")
-_TURN_SECONDS = 120  # longer, and a contestant counts as stuck
+_TRIAL_SECONDS = 120  # a candidate that takes longer counts as stuck
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A way to do it.
+class Candidate:
+    """One way to do the work.
 
     Attributes:
-        name: what the table calls it.
-        prepare: called with ``arguments`` in the contestant's process; yields without end, every few milliseconds or so, how
-            many samples are done since it last did. Must be importable.
-        arguments: of ``prepare``.
-        threads: for torch.set_num_threads.
+        name: label in the table.
+        prepare: called with `arguments` in the candidate's process; yields the number of samples done since its last yield, every
+            few milliseconds and without end. It must be importable.
+        arguments: arguments of `prepare`.
+        threads: number of torch's threads.
     """
 
     name: str
@@ -49,37 +49,45 @@ class Contestant:
 
 @dataclass
 class Score:
-    """What was measured of a contestant, turn by turn, or why it could not take part."""
+    """The measurements of a candidate, one per trial, or the reason why it could not take part."""
 
     samples_per_second: list[float] = field(default_factory=list)
     samples_per_cpu_second: list[float] = field(default_factory=list)
     missing: str | None = None
 
 
-def contest(
+def compare(
     title: str,
-    contestants: Sequence[Contestant],
+    candidates: Sequence[Candidate],
     *,
-    turns: int,
+    trials: int,
     seconds: float,
     json_path: Path,
     extra_versions: Sequence[str] = (),
 ) -> dict[str, Score]:
-    """Let all take ``turns`` turns of ``seconds``, after one that does not count.
+    """Runs `trials` trials of every candidate, after one that is not counted.
 
-    Prints a table; writes every turn and the machine to ``json_path``.
+    Prints a table, and writes every trial and the facts of the machine to `json_path`.
+
+    Args:
+        title: heading of the table.
+        candidates: what to compare; the first one is the reference.
+        trials: number of trials per candidate.
+        seconds: length of a trial.
+        json_path: the file for the results.
+        extra_versions: packages whose versions are recorded beside the usual ones.
     """
-    processes = {contestant.name: _Process(contestant) for contestant in contestants}
+    processes = {candidate.name: _Process(candidate) for candidate in candidates}
     scores = {name: Score() for name in processes}
     try:
-        for turn in range(turns + 1):
+        for trial in range(trials + 1):
             for name, process in processes.items():
                 if scores[name].missing is not None:
                     continue
-                answer = process.turn(seconds)
+                answer = process.trial(seconds)
                 if isinstance(answer, str):
                     scores[name].missing = answer
-                elif turn > 0:
+                elif trial > 0:
                     samples, wall_seconds, cpu_seconds = answer
                     scores[name].samples_per_second.append(samples / wall_seconds)
                     scores[name].samples_per_cpu_second.append(samples / cpu_seconds)
@@ -92,7 +100,7 @@ def contest(
 
 
 def table(title: str, scores: dict[str, Score]) -> str:
-    """Medians and ranges; ratios are the first contestant's over each other's."""
+    """Returns medians and ranges as text; the ratios are those of the first candidate to each of the others."""
     first = next(iter(scores.values()))
     lines = [title, f"{'':36}{'samples/s':>11}  {'min … max':>21}{'per core':>11}{'first is':>10}{'per core':>10}"]
     for name, score in scores.items():
@@ -117,7 +125,7 @@ def table(title: str, scores: dict[str, Score]) -> str:
 
 
 def machine(libraries: Sequence[str] = _LIBRARIES) -> dict[str, Any]:
-    """What figures depend on: date, processor, cores, versions."""
+    """Returns what the figures depend on: date, processor, cores, versions."""
     versions = {}
     for name in libraries:
         try:
@@ -148,21 +156,21 @@ def _write_json(path: Path, title: str, scores: dict[str, Score], libraries: Seq
 
 
 class _Process:
-    """A contestant's process, which works when it is told to."""
+    """A candidate's process, which runs a trial on request."""
 
-    def __init__(self, contestant: Contestant) -> None:
+    def __init__(self, candidate: Candidate) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, contestant))
+        self._process = context.Process(target=_serve, args=(theirs, candidate))
         self._process.start()
         theirs.close()
 
-    def turn(self, seconds: float) -> tuple[int, float, float] | str:
-        """(samples, seconds, CPU seconds), or what went wrong."""
+    def trial(self, seconds: float) -> tuple[int, float, float] | str:
+        """Runs a trial and returns (samples, seconds, CPU seconds), or a message if it failed."""
         try:
             self._connection.send(seconds)
-            if not self._connection.poll(_TURN_SECONDS):
-                return f"no answer within {_TURN_SECONDS} seconds"
+            if not self._connection.poll(_TRIAL_SECONDS):
+                return f"no answer within {_TRIAL_SECONDS} seconds"
             return self._connection.recv()  # type: ignore[no-any-return]
         except (EOFError, OSError):
             return "its process died"
@@ -175,8 +183,8 @@ class _Process:
             self._process.join(timeout=10)
 
 
-def _serve(connection: Connection, contestant: Contestant) -> None:
-    torch.set_num_threads(contestant.threads)
+def _serve(connection: Connection, candidate: Candidate) -> None:
+    torch.set_num_threads(candidate.threads)
     steps: Iterator[int] | None = None
     while True:
         try:
@@ -186,7 +194,7 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
         answer: tuple[int, float, float] | str
         try:
             if steps is None:
-                steps = contestant.prepare(*contestant.arguments)
+                steps = candidate.prepare(*candidate.arguments)
             _count(steps, seconds / 2)
             cpu, began = cpu_seconds(), time.perf_counter()
             samples = _count(steps, seconds)
@@ -195,7 +203,7 @@ def _serve(connection: Connection, contestant: Contestant) -> None:
             if not isinstance(error, ImportError):
                 traceback.print_exc()
             answer = f"{type(error).__name__}: {error}"
-        time.sleep(0.3)  # loaders fill their queues before it is the next one's turn
+        time.sleep(0.3)  # loaders fill their queues before the next candidate's trial
         connection.send(answer)
 
 
@@ -207,7 +215,7 @@ def _count(steps: Iterator[int], seconds: float) -> int:
 
 
 def cpu_seconds() -> float:
-    """CPU time so far of this process and everything that it started."""
+    """Returns the CPU time that this process and all its descendants have used so far."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     ticks = sum(_ticks(pid) for pid in _descendants(os.getpid()))
     return time.process_time() + ended.ru_utime + ended.ru_stime + ticks / os.sysconf("SC_CLK_TCK")
