@@ -6,7 +6,6 @@ everything is skipped; `--device cpu` runs the same code on the CPU.
 """
 
 import os
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HVDLOCAL_BACKEND", "mpi4py")
@@ -14,11 +13,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mat
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "mpi"))
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 from support.ranks import *  # noqa: F403
 from support.ranks import SIZE
 

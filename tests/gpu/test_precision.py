@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import flat, local
+from support.models import flat, local
 
 import hvdlocal
 from hvdlocal.models import build_model

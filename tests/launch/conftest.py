@@ -1,106 +1,21 @@
-"""Starting whole jobs as a user does, each with a deadline."""
+"""A small data set and a configuration of a run on it; support/launch.py starts jobs."""
 
-from __future__ import annotations
-
-import atexit
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
-
-ROOT = Path(__file__).parents[2]
-MPIRUN = [str(ROOT / "install" / "mpirun")]
-HVDLOCAL = [sys.executable, "-m", "hvdlocal"]
-
-
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-
-def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HVDLOCAL_", "HOROVOD_"))}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {**kept, "PATH": path, "OMP_NUM_THREADS": "1", **places_of_open_mpi(), **more}
-
-
-@cache
-def places_of_open_mpi() -> dict[str, str]:
-    """Settings of Open MPI 4 and 5: what a killed mpirun and its ranks leave is removed with these directories."""
-    files, memory = (tempfile.mkdtemp(prefix="hvdlocal-mpi-", dir=place) for place in (None, "/dev/shm"))
-    for path in (files, memory):
-        atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return {
-        **dict.fromkeys(["OMPI_MCA_orte_tmpdir_base", "PRTE_MCA_prte_tmpdir_base"], files),
-        **dict.fromkeys(["OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory"], memory),
-    }
-
-
-def launch(*command: str, timeout: float = 120, **env: str) -> Result:
-    """Runs a command; whatever it started is gone afterwards."""
-    start = time.monotonic()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(**env),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        out, err = process.communicate()
-        pytest.fail(f"no end within {timeout} s: {' '.join(command)}\n{out}\n{err}")
-    return Result(process.returncode, out, err, time.monotonic() - start)
-
-
-def mpirun(ranks: int, *command: str, **settings) -> Result:
-    return launch(*MPIRUN, "-np", str(ranks), *command, **settings)
+from support.configs import write_config
+from support.datasets import write_three_classes
 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> Path:
-    """Three classes of 8×8 images that differ in where they are bright; 96 to train on, 31 to test."""
-    from hvdlocal import ShardWriter
-
+    """The data set of `write_three_classes`."""
     directory = tmp_path_factory.mktemp("data")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 96), ("test", 31)):
-        labels = np.arange(count) % 3
-        images = random.integers(0, 60, (count, 8, 8, 1), dtype=np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            image[2 * label : 2 * label + 3] += 150
-        ShardWriter(directory, split, classes=["a", "b", "c"]).write(images, labels)
+    write_three_classes(directory)
     return directory
 
 
 @pytest.fixture
 def config(data, tmp_path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        f"""
-data: {{path: {data}, batch_size: 8}}
-model: {{name: digits_cnn}}
-optimizer: {{lr: 0.02, weight_decay: 1e-4}}
-epochs: 6
-evaluate_every_epochs: 3
-output: {tmp_path}/out
-"""
-    )
-    return path
+    """The file of a small run, whose output goes to `out` beside it."""
+    return write_config(tmp_path / "run.yaml", data, tmp_path / "out", evaluate_every_epochs=3)

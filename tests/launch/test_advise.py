@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import HVDLOCAL, launch, mpirun
+from support.launch import HVDLOCAL, launch, mpirun
 
 from hvdlocal.cli.configuration import parse
 from hvdlocal.plan.payload import measure_payload

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import MPIRUN, ROOT, environment, launch
+from support.launch import MPIRUN, ROOT, environment, launch
 
 pytestmark = pytest.mark.timeout(600)
 

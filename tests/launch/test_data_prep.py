@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MPIRUN, ROOT, environment, launch, mpirun
+from support.launch import MPIRUN, ROOT, environment, launch, mpirun
 
 PREP = [sys.executable, "-m", "data_prep"]
 DEADLINE_SECONDS = 60

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MPIRUN, ROOT, Result, environment, launch
+from support.configs import write_config
+from support.launch import MPIRUN, ROOT, Result, environment, launch
 
 from hvdlocal.data import ShardWriter
 
@@ -173,20 +174,9 @@ def make(data, tmp_path_factory) -> Callable[..., Run]:
 
     def run(*arguments: str, ranks: int = 2) -> Run:
         directory = tmp_path_factory.mktemp("run")
-        config = directory / "run.yaml"
-        config.write_text(
-            f"""
-data: {{path: {data}, batch_size: 8}}
-model: {{name: digits_cnn}}
-optimizer: {{lr: 0.02, weight_decay: 1e-4}}
-epochs: 6
-output: given below
-log_every_seconds: 0
-checkpoint: {{every_steps: 5, keep: 5}}
-device: cpu
-"""
-        )
-        return Run(config, directory / "out", ranks, arguments)
+        output = directory / "out"
+        every_step = {"log_every_seconds": 0, "checkpoint": {"every_steps": 5, "keep": 5}, "device": "cpu"}
+        return Run(write_config(directory / "run.yaml", data, output, **every_step), output, ranks, arguments)
 
     return run
 

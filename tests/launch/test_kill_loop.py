@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from conftest import ROOT, launch
+from support.launch import ROOT, launch
 
 
 @pytest.mark.timeout(1500)

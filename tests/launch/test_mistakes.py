@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from conftest import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
+from support.launch import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
 
 # One of each stage of the start; tests/unit/cli has the rest.
 MISTAKES = [

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import MPIRUN, environment, launch
+from support.launch import MPIRUN, environment, launch
 
 JOINED = """
 import time

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import HVDLOCAL, launch, mpirun
+from support.launch import HVDLOCAL, launch, mpirun
 
 QSR = ["--method.period.rule", "qsr", "--method.period.alpha", "0.02", "--method.period.h_base", "2"]
 FEW = ["--schedule.warmup_epochs", "0.5", "--schedule.final_lr", "1e-4"]

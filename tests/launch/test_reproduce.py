@@ -8,7 +8,7 @@ import subprocess
 import time
 
 import pytest
-from conftest import HVDLOCAL, ROOT, environment, launch
+from support.launch import HVDLOCAL, ROOT, environment, launch
 
 
 def test_ctrl_c_and_the_same_command_again(data, tmp_path):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from support.launch import ROOT
 
 from hvdlocal.exit_codes import ExitCode
 

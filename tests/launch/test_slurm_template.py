@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import HVDLOCAL, ROOT, launch
+from support.launch import HVDLOCAL, ROOT, launch
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
+from support.launch import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
 
 MIB = 1 << 20
 READ = """

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import HVDLOCAL, ROOT, launch, mpirun
+from support.launch import HVDLOCAL, ROOT, launch, mpirun
 
 from hvdlocal.models import build_model
 

@@ -1,17 +1,11 @@
 """Tests that run under mpirun with any number of ranks, over the backend that HVDLOCAL_BACKEND names; see support/ranks.py."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from default_dtype import _another_default_dtype  # noqa: F401
+from support.ranks import *  # noqa: F403
 
 import hvdlocal
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # tests/golden, tests/support
-
-from support.ranks import *  # noqa: F403
 
 
 def pytest_configure(config):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import Slope, everywhere_equal, local, mean, sgd, step
+from support.models import Slope, everywhere_equal, local, mean, sgd, step
 from torch.nn.utils.parametrizations import spectral_norm
 
 import hvdlocal

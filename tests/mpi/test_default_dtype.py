@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from helpers import Slope, everywhere_equal, local, mean, sgd, slopes, step
+from support.models import Slope, everywhere_equal, local, mean, sgd, slopes, step
 
 import hvdlocal
 

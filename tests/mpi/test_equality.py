@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Slope, local, mean, sgd, slopes, step
+from support.models import Slope, local, mean, sgd, slopes, step
 
 import hvdlocal
 

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Slope, backward, everywhere_equal, flat, local, mean, sgd, slopes, small_network, step
+from support.models import Slope, backward, everywhere_equal, flat, local, mean, sgd, slopes, small_network, step
 from torch.distributed.checkpoint import state_dict as torch_state_dict
 
 import hvdlocal

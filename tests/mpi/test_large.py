@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Slope, local, mean, sgd, slopes, step
+from support.models import Slope, local, mean, sgd, slopes, step
 
 import hvdlocal
 from hvdlocal.communicator import base

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import (
+from support.models import (
     Slope,
     backward,
     batch,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import Slope, local, mean, sgd, slopes, step
+from support.models import Slope, local, mean, sgd, slopes, step
 
 import hvdlocal
 

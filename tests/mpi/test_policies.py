@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Slope, everywhere_equal, flat, local, mean, sgd, slopes, small_network, step
+from support.models import Slope, everywhere_equal, flat, local, mean, sgd, slopes, small_network, step
 
 import hvdlocal
 import hvdlocal.averaging

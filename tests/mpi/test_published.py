@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import everywhere_equal
+from support.models import everywhere_equal
 from test_resume import config, place  # noqa: F401
 
 from hvdlocal.models import build_model

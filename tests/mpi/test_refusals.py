@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import Slope, local, mean, sgd, slopes, step
+from support.models import Slope, local, mean, sgd, slopes, step
 from torch.nn.utils import prune
 
 import hvdlocal

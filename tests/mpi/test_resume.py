@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import everywhere_equal
+from support.configs import digits_config
+from support.datasets import write_three_classes
+from support.models import everywhere_equal
 
 import hvdlocal
 from hvdlocal.communicator import SetupError
@@ -22,13 +24,10 @@ from hvdlocal.training.checkpoint.files import CheckpointError
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.config import (
     CheckpointConfig,
-    DataConfig,
     MethodConfig,
-    ModelConfig,
     OptimizerConfig,
     PeriodConfig,
     ScheduleConfig,
-    TrainConfig,
 )
 from hvdlocal.training.output_directory import Claimed
 
@@ -66,13 +65,7 @@ def place(comm):
     """A directory that all ranks share, with three classes of 8×8 images."""
     path = Path(comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", "test.place")[0])
     if comm.rank == 0:
-        generator = np.random.default_rng(0)
-        for split, count in (("train", 96), ("test", 31)):
-            labels = np.arange(count) % 3
-            images = generator.integers(0, 60, (count, 8, 8, 1), dtype=np.uint8)
-            for image, label in zip(images, labels, strict=True):
-                image[2 * label : 2 * label + 3] += 150
-            hvdlocal.ShardWriter(path / "data", split, classes=["a", "b", "c"]).write(images, labels)
+        write_three_classes(path / "data")
     comm.barrier("test.data")
     yield path
     comm.barrier("test.place_end")
@@ -97,10 +90,13 @@ def config(place, output, every_steps=None, **settings):
         "schedule": ScheduleConfig(warmup_epochs=0.3),
         **settings,
     }
-    return TrainConfig(
-        data=DataConfig(str(place / "data"), batch_size=5, flip=True, crop_padding=1, storage="ram"),
-        model=ModelConfig("digits_cnn"),
-        output=str(place / output),
+    return digits_config(
+        place / "data",
+        place / output,
+        data_batch_size=5,
+        data_flip=True,
+        data_crop_padding=1,
+        data_storage="ram",
         evaluate_every_epochs=0.8,
         log_every_seconds=0,
         device="cpu",

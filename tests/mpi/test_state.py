@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from helpers import Slope, backward, flat, local, sgd, small_network, step
+from support.models import Slope, backward, flat, local, sgd, small_network, step
 
 import hvdlocal
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import adascale_run
-from helpers import Slope, backward, batch, everywhere_equal, flat, mean, sgd, slopes, small_network, step
+from support.models import Slope, backward, batch, everywhere_equal, flat, mean, sgd, slopes, small_network, step
 
 import hvdlocal
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from cluster import Cluster, missing_programs, running_cluster
 from jobs import Job, submit
+from support.datasets import write_three_classes
+from support.launch import environment, places_of_open_mpi
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = ROOT / "slurm"
@@ -24,26 +23,21 @@ ANYWHERE = {
 }
 
 
-def _of_launch_tests() -> ModuleType:
-    """The conftest of tests/launch, under a name of its own: this file is a `conftest`, too."""
-    specification = importlib.util.spec_from_file_location("launch", ROOT / "tests" / "launch" / "conftest.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-launch = _of_launch_tests()
-data = launch.data
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The data set of `write_three_classes`."""
+    directory = tmp_path_factory.mktemp("data")
+    write_three_classes(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")
 def slurm() -> Iterator[Cluster]:
     if missing := missing_programs():
         pytest.skip(f"no Slurm to test with: {', '.join(missing)} missing (install/slurm.sh)")
-    here = launch.environment(**ANYWHERE)
+    here = environment(**ANYWHERE)
     for name in list(here):
-        if name.startswith("SLURM_") or name in launch.places_of_open_mpi():  # the templates have places of their own
+        if name.startswith("SLURM_") or name in places_of_open_mpi():  # the templates have places of their own
             del here[name]
     with running_cluster(here) as cluster:
         yield cluster

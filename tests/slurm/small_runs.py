@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from support import configs
 
 ENDLESS = 1_000_000
 """Epochs that no test waits for."""
@@ -14,20 +15,8 @@ ENDLESS = 1_000_000
 def write_config(directory: Path, data: Path, epochs: int = 120) -> Path:
     """A run of ten seconds or less that records every step; its output goes to `out` beside the configuration."""
     directory.mkdir(exist_ok=True)
-    path = directory / "run.yaml"
-    path.write_text(
-        f"""
-data: {{path: {data}, batch_size: 8}}
-model: {{name: digits_cnn}}
-optimizer: {{lr: 0.02, weight_decay: 1e-4}}
-epochs: {epochs}
-evaluate_every_epochs: 40
-log_every_seconds: 0
-output: {directory}/out
-device: cpu
-"""
-    )
-    return path
+    settings = {"epochs": epochs, "evaluate_every_epochs": 40, "log_every_seconds": 0, "device": "cpu"}
+    return configs.write_config(directory / "run.yaml", data, directory / "out", **settings)
 
 
 def records(directory: Path) -> list[dict]:

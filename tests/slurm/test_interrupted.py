@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import TEMPLATES, launch
+from conftest import TEMPLATES
 from jobs import Job
 from small_runs import ENDLESS, assert_same_numbers, steps_done, write_config
+from support.launch import HVDLOCAL, mpirun
 
 # Every wait has a deadline of its own, after which the jobs are ended; after this one they are not.
 pytestmark = pytest.mark.timeout(600)
@@ -40,7 +41,7 @@ finish
 def uninterrupted(data, tmp_path_factory) -> Path:
     """What the run comes to when nothing happens to it, and without Slurm."""
     directory = tmp_path_factory.mktemp("uninterrupted")
-    result = launch.mpirun(2, *launch.HVDLOCAL, "train", str(write_config(directory, data)), timeout=240)
+    result = mpirun(2, *HVDLOCAL, "train", str(write_config(directory, data)), timeout=240)
     assert result.code == 0, result.err
     return directory / "out"
 

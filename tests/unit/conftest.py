@@ -1,12 +1,9 @@
-"""What all unit tests share: the benchmarks' directory on the path (they are scripts and no package), and real data."""
+"""The way to real data, where there are any."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def real_data(name: str, what: str) -> Path:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import Slope, flat, flat_gradient, local, mean, sgd, slopes, step
+from support.models import Slope, flat, flat_gradient, local, mean, sgd, slopes, step
 
 import hvdlocal
 from hvdlocal.averaging.sketch import GradientSketch

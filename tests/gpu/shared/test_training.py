@@ -6,9 +6,10 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from support.configs import digits_config
+from support.datasets import TEST_IMAGES, write_three_classes
 from test_averaging import equal_everywhere
 from waiting import no_waits
 
@@ -19,30 +20,21 @@ from hvdlocal.training.checkpoint import files
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.config import (
     CheckpointConfig,
-    DataConfig,
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
     PeriodConfig,
-    TrainConfig,
 )
 
 PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
-TEST_IMAGES = 31
 
 
 @pytest.fixture(scope="module")
 def place(comm):
-    """A directory that all ranks share, with three classes of 8×8 images that differ in where they are bright."""
+    """A directory that all ranks share, with the data set of `write_three_classes`."""
     path = Path(comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", "test.place")[0])
     if comm.rank == 0:
-        generator = np.random.default_rng(0)
-        for split, count in (("train", 96), ("test", TEST_IMAGES)):
-            labels = np.arange(count) % 3
-            images = generator.integers(0, 60, (count, 8, 8, 1), dtype=np.uint8)
-            for image, label in zip(images, labels, strict=True):
-                image[2 * label : 2 * label + 3] += 150
-            hvdlocal.ShardWriter(path / "data", split, classes=["a", "b", "c"]).write(images, labels)
+        write_three_classes(path / "data")
     comm.barrier("test.data")
     yield path
     comm.barrier("test.place_end")
@@ -52,10 +44,15 @@ def place(comm):
 
 def configuration(place, output, device, method, **settings):
     settings = {"epochs": 6.0, "optimizer": OptimizerConfig(lr=0.02), **settings}
-    return TrainConfig(
-        data=DataConfig(str(place / "data"), batch_size=8, flip=True, crop_padding=1, storage="ram", threads=1),
+    return digits_config(
+        place / "data",
+        place / output,
+        data_batch_size=8,
+        data_flip=True,
+        data_crop_padding=1,
+        data_storage="ram",
+        data_threads=1,
         model=ModelConfig("digits_cnn", channels_last=True),
-        output=str(place / output),
         method=method,
         evaluate_every_epochs=3.0,
         log_every_seconds=1e6,

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from support.configs import digits_config
 from test_checkpoint_files import Alone, write
 
 from hvdlocal.averaging.buffers import choose_policies
 from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint.resume import averaged_model, resume
-from hvdlocal.training.config import DataConfig, MethodConfig, ModelConfig, TrainConfig, check_ranges, unused_settings
+from hvdlocal.training.config import MethodConfig, check_ranges, unused_settings
 from hvdlocal.training.saved_model import LastGood
 
 
@@ -55,7 +56,7 @@ def test_the_last_good_model_may_hold_a_mask(tmp_path, spoilt):
 
 
 def config(buffers):
-    return TrainConfig(DataConfig("d"), ModelConfig("digits_cnn"), "o", method=MethodConfig(buffers=buffers))
+    return digits_config(method=MethodConfig(buffers=buffers))
 
 
 @pytest.mark.parametrize("buffers", ["mean", {"norm": "mean"}, {"norm": "local", "*": ""}])

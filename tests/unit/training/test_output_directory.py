@@ -8,16 +8,17 @@ import time
 from dataclasses import asdict, replace
 
 import pytest
+from support.configs import digits_config
 
 from hvdlocal.directory import Directory
 from hvdlocal.training import interruption, output_directory
-from hvdlocal.training.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig, effective_settings, flatten
+from hvdlocal.training.config import OptimizerConfig, effective_settings, flatten
 from hvdlocal.training.metrics import JsonLines
 from hvdlocal.training.output_directory import RunStatus, find_status
 
 
 def config(tmp_path, **settings):
-    return TrainConfig(DataConfig("data"), ModelConfig("digits_cnn"), str(tmp_path), **settings)
+    return digits_config(output=tmp_path, **settings)
 
 
 def leave(tmp_path, **settings):

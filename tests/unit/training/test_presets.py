@@ -2,15 +2,13 @@
 
 import pytest
 import torch
+from support.configs import digits_config
 
 from hvdlocal import AdaComm, AdaScale, ConstantPeriod, LinearScaling, LocalAdaScale, NoScaling, PostLocal, PowerRule
 from hvdlocal.training.config import (
-    DataConfig,
     MethodConfig,
-    ModelConfig,
     OptimizerConfig,
     PeriodConfig,
-    TrainConfig,
     check_ranges,
     unused_settings,
 )
@@ -28,10 +26,6 @@ class OneRank:
 
     def broadcast_(self, tensor, name):
         pass
-
-
-def config(**settings):
-    return TrainConfig(data=DataConfig(path="x"), model=ModelConfig(name="digits_cnn"), output="y", **settings)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +84,7 @@ def test_optimizer_gets_the_method():
     length = RunLength(epoch=10, budget=70, schedule=lambda progress: 0.1, reference_batches=1)
     method = MethodConfig("local-ada", PeriodConfig("qsr", alpha=0.2, h_base=4, rate="base"), 3, "average", "local")
     optimizer = build_optimizer(
-        config(method=method, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
+        digits_config(method=method, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm) == (3, 70, 2.0)
     assert (optimizer._momentum_policy, optimizer._buffers, optimizer._rate_for_period) == (
@@ -100,7 +94,7 @@ def test_optimizer_gets_the_method():
     )
     acc = MethodConfig("acc-lin", PeriodConfig(period=5), buffers="local")
     optimizer = build_optimizer(
-        config(method=acc, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
+        digits_config(method=acc, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm, optimizer._buffers) == (
         5,
@@ -127,7 +121,7 @@ def test_optimizer_gets_the_method():
 def test_settings_without_effect_are_named(settings, unused):
     names = [
         name.split("=")[0].removeprefix("method.").removeprefix("optimizer.")
-        for name in unused_settings(config(**settings))
+        for name in unused_settings(digits_config(**settings))
     ]
     assert sorted(names) == sorted(unused)
 
@@ -145,6 +139,6 @@ def test_settings_without_effect_are_named(settings, unused):
     ],
 )
 def test_ranges(settings):
-    check_ranges(config())
+    check_ranges(digits_config())
     with pytest.raises(ValueError, match=next(iter(settings))):
-        check_ranges(config(**settings))
+        check_ranges(digits_config(**settings))

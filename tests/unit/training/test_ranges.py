@@ -5,10 +5,11 @@ from dataclasses import fields, is_dataclass, replace
 from typing import get_args, get_type_hints
 
 import pytest
+from support.configs import digits_config
 
-from hvdlocal.training.config import RANGES, DataConfig, ModelConfig, TrainConfig, check_ranges, flatten
+from hvdlocal.training.config import RANGES, TrainConfig, check_ranges, flatten
 
-CONFIG = TrainConfig(data=DataConfig(path="x"), model=ModelConfig(name="digits_cnn"), output="y")
+CONFIG = digits_config()
 
 
 def numbers(kind, prefix=""):
