@@ -20,7 +20,7 @@ from .averaging.period import (
     PostLocal as PostLocal,
     PowerRule as PowerRule,
 )
-from .averaging.replica import NonFiniteError as NonFiniteError
+from .averaging.nonfinite import NonFiniteError as NonFiniteError
 from .averaging.statistics import gradient_statistics as gradient_statistics
 from .averaging.synchronous import SynchronousOptimizer as SynchronousOptimizer
 from .communicator import (

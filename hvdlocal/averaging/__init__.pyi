@@ -15,6 +15,7 @@ from .period import (
     PostLocal as PostLocal,
     PowerRule as PowerRule,
 )
-from .replica import NonFiniteError as NonFiniteError, ReplicaOptimizer as ReplicaOptimizer
+from .nonfinite import NonFiniteError as NonFiniteError
+from .replica import ReplicaOptimizer as ReplicaOptimizer
 from .statistics import gradient_statistics as gradient_statistics
 from .synchronous import SynchronousOptimizer as SynchronousOptimizer

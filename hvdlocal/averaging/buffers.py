@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch.nn.modules.batchnorm import _NormBase
 
+from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
 from hvdlocal.communicator import Communicator
 
 BufferPolicy: TypeAlias = Literal["average", "local", "reestimate"]
@@ -117,6 +118,49 @@ def other_buffers(model: torch.nn.Module) -> list[torch.Tensor]:
     """All buffers but those of batch and instance normalisation."""
     norms = {id(own) for one in model.modules() if isinstance(one, _NormBase) for own in one.buffers(recurse=False)}
     return [buffer for buffer in model.buffers() if id(buffer) not in norms]
+
+
+def average_buffers(
+    communicator: Communicator,
+    buffers: Mapping[str, torch.Tensor],
+    sum_: Callable[[torch.Tensor, str], None],
+    when: str,
+    faulty: bool = False,
+) -> int:
+    """Averages buffers that lie anywhere in memory; one collective, or none without buffers.
+
+    Args:
+        communicator: the ranks.
+        buffers: by name, all on one device.
+        sum_: the communicator's, or what times it.
+        when: as part of a message, 'at progress 12.0'.
+        faulty: whether this rank's buffers are not to be used.
+
+    Returns:
+        On how many ranks the buffers are `faulty`; if on any, they are left as they were on all.
+
+    Raises:
+        NonFiniteError: on all ranks, when a buffer of one is not finite; it is then the average of the other ranks.
+    """
+    if not buffers:
+        return int(faulty)
+    bad = [name for name, buffer in buffers.items() if not buffer.isfinite().all()]
+    device = next(iter(buffers.values())).device
+    notices = torch.tensor([float(faulty), float(bool(bad))], dtype=torch.float64, device=device)
+    flat = torch.cat([part.reshape(-1).double() for part in [*buffers.values(), notices]])
+    *parts, notices = flat.split([part.numel() for part in [*buffers.values(), notices]])
+    if bad:
+        flat[: -len(notices)].zero_()
+    if communicator.size > 1:
+        sum_(flat, "hvdlocal.buffers")
+    faulty_ranks, bad_ranks = map(round, notices.tolist())
+    healthy = communicator.size - bad_ranks
+    if healthy and not faulty_ranks:
+        for buffer, part in zip(buffers.values(), parts, strict=True):
+            buffer.copy_(part.div_(healthy).view(buffer.shape))
+    if bad_ranks:
+        raise_nonfinite_buffers(communicator, bad, healthy, when)
+    return faulty_ranks
 
 
 @contextmanager

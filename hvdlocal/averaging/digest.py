@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from hvdlocal.communicator import Communicator, DisagreementError
+from hvdlocal.communicator import CommunicationError, Communicator, DisagreementError
 
 DIGEST_SIZE = 32
 """How many numbers a digest adds to a collective, each a bit: a difference escapes with a probability of 2e-10."""
@@ -101,6 +101,27 @@ class Digest:
         self._mine = {**values, Fact.PARAMETERS: parameters, Fact.CONSTANTS: constants}
         start = zlib.crc32(repr(list(values.values())).encode())
         digest.copy_(self._checksum.bits(start, parameters.values(), constants.values()))
+
+    def check_all(self, present: float, totals: Sequence[float]) -> None:
+        """Reads the part of a collective that shows whether all ranks take part and agree.
+
+        Args:
+            present: the sum of a 1 of every rank that takes part.
+            totals: as for `check`.
+
+        Raises:
+            CommunicationError: a rank took no part.
+            DisagreementError: as for `check`.
+        """
+        size = self._communicator.size
+        if size == 1:
+            return
+        if round(present) != size:
+            raise CommunicationError(
+                f"{size - round(present)} of {size} ranks took no part in an averaging and counted as zeros, most likely by "
+                "hvd.join(): delete that call, and give every rank equally many steps."
+            )
+        self.check(totals)
 
     def check(self, totals: Sequence[float]) -> None:
         """Compares; a collective of its own only when there is a difference.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -132,6 +132,47 @@ def refuse_sparse_gradients(parameters: Sequence[torch.nn.Parameter], reason: st
                 f"the gradient of a parameter of shape {tuple(p.shape)} is sparse, but {reason} needs dense ones: use "
                 "sparse=False"
             )
+
+
+def refuse_new_parameters(
+    kind: str,
+    model: torch.nn.Module,
+    owners: Sequence[tuple[torch.nn.Module, str]],
+    parameters: Sequence[torch.nn.Parameter],
+    groups: Iterable[Mapping[str, Any]],
+) -> None:
+    """Refuses parameters that came into training, or into a trained one's place, after the optimizer was built.
+
+    Args:
+        kind: the optimizer's class, for the message.
+        model: the replica.
+        owners: the module that holds each parameter, and its name there.
+        parameters: those that are trained.
+        groups: the optimizer's parameter groups.
+
+    Raises:
+        RuntimeError: naming the parameter.
+    """
+    for (module, name), p in zip(owners, parameters, strict=True):
+        present = getattr(module, name, None)
+        if present is p:
+            continue
+        # Pruning and weight norm make the name that of a tensor which they compute, and keep the parameter under another.
+        if isinstance(present, torch.nn.Parameter) or not any(p is one for one in model.parameters()):
+            raise RuntimeError(
+                f"{name!r} of a {type(module).__name__} was replaced after the {kind} was built "
+                "(load_state_dict(assign=True), assigning a parameter), and what is in its place is not trained. Build the "
+                f"{kind} last, and change parameters in place."
+            )
+    known = {id(p) for p in parameters}
+    for group in groups:
+        for p in group["params"]:
+            if p.requires_grad and id(p) not in known:
+                raise RuntimeError(
+                    f"a parameter of shape {tuple(p.shape)} was frozen, or in no parameter group, when the "
+                    f"{kind} was built and trains now, so it is not averaged. Build the optimizer after "
+                    "unfreezing and after adding parameters."
+                )
 
 
 def guard_wrapped(optimizer: torch.optim.Optimizer, wrapper: Any) -> None:

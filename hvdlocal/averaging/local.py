@@ -15,8 +15,10 @@ from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica, Scalar
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
 from hvdlocal.averaging.period import PeriodRule, RoundStart
-from hvdlocal.averaging.replica import ReplicaOptimizer, owner_of
+from hvdlocal.averaging.replica import ReplicaOptimizer
+from hvdlocal.averaging.setup import owner_of
 from hvdlocal.averaging.sketch import GradientSketch, default_size
 from hvdlocal.communicator import Communicator
 
@@ -408,7 +410,7 @@ class LocalOptimizer(ReplicaOptimizer):
             numbers[: on_device.numel()],
             numbers[on_device.numel() :],
         )
-        self._check_equality(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
+        self._digest.check_all(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
         healthy = workers - round(scalars[Scalar.NONFINITE])
         lost = not healthy or found > 0
         self._measure_divergence(scalars[Scalar.DISPLACEMENT], moved, healthy)
@@ -428,7 +430,9 @@ class LocalOptimizer(ReplicaOptimizer):
             healthy = finite_sum and workers - round(scalars[Scalar.NONFINITE_BUFFERS])
             if not healthy:
                 buffers.fill_(math.nan)
-            self._raise_nonfinite_buffers(self._names_of_nonfinite(finite), healthy)
+            raise_nonfinite_buffers(
+                self.communicator, self._names_of_nonfinite(finite), healthy, f"at progress {self._progress:.1f}"
+            )
 
     @property
     def _stale(self) -> bool:

@@ -171,7 +171,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
             numbers[:NUM_SCALARS],
             numbers[NUM_SCALARS:],
         )
-        self._check_equality(totals[PRESENT], totals[DIGEST])
+        self._digest.check_all(totals[PRESENT], totals[DIGEST])
         bad = not self._overflowed and not math.isfinite(my_sqr_norm + my_loss_sum)
         if totals[OVERFLOW] < 0.5 and not (found == 0 and math.isfinite(totals[SQR_NORM] + totals[LOSS_SUM])):
             self._drop()

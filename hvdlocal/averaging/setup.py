@@ -1,0 +1,164 @@
+"""What is checked, and made equal on all ranks, before the first step."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+from collections.abc import Mapping
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from hvdlocal.averaging.buffers import Buffers, check_policies, describe_layout, memory_of, policy_by_name
+from hvdlocal.averaging.gain import Scaling
+from hvdlocal.averaging.guards import check_rate, renormalised_weights
+from hvdlocal.averaging.wrapper import WrappedOptimizer
+from hvdlocal.communicator import Communicator, require_agreement
+
+
+def check_arguments(
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    scaling: Scaling,
+    accumulate: int,
+    buffers: Buffers,
+    budget: float | None,
+    max_norm: float | None,
+) -> None:
+    if isinstance(optimizer, WrappedOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"give a torch.optim.Optimizer to wrap, not a {type(optimizer).__name__}")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model is {'the class ' + model.__name__ if isinstance(model, type) else 'a ' + type(model).__name__}: give the "
+            "torch.nn.Module whose parameters the optimizer steps; several go into a torch.nn.ModuleList"
+        )
+    for i, group in enumerate(optimizer.param_groups):
+        check_rate(i, group.get("lr"))
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times per step, which is not supported"
+        )
+    if not isinstance(scaling, Scaling):
+        raise ValueError(f"scaling={scaling!r}: give a rule such as hvdlocal.LocalAdaScale() or NoScaling()")
+    if not (isinstance(accumulate, Integral) and accumulate >= 1):
+        raise ValueError(f"accumulate={accumulate!r}: must be a whole number of at least 1")
+    check_policies(buffers)
+    if budget is not None and not (isinstance(budget, Real) and 0 < budget < math.inf):
+        raise ValueError(f"budget={budget!r}: a positive number of scale-invariant iterations, or None")
+    if max_norm is not None and not (isinstance(max_norm, Real) and max_norm > 0):
+        raise ValueError(f"max_norm={max_norm!r}: must be a positive number, or None")
+
+
+def trainable(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Parameter]]:
+    """The parameters to train, in the model's order; tied weights once, frozen ones left out."""
+    in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    in_model = dict(model.named_parameters())
+    strangers = len(in_optimizer - {id(p) for p in in_model.values()})
+    if strangers:
+        raise ValueError(
+            f"{strangers} of the optimizer's {len(in_optimizer)} parameters are not the model's: build the optimizer from "
+            "model.parameters() of the same model, after moving the model to its device"
+        )
+    trained = {name: p for name, p in in_model.items() if id(p) in in_optimizer and p.requires_grad}
+    if not trained:
+        raise ValueError("the optimizer holds no parameter that requires a gradient: there is nothing to train")
+    for name, p in trained.items():
+        if torch.nn.parameter.is_lazy(p):
+            raise ValueError(f"parameter {name!r} has no shape yet: run one batch through the model before wrapping")
+    for name, p in trained.items():
+        if p.dtype != torch.float32:
+            raise ValueError(
+                f"parameter {name!r} is {p.dtype}; hvdlocal averages float32. Keep parameters in float32 and use torch.autocast "
+                "for bfloat16 or float16."
+            )
+    devices = {p.device for p in trained.values()}
+    if len(devices) > 1 or next(iter(devices)).type == "meta":
+        raise ValueError(
+            f"the parameters to train lie on {', '.join(sorted(map(str, devices)))}: a replica must lie on one device"
+        )
+    return list(trained), list(trained.values())
+
+
+def constants(model: torch.nn.Module, buffers: Buffers) -> dict[str, torch.Tensor]:
+    """What ought to stay equal on all ranks without being averaged: frozen parameters and integer buffers, by name.
+
+    Left out are buffers that the user has called local, zero points that a layer estimates from its data for quantisation,
+    tables whose rows are rescaled when they are looked up, and batch norm's count of batches, which has no effect unless
+    momentum is None.
+    """
+    parameters = dict(model.named_parameters())
+    rescaled = renormalised_weights(model, parameters.values())
+    frozen: dict[str, torch.Tensor] = {
+        name: p for name, p in parameters.items() if not (p.requires_grad or any(p is one for one in rescaled.values()))
+    }
+    counts = {
+        f"{name}.num_batches_tracked".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase) and module.momentum is not None
+    }
+    estimates = {
+        id(buffer)
+        for module in model.modules()
+        if any(cls.__module__.startswith("torch.ao.quantization.") for cls in type(module).__mro__)
+        for buffer in module.buffers(recurse=False)
+    }
+    integers = {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if not (buffer.is_floating_point() or buffer.is_complex())
+        and name not in counts
+        and id(buffer) not in estimates
+        and policy_by_name(name, buffers) != "local"
+    }
+    return frozen | integers
+
+
+def start_together(
+    communicator: Communicator,
+    optimizer: torch.optim.Optimizer,
+    model: torch.nn.Module,
+    settings: Mapping[str, Any],
+    flat: torch.Tensor,
+    in_flat: set[int],
+) -> None:
+    """Refuses ranks with different settings, then makes rank 0's model everyone's.
+
+    Args:
+        communicator: the ranks.
+        optimizer: the wrapped one; its groups and the number of its states must be equal.
+        model: the replica.
+        settings: what else must be equal, by name.
+        flat: holds the tensors `in_flat`, to be sent in one piece.
+        in_flat: ids of the parameters and buffers in `flat`.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    shapes = repr([(name, *describe_layout(tensor)) for name, tensor in tensors.items()])
+    facts = {
+        **settings,
+        "wrapped optimizer": type(optimizer).__name__,
+        "model (names, shapes, dtypes)": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "parameters with optimizer state": len(optimizer.state),
+        "torch": torch.__version__,
+    }
+    for i, group in enumerate(optimizer.param_groups):
+        facts |= {f"param group {i} {key}": _plain(value) for key, value in group.items() if key != "params"}
+    require_agreement(communicator, facts, "hvdlocal.settings")
+    communicator.broadcast_(flat, "hvdlocal.start")
+    for name, tensor in tensors.items():
+        for i, part in enumerate(memory_of(tensor)):
+            if id(tensor) not in in_flat and part.numel():
+                communicator.broadcast_(part, f"hvdlocal.start.{name}.{i}")
+
+
+def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a parameter or buffer, and its name there."""
+    path, _, own_name = name.rpartition(".")
+    return model.get_submodule(path), own_name
+
+
+def _plain(value: Any) -> Any:
+    """A setting without its device and its place in memory, which differ between ranks."""
+    return value.tolist() if isinstance(value, torch.Tensor) else value
