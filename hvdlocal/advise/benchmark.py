@@ -20,10 +20,11 @@ from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
 from hvdlocal.data import ShardedDataset
 from hvdlocal.training.builders import check_model, configured_loader, facts, memory_format, model_from_config
-from hvdlocal.training.config import MethodConfig, PeriodConfig, Preset, TrainConfig, check_ranges
+from hvdlocal.training.config import MethodConfig, PeriodConfig, Preset, TrainConfig
+from hvdlocal.training.config_checks import check_ranges
 from hvdlocal.training.environment import choose_device, set_threads
 from hvdlocal.training.preprocessing import preprocessing_from_config
-from hvdlocal.training.presets import LOCAL_PRESETS, build_optimizer, build_period
+from hvdlocal.training.presets import build_optimizer, build_period
 from hvdlocal.training.run_length import run_length
 
 PERIOD = 4
@@ -67,7 +68,7 @@ class Benchmark:
         self.loader = configured_loader(config, self.data, self.images, self.device, rank=rank, num_workers=workers)
         # The method in the configuration is not run, but a mistake in it should be reported now.
         configured = run_length(config, self.loader.steps_per_epoch, workers)
-        if config.method.preset in LOCAL_PRESETS:
+        if config.method.is_local:
             build_period(config.method.period, config.optimizer.lr, 0.0, configured.epoch)
         self.reference = configured.reference_batches
         short_run = replace(config, method=self.method("local-ada", PERIOD, config.method.statistics))

@@ -79,7 +79,7 @@ def _fig7(options: argparse.Namespace, train: Sequence[str]) -> ExperimentReport
 def _config(setting: Setup, options: argparse.Namespace, train: Sequence[str]) -> TrainConfig:
     from hvdlocal.cli.configuration import parse
     from hvdlocal.data.format.manifest import MANIFEST_NAME
-    from hvdlocal.training.config import check_ranges
+    from hvdlocal.training.config_checks import check_ranges
 
     settings = ["--model.name=resnet9"] if options.scale == "paper" else []
     settings += [f"--data.path={options.data}"] if options.data else []

@@ -16,11 +16,9 @@ from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directo
 from hvdlocal.plan.forecast import Checkpoints, Forecast
 from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
-from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig, unused_settings
-from hvdlocal.training.presets import LOCAL_PRESETS
-
-RULE_SETTINGS = ("alpha", "h_base", "exponent", "switch_epochs")
-"""Of method.period: they belong to one rule, and another one refuses them."""
+from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
+from hvdlocal.training.config_checks import unused_settings
+from hvdlocal.training.presets import RULE_SETTINGS
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -200,7 +198,7 @@ def _label(config: TrainConfig) -> str:
     """The method in a few words."""
     method, period = config.method, config.method.period
     words: list[str] = [method.preset]
-    if method.preset in LOCAL_PRESETS:
+    if method.is_local:
         rule = [f"{name}={getattr(period, name):g}" for name in RULE_SETTINGS if getattr(period, name) is not None]
         own = [f"H={period.period}"] if period.rule in ("constant", "post-local") else []
         cap = [f"max_period={period.max_period}"] if period.max_period else []

@@ -116,7 +116,7 @@ def _jobs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Seque
     """The runs with their configurations, all of them checked."""
     from hvdlocal.cli.configuration import parse
     from hvdlocal.papers.runs import GridRun
-    from hvdlocal.training.config import check_ranges
+    from hvdlocal.training.config_checks import check_ranges
 
     for cell in chosen:
         directory = output / cell.name

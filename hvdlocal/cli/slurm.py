@@ -174,7 +174,7 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
     if not Path(given.run[0]).is_file():
         raise ValueError(f"no configuration {given.run[0]} here")
     from hvdlocal.cli.configuration import parse  # torch takes seconds, and --list needs none of it
-    from hvdlocal.training.config import check_ranges
+    from hvdlocal.training.config_checks import check_ranges
 
     config = parse(given.run)
     check_ranges(config)

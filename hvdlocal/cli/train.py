@@ -33,7 +33,7 @@ def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
     """The summary, for a person."""
     evaluation, seconds = summary.evaluation, summary.seconds
     top5 = "" if evaluation.top5 is None else f", top-5 {100 * evaluation.top5:.2f} %"
-    if config.method.preset.startswith("local"):
+    if config.method.is_local:
         taken = f"{summary.steps} local steps in {summary.rounds} rounds"
     else:
         taken = f"{summary.steps} steps ({summary.micro_batches} micro-batches per rank)"

@@ -15,7 +15,7 @@ from hvdlocal.papers.curvature import CURVATURE
 from hvdlocal.papers.launcher import Supervisor, train_command
 from hvdlocal.papers.studies import GridPoint, Setup
 from hvdlocal.training import TrainConfig
-from hvdlocal.training.config import effective_settings
+from hvdlocal.training.config_checks import effective_settings
 from hvdlocal.training.output_directory import SUMMARY, RunStatus, clear, find_status
 
 DIVERGED = "diverged.json"

@@ -14,7 +14,7 @@ from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
 from hvdlocal.models import build_model, check_images
 from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.presets import LOCAL_PRESETS, build_inner, build_scaling
+from hvdlocal.training.presets import build_inner, build_scaling
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ def measure_payload(config: TrainConfig, num_classes: int, shape: tuple[int, int
         model = build_model(config.model.name, num_classes, shape)
     parameters = [p for p in model.parameters() if p.requires_grad]
     numel = sum(p.numel() for p in parameters)
-    if config.method.preset in LOCAL_PRESETS:
-        elements = _local(config, model, parameters, numel)
-    else:
-        elements = FlatViews(parameters).numel + NUM_SCALARS
+    is_local = config.method.is_local
+    elements = _local(config, model, parameters, numel) if is_local else FlatViews(parameters).numel + NUM_SCALARS
     return Payload(numel, 4 * numel, 4 * elements)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from hvdlocal.averaging.gain import Scaling, ScalingContext
 from hvdlocal.averaging.rounds import Round, plan_rounds, plan_steps
 from hvdlocal.data.load.partition import Partition
-from hvdlocal.training.config import TrainConfig, check_ranges
-from hvdlocal.training.presets import LOCAL_PRESETS, build_period, build_scaling, micro_batches_per_step
+from hvdlocal.training.config import TrainConfig
+from hvdlocal.training.config_checks import check_ranges
+from hvdlocal.training.presets import build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.run_length import run_length
 from hvdlocal.training.schedules import Schedule
 
@@ -141,7 +142,7 @@ def plan_run(
     """
     check_ranges(config)
     method, accumulate = config.method, micro_batches_per_step(config.method)
-    local = method.preset in LOCAL_PRESETS
+    local = method.is_local
     steps_per_epoch = _steps_per_epoch(config, samples, num_workers)
     scaling, statistics = _assumptions(config, build_scaling(method), gain, grad_var_over_sqr)
     if num_workers * (1 if local else accumulate) == 1:

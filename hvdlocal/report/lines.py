@@ -11,12 +11,11 @@ from typing import Any
 
 from hvdlocal.figures.style import COLORS, DASHES
 from hvdlocal.report.records import Run
+from hvdlocal.training.config import SETTINGS
+from hvdlocal.training.config_checks import flatten
 
 MOST_LOOKS = 10
 """So many kinds of line can be told apart in a small panel."""
-
-BOOKKEEPING = ("output", "overwrite", "tensorboard", "log_every_seconds", "checkpoint", "time_limit_minutes")
-"""Settings, or sections of them, that change nothing in what is trained."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +80,13 @@ def describe_period(run: Run) -> str:
     }.get(rule, str(rule)) + limit
 
 
+def compared_settings(run: Run) -> dict[str, Any]:
+    """The settings by which runs are compared: all but those that change nothing in what is trained, by their dotted names."""
+    return {
+        name: value for name, value in flatten(run.config).items() if name not in SETTINGS or SETTINGS[name].compared
+    }
+
+
 def short_names(directories: Sequence[Path]) -> list[str]:
     """The part of each path in which they differ."""
     paths = [path.resolve() for path in directories]
@@ -121,5 +127,6 @@ def _shaded(color: str, depth: float) -> str:
 
 
 def _experiment(run: Run) -> str:
-    settings = {name: value for name, value in run.config.items() if name not in (*BOOKKEEPING, "seed")}
+    settings = compared_settings(run)
+    settings.pop("seed", None)
     return repr((run.num_workers, settings))

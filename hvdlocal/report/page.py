@@ -15,7 +15,7 @@ import yaml
 from hvdlocal.figures.style import data_uri, save
 from hvdlocal.figures.units import bytes_text, seconds_text
 from hvdlocal.report.figures import Drawing, draw
-from hvdlocal.report.lines import BOOKKEEPING, RunStyle, describe_period, draw_as
+from hvdlocal.report.lines import RunStyle, compared_settings, describe_period, draw_as
 from hvdlocal.report.records import State, read_run
 from hvdlocal.version import __version__
 
@@ -128,18 +128,9 @@ def _row(line: RunStyle) -> dict[str, Any]:
 
 def _differing_settings(lines: Sequence[RunStyle]) -> dict[str, list[str]]:
     """Settings in which the runs differ and that the table of runs does not show, with each run's value."""
-    flat = [
-        _flat({name: value for name, value in line.run.config.items() if name not in BOOKKEEPING}) for line in lines
-    ]
+    flat = [compared_settings(line.run) for line in lines]
     # Of runs of two versions, only what both know.
     names = [name for name in flat[0] if all(name in settings for settings in flat)]
     shown = ("method.preset", "method.period.")
     columns = {name: [str(settings[name]) for settings in flat] for name in names if not name.startswith(shown)}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for name, value in tree.items():
-        leaves |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return leaves

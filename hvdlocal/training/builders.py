@@ -11,7 +11,8 @@ from torch import nn
 from hvdlocal.data import Loader, ShardedDataset
 from hvdlocal.data.load.order import OrderMode
 from hvdlocal.models import build_model, check_images
-from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig, flatten
+from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
+from hvdlocal.training.config_checks import flatten
 from hvdlocal.training.environment import versions
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.preprocessing import Preprocessing

@@ -17,7 +17,8 @@ from hvdlocal.careful import from_yaml, read_text
 from hvdlocal.directory import Directory
 from hvdlocal.lock import PATIENCE_SECONDS, hold
 from hvdlocal.terminal import plain
-from hvdlocal.training.config import RESUMABLE_SETTINGS
+from hvdlocal.training.config import SETTINGS
+from hvdlocal.training.config_checks import flatten
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
@@ -118,7 +119,7 @@ def find_status(directory: Path, settings: Mapping[str, Any], overwrite: bool) -
         return RunStatus.NEW
     remedy = "choose another --output, or replace it with --overwrite true"
     try:
-        earlier = _flat(from_yaml(read_text(directory / "config.yaml", MOST_BYTES)))
+        earlier = flatten(from_yaml(read_text(directory / "config.yaml", MOST_BYTES)))
     except ValueError as error:
         raise ValueError(
             f"{directory} holds an earlier run ({', '.join(left)}) whose config.yaml cannot be read: {remedy}"
@@ -131,7 +132,7 @@ def find_status(directory: Path, settings: Mapping[str, Any], overwrite: bool) -
 def first_difference(earlier: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
     """The first setting that a continued run may not change and that is another now."""
     for name, now in json.loads(json.dumps(dict(settings))).items():
-        if name in RESUMABLE_SETTINGS or name not in earlier:
+        if SETTINGS[name].resumable or name not in earlier:
             continue
         if (before := earlier[name]) != now:
             return f"with {name}={_as_written(before)}, not {_as_written(now)}"
@@ -218,12 +219,3 @@ def restart_count() -> int:
 
 def _holds_something(path: Path) -> bool:
     return any(path.iterdir()) if path.is_dir() else path.exists()
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise ValueError("not a configuration")
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

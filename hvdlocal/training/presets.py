@@ -18,6 +18,7 @@ from hvdlocal.averaging import (
     Scaling,
 )
 from hvdlocal.training.config import MethodConfig, OptimizerConfig, PeriodConfig, TrainConfig
+from hvdlocal.training.settings import settings_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +28,8 @@ if TYPE_CHECKING:
     from hvdlocal.communicator import Communicator
     from hvdlocal.training.run_length import RunLength
 
-LOCAL_PRESETS = ("local", "local-lin", "local-ada", "local-ada-nostale")
-
-_RULE_SETTINGS: dict[str, tuple[str, ...]] = {
-    "constant": (),
-    "qsr": ("alpha", "h_base"),
-    "power": ("alpha", "h_base", "exponent"),
-    "post-local": ("switch_epochs",),
-    "adacomm": (),
-}
+RULE_SETTINGS = {name: found.needed_by for name, found in settings_of(PeriodConfig).items() if found.needed_by}
+"""Settings of `method.period` that some rules need, and the others refuse."""
 
 
 def build_scaling(method: MethodConfig) -> Scaling:
@@ -79,12 +73,11 @@ def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: flo
     Raises:
         ValueError: a setting of the rule is missing, or one of another rule is given.
     """
-    needed = _RULE_SETTINGS[config.rule]
-    for name in ("alpha", "h_base", "exponent", "switch_epochs"):
+    for name, rules in RULE_SETTINGS.items():
         value = getattr(config, name)
-        if name in needed and value is None:
+        if config.rule in rules and value is None:
             raise ValueError(f"method.period.rule={config.rule} needs method.period.{name}")
-        if name not in needed and value is not None:
+        if config.rule not in rules and value is not None:
             raise ValueError(f"method.period.{name}={value} has no meaning for rule {config.rule}: leave it out")
     if config.rule == "constant":
         return ConstantPeriod(config.period, max_period=config.max_period)
@@ -129,7 +122,7 @@ def build_optimizer(
     buffers = cast("Buffers", method.buffers)
     inner = build_inner(config.optimizer, model)
     scaling = build_scaling(method)
-    if method.preset in LOCAL_PRESETS:
+    if method.is_local:
         warmup = config.schedule.warmup_epochs * length.epoch
         return LocalOptimizer(
             inner,

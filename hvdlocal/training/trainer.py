@@ -27,7 +27,8 @@ from hvdlocal.training.builders import check_model, configured_loader, facts, me
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.checkpoint.files import newest_first
 from hvdlocal.training.checkpoint.resume import Resumed, resume
-from hvdlocal.training.config import TrainConfig, check_ranges, effective_settings, flatten, unused_settings
+from hvdlocal.training.config import TrainConfig
+from hvdlocal.training.config_checks import check_ranges, effective_settings, flatten, unused_settings
 from hvdlocal.training.console import Console
 from hvdlocal.training.damage import damage_elsewhere, damage_found, forget_damage
 from hvdlocal.training.environment import choose_device, describe_run, set_threads, versions

@@ -14,7 +14,7 @@ from hvdlocal.cli.configuration import parse
 from hvdlocal.cli.keys import keys
 from hvdlocal.directory import Directory
 from hvdlocal.training import TrainConfig
-from hvdlocal.training.config import check_ranges
+from hvdlocal.training.config_checks import check_ranges
 from hvdlocal.training.output_directory import describe
 
 GOOD = {"data": {"path": "x", "batch_size": 8}, "model": {"name": "digits_cnn"}, "output": "o"}

@@ -10,7 +10,8 @@ from test_checkpoint_files import Alone, write
 from hvdlocal.averaging.buffers import choose_policies
 from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint.resume import averaged_model, resume
-from hvdlocal.training.config import MethodConfig, check_ranges, unused_settings
+from hvdlocal.training.config import MethodConfig
+from hvdlocal.training.config_checks import check_ranges, unused_settings
 from hvdlocal.training.saved_model import LastGood
 
 

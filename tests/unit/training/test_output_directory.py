@@ -12,7 +12,8 @@ from support.configs import digits_config
 
 from hvdlocal.directory import Directory
 from hvdlocal.training import interruption, output_directory
-from hvdlocal.training.config import OptimizerConfig, effective_settings, flatten
+from hvdlocal.training.config import OptimizerConfig
+from hvdlocal.training.config_checks import effective_settings, flatten
 from hvdlocal.training.metrics import JsonLines
 from hvdlocal.training.output_directory import RunStatus, find_status
 

@@ -5,13 +5,8 @@ import torch
 from support.configs import digits_config
 
 from hvdlocal import AdaComm, AdaScale, ConstantPeriod, LinearScaling, LocalAdaScale, NoScaling, PostLocal, PowerRule
-from hvdlocal.training.config import (
-    MethodConfig,
-    OptimizerConfig,
-    PeriodConfig,
-    check_ranges,
-    unused_settings,
-)
+from hvdlocal.training.config import MethodConfig, OptimizerConfig, PeriodConfig
+from hvdlocal.training.config_checks import check_ranges, unused_settings
 from hvdlocal.training.presets import build_inner, build_optimizer, build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.run_length import RunLength
 

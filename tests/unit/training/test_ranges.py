@@ -7,7 +7,8 @@ from typing import get_args, get_type_hints
 import pytest
 from support.configs import digits_config
 
-from hvdlocal.training.config import RANGES, TrainConfig, check_ranges, flatten
+from hvdlocal.training.config import SETTINGS, TrainConfig
+from hvdlocal.training.config_checks import check_ranges, flatten
 
 CONFIG = digits_config()
 
@@ -38,13 +39,13 @@ def given(key, value):
 
 
 def test_every_number_has_one():
-    assert set(RANGES) == set(NUMBERS)
+    assert {name for name, setting in SETTINGS.items() if setting.range} == set(NUMBERS)
 
 
 @pytest.mark.parametrize("key", NUMBERS)
 def test_what_is_outside(key):
     check_ranges(CONFIG)
-    limits = RANGES[key]
+    limits = SETTINGS[key].range
     outside = [-1, limits.high * 2, -(10**400), 10**400, math.nan, math.inf, -math.inf]
     outside += [limits.low] if limits.above else [limits.low - 1]
     outside += [limits.high] if limits.below else []

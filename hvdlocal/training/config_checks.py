@@ -1,0 +1,79 @@
+"""What follows from the facts declared in `config`: which configurations are refused, which settings count in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hvdlocal.training.config import SETTINGS, TrainConfig
+
+BUFFER_POLICIES = ("average", "local", "reestimate")
+
+
+def check_ranges(config: TrainConfig) -> None:
+    """Refuses values that no run can have; what depends on the data or the ranks is checked where it is used.
+
+    Raises:
+        ValueError: naming the setting, its value and what it may be.
+    """
+    for name, value in flatten(config).items():
+        allowed = SETTINGS[name].range
+        numbers = value if isinstance(value, tuple) else (value,)
+        if allowed is not None and value is not None and not all(map(allowed.holds, numbers)):
+            raise ValueError(f"{name}={value}: must be {allowed}")
+    for name, path in (("data.path", config.data.path), ("output", config.output)):
+        if not path:
+            raise ValueError(f"{name}={path!r}: name a directory")
+        if "\0" in path:
+            raise ValueError(f"{name}={path!r}: a path has no zero byte")
+    if not set(config.method.buffer_policies) <= set(BUFFER_POLICIES):
+        choices = f"choose one of {', '.join(BUFFER_POLICIES)}, or a mapping of names to these"
+        raise ValueError(f"method.buffers={config.method.buffers}: {choices}")
+    checkpoint = config.checkpoint
+    if checkpoint.every_steps is not None and checkpoint.every_minutes is not None:
+        raise ValueError(
+            f"checkpoint.every_minutes={checkpoint.every_minutes} and checkpoint.every_steps={checkpoint.every_steps}: give one "
+            "of them"
+        )
+
+
+def unused_settings(config: TrainConfig) -> list[str]:
+    """Settings that differ from their defaults and have no effect with the chosen preset, rule, optimizer and schedule.
+
+    They are not refused: comparing two presets should take one changed word. They are named at the start of a run.
+    """
+    return [
+        f"{name}={value}"
+        for name, value in flatten(config).items()
+        if not SETTINGS[name].has_effect(config) and value != SETTINGS[name].default
+    ]
+
+
+def effective_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that have an effect in this run, by their dotted names: those that a continued run must share."""
+    return {name: value for name, value in flatten(config).items() if SETTINGS[name].has_effect(config)}
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of a configuration by their dotted names.
+
+    Args:
+        tree: a `TrainConfig`, or what a config.yaml holds, which may have settings of another version.
+        prefix: goes before each name.
+
+    Raises:
+        ValueError: the tree is neither.
+    """
+    if isinstance(tree, Mapping):
+        named = dict(tree)
+    elif is_dataclass(tree):
+        named = {field.name: getattr(tree, field.name) for field in fields(tree)}
+    else:
+        raise ValueError("not a configuration")
+    found: dict[str, Any] = {}
+    for key, value in named.items():
+        name = f"{prefix}{key}"
+        is_section = is_dataclass(value) or (isinstance(value, Mapping) and name not in SETTINGS)
+        found |= flatten(value, f"{name}.") if is_section else {name: value}
+    return found
