@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -223,15 +222,6 @@ def passes(point: str) -> None:
         FAULTS[what](argument)
 
 
-def without_compiler() -> None:
-    """Nothing is compiled here, but torch's optimizers import its compiler: a third of the time that a short run takes."""
-    import torch
-
-    nothing = types.ModuleType("torch._dynamo")
-    nothing.__dict__.update(graph_break=lambda: None, disable=lambda function, *_, **__: function)
-    sys.modules["torch._dynamo"] = torch._dynamo = nothing
-
-
 def prepare(faults: list[str]) -> None:
     for fault in faults:
         what, where, rank, when = fault.rsplit(":", 3)
@@ -240,8 +230,6 @@ def prepare(faults: list[str]) -> None:
         assert where in POINTS, where
         if int(rank) == RANK:
             due.setdefault((where, int(when)), []).append((name, argument))
-    if not any(fault.split(":")[-3] == "starting" for fault in faults):
-        without_compiler()
     for point in {where for where, _ in due}:
         POINTS[point]()
 

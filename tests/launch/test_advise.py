@@ -24,32 +24,6 @@ def test_two_ranks(config, tmp_path):
         assert closings[name]["bytes"] == measure_payload(configured, 3, (8, 8, 1)).round
 
 
-def test_other_presets_and_settings(config):
-    settings = ["--method.preset", "local-ada-nostale", "--method.accumulate", "2", "--method.statistics", "exact"]
-    result = mpirun(
-        2,
-        *HVDLOCAL,
-        "advise",
-        str(config),
-        "--seconds",
-        "1",
-        *settings,
-        "--optimizer.name",
-        "adamw",
-        "--precision",
-        "bfloat16",
-    )
-    assert result.code == 0, result.err
-    assert "local-ada-nostale" in result.out
-    assert "the same in two collectives" in result.out
-
-
-def test_a_run_that_is_over_before_the_measurements(config):
-    short = ["--method.preset", "acc-lin", "--method.period.period", "4", "--epochs", "0.2"]
-    result = mpirun(2, *HVDLOCAL, "advise", str(config), "--seconds", "1", *short)
-    assert result.code == 0, result.err
-
-
 def test_one_rank(config):
     result = launch(*HVDLOCAL, "advise", str(config), "--seconds", "1")
     assert result.code == 0, result.err

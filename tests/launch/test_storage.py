@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.launch import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
+from support.shared_memory import names_of_data
 
 MIB = 1 << 20
 READ = """
@@ -117,13 +118,6 @@ time.sleep(60)
 """
 
 
-def shared_names():
-    """Files in /dev/shm that name the data; MPI has some of its own there while a job runs."""
-    # hvdlocal-mpi-…: what Open MPI shares, in the directory that a launcher gives it.
-    found = Path("/dev/shm").iterdir()
-    return {path for path in found if "hvdlocal" in path.name and not path.name.startswith("hvdlocal-mpi-")}
-
-
 def shared_memory():
     """Bytes of shared memory in use on this machine."""
     return int(re.search(r"^Shmem:\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE)[1]) * 1024
@@ -153,7 +147,7 @@ def test_a_killed_job_leaves_no_memory_behind(large, tmp_path, backend):
         ranks = [int(path.read_text()) for path in pids.iterdir()]
         inodes = {re.search(r"(\d+) +/memfd:hvdlocal-data", Path(f"/proc/{pid}/maps").read_text())[1] for pid in ranks}
         assert len(inodes) == 1, "one copy"
-        assert not shared_names()
+        assert not names_of_data()
         before = shared_memory()
         for pid in ranks:
             os.kill(pid, signal.SIGKILL)
@@ -162,7 +156,7 @@ def test_a_killed_job_leaves_no_memory_behind(large, tmp_path, backend):
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
         job.communicate()
-    assert not shared_names()
+    assert not names_of_data()
     deadline = time.monotonic() + 20
     while shared_memory() > before - 30 * MIB:  # of 35 MiB
         assert time.monotonic() < deadline, "the memory was not given back"

@@ -4,14 +4,11 @@ import json
 import os
 import random
 import shutil
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.configs import digits_config
-from support.datasets import write_three_classes
 from support.models import everywhere_equal
 
 import hvdlocal
@@ -58,19 +55,6 @@ KINDS = {
 
 class Killed(BaseException):
     """In place of SIGKILL, which tests/launch sends."""
-
-
-@pytest.fixture(scope="module")
-def place(comm):
-    """A directory that all ranks share, with three classes of 8×8 images."""
-    path = Path(comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", "test.place")[0])
-    if comm.rank == 0:
-        write_three_classes(path / "data")
-    comm.barrier("test.data")
-    yield path
-    comm.barrier("test.place_end")
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from support.shared_memory import names_of_data
 
 from hvdlocal import ShardedDataset, ShardWriter
 from hvdlocal.communicator import DisagreementError
@@ -82,7 +83,7 @@ def mapped_bytes():
 
 @pytest.mark.parametrize("share", ["node", "job"])
 def test_one_copy_per_node(comm, directory, share):
-    before = set(os.listdir("/dev/shm"))
+    before = names_of_data()
     with ShardedDataset(directory, storage="ram", communicator=comm, share=share) as dataset:
         check(dataset)
         comm.barrier("test.mapped")
@@ -97,7 +98,7 @@ def test_one_copy_per_node(comm, directory, share):
             assert len(set(comm.gather((found.st_dev, found.st_ino), "test.inodes"))) == 1
             with pytest.raises(PermissionError):  # sealed
                 os.pwrite(storage._descriptor, b"x", 0)
-        assert set(os.listdir("/dev/shm")) <= before, "no name anywhere"
+        assert names_of_data() <= before, "no name anywhere"
         comm.barrier("test.looked")
 
 

@@ -5,10 +5,14 @@ job (`pytest -x`), so that the others do not wait for it.
 """
 
 import io
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 from _pytest.config import create_terminal_writer
+from support.datasets import write_three_classes
 
 import hvdlocal
 from hvdlocal.communicator import launched_rank, launched_size
@@ -42,6 +46,19 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def comm():
     return hvdlocal.init()
+
+
+@pytest.fixture(scope="session")
+def place(comm):
+    """A directory that all ranks share; the data set of `write_three_classes` is in `place / "data"`."""
+    path = Path(comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", "test.place")[0])
+    if comm.rank == 0:
+        write_three_classes(path / "data")
+    comm.barrier("test.data")
+    yield path
+    comm.barrier("test.place_end")
+    if comm.rank == 0:
+        shutil.rmtree(path)
 
 
 @pytest.fixture

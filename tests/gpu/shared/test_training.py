@@ -1,15 +1,12 @@
 """The trainer on the device: methods learn, evaluations are exact, the loop does not wait, a killed run continues bit for bit."""
 
 import json
-import shutil
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
 from support.configs import digits_config
-from support.datasets import TEST_IMAGES, write_three_classes
+from support.datasets import TEST_IMAGES
 from test_averaging import equal_everywhere
 from waiting import no_waits
 
@@ -27,19 +24,6 @@ from hvdlocal.training.config import (
 )
 
 PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
-
-
-@pytest.fixture(scope="module")
-def place(comm):
-    """A directory that all ranks share, with the data set of `write_three_classes`."""
-    path = Path(comm.gather(tempfile.mkdtemp() if comm.rank == 0 else "", "test.place")[0])
-    if comm.rank == 0:
-        write_three_classes(path / "data")
-    comm.barrier("test.data")
-    yield path
-    comm.barrier("test.place_end")
-    if comm.rank == 0:
-        shutil.rmtree(path)
 
 
 def configuration(place, output, device, method, **settings):
