@@ -1,41 +1,46 @@
-"""Reading a run's configuration from a YAML file and the command line."""
+"""Reading a run's configuration from YAML files and the command line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import jsonargparse
-
-from hvdlocal.cli.keys import keys, no_such_key, sections
+from hvdlocal.cli.keys import no_such_key, sections
 from hvdlocal.cli.settings_file import arguments_of
-from hvdlocal.training import TrainConfig
+from hvdlocal.training.config import SETTINGS, TrainConfig
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)  # the help shows each field's text
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration that `CONFIG.yaml --section.key value …` describes; later arguments win.
+    """Returns the configuration that `CONFIG.yaml --section.key value …` describes; later arguments win.
 
     Raises:
-        ValueError: a file that cannot be read, an unknown key (with the nearest known one), a value of the wrong type, or a
-            missing one.
+        ValueError: a file cannot be read, a key is unknown (the message has the nearest known one), a value has the wrong type,
+            or a required one is missing.
         SystemExit: after --help or --print_config.
     """
     if not arguments:
         raise ValueError("no configuration: hvdlocal train CONFIG.yaml (see experiments/)")
+    from jsonargparse import ArgumentError
+
     parser = _parser()
     try:
         namespace = parser.parse_args(list(_expanded(arguments)))
     except (OverflowError, RecursionError) as error:
         raise ValueError(f"configuration: a number or a list is larger than any setting takes: {error}") from error
-    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+    except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"configuration: {_explain(str(error))}") from error
     del namespace["config"]
     return TrainConfig(**vars(parser.instantiate(namespace)))
 
 
-def _parser() -> jsonargparse.ArgumentParser:
+def _parser() -> ArgumentParser:
+    import jsonargparse  # here, because commands import this module for their help too
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(
         prog="hvdlocal train",
         usage="[mpirun -np N] hvdlocal train CONFIG.yaml [--section.key value …] [--print_config]",
@@ -44,16 +49,19 @@ def _parser() -> jsonargparse.ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="a YAML file; may also be given first, without --config")
     parser.add_class_arguments(TrainConfig)
+    for action in parser._actions:
+        setting = SETTINGS.get(action.dest)
+        if setting is not None and setting.range is not None:
+            action.help = f"{action.help} Must be {setting.range}."
     return parser
 
 
 def _expanded(arguments: Sequence[str]) -> Iterator[str]:
-    """The arguments with those that a file holds in its place.
+    """Yields the arguments, with each file replaced by those that it holds.
 
-    jsonargparse would read files too, but takes a text where a section belongs for a class, and imports its module.
+    jsonargparse would read files too, but takes a text where a section belongs for the name of a class, and imports its module.
     """
-    known = keys(TrainConfig)
-    groups = sections(known)
+    groups = sections(SETTINGS)
     rest = iter(arguments)
     for number, argument in enumerate(rest):
         name, equals, value = argument.partition("=")
@@ -61,9 +69,9 @@ def _expanded(arguments: Sequence[str]) -> Iterator[str]:
             path = value if equals else next(rest, None)
             if path is None:
                 raise ValueError("--config needs the name of a YAML file")
-            yield from arguments_of(path, known)
+            yield from arguments_of(path, SETTINGS)
         elif number == 0 and not argument.startswith("-"):
-            yield from arguments_of(argument, known)
+            yield from arguments_of(argument, SETTINGS)
         elif name.startswith("--") and name[2:].rstrip("+") in groups:
             raise ValueError(f"{name} is a section: give its keys, as in --{groups[name[2:].rstrip('+')]}")
         else:
@@ -71,10 +79,10 @@ def _expanded(arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _explain(message: str) -> str:
-    """What jsonargparse says, without Python's names for types."""
+    """Returns jsonargparse's message without Python's names for types."""
     message = " ".join(message.split())
     if unknown := re.search(r"[Uu]nrecognized arguments: --([\w.-]+)", message):
-        return no_such_key(unknown.group(1), keys(TrainConfig))
+        return no_such_key(unknown.group(1), SETTINGS)
     for pattern, plain in (
         (r'Parser key "([\w.]+)":', r"\1:"),
         (r"Got value: None$", "Got value: null"),  # after "Given value" None is the user's own word

@@ -1,8 +1,8 @@
-"""Reading a file of settings as the command-line arguments that say the same.
+"""Reads a file of settings as the command-line arguments that mean the same.
 
-YAML can do far more than settings need. What is read here are sections, values and lists of values: no tags, which make
-objects; no anchors, which make loops and files that grow without end; no key twice, of which one would silently win. A
-value stays the text that was written, so that it means the same here and on the command line.
+YAML can do far more than settings need. Sections, values, lists of values and mappings of names to values are read. Refused are
+tags, which make objects; anchors, which make loops and files that grow without end; and a repeated key, of which one would
+silently win. A value stays the text in the file, so that it means the same there and on the command line.
 """
 
 from __future__ import annotations
@@ -15,22 +15,23 @@ from pathlib import Path
 import yaml
 
 from hvdlocal.cli.keys import no_such_key, sections
+from hvdlocal.training.settings import Setting
 
 MOST_BYTES = 1 << 16  # all settings, with comments, take a tenth of it
 
 _NULL = ("", "~", "null", "Null", "NULL")
 
 
-def arguments_of(path: str | Path, known: Mapping[str, bool]) -> list[str]:
+def arguments_of(path: str | Path, known: Mapping[str, Setting]) -> list[str]:
     """The settings of a YAML file, each as `--section.key=value`.
 
     Args:
         path: the file.
-        known: the keys that there are, and whether they can be null.
+        known: all settings by their dotted names.
 
     Raises:
-        ValueError: the file cannot be read, is not what the head of this module describes, or holds an unknown key; the message
-            names the line.
+        ValueError: the file cannot be read, has content that this module refuses, or has an unknown key; the message names the
+            line.
     """
     try:
         with open(path, "rb") as file:
@@ -51,7 +52,7 @@ def arguments_of(path: str | Path, known: Mapping[str, bool]) -> list[str]:
 
 
 class _MistakeError(ValueError):
-    """What is wrong with an event."""
+    """A mistake in the file, with its line."""
 
     def __init__(self, event: yaml.Event, what: str) -> None:
         super().__init__(what)
@@ -59,16 +60,16 @@ class _MistakeError(ValueError):
 
 
 class _Reader:
-    """Walks through YAML's events, of which no object has been made yet, never deeper than the known sections go."""
+    """Walks through YAML's events, from which no object has been made yet, and never deeper than the known sections."""
 
-    def __init__(self, text: str, known: Mapping[str, bool]) -> None:
+    def __init__(self, text: str, known: Mapping[str, Setting]) -> None:
         self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
         self._known = known
         self._sections = sections(known)
         self._lines: dict[str, int] = {}
 
     def arguments(self) -> Iterator[str]:
-        """All settings."""
+        """Yields all settings."""
         next(self._events)  # the beginning of the stream
         document = self._next()
         first = self._next() if isinstance(document, yaml.DocumentStartEvent) else document
@@ -113,19 +114,27 @@ class _Reader:
 
     def _value(self, key: str, event: yaml.Event) -> str:
         if isinstance(event, yaml.SequenceStartEvent):
-            items = []
-            while not isinstance(item := self._next(), yaml.SequenceEndEvent):
-                if not isinstance(item, yaml.ScalarEvent):
-                    raise _MistakeError(item, f"{key!r} takes a list of plain values")
-                items.append(item.value if re.fullmatch(r"[\w.+-]+", item.value) else json.dumps(item.value))
-            return f"[{', '.join(items)}]"
+            return f"[{', '.join(self._items(f'{key!r} takes a list of plain values', yaml.SequenceEndEvent))}]"
+        if isinstance(event, yaml.MappingStartEvent) and self._known[key].takes_mapping:
+            words = list(self._items(f"{key!r} takes a mapping of names to plain values", yaml.MappingEndEvent))
+            names, values = words[::2], words[1::2]
+            if again := next((name for number, name in enumerate(names) if name in names[:number]), None):
+                raise _MistakeError(event, f"{key!r} has {again} twice; keep one of them")
+            return f"{{{', '.join(map(': '.join, zip(names, values, strict=True)))}}}"
         if not isinstance(event, yaml.ScalarEvent):
             raise _MistakeError(event, f"{key!r} is one value, not a section")
         if not _is_null(event):
             return event.value
-        if not self._known[key]:
+        if not self._known[key].nullable:
             raise _MistakeError(event, f"{key!r} has no value; give it one, or leave the key out")
         return "null"
+
+    def _items(self, expected: str, end: type[yaml.Event]) -> Iterator[str]:
+        """Yields the plain values up to an event, quoted where YAML would read signs in them."""
+        while not isinstance(event := self._next(), end):
+            if not isinstance(event, yaml.ScalarEvent):
+                raise _MistakeError(event, expected)
+            yield event.value if re.fullmatch(r"[\w.+-]+", event.value) else json.dumps(event.value)
 
 
 def _is_null(event: yaml.Event) -> bool:
@@ -138,7 +147,7 @@ def _line(event: yaml.Event) -> int:
 
 
 def _where_and_what(error: Exception) -> str:
-    """What follows the name of the file."""
+    """Returns the part of the message that follows the file's name."""
     if isinstance(error, _MistakeError):
         return f", line {error.line}: {error}"
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:

@@ -5,6 +5,8 @@
 `budget`, `progress` and "scale-invariant epochs" are explained in docs/method.md.
 """
 
+from __future__ import annotations  # without it, jsonargparse would show the facts as parts of the types
+
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 

@@ -91,6 +91,11 @@ class Setting:
         return NoneType in get_args(self.type)
 
     @property
+    def takes_mapping(self) -> bool:
+        """Whether it may be a mapping of names to values."""
+        return any(get_origin(kind) is dict for kind in (self.type, *get_args(self.type)))
+
+    @property
     def resumable(self) -> bool:
         """Whether it may change when a run is continued."""
         return self.affects is not Affects.RESULT

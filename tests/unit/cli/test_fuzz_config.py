@@ -11,14 +11,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from hvdlocal.cli.configuration import parse
-from hvdlocal.cli.keys import keys
 from hvdlocal.directory import Directory
 from hvdlocal.training import TrainConfig
+from hvdlocal.training.config import SETTINGS
 from hvdlocal.training.config_checks import check_ranges
 from hvdlocal.training.output_directory import describe
 
 GOOD = {"data": {"path": "x", "batch_size": 8}, "model": {"name": "digits_cnn"}, "output": "o"}
-KEYS = sorted(keys(TrainConfig))
+KEYS = sorted(SETTINGS)
 SECTIONS = sorted({key.rsplit(".", 1)[0] for key in KEYS if "." in key})
 
 FUZZ = settings(
@@ -200,3 +200,24 @@ def test_nothing_is_imported_or_run(tmp_path, monkeypatch, content, as_file):
     outcome("good.yaml", *(["--config", "more.yaml"] if as_file else [f"--{name}={value}"]))
     assert "canary" not in sys.modules
     assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{norm: local, 'head.*': average}", None),
+        ("{norm: local, norm: average}", "line 1: 'method.buffers' has norm twice"),
+        ("{norm: [local]}", "line 1: 'method.buffers' takes a mapping of names to plain values"),
+    ],
+)
+def test_a_mapping(tmp_path, written, said):
+    """Only a setting that takes one may have it; what the run then writes is a configuration again."""
+    path = tmp_path / "run.yaml"
+    path.write_text(f"method: {{buffers: {written}}}\n" + yaml.safe_dump(GOOD))
+    if said is None:
+        config = outcome(str(path))
+        assert config is not None
+        assert config.method.buffers == {"norm": "local", "head.*": "average"}
+    else:
+        with pytest.raises(ValueError, match=said):
+            parse([str(path)])
