@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi launch gpu-code docs test-slurm test-gpu bench clean
+.PHONY: setup train test lint unit mpi launch gpu-code docs test-faults test-slurm test-gpu bench clean
 
 setup:
 	@install/setup.sh
@@ -25,28 +25,39 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
-unit: setup
-	python -m pytest tests/unit
+# Processes for tests/unit and tests/launch.
+WORKERS ?= 2
+IN_PARALLEL = OMP_NUM_THREADS=1 python -m pytest -q --color=no -n $(WORKERS)
 
-# The same tests on one, two and three ranks (an odd number finds mistakes that powers of two hide), over both backends; what
-# depends on the number of ranks also on eight.
+unit: setup
+	$(IN_PARALLEL) --dist worksteal tests/unit
+
+# Everything on one, two and three ranks (an odd number finds mistakes that powers of two hide) over plain MPI, and on two over
+# Horovod; what is near the engine on one and three ranks over Horovod too; what depends on the number of ranks also on eight.
 MPI_TEST = timeout 900 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
+NEAR_THE_ENGINE = tests/mpi/test_{communicator,equality,local,resume,state,synchronous}.py
 mpi: setup
-	set -e; for backend in horovod mpi4py; do for ranks in 1 2 3; do \
-	  echo "== tests/mpi: $$backend, $$ranks ranks"; \
-	  HVDLOCAL_BACKEND=$$backend $(MPI_TEST) tests/mpi; \
-	done; done
-	set -e; for dtype in bfloat16 float64; do echo "== tests/mpi: inside hvdlocal the default dtype is $$dtype"; ranks=2; \
-	  export TEST_DEFAULT_DTYPE=$$dtype; $(MPI_TEST) tests/mpi/test_{local,policies,state,synchronous,refusals}.py; done
+	set -e; export HVDLOCAL_BACKEND=mpi4py; for ranks in 1 2 3; do \
+	  echo "== tests/mpi: mpi4py, $$ranks ranks"; $(MPI_TEST) tests/mpi; done
+	@echo "== tests/mpi: horovod, 2 ranks"
+	ranks=2; $(MPI_TEST) tests/mpi
+	set -e; for ranks in 1 3; do echo "== tests/mpi near the engine: horovod, $$ranks ranks"; $(MPI_TEST) $(NEAR_THE_ENGINE); done
+	set -e; export HVDLOCAL_BACKEND=mpi4py; for dtype in bfloat16 float64; do \
+	  echo "== tests/mpi: inside hvdlocal the default dtype is $$dtype"; ranks=2; export TEST_DEFAULT_DTYPE=$$dtype; \
+	  $(MPI_TEST) tests/mpi/test_{local,policies,state,synchronous,refusals}.py; done
 	@echo "== tests/mpi: horovod, 8 ranks"
-	ranks=8; $(MPI_TEST) tests/mpi/test_local.py tests/mpi/test_synchronous.py tests/mpi/test_large.py
+	ranks=8; $(MPI_TEST) tests/mpi/test_{local,synchronous,large}.py
 
 launch: setup
-	python -m pytest tests/launch
+	$(IN_PARALLEL) --dist loadfile tests/launch --ignore tests/launch/faults
 
 # What runs on a GPU, with little work on the CPU, so that it is in order when there is one.
 gpu-code: setup
 	timeout 600 python benchmarks/gpu_report.py --device cpu --at-once
+
+# Jobs that are killed, stopped and starved, and started again: minutes.
+test-faults: setup
+	$(IN_PARALLEL) --dist loadfile tests/launch/faults
 
 # A real Slurm on this machine, started by the tests. Installed first where that is allowed; without one the tests are skipped.
 test-slurm: setup

@@ -1,11 +1,16 @@
 """Tests that run under mpirun with any number of ranks, over the backend that HVDLOCAL_BACKEND names; see support/ranks.py."""
 
+import os
+
 import pytest
 import torch
 from default_dtype import _another_default_dtype  # noqa: F401
 from support.ranks import *  # noqa: F403
 
 import hvdlocal
+
+# Small models meet often: at hvdlocal's default of 5 ms most of the time would be Horovod's sleep between two cycles.
+os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
 
 
 def pytest_configure(config):

@@ -1,9 +1,14 @@
 """Launchers and libraries that do not belong together, and wrong environment variables."""
 
+import os
+import sys
+import types
+
 import pytest
 import torch
 
 from hvdlocal.communicator import CommunicationError, Communicator, launch, launched_rank, launched_size
+from hvdlocal.communicator.horovod_backend import HorovodCommunicator
 
 VARIABLES = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"]
 
@@ -115,3 +120,23 @@ def test_a_communicator_that_was_shut_down_is_not_given_out(monkeypatch):
     monkeypatch.setattr(launch, "_mpi4py", lambda timeout: again)
     monkeypatch.setattr(launch, "_check_world", lambda size, backend: None)
     assert launch.init("mpi4py") is launch.current() is again
+
+
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "5"), ("2", "2")])
+def test_horovod_starts_with_a_long_cycle(monkeypatch, chosen, expected):
+    """Unless the user has chosen one; Horovod reads it when it starts, here a stand-in."""
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("HOROVOD_CYCLE_TIME")
+    horovod = types.ModuleType("horovod.torch")
+    horovod.init = lambda: started.append(os.environ["HOROVOD_CYCLE_TIME"])
+    horovod.rank = horovod.local_rank = lambda: 0
+    horovod.size = horovod.local_size = lambda: 1
+    horovod.mpi_enabled = lambda: False
+    started = []
+    parent = types.ModuleType("horovod")
+    parent.torch = horovod
+    monkeypatch.setitem(sys.modules, "horovod", parent)
+    monkeypatch.setitem(sys.modules, "horovod.torch", horovod)
+    HorovodCommunicator(timeout_seconds=1.0)
+    assert started == [expected]
