@@ -33,11 +33,12 @@ from pathlib import Path
 os.environ.setdefault("HVDLOCAL_BACKEND", "mpi4py")
 
 import torch
-from local_step import NEVER, OPTIONS, Echo
+from local_step import NEVER, OPTIONS
 from torch.nn import functional as F
 
 import hvdlocal
 from hvdlocal.averaging.sketch import GradientSketch, default_size
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.models import build_model
 
 Work = Callable[[], object]
@@ -189,7 +190,7 @@ def optimizer_of(model: torch.nn.Module, settings: dict | None, **more: object) 
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     if settings is None:
         return optimizer
-    settings = {"period": hvdlocal.ConstantPeriod(NEVER), "communicator": Echo(), **settings, **more}
+    settings = {"period": hvdlocal.ConstantPeriod(NEVER), "communicator": SingleProcess(size=2), **settings, **more}
     return hvdlocal.LocalOptimizer(optimizer, model, **settings)
 
 
@@ -305,7 +306,7 @@ def synthetic(place: Place) -> None:
         loop = Bare(place, build_model(name, 1000, shape), batch, shape, 1000)
         inner = loop.optimizer
         loop.optimizer = hvdlocal.LocalOptimizer(
-            inner, loop.model, period=hvdlocal.ConstantPeriod(8), communicator=Echo(), **settings
+            inner, loop.model, period=hvdlocal.ConstantPeriod(8), communicator=SingleProcess(size=2), **settings
         )
         ours[title] = loop
     for loop in (bare, *ours.values()):

@@ -17,34 +17,11 @@ import torch
 from torch.nn import functional as F
 
 import hvdlocal
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.models import build_model
 
 NEVER = 10**9
 TRIALS = 60
-
-
-class Echo(Communicator):
-    """Two ranks that hold the same: a sum is a doubling."""
-
-    backend = "echo"
-
-    def __init__(self) -> None:
-        super().__init__(0, 2, 0, 2, timeout_seconds=60)
-
-    def sum_(self, tensor: torch.Tensor, name: str) -> None:
-        tensor.mul_(2)
-
-    def broadcast_(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
-        pass
-
-    def gather(self, value: object, name: str) -> list[object]:
-        return [value, value]
-
-    def shutdown(self) -> None:
-        pass
-
-    _start_sum = _start_broadcast = _gather_bytes = None  # type: ignore[assignment]
 
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -64,7 +41,9 @@ def build(
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     if settings is not None:
         period = hvdlocal.ConstantPeriod(NEVER)
-        optimizer = hvdlocal.LocalOptimizer(optimizer, model, period=period, communicator=Echo(), **settings)  # type: ignore[arg-type]
+        optimizer = hvdlocal.LocalOptimizer(
+            optimizer, model, period=period, communicator=SingleProcess(size=2), **settings
+        )  # type: ignore[arg-type]
     return model, optimizer
 
 

@@ -14,8 +14,16 @@ from data_prep import cifar10, cifar100, digits, folder, imagenet, imagenet32, s
 from data_prep.progress import ProgressBar
 from data_prep.source import Source
 from hvdlocal import terminal
-from hvdlocal.communicator import CollectiveTimeoutError, CommunicationError, Communicator, init, launched_size
-from hvdlocal.data.write.team import Team
+from hvdlocal.communicator import (
+    CollectiveTimeoutError,
+    CommunicationError,
+    Communicator,
+    SingleProcess,
+    init,
+    launched_size,
+    require_agreement,
+    succeed_together,
+)
 from hvdlocal.data.write.writer import BadSamplesError, JpegShardWriter, ShardWriter, verify
 from hvdlocal.exit_codes import ExitCode
 
@@ -39,30 +47,29 @@ def _main(argv: Sequence[str] | None) -> int:
         return _run(argv, communicator)
     except CommunicationError as error:  # it cannot be known whether rank 0 hears of it
         _say(str(error))
-        if communicator is not None and isinstance(error, CollectiveTimeoutError):
+        if isinstance(error, CollectiveTimeoutError):
             communicator.abort(ExitCode.PEER_FAILED)  # an orderly end would wait for the rank that did not come
         return ExitCode.PEER_FAILED
 
 
-def _run(argv: Sequence[str] | None, communicator: Communicator | None) -> int:
-    talks = communicator is None or communicator.rank == 0
+def _run(argv: Sequence[str] | None, communicator: Communicator) -> int:
+    talks = communicator.rank == 0
     try:
         arguments = _parser(talks).parse_args(argv)
-        Team(communicator).agree(_settings(arguments), "data.command")
+        require_agreement(communicator, _settings(arguments), "data.command")
         if arguments.command == "verify":
             _verify(arguments.directory, communicator, talks)
         else:
             _write(arguments, communicator, talks)
     except KeyboardInterrupt:
-        if communicator is not None:
+        if communicator.size > 1:
             raise  # which ends the other ranks too
         _say("interrupted; the same command goes on from here")
         return ExitCode.STOPPED
     except (ValueError, OSError) as error:
         if talks:
             _say(terminal.plain(error) if isinstance(error, OSError) else str(error))
-        if communicator is not None:
-            communicator.barrier("data.end")  # the launcher ends all as soon as one fails, and rank 0 must be heard
+        communicator.barrier("data.end")  # the launcher ends all as soon as one fails, and rank 0 must be heard
         return ExitCode.MISTAKE
     return ExitCode.FINISHED
 
@@ -72,31 +79,29 @@ def _say(message: str) -> None:
     sys.stderr.flush()
 
 
-def _join() -> Communicator | None:
+def _join() -> Communicator:
     """The other ranks, if a launcher started any; a process by itself needs no MPI."""
-    return init("mpi4py") if (launched_size() or 1) > 1 else None
+    return init("mpi4py") if (launched_size() or 1) > 1 else SingleProcess()
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: str(value) for name, value in vars(arguments).items() if name != "load"}
 
 
-def _verify(
-    directory: Path, communicator: Communicator | None, talks: bool, splits: Sequence[str] | None = None
-) -> None:
+def _verify(directory: Path, communicator: Communicator, talks: bool, splits: Sequence[str] | None = None) -> None:
     for split, num_samples in verify(directory, communicator=communicator, splits=splits).items():
         if talks:
             print(f"{split}: {num_samples} samples, all checksums agree", flush=True)
 
 
-def _write(arguments: argparse.Namespace, communicator: Communicator | None, talks: bool) -> None:
-    team = Team(communicator)
+def _write(arguments: argparse.Namespace, communicator: Communicator, talks: bool) -> None:
     if arguments.command in ("folder", "imagenet"):
-        team.together(lambda: _check_outside(arguments.output, arguments.source), "data.output")
-    source: Source = arguments.load(arguments, team)
+        succeed_together(communicator, lambda: _check_outside(arguments.output, arguments.source), "data.output")
+    source: Source = arguments.load(arguments, communicator)
     if arguments.command in ("folder", "imagenet"):
         for split in source.splits:
-            team.together(partial(_check_outside, arguments.output / split, arguments.source), "data.output")
+            outside = partial(_check_outside, arguments.output / split, arguments.source)
+            succeed_together(communicator, outside, "data.output")
     if talks:
         for remark in source.remarks:
             print(remark, file=sys.stderr, flush=True)
@@ -119,7 +124,7 @@ def _check_outside(directory: Path, source: Path) -> None:
 
 
 def _write_split(
-    source: Source, split: str, arguments: argparse.Namespace, communicator: Communicator | None, talks: bool
+    source: Source, split: str, arguments: argparse.Namespace, communicator: Communicator, talks: bool
 ) -> None:
     content = source.splits[split]
     options: dict[str, Any] = {
@@ -185,7 +190,9 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     writing.add_argument("--overwrite", action="store_true", help="replace a different data set that is there")
     writing.add_argument("--verify", action="store_true", help="read everything again at the end and compare checksums")
 
-    def add(name: str, what: str, load: Callable[[argparse.Namespace, Team], Source]) -> argparse.ArgumentParser:
+    def add(
+        name: str, what: str, load: Callable[[argparse.Namespace, Communicator], Source]
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, parents=[writing], help=what, description=what[:1].upper() + what[1:] + ".")
         command.set_defaults(load=load)
         return command
@@ -193,11 +200,17 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     def source(command: argparse.ArgumentParser, what: str) -> None:
         command.add_argument("--source", type=Path, required=True, metavar="DIR", help=what)
 
-    add("digits", "scikit-learn's handwritten digits, 8x8", lambda arguments, team: _local(team, digits.load))
+    add(
+        "digits",
+        "scikit-learn's handwritten digits, 8x8",
+        lambda arguments, communicator: _local(communicator, digits.load),
+    )
     command = add(
         "cifar10",
         "CIFAR-10, 32x32, from its unpacked archive, binary or Python version",
-        lambda arguments, team: _local(team, partial(cifar10.load, arguments.source, arguments.pool, arguments.limit)),
+        lambda arguments, communicator: _local(
+            communicator, partial(cifar10.load, arguments.source, arguments.pool, arguments.limit)
+        ),
     )
     source(command, "directory with data_batch_1.bin (or data_batch_1) …")
     command.add_argument(
@@ -209,7 +222,9 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     command = add(
         "cifar100",
         "CIFAR-100, 32x32, from its unpacked archive, binary or Python version",
-        lambda arguments, team: _local(team, partial(cifar100.load, arguments.source, arguments.labels)),
+        lambda arguments, communicator: _local(
+            communicator, partial(cifar100.load, arguments.source, arguments.labels)
+        ),
     )
     source(command, "directory with train.bin (or train) …")
     command.add_argument(
@@ -218,7 +233,7 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     command = add(
         "imagenet32",
         "downsampled ImageNet (also 8x8, 16x16 and 64x64), from its unpacked pickles",
-        lambda arguments, team: _local(team, partial(imagenet32.load, arguments.source)),
+        lambda arguments, communicator: _local(communicator, partial(imagenet32.load, arguments.source)),
     )
     source(command, "directory with train_data_batch_1 …, val_data and, for class names, map_clsloc.txt")
 
@@ -252,22 +267,22 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     command = add(
         "imagenet",
         "ImageNet, or any other tree of JPEG and PNG files with a folder per class, as JPEG files",
-        lambda arguments, team: imagenet.load(
-            arguments.source, arguments.splits, arguments.resize, arguments.quality, team
+        lambda arguments, communicator: imagenet.load(
+            arguments.source, arguments.splits, arguments.resize, arguments.quality, communicator
         ),
     )
     tree(command)
     command = add(
         "folder",
         "any tree of image files with a folder per class, as pixels without loss if they have one size, else as JPEG files",
-        lambda arguments, team: folder.load(
+        lambda arguments, communicator: folder.load(
             arguments.source,
             arguments.splits,
             arguments.images,
             arguments.resize,
             arguments.quality,
             arguments.bad == "skip",
-            team,
+            communicator,
         ),
     )
     command.add_argument(
@@ -281,8 +296,8 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     command = add(
         "synthetic",
         "images made of numbers: a pattern per class under noise, for trying things out",
-        lambda arguments, team: _local(
-            team,
+        lambda arguments, communicator: _local(
+            communicator,
             partial(
                 synthetic.load, arguments.samples, arguments.classes, arguments.size, arguments.seed, arguments.jpeg
             ),
@@ -302,9 +317,9 @@ def _parser(talks: bool) -> argparse.ArgumentParser:
     return parser
 
 
-def _local(team: Team, load: Callable[[], Source]) -> Source:
+def _local(communicator: Communicator, load: Callable[[], Source]) -> Source:
     """The source, which every rank opens for itself; if one cannot, none goes on."""
-    return team.together(load, "data.source")
+    return succeed_together(communicator, load, "data.source")
 
 
 if __name__ == "__main__":

@@ -16,22 +16,22 @@ from data_prep.folder_tree import EXTENSIONS, Listing, list_tree
 from data_prep.imagenet import check_encoding, identity, jpeg_source, remarks_of
 from data_prep.raw_files import LOSSLESS, Header, RawFiles, read_file, read_header
 from data_prep.source import Source, image_split
+from hvdlocal.communicator import Communicator, on_rank_zero, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
-from hvdlocal.data.write.team import Team
 
 Choice = Literal["auto", "raw", "jpeg"]
 
 
 def load(
     source: Path,
-    splits: Sequence[str] = (),
-    images: Choice = "auto",
-    resize: int | None = None,
-    quality: int = 90,
-    skip_bad: bool = False,
-    team: Team | None = None,
+    splits: Sequence[str],
+    images: Choice,
+    resize: int | None,
+    quality: int,
+    skip_bad: bool,
+    communicator: Communicator,
 ) -> Source:
-    """List a tree of images; a collective of the team, whose ranks share out the looking at headers.
+    """List a tree of images; a collective, in which the ranks share out the looking at headers.
 
     Args:
         source: root of the tree.
@@ -39,21 +39,22 @@ def load(
         images: how they are stored; "auto" is "raw" for files of a lossless format and of one size, else "jpeg".
         resize, quality: see ``imagenet.load``; only for JPEG files.
         skip_bad: whether files that cannot be used are to be left out; only for JPEG files.
-        team: ranks that will write the shards.
+        communicator: the ranks that will write the shards.
 
     Raises:
         FileNotFoundError, ValueError: as ``list_tree``; or the files cannot be stored as wished; the message names one.
     """
-    team = team or Team()
     check_encoding(resize, quality)
     if images == "raw" and (resize is not None or skip_bad):
         option = "--bad skip" if resize is None else f"--resize {resize}"
         raise ValueError(f"{option} is for JPEG files; leave it out, or use --images jpeg")
-    versions = team.together(jpeg_versions, "data.libraries")
-    classes, listings = team.first(lambda: list_tree(source, splits, (*EXTENSIONS, ".bmp")), "data.list")
+    versions = succeed_together(communicator, jpeg_versions, "data.libraries")
+    classes, listings = on_rank_zero(
+        communicator, lambda: list_tree(source, splits, (*EXTENSIONS, ".bmp")), "data.list"
+    )
     if images == "jpeg" or resize is not None or skip_bad:
         return jpeg_source("folder", source, classes, listings, resize, quality, versions)
-    headers, bad = _headers(source, listings, team, all_of_them=images == "raw")
+    headers, bad = _headers(source, listings, communicator, all_of_them=images == "raw")
     first = next(iter(headers.values()), None)
     if images == "auto" and (reason := _why_not_raw(headers)):
         remark = f"stored as JPEG files, since {reason}; --images raw stores pixels, of files of one size"
@@ -93,7 +94,7 @@ def load(
 
 
 def _headers(
-    source: Path, listings: dict[str, Listing], team: Team, all_of_them: bool
+    source: Path, listings: dict[str, Listing], communicator: Communicator, all_of_them: bool
 ) -> tuple[dict[str, Header], list[str]]:
     """The headers of the files by name, in their order, and what is wrong with files that have none; a collective.
 
@@ -103,7 +104,7 @@ def _headers(
 
     def look() -> tuple[dict[str, Header], list[str]]:
         found, bad = {}, []
-        for name, size in files[team.rank :: team.size]:
+        for name, size in files[communicator.rank :: communicator.size]:
             try:
                 found[name] = read_header(read_file(source, name, size))
             except ValueError as error:
@@ -116,7 +117,7 @@ def _headers(
                 break
         return found, bad
 
-    parts = team.gather(team.together(look, "data.look"), "data.headers")
+    parts = communicator.gather(succeed_together(communicator, look, "data.look"), "data.headers")
     together = {name: header for found, _ in parts for name, header in found.items()}
     return {name: together[name] for name, _ in files if name in together}, [line for _, bad in parts for line in bad]
 

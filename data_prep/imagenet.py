@@ -15,31 +15,28 @@ import numpy as np
 from data_prep.folder_tree import Listing, list_tree
 from data_prep.jpeg_files import CONVERSION_QUALITY, JpegFiles
 from data_prep.source import Source, Split
+from hvdlocal.communicator import Communicator, on_rank_zero, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
-from hvdlocal.data.write.team import Team
 
 _ENCODED_BYTES_PER_PIXEL = 0.4  # at quality 90; only the default number of shards depends on it
 
 
-def load(
-    source: Path, splits: Sequence[str] = (), resize: int | None = None, quality: int = 90, team: Team | None = None
-) -> Source:
-    """List a tree of images; a collective of the team, whose rank 0 alone walks the tree.
+def load(source: Path, splits: Sequence[str], resize: int | None, quality: int, communicator: Communicator) -> Source:
+    """List a tree of images; a collective, in which rank 0 alone walks the tree.
 
     Args:
         source: root of the tree.
         splits: see ``list_tree``.
         resize: short side in pixels that larger images are reduced to; None keeps the files.
         quality: JPEG quality of the reduced images.
-        team: ranks that will write the shards.
+        communicator: the ranks that will write the shards.
 
     Raises:
         FileNotFoundError, ValueError: as ``list_tree``; or an option is out of range, or a library is missing.
     """
-    team = team or Team()
     check_encoding(resize, quality)
-    versions = team.together(jpeg_versions, "data.libraries")
-    classes, listings = team.first(lambda: list_tree(source, splits), "data.list")
+    versions = succeed_together(communicator, jpeg_versions, "data.libraries")
+    classes, listings = on_rank_zero(communicator, lambda: list_tree(source, splits), "data.list")
     return jpeg_source("imagenet", source, classes, listings, resize, quality, versions)
 
 

@@ -23,13 +23,13 @@ from .averaging.period import (
 from .averaging.nonfinite import NonFiniteError as NonFiniteError
 from .averaging.statistics import gradient_statistics as gradient_statistics
 from .averaging.synchronous import SynchronousOptimizer as SynchronousOptimizer
-from .communicator import (
+from .communicator.agreement import DisagreementError as DisagreementError
+from .communicator.base import (
     CollectiveTimeoutError as CollectiveTimeoutError,
     CommunicationError as CommunicationError,
     Communicator as Communicator,
-    DisagreementError as DisagreementError,
-    init as init,
 )
+from .communicator.launch import init as init
 from .data.read.dataset import ShardedDataset as ShardedDataset
 from .data.load.loader import Loader as Loader
 from .data.write.writer import ShardWriter as ShardWriter

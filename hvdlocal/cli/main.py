@@ -10,8 +10,8 @@ import traceback
 from collections.abc import Sequence
 
 from hvdlocal import terminal
+from hvdlocal.communicator.launched import launched_rank
 from hvdlocal.exit_codes import ExitCode
-from hvdlocal.launched import launched_rank
 from hvdlocal.training import interruption
 from hvdlocal.version import __version__
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.terminal import plain
 
 T = TypeVar("T")
@@ -66,8 +67,11 @@ def succeed_together(communicator: Communicator, work: Callable[[], T], name: st
         name: the collective's name.
 
     Raises:
-        SetupError: on every rank, with the same message, when the work failed on any: what happened, and where.
+        SetupError: on every rank, with the same message, when the work failed on any: what happened, and where. A
+            `SingleProcess` raises the error of the work itself.
     """
+    if isinstance(communicator, SingleProcess):
+        return work()
     failure = None
     try:
         result = work()
@@ -81,3 +85,20 @@ def succeed_together(communicator: Communicator, work: Callable[[], T], name: st
         where = f" (rank {', '.join(map(str, failed[:8]))}{' …' if len(failed) > 8 else ''} of {communicator.size})"
         raise SetupError(message if len(failed) == communicator.size else message + where) from failure
     return result
+
+
+def on_rank_zero(communicator: Communicator, work: Callable[[], T], name: str) -> T:
+    """Does `work` on rank 0 alone; a collective.
+
+    Args:
+        work: as for `succeed_together`; its result must be picklable.
+        name: the collectives' name.
+
+    Returns:
+        Rank 0's result, on every rank.
+
+    Raises:
+        SetupError: as `succeed_together`.
+    """
+    result = succeed_together(communicator, lambda: work() if communicator.rank == 0 else None, name)
+    return cast(T, communicator.gather(result, name)[0])

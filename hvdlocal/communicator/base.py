@@ -57,7 +57,7 @@ class Communicator(ABC):
     with an error that names the collective and the rank when `timeout_seconds` have passed.
 
     Attributes:
-        backend: "horovod" or "mpi4py".
+        backend: "horovod", "mpi4py", or "single" (`SingleProcess`).
         rank, size: this process among all processes of the job.
         local_rank, local_size: this process among those on its node.
         timeout_seconds: how long one collective may take, the wait for the slowest rank included.

@@ -7,8 +7,8 @@ from typing import Literal
 
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.horovod_backend import HorovodCommunicator
+from hvdlocal.communicator.launched import launched_size
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
-from hvdlocal.launched import launched_size
 
 BACKENDS = ("horovod", "mpi4py")
 DEFAULT_TIMEOUT_SECONDS = 1800.0

@@ -11,8 +11,8 @@ from contextlib import suppress
 from types import FrameType
 
 from hvdlocal import terminal
+from hvdlocal.communicator.launched import launched_rank
 from hvdlocal.exit_codes import ExitCode
-from hvdlocal.launched import launched_rank
 
 SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """USR2 is what the templates send; NCCL may use USR1 for itself. Slurm sends TERM before it kills. INT is Ctrl-C."""

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from local_step import Echo
 from waiting import counted_waits, no_waits
 
 import hvdlocal
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.models import build_model
 from hvdlocal.training.config import (
     DataConfig,
@@ -44,7 +44,7 @@ def training(device, method, **optimizer):
     config = TrainConfig(
         DataConfig("none"), ModelConfig("digits_cnn"), "none", optimizer=OptimizerConfig(**optimizer), method=method
     )
-    wrapped = build_optimizer(config, model, run_length(config, 100, num_workers=1), Echo())
+    wrapped = build_optimizer(config, model, run_length(config, 100, num_workers=1), SingleProcess(size=2))
     x, y = torch.randn(16, 1, 8, 8).to(device), torch.randint(10, (16,)).to(device)
 
     def gradient():

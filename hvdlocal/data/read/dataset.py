@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hvdlocal.communicator.agreement import require_agreement, succeed_together
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directory
 from hvdlocal.data.format.shard import Shard, open_shard
 from hvdlocal.data.read.storage import ClosedStorage, Layout, Region, Storage, open_storage
@@ -184,9 +185,9 @@ class StoredSamples:
 
     @property
     def _storage(self) -> Storage:
-        return self._opened or self._open(None)
+        return self._opened or self._open(SingleProcess())
 
-    def _open(self, communicator: Communicator | None) -> Storage:
+    def _open(self, communicator: Communicator) -> Storage:
         with self._open_lock:
             if self._opened is None:
                 storage, share, stream_bytes = self._settings
@@ -231,8 +232,8 @@ class ShardedDataset(StoredSamples):
         storage: "ram": in memory, one copy per node. "mmap": mapped from their files; for local disks. "stream": read in
             large blocks while they are used; for sets that exceed memory, with Loader's order "block". "auto": the first
             of these that fits.
-        communicator: the ranks that read this split together. Construction is then a collective, each shard is opened by
-            one rank only, and mistakes are reported on all.
+        communicator: the ranks that read this split together; None for this process alone. Construction is a collective,
+            each shard is opened by one rank only, and mistakes are reported on all.
         share: how mode "ram" is filled. "node": each node reads all shards. "job": each shard is read by one rank of the
             job and broadcast, which spares the file system and loads the network.
         stream_bytes: what this process may hold of a set that is streamed; by default a quarter of the free memory, over
@@ -256,11 +257,12 @@ class ShardedDataset(StoredSamples):
         share: Literal["node", "job"] = "node",
         stream_bytes: int | None = None,
     ) -> None:
+        communicator = communicator or SingleProcess()
         self._arguments = (Path(directory), split)
         self._load(communicator, storage, share, stream_bytes)
         self._open(communicator)
 
-    def _load(self, communicator: Communicator | None, storage: str, share: str, stream_bytes: int | None) -> None:
+    def _load(self, communicator: Communicator, storage: str, share: str, stream_bytes: int | None) -> None:
         directory, split = self._arguments
         self._manifest, self._shards = _open_shards(split_directory(directory, split), communicator, (storage, share))
         shards = self._shards
@@ -341,7 +343,7 @@ class ShardedDataset(StoredSamples):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._arguments = state["arguments"]
-        self._load(None, *state["settings"])
+        self._load(SingleProcess(), *state["settings"])
         if self.fingerprint != state["fingerprint"]:  # labels would be the new ones, shared memory the old
             raise written_again(split_directory(*self._arguments))
         self._region = state["region"]  # the storage is opened when it is first read
@@ -368,26 +370,19 @@ def _layout(shards: Sequence[Shard], shape: tuple[int, int, int] | None) -> Layo
     return Layout(shards, None, np.append(np.concatenate(parts), bounds[-1]), starts)
 
 
-def _open_shards(
-    folder: Path, communicator: Communicator | None, settings: tuple[str, str]
-) -> tuple[Manifest, list[Shard]]:
+def _open_shards(folder: Path, communicator: Communicator, settings: tuple[str, str]) -> tuple[Manifest, list[Shard]]:
     path = folder / MANIFEST_NAME
-    if communicator is None:
-        manifest = Manifest.load(path)
-    else:
-        manifest = succeed_together(communicator, lambda: Manifest.load(path), "hvdlocal.data.format.manifest")
-        facts = {"the data set's fingerprint": manifest.fingerprint, "storage": settings[0], "share": settings[1]}
-        require_agreement(communicator, facts, "hvdlocal.data.agreement")
+    manifest = succeed_together(communicator, lambda: Manifest.load(path), "hvdlocal.data.manifest")
+    facts = {"the data set's fingerprint": manifest.fingerprint, "storage": settings[0], "share": settings[1]}
+    require_agreement(communicator, facts, "hvdlocal.data.agreement")
     shards = open_each(manifest.shards, lambda entry: open_shard(folder / entry.file, entry, manifest), communicator)
     # Each node may have the data set in a folder of its own.
     paths = [folder / entry.file for entry in manifest.shards]
     return manifest, [dataclasses.replace(shard, path=path) for shard, path in zip(shards, paths, strict=True)]
 
 
-def open_each(items: Sequence[T], open_one: Callable[[T], S], communicator: Communicator | None) -> list[S]:
-    """What `open_one` finds in each item; with a communicator, a collective in which every item is opened by one rank."""
-    if communicator is None:
-        return [open_one(item) for item in items]
+def open_each(items: Sequence[T], open_one: Callable[[T], S], communicator: Communicator) -> list[S]:
+    """What `open_one` finds in each item; a collective in which every item is opened by one rank."""
     rank, size = communicator.rank, communicator.size
     mine = succeed_together(
         communicator, lambda: [open_one(item) for item in items[rank::size]], "hvdlocal.data.shards"

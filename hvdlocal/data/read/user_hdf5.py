@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hvdlocal.communicator.agreement import require_agreement, succeed_together
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.data.format.manifest import sha256_of_json
 from hvdlocal.data.read.dataset import StoredSamples, open_each, region_of, written_again
 from hvdlocal.data.read.storage import Layout
@@ -70,7 +71,7 @@ def open_hdf5(
         raise ValueError(f"channels is {channels!r}; choose 'auto', 'first' or 'last'")
     names = images.strip("/"), labels.strip("/")
     source = _Source(tuple(paths), *names, None if classes is None else tuple(classes), channels)
-    return HDF5Dataset(source, communicator, storage, share, stream_bytes)
+    return HDF5Dataset(source, communicator or SingleProcess(), storage, share, stream_bytes)
 
 
 @dataclass(frozen=True)
@@ -100,38 +101,33 @@ class HDF5Dataset(StoredSamples):
     shuffled = False
 
     def __init__(
-        self, source: _Source, communicator: Communicator | None, storage: str, share: str, stream_bytes: int | None
+        self, source: _Source, communicator: Communicator, storage: str, share: str, stream_bytes: int | None
     ) -> None:
         self._load(source, communicator, storage, share, stream_bytes)
         self._open(communicator)
         self._statistics = _statistics(self, communicator)
 
     def _load(
-        self, source: _Source, communicator: Communicator | None, storage: str, share: str, stream_bytes: int | None
+        self, source: _Source, communicator: Communicator, storage: str, share: str, stream_bytes: int | None
     ) -> None:
         self._source = source
         self._stamps = {path: _stamp(path) for path in source.paths}  # before they are read: what comes later must show
-        if communicator is not None:
-            facts = {
-                "number of files": len(source.paths),
-                "images": source.images,
-                "labels": source.labels,
-                "classes": source.classes,
-                "channels": source.channels,
-                "storage": storage,
-                "share": share,
-            }
-            require_agreement(communicator, facts, "hvdlocal.data.agreement")
+        facts = {
+            "number of files": len(source.paths),
+            "images": source.images,
+            "labels": source.labels,
+            "classes": source.classes,
+            "channels": source.channels,
+            "storage": storage,
+            "share": share,
+        }
+        require_agreement(communicator, facts, "hvdlocal.data.agreement")
         files = open_each(
             source.paths,
             lambda path: inspect_file(path, source.images, source.labels, source.channels),
             communicator,
         )
-        extents = (
-            _extents(source, files)
-            if communicator is None
-            else succeed_together(communicator, lambda: _extents(source, files), "hvdlocal.data.extents")
-        )
+        extents = succeed_together(communicator, lambda: _extents(source, files), "hvdlocal.data.extents")
         others = {path.parent / name for path, file in zip(source.paths, files, strict=True) for name in file.sources}
         self._stamps |= {path: _stamp(path) for path in sorted(others)}
         self._shape = files[0].shape
@@ -192,7 +188,7 @@ class HDF5Dataset(StoredSamples):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._load(state["source"], None, *state["settings"])
+        self._load(state["source"], SingleProcess(), *state["settings"])
         mine, theirs = self._stamps, state["stamps"]
         for path in [*mine, *theirs]:
             if path not in mine or path not in theirs or mine[path] != theirs[path]:
@@ -254,9 +250,9 @@ def _twice(first: Path, second: Path) -> ValueError:
     return ValueError(f"{names}, so each of them would come twice in an epoch; name every file once")
 
 
-def _statistics(dataset: HDF5Dataset, communicator: Communicator | None) -> _Statistics:
+def _statistics(dataset: HDF5Dataset, communicator: Communicator) -> _Statistics:
     """Reads all images once, in groups that do not depend on how they are stored; each rank takes every size-th."""
-    rank, size = (0, 1) if communicator is None else (communicator.rank, communicator.size)
+    rank, size = communicator.rank, communicator.size
     group = max(1, READ_BYTES // math.prod(dataset.shape))
     begins = range(0, len(dataset), group)
     mine = [np.arange(begin, min(begin + group, len(dataset))) for begin in begins[rank::size]]
@@ -267,12 +263,7 @@ def _statistics(dataset: HDF5Dataset, communicator: Communicator | None) -> _Sta
         buffer = np.empty((min(group, len(dataset)), *dataset.shape), np.uint8)
         return [_digest(rows[0], dataset.take(rows, out=buffer[: len(rows)]), dataset._fill[rows]) for rows in mine]
 
-    if communicator is None:
-        found = [read()]
-    else:
-        found = communicator.gather(
-            succeed_together(communicator, read, "hvdlocal.data.read"), "hvdlocal.data.statistics"
-        )
+    found = communicator.gather(succeed_together(communicator, read, "hvdlocal.data.read"), "hvdlocal.data.statistics")
     groups = [found[number % size][number // size] for number in range(len(begins))]
     blank = [image for group in groups for image in group.blank]
     if blank:

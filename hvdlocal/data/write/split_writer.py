@@ -12,7 +12,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import Communicator, SingleProcess, on_rank_zero, require_agreement, succeed_together
 from hvdlocal.data.format.labels import class_numbers
 from hvdlocal.data.format.manifest import (
     MANIFEST_NAME,
@@ -26,7 +26,6 @@ from hvdlocal.data.format.manifest import (
 from hvdlocal.data.format.pixel_statistics import mean_and_std
 from hvdlocal.data.format.shard import open_shard
 from hvdlocal.data.load.order import pre_shuffle
-from hvdlocal.data.write.team import Team
 from hvdlocal.directory import Directory, LinkError, write_text
 from hvdlocal.lock import hold
 
@@ -105,7 +104,7 @@ class SplitWriter:
         seed: seed of the pre-shuffle.
         overwrite: replace a different data set that is already there.
         communicator: ranks that write together, each some of the shards; every rank makes the same calls. The files
-            are the same bytes for any number of ranks.
+            are the same bytes for any number of ranks. None for this process alone.
         progress: called on rank 0 with the number of samples written since the last call.
     """
 
@@ -133,7 +132,7 @@ class SplitWriter:
         self.num_shards = num_shards
         self.seed = seed
         self.overwrite = overwrite
-        self._team = Team(communicator)
+        self._communicator = communicator or SingleProcess()
         self._progress = progress
         self._unfinished = self.directory / UNFINISHED
         self._lock: IO[bytes] | None = None
@@ -174,7 +173,6 @@ class SplitWriter:
             preparation: as in the manifest.
             skip_bad: whether bad samples are left out; otherwise they are refused once all have been tried.
         """
-        team = self._team
         plan = sha256_of_json(
             {
                 "split": self.split,
@@ -186,8 +184,8 @@ class SplitWriter:
                 "source": identity,
             }
         )
-        team.agree({"the plan of the data set": plan}, "data.plan")
-        team.first(self._claim, "data.claim")
+        require_agreement(self._communicator, {"the plan of the data set": plan}, "data.plan")
+        on_rank_zero(self._communicator, self._claim, "data.claim")
         try:
             return self._write_claimed(plan, shape, labels, write_shard, preparation, skip_bad)
         finally:
@@ -202,7 +200,7 @@ class SplitWriter:
         preparation: Mapping[str, Any],
         skip_bad: bool,
     ) -> Manifest:
-        n, team = len(labels), self._team
+        n, communicator = len(labels), self._communicator
         draft = Manifest(
             self.split, shape, self.classes, self.seed, (), (), (), "jpeg" if shape is None else "images", {}, plan
         )
@@ -210,12 +208,12 @@ class SplitWriter:
         bounds = [n * i // self.num_shards for i in range(self.num_shards + 1)]
         rows = [order[bounds[number] : bounds[number + 1]] for number in range(self.num_shards)]
 
-        existing = team.first(lambda: self._prepare(plan, skip_bad), "data.prepare")
+        existing = on_rank_zero(communicator, lambda: self._prepare(plan, skip_bad), "data.prepare")
         if existing is not None:
             intact = self._each(range(self.num_shards), lambda number: self._is_intact(existing, number))
             damaged = [number for number, whole in enumerate(intact) if not whole]
             if damaged:
-                team.first(lambda: self._unfinished.mkdir(exist_ok=True), "data.mend")
+                on_rank_zero(communicator, lambda: self._unfinished.mkdir(exist_ok=True), "data.mend")
         else:
             damaged = list(range(self.num_shards))
 
@@ -231,7 +229,11 @@ class SplitWriter:
             bad = sorted((index, reason) for receipt in receipts for index, reason in receipt.bad)
             self._report([reason for _, reason in bad], n, skip_bad)
             manifest = self._manifest(draft, receipts, preparation)
-        team.first(lambda: self._publish(manifest, changed=bool(damaged), mended=existing is not None), "data.publish")
+        on_rank_zero(
+            communicator,
+            lambda: self._publish(manifest, changed=bool(damaged), mended=existing is not None),
+            "data.publish",
+        )
         return manifest
 
     def _each(
@@ -244,19 +246,23 @@ class SplitWriter:
         Args:
             samples: how many samples each number stands for, for the progress. Rank 0 tells of its own as it works.
         """
-        team = self._team
+        rank, size = self._communicator.rank, self._communicator.size
         results: list[Any] = []
-        for start in range(0, len(numbers), team.size):
-            round_ = numbers[start : start + team.size]
-            mine = round_[team.rank] if team.rank < len(round_) else None
-            result = team.together(lambda mine=mine: None if mine is None else work(mine), "data.shard")  # type: ignore[misc]
-            results += team.gather(result, "data.receipts")[: len(round_)]
+        for start in range(0, len(numbers), size):
+            round_ = numbers[start : start + size]
+            mine = round_[rank] if rank < len(round_) else None
+            result = succeed_together(
+                self._communicator,
+                lambda mine=mine: None if mine is None else work(mine),  # type: ignore[misc]
+                "data.shard",
+            )
+            results += self._communicator.gather(result, "data.receipts")[: len(round_)]
             if samples is not None:
                 self._tell(sum(samples[start + 1 : start + len(round_)]))
         return results
 
     def _tell(self, samples: int) -> None:
-        if self._progress and self._team.rank == 0:
+        if self._progress and self._communicator.rank == 0:
             self._progress(samples)
 
     def _prepare(self, plan: str, skip_bad: bool) -> Manifest | None:
@@ -376,7 +382,7 @@ class SplitWriter:
             else:
                 path.unlink(missing_ok=True)
 
-        self._team.first(write, "data.report")
+        on_rank_zero(self._communicator, write, "data.report")
         if lines and not skip_bad:
             raise BadSamplesError(lines, path, n)
 
@@ -457,7 +463,7 @@ class SplitWriter:
 
     def _release(self) -> None:
         """Lets others in, and leaves no empty directories behind."""
-        if self._team.rank != 0:
+        if self._communicator.rank != 0:
             return
         if self._lock is not None:
             (self.directory / LOCK).unlink(missing_ok=True)

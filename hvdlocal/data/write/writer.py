@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import Communicator, SingleProcess, succeed_together
 from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, ShardEntry
 from hvdlocal.data.format.pixel_statistics import add_pixels
 from hvdlocal.data.format.shard import CRC_BLOCK, open_shard, shard_attributes
 from hvdlocal.data.write.jpeg_check import check_jpeg, jpeg_libraries, jpeg_versions
 from hvdlocal.data.write.shard_writer import write_image_shard, write_jpeg_shard
 from hvdlocal.data.write.split_writer import BadSamplesError, Receipt, SplitWriter
-from hvdlocal.data.write.team import Team
 
 __all__ = ["BadSamplesError", "ImageSource", "JpegSample", "JpegShardWriter", "JpegSource", "ShardWriter", "verify"]
 
@@ -88,7 +87,7 @@ class ShardWriter(SplitWriter):
                 )
             return self._check_labels(labels, images.shape[0], "images"), identity or _sha256_of_images(images)
 
-        label_array, source = self._team.together(check, "data.check")
+        label_array, source = succeed_together(self._communicator, check, "data.check")
         height, width, channels = images.shape[1:]
         attributes = shard_attributes(self.split, self.seed, self.classes)
 
@@ -167,7 +166,7 @@ class JpegShardWriter(SplitWriter):
         if threads is not None and threads < 1:
             raise ValueError(f"threads is {threads}; there must be at least one")
         self.skip_bad = skip_bad
-        self.threads = threads or _own_cores(self._team.local_size)
+        self.threads = threads or _own_cores(self._communicator.local_size)
 
     def write(
         self,
@@ -198,7 +197,7 @@ class JpegShardWriter(SplitWriter):
             jpeg_libraries()
             return self._check_labels(labels, len(files), "files"), identity or _sha256_of_files(files)
 
-        label_array, source = self._team.together(check, "data.check")
+        label_array, source = succeed_together(self._communicator, check, "data.check")
         attributes = shard_attributes(self.split, self.seed, self.classes)
 
         def write_shard(path: Path, name: str, rows: NDArray[np.int64]) -> Receipt:
@@ -256,14 +255,15 @@ def verify(
 
     Args:
         directory: of the data set.
-        communicator: ranks that share the work out, if there are several.
+        communicator: ranks that share out the work; None for this process alone.
         splits: the splits; by default all that are there.
 
     Raises:
         FileNotFoundError: there is no finished split, or a shard is missing.
         ValueError: a shard is damaged; the message names the file and, where known, the samples.
     """
-    team = Team(communicator)
+    communicator = communicator or SingleProcess()
+    rank, size = communicator.rank, communicator.size
 
     def check() -> dict[str, int]:
         found = {}
@@ -271,14 +271,14 @@ def verify(
         for split in names:
             folder = Path(directory) / split
             manifest = Manifest.load(folder / MANIFEST_NAME)
-            for entry in manifest.shards[team.rank :: team.size]:
+            for entry in manifest.shards[rank::size]:
                 open_shard(folder / entry.file, entry, manifest).verify()
             found[split] = manifest.num_samples
         if not found:
             raise FileNotFoundError(f"{directory} holds no finished data set: there is no */{MANIFEST_NAME}")
         return found
 
-    return team.together(check, "data.verify")
+    return succeed_together(communicator, check, "data.verify")
 
 
 def _why_bad(error: ValueError | OSError) -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from test_train_mistakes import Solo
 
 import hvdlocal
 from data_prep.__main__ import main as data_prep
 from hvdlocal.cli import main
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.training.output_directory import claim
 
 GOOD = "data: {path: data, batch_size: 8}\nmodel: {name: digits_cnn}\noutput: out\n"
@@ -40,7 +40,7 @@ def check(said: str, promised: str) -> None:
 def here(tmp_path, monkeypatch):
     """A directory with a small data set and a configuration."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hvdlocal.communicator.launch._current", Solo())
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
     monkeypatch.setattr("hvdlocal.training.output_directory.PATIENCE_SECONDS", 0.1)
     write("train", 24)
     write("test", 9)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train_mistakes import Solo
 
 import hvdlocal
 from data_prep.__main__ import main as data_prep
 from hvdlocal import terminal
 from hvdlocal.cli import main
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.training.console import Console
 
 
@@ -67,7 +67,7 @@ def config(tmp_path):
     ("error", "is_terminal"), [(ERRORS[0], False), (ERRORS[1], False), (ERRORS[2], True), (ERRORS[4], True)]
 )
 def test_training_goes_on(config, monkeypatch, error, is_terminal):
-    monkeypatch.setattr("hvdlocal.communicator.launch._current", Solo())
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
     monkeypatch.setattr("hvdlocal.training.console.launched_rank", lambda: None)
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Failing(error, is_terminal))
@@ -85,7 +85,7 @@ def test_a_library_s_console_and_warnings_go_on(monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", error and Failing(error))
         patch.setattr(sys, "stderr", error and Failing(error))
-        console = Console(Solo(), 10.0, 1.0)
+        console = Console(SingleProcess(), 10.0, 1.0)
         console.say("one")
         console.progress(3.0, "two", due=True)
         console.close()
@@ -175,7 +175,7 @@ def test_a_closed_descriptor_is_given_to_no_file(tmp_path):
 
 def test_losing_the_terminal(config, monkeypatch):
     """SIGHUP does not end a run."""
-    monkeypatch.setattr("hvdlocal.communicator.launch._current", Solo())
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
     before = signal.getsignal(signal.SIGHUP)
     try:
         assert main(["train", str(config), "--epochs", "0"]) == 2

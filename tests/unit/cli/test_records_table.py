@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_train_mistakes import Solo
 
 import hvdlocal
 from hvdlocal.cli import main
+from hvdlocal.communicator import SingleProcess
 
 PAGE = (Path(__file__).parents[3] / "docs" / "records.md").read_text(encoding="utf-8")
 
@@ -35,7 +35,7 @@ def records(tmp_path_factory):
         "log_every_seconds: 0\nmethod: {period: {period: 2}}\n"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hvdlocal.communicator.launch._current", Solo())
+        patch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
         assert main(["train", str(directory / "run.yaml")]) == 0
     return [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
 

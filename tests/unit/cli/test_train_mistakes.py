@@ -10,26 +10,9 @@ import torch
 import hvdlocal
 from data_prep.__main__ import main as data_prep
 from hvdlocal.cli import main
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.models import MODELS
 from hvdlocal.training import Trainer
-
-
-class Solo(Communicator):
-    """A job of one rank, without MPI."""
-
-    backend = "none"
-
-    def __init__(self):
-        super().__init__(0, 1, 0, 1, timeout_seconds=1)
-
-    def shutdown(self):
-        pass
-
-    def _start_sum(self, flat, name):
-        raise AssertionError
-
-    _start_broadcast = _gather_bytes = _start_sum
 
 
 @pytest.fixture
@@ -42,7 +25,7 @@ def run(tmp_path, monkeypatch):
     config.write_text(
         f"data: {{path: {tmp_path}/data, batch_size: 8}}\nmodel: {{name: digits_cnn}}\noutput: {tmp_path}/out\n"
     )
-    monkeypatch.setattr("hvdlocal.communicator.launch._current", Solo())
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
     return lambda *arguments: main(["train", str(config), *arguments])
 
 

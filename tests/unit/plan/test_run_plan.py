@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.models import build_model
 from hvdlocal.plan.forecast import Checkpoints
 from hvdlocal.plan.payload import measure_payload
@@ -25,41 +25,6 @@ from hvdlocal.training.run_length import run_length
 SAMPLES, BATCH, RATIO = 1000, 10, 20.0
 
 
-class Done:
-    """A collective that is over."""
-
-    def __init__(self, result=None):
-        self.result = result
-
-    def done(self):
-        return True
-
-    def finish(self):
-        return self.result
-
-
-class Echo(Communicator):
-    """A job whose other ranks do what this one does."""
-
-    backend = "none"
-
-    def __init__(self, size):
-        super().__init__(0, size, 0, size, timeout_seconds=1)
-
-    def shutdown(self):
-        pass
-
-    def _start_sum(self, flat, name):
-        flat.mul_(self.size)
-        return Done()
-
-    def _start_broadcast(self, *_):
-        return Done()
-
-    def _gather_bytes(self, data, name):
-        return [data] * self.size
-
-
 def config(preset, epochs=3.0, schedule=None, model="digits_cnn", **method):
     return TrainConfig(
         data=DataConfig(path="x", batch_size=BATCH),
@@ -74,7 +39,7 @@ def config(preset, epochs=3.0, schedule=None, model="digits_cnn", **method):
 
 def run(config, workers, monkeypatch, ratio=RATIO):
     """Trains on nothing, as Trainer does: rounds as (first step, H), the optimizer, collectives and bytes."""
-    job = Echo(workers)
+    job = SingleProcess(workers)
     torch.manual_seed(0)
     model = build_model(config.model.name, 10, (8, 8, 1))
     accumulate = config.method.period.period if config.method.preset.startswith("acc-") else config.method.accumulate

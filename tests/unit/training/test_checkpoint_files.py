@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.checkpoint.files import CheckpointError
@@ -19,23 +19,6 @@ from hvdlocal.training.checkpoint.interval import FIRST_SECONDS, CheckpointInter
 from hvdlocal.training.checkpoint.resume import averaged_model, resume
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.config import CheckpointConfig
-
-
-class Alone(Communicator):
-    """One rank, which needs no backend."""
-
-    backend = "none"
-
-    def __init__(self):
-        super().__init__(0, 1, 0, 1, 1.0)
-
-    def shutdown(self): ...
-
-    def _start_sum(self, flat, name): ...
-
-    def _start_broadcast(self, flat, name, root): ...
-
-    def _gather_bytes(self, data, name): ...
 
 
 def state(rank: int, weight: float, **more) -> dict:
@@ -141,7 +124,7 @@ def test_another_number_of_ranks_starts_from_the_mean(tmp_path):
         for rank, (w, m) in enumerate(zip(weights, moments, strict=True))
     ]
     path = write(tmp_path, 4, states)
-    found = resume(Alone(), tmp_path, lambda manifest: None)
+    found = resume(SingleProcess(), tmp_path, lambda manifest: None)
     assert found.state is None
     averaged = found.averaged
     expected = torch.tensor(weights, dtype=torch.float32).double().mean().float()
@@ -163,12 +146,12 @@ def test_the_newest_good_one_is_taken(tmp_path):
     for step in (1, 2, 3):
         write(tmp_path, step, [state(0, float(step))])
     (tmp_path / "step-0000000003" / files.rank_file(0)).write_bytes(b"")
-    found = resume(Alone(), tmp_path, lambda manifest: None)
+    found = resume(SingleProcess(), tmp_path, lambda manifest: None)
     assert found.step == 2
     assert "has 0 bytes instead of" in found.skipped[0]
-    assert resume(Alone(), tmp_path / "nothing", lambda manifest: None) is None
+    assert resume(SingleProcess(), tmp_path / "nothing", lambda manifest: None) is None
     with pytest.raises(CheckpointError, match="step-0000000002 was written with lr=1"):
-        resume(Alone(), tmp_path, lambda manifest: "was written with lr=1, not 2")
+        resume(SingleProcess(), tmp_path, lambda manifest: "was written with lr=1, not 2")
 
 
 def test_a_checkpoint_under_the_name_of_another_step(tmp_path):
@@ -176,7 +159,7 @@ def test_a_checkpoint_under_the_name_of_another_step(tmp_path):
     write(tmp_path, 1, [state(0, 1.0)])
     path = write(tmp_path, 2, [state(0, 2.0)])
     path.rename(tmp_path / "step-0000000009")
-    found = resume(Alone(), tmp_path, lambda manifest: None)
+    found = resume(SingleProcess(), tmp_path, lambda manifest: None)
     assert found.step == 1
     assert re.search("step-0000000009/manifest.json is that of step 2", found.skipped[0])
     path = (tmp_path / "step-0000000009").rename(tmp_path / "a-copy")
@@ -187,14 +170,14 @@ def test_a_checkpoint_of_another_run(tmp_path):
     write(tmp_path, 1, [state(0, 1.0)], run="ours")
     write(tmp_path, 2, [state(0, 2.0)])
     write(tmp_path, 3, [state(0, 3.0)], run="theirs")
-    found = resume(Alone(), tmp_path, lambda manifest: None, "ours")
+    found = resume(SingleProcess(), tmp_path, lambda manifest: None, "ours")
     assert found.step == 2, "written before runs had names"
     assert found.skipped == [f"{tmp_path}/step-0000000003 was written by another run"]
-    assert resume(Alone(), tmp_path, lambda manifest: None).step == 3, "one without a name takes it"
+    assert resume(SingleProcess(), tmp_path, lambda manifest: None).step == 3, "one without a name takes it"
     shutil.rmtree(tmp_path / "step-0000000002")
     shutil.rmtree(tmp_path / "step-0000000001")
     with pytest.raises(CheckpointError, match=r"none of the 1 checkpoints in .* by another run"):
-        resume(Alone(), tmp_path, lambda manifest: None, "ours")
+        resume(SingleProcess(), tmp_path, lambda manifest: None, "ours")
 
 
 def test_a_rank_that_cannot_write_takes_no_room(tmp_path, monkeypatch):
@@ -213,7 +196,7 @@ def test_a_rank_that_cannot_write_takes_no_room(tmp_path, monkeypatch):
 
 
 def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
-    writer = CheckpointWriter(Alone(), Directory(tmp_path), keep=1)
+    writer = CheckpointWriter(SingleProcess(), Directory(tmp_path), keep=1)
     root = tmp_path / "checkpoints"
 
     def full(*_):

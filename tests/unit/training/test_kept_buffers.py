@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 from support.configs import digits_config
-from test_checkpoint_files import Alone, write
+from test_checkpoint_files import write
 
 from hvdlocal.averaging.buffers import choose_policies
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint.resume import averaged_model, resume
 from hvdlocal.training.config import MethodConfig
@@ -26,7 +27,7 @@ def test_another_number_of_ranks_has_rank_0s_own_buffers(tmp_path):
         for rank in range(3)
     ]
     path = write(tmp_path, 4, states)
-    for model in (resume(Alone(), tmp_path, lambda manifest: None).averaged["model"], averaged_model(path)):
+    for model in (resume(SingleProcess(), tmp_path, lambda manifest: None).averaged["model"], averaged_model(path)):
         assert model["w"] == 1.0
         assert model["mean"] == 1.0
         assert torch.equal(model["u"], vectors[0])

@@ -5,22 +5,11 @@ import torch
 from support.configs import digits_config
 
 from hvdlocal import AdaComm, AdaScale, ConstantPeriod, LinearScaling, LocalAdaScale, NoScaling, PostLocal, PowerRule
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.training.config import MethodConfig, OptimizerConfig, PeriodConfig
 from hvdlocal.training.config_checks import check_ranges, unused_settings
 from hvdlocal.training.presets import build_inner, build_optimizer, build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.run_length import RunLength
-
-
-class OneRank:
-    """A communicator of a single rank."""
-
-    rank, size, local_rank, local_size = 0, 1, 0, 1
-
-    def gather(self, value, name):
-        return [value]
-
-    def broadcast_(self, tensor, name):
-        pass
 
 
 @pytest.mark.parametrize(
@@ -79,7 +68,10 @@ def test_optimizer_gets_the_method():
     length = RunLength(epoch=10, budget=70, schedule=lambda progress: 0.1, reference_batches=1)
     method = MethodConfig("local-ada", PeriodConfig("qsr", alpha=0.2, h_base=4, rate="base"), 3, "average", "local")
     optimizer = build_optimizer(
-        digits_config(method=method, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
+        digits_config(method=method, optimizer=OptimizerConfig(max_norm=2.0)),
+        torch.nn.Linear(1, 1),
+        length,
+        SingleProcess(),
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm) == (3, 70, 2.0)
     assert (optimizer._momentum_policy, optimizer._buffers, optimizer._rate_for_period) == (
@@ -89,7 +81,10 @@ def test_optimizer_gets_the_method():
     )
     acc = MethodConfig("acc-lin", PeriodConfig(period=5), buffers="local")
     optimizer = build_optimizer(
-        digits_config(method=acc, optimizer=OptimizerConfig(max_norm=2.0)), torch.nn.Linear(1, 1), length, OneRank()
+        digits_config(method=acc, optimizer=OptimizerConfig(max_norm=2.0)),
+        torch.nn.Linear(1, 1),
+        length,
+        SingleProcess(),
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm, optimizer._buffers) == (
         5,

@@ -17,13 +17,13 @@ __all__ = ["ClosedStorage", "Extent", "Layout", "Reader", "Region", "Storage", "
 
 def open_storage(
     layout: Layout,
-    storage: str = "auto",
-    communicator: Communicator | None = None,
+    storage: str,
+    communicator: Communicator,
     share: str = "node",
     stream_bytes: int | None = None,
     region: Region | None = None,
 ) -> Storage:
-    """Opens the storage that was asked for, or the one that fits; a collective if there is a communicator.
+    """Opens the storage that was asked for, or the one that fits; a collective.
 
     Args:
         layout: what to hold.
@@ -34,10 +34,10 @@ def open_storage(
         stream_bytes: what mode "stream" may hold in this process; a quarter of the free memory over the ranks of the
             node unless given.
         region: where another process of this node may hold the same data in memory; then nothing is chosen or read. For
-            one process alone, without a communicator.
+            one process alone.
 
     Raises:
-        ValueError: the choice is impossible, or a file is not what it should be; with a communicator on every rank.
+        ValueError: the choice is impossible, or a file is not what it should be; on every rank.
         OSError: a file cannot be read.
     """
     if share not in ("node", "job"):
@@ -49,14 +49,11 @@ def open_storage(
                 f"stream_bytes is {stream_bytes}; choose at least 1, or None for a quarter of the free memory"
             )
 
-    if communicator is None:
-        check()
-    else:  # each rank may have its own
-        succeed_together(communicator, check, "hvdlocal.data.stream_bytes")
+    succeed_together(communicator, check, "hvdlocal.data.stream_bytes")  # each rank may have its own
     if region is not None:
         # Before anything is chosen: memory that is shared already needs no room.
         with contextlib.suppress(OSError):  # its process is gone, or on another node
-            return RamStorage(layout, "shared with the process that opened the data set", region=region)
+            return RamStorage(layout, "shared with the process that opened the data set", communicator, region=region)
     path, obstacle = layout.extents[0].path, None
     for extent in layout.extents:
         if isinstance(extent, Unmappable):
@@ -71,4 +68,4 @@ def open_storage(
             return MappedStorage(layout, choice.reason)
         return StreamStorage(layout, choice.reason, choice.stream_bytes if stream_bytes is None else stream_bytes)
 
-    return open_files() if communicator is None else succeed_together(communicator, open_files, "hvdlocal.data.open")
+    return succeed_together(communicator, open_files, "hvdlocal.data.open")

@@ -61,7 +61,7 @@ class RamStorage(Storage):
     Args:
         layout: what to hold.
         reason: see `Storage`.
-        communicator: the ranks that share copies; without one, the copy is private.
+        communicator: the ranks that share copies; the copy of a single rank is private.
         share: "node": each node reads all shards, its ranks in parallel; "job": one rank of the job reads a shard and
             broadcasts it.
         region: where another process of this node holds the same data already; then nothing is read.
@@ -71,7 +71,7 @@ class RamStorage(Storage):
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is too short, or a checksum is wrong. (With a communicator, SetupError on every rank.)
+        ValueError: a file is too short, or a checksum is wrong. (Over several ranks, SetupError on every one.)
         OSError: the region cannot be opened.
     """
 
@@ -81,21 +81,19 @@ class RamStorage(Storage):
         self,
         layout: Layout,
         reason: str,
-        communicator: Communicator | None = None,
+        communicator: Communicator,
         share: str = "node",
         region: Region | None = None,
     ) -> None:
         super().__init__(layout, reason)
         self.region: Region | None = None
         self._descriptor: int | None = None  # stays open for processes that unpickle a data set
-        if communicator is not None and communicator.size > 1:
+        if communicator.size > 1:
             self._memory = self._stage_together(communicator, share)
         elif region is not None:
             self._memory = self._opened(region)
-        elif communicator is not None:
-            self._memory = succeed_together(communicator, self._stage_alone, "hvdlocal.data.stage")
         else:
-            self._memory = self._stage_alone()
+            self._memory = succeed_together(communicator, self._stage_alone, "hvdlocal.data.stage")
         if layout.sample_bytes is not None:
             self._images = self._memory.reshape(-1, layout.sample_bytes)
 

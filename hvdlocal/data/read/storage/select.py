@@ -73,10 +73,8 @@ def this_node() -> Node:
     return Node(f"{socket.gethostname()} {boot}", namespace)
 
 
-def choose(
-    storage: str, total_bytes: int, path: Path, obstacle: str | None, communicator: Communicator | None
-) -> Choice:
-    """Decides where the bytes of a split shall lie; a collective if there is a communicator.
+def choose(storage: str, total_bytes: int, path: Path, obstacle: str | None, communicator: Communicator) -> Choice:
+    """Decides where the bytes of a split shall lie; a collective.
 
     Args:
         storage: "auto", or what the user wants.
@@ -90,7 +88,7 @@ def choose(
     if storage not in MODES:
         raise ValueError(f"storage is {storage!r}; choose 'auto', 'ram', 'mmap' or 'stream'")
     mine = (this_node(), available_bytes(), file_system(path))
-    everyone = [mine] if communicator is None else communicator.gather(mine, "hvdlocal.data.choice")
+    everyone = communicator.gather(mine, "hvdlocal.data.choice")
     copies = Counter(host for host, _ in {(node.host, node.namespace) for node, _, _ in everyone})
     ranks = Counter(node.host for node, _, _ in everyone)
     available, copies_there = min((free // copies[node.host], copies[node.host]) for node, free, _ in everyone)

@@ -2,7 +2,6 @@ import pickle
 import re
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
 import hvdlocal
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.data import Loader, ShardedDataset, ShardWriter
 from hvdlocal.data.augment import CenterCrop, CropFlip, Normalize, RandomResizedCrop
 from hvdlocal.data.load.loader import evaluation_batches
@@ -228,8 +228,7 @@ def test_the_example_of_the_documentation_runs(source, tmp_path, monkeypatch):
     section = text.split("## In your own loop")[1].split("\n## ")[0]
     ShardWriter(tmp_path / "data" / "cifar10", "train", classes=list("abcde")).write(*source(300))
     monkeypatch.chdir(tmp_path)
-    alone = SimpleNamespace(rank=0, size=1, gather=lambda value, name: [value])
-    monkeypatch.setattr(hvdlocal, "init", lambda: alone)
+    monkeypatch.setattr(hvdlocal, "init", SingleProcess)
     names = {}
     for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
         exec(code, names)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.data import ShardedDataset
 from hvdlocal.data.read.storage import select
 from hvdlocal.data.read.storage.select import available_bytes, choose, file_system
@@ -47,7 +48,7 @@ def machine(monkeypatch):
 )
 def test_auto(machine, tmp_path, size, kind, mode, reason):
     machine(8 * GIB, kind)
-    found = choose("auto", size, tmp_path, None, None)
+    found = choose("auto", size, tmp_path, None, SingleProcess())
     assert found.mode == mode
     assert reason in found.reason
     assert found.stream_bytes == 2 * GIB
@@ -73,7 +74,7 @@ def test_ranks_that_do_not_see_each_other_need_a_copy_each(machine, tmp_path):
 def test_a_wish_is_followed(machine, tmp_path):
     machine(8 * GIB, "lustre")
     for mode in ("ram", "mmap", "stream"):
-        assert choose(mode, 5 * GIB, tmp_path, None, None).mode == mode
+        assert choose(mode, 5 * GIB, tmp_path, None, SingleProcess()).mode == mode
 
 
 @pytest.mark.parametrize(
@@ -93,7 +94,7 @@ def test_a_wish_is_followed(machine, tmp_path):
 def test_impossible_wishes(machine, tmp_path, storage, size, obstacle, message):
     machine(8 * GIB, "ext4")
     with pytest.raises(ValueError, match=message):
-        choose(storage, size, tmp_path, obstacle, None)
+        choose(storage, size, tmp_path, obstacle, SingleProcess())
 
 
 def test_wishes_of_a_user(make_dataset, tmp_path):
