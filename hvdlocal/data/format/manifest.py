@@ -115,7 +115,7 @@ class Manifest:
                 seed=content["seed"],
                 mean=tuple(content["mean"]),
                 std=tuple(content["std"]),
-                shards=tuple(ShardEntry(**shard) for shard in content["shards"]),
+                shards=tuple(map(_entry, content["shards"])),
                 kind=content.get("kind", "images"),
                 preparation=content.get("preparation", {}),
                 plan=content.get("plan", ""),
@@ -131,6 +131,14 @@ class Manifest:
                 f"{path} is not a usable manifest: {reason}; write the data set again with {OVERWRITE}"
             ) from error
         return manifest
+
+
+def _entry(content: Mapping[str, Any]) -> ShardEntry:
+    names = ShardEntry.__dataclass_fields__
+    for name in content:
+        if name not in names:
+            raise ValueError(f"a shard cannot have {reprlib.repr(name)}")
+    return ShardEntry(**content)
 
 
 def _check_values(manifest: Manifest) -> None:

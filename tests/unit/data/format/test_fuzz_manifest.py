@@ -100,6 +100,7 @@ def test_another_value_without_its_fingerprint(split, key, value):
 @given(st.sampled_from([key for key in CONTENT if key != "fingerprint"]), values)
 @example("shape", [])
 @example("shards", [])
+@example("shards", [{"\n": None}])
 @example("mean", ["x", "y"])
 @example("mean", [float("nan"), 0.5])
 @example("std", [0.5])
