@@ -336,31 +336,31 @@ def train_loop(place: Place, title: str, config: object, batch: int, steps: int,
     from hvdlocal.training import Trainer
 
     trainer = Trainer(config, hvdlocal.init())
-    shape, classes = trainer.images.shape, trainer.train_data.num_classes
+    shape, classes = trainer.session.preprocessing.shape, trainer.session.train_data.num_classes
     bare = Bare(place, build_model(config.model.name, classes, shape), batch, shape, classes)
     bare.seconds(max(3, steps // 3))
     times: dict[str, list[float]] = {"bare": [], "hvdlocal train": []}
     waiting: list[float] = []
-    original, done, began = trainer._micro_batch, 0, (0.0, 0.0)
+    original, done, began = trainer.step.update, 0, (0.0, 0.0)
     warm = max(4, steps // 2)
 
-    def micro_batch(batches: object) -> None:
+    def update() -> None:
         nonlocal done, began
+        original()
+        done += 1
         if done == warm:  # after a pause the first batches were ready, so they do not count
             place.finish()
-            began = time.perf_counter(), trainer.totals.waiting_for_data
-        original(batches)
-        done += 1
+            began = time.perf_counter(), trainer.state.totals.waiting_for_data
         if done == warm + steps:
             place.finish()
             times["hvdlocal train"].append(time.perf_counter() - began[0])
-            waiting.append((trainer.totals.waiting_for_data - began[1]) / times["hvdlocal train"][-1])
+            waiting.append((trainer.state.totals.waiting_for_data - began[1]) / times["hvdlocal train"][-1])
             times["bare"].append(bare.seconds(steps))
             done = 0
             if len(times["bare"]) == trials:
                 raise Enough
 
-    trainer._micro_batch = micro_batch
+    trainer.step.update = update
     try:
         trainer.run()
     except Enough:

@@ -46,7 +46,7 @@ def sample(trainer: Trainer) -> Sample:
     """Reads /proc/self."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return Sample(
-        trainer.position.steps,
+        trainer.state.position.steps,
         pages * os.sysconf("SC_PAGE_SIZE") / 2**20,
         len(os.listdir("/proc/self/fd")),
         len(os.listdir("/proc/self/task")),

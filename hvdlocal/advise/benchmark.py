@@ -8,24 +8,19 @@ from __future__ import annotations
 
 import random
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from hvdlocal.advise.measurements import Series, StepTimes, SyncStepTimes, undo_moving_average
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.averaging.statistics import default_smoothing
-from hvdlocal.communicator import Communicator, require_agreement, succeed_together
-from hvdlocal.data import ShardedDataset
-from hvdlocal.training.builders import check_model, configured_loader, facts, memory_format, model_from_config
+from hvdlocal.communicator import Communicator
 from hvdlocal.training.config import MethodConfig, PeriodConfig, Preset, TrainConfig
-from hvdlocal.training.config_checks import check_ranges
-from hvdlocal.training.environment import choose_device, set_threads
-from hvdlocal.training.preprocessing import preprocessing_from_config
-from hvdlocal.training.presets import build_optimizer, build_period
+from hvdlocal.training.presets import build_optimizer
 from hvdlocal.training.run_length import run_length
+from hvdlocal.training.session import Session
+from hvdlocal.training.step import TrainingStep
 
 PERIOD = 4
 """H of the short run: the steps within a round are timed between its first, which takes statistics, and its last."""
@@ -38,45 +33,25 @@ class Benchmark:
         config: model, data, optimizer and method.
         communicator: the ranks.
 
+    Attributes:
+        session: data, model and settings.
+        length: of a run of the methods that are timed, whose base learning rate is that of one worker.
+        reference_batches: by which the configured base learning rate is divided for them.
+        batches: the training batches, without an end.
+
     Raises:
         SetupError, DisagreementError: as for `measure`.
     """
 
     def __init__(self, config: TrainConfig, communicator: Communicator) -> None:
-        self.config = config
-        self.communicator = communicator
-        succeed_together(communicator, self._check, "hvdlocal.check")
-        data = config.data
-        self.data = ShardedDataset(
-            data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
-        )
-        succeed_together(communicator, self._prepare, "hvdlocal.prepare")
-        agreed = facts(config, self.device, {"training": self.data.fingerprint})
-        require_agreement(communicator, agreed, "hvdlocal.preflight")
-        set_threads(config.threads, communicator)
-        self.batches = self.loader.endless()
-
-    def _check(self) -> None:
-        check_ranges(self.config)
-        self.device = choose_device(self.config.device, self.communicator)
-
-    def _prepare(self) -> None:
-        config, workers = self.config, self.communicator.size
-        self.images = preprocessing_from_config(config.data, self.data)
-        check_model(config, self.data, self.images, workers)
-        rank = self.communicator.rank
-        self.loader = configured_loader(config, self.data, self.images, self.device, rank=rank, num_workers=workers)
-        # The method in the configuration is not run, but a mistake in it should be reported now.
-        configured = run_length(config, self.loader.steps_per_epoch, workers)
-        if config.method.is_local:
-            build_period(config.method.period, config.optimizer.lr, 0.0, configured.epoch)
-        self.reference = configured.reference_batches
-        short_run = replace(config, method=self.method("local-ada", PERIOD, config.method.statistics))
-        self.length = run_length(short_run, self.loader.steps_per_epoch, workers)
-        self.parameters = sum(p.numel() for p in self.model().parameters() if p.requires_grad)
+        self.session = session = Session(config, communicator, with_test_data=False)
+        timed = replace(config, method=self.method("local-ada", PERIOD, config.method.statistics))
+        self.length = run_length(timed, session.loader.steps_per_epoch, communicator.size)
+        self.reference_batches = session.length.reference_batches
+        self.batches = session.loader.endless()
 
     def candidates(self) -> list[Candidate]:
-        """What has a payload of its own; sync is like acc-lin, local like local-lin. A collective."""
+        """Returns one candidate per distinct payload (sync has acc-lin's, local has local-lin's); a collective."""
         variants: list[tuple[str, Preset, str]] = [
             ("acc-lin", "acc-lin", "sketch"),
             ("acc-ada", "acc-ada", "sketch"),
@@ -84,51 +59,46 @@ class Benchmark:
             ("local-ada sketch", "local-ada", "sketch"),
             ("local-ada exact", "local-ada", "exact"),
         ]
-        if self.config.method.preset == "local-ada-nostale":
-            variants.append(("local-ada-nostale", "local-ada-nostale", self.config.method.statistics))
+        method = self.session.config.method
+        if method.preset == "local-ada-nostale":
+            variants.append(("local-ada-nostale", "local-ada-nostale", method.statistics))
         return [Candidate(self, *variant) for variant in variants]
 
     def close(self) -> None:
-        """Ends the loading."""
+        """Ends the loading and closes the data."""
         self.batches.close()
-
-    def model(self) -> nn.Module:
-        """The configured model as it is before training."""
-        return model_from_config(self.config, self.data.num_classes, self.images, self.device)
+        self.session.close()
 
     @property
     def smoothing(self) -> float:
-        """θ as the trainer has it by default, but the same for every round, so that single estimates can be recovered."""
-        method = self.config.method
+        """θ: the trainer's default, but the same for every round, so that single estimates can be recovered."""
+        method = self.session.config.method
         if method.smoothing is not None:
             return method.smoothing
-        return default_smoothing(self.communicator.size * PERIOD * method.accumulate)
-
-    @property
-    def memory_format(self) -> torch.memory_format:
-        """Of the model and its inputs."""
-        return memory_format(self.config.model)
+        return default_smoothing(self.session.communicator.size * PERIOD * method.accumulate)
 
     def optimizer(self, preset: Preset, period: int, statistics: str) -> LocalOptimizer | SynchronousOptimizer:
-        """An optimizer with a replica of its own, as the configuration has it but for the method; a collective."""
-        config = replace(self.config, method=self.method(preset, period, statistics))
-        return build_optimizer(config, self.model(), self.length, self.communicator)
+        """Returns a configured optimizer with another method and a replica of its own; a collective."""
+        session = self.session
+        config = replace(session.config, method=self.method(preset, period, statistics))
+        return build_optimizer(config, session.new_model(), self.length, session.communicator)
 
     def method(self, preset: Preset, period: int, statistics: str) -> MethodConfig:
-        """The configured method with another preset and a constant period."""
+        """Returns the configured method with another preset and a constant period."""
+        method = self.session.config.method
         return replace(
-            self.config.method,
+            method,
             preset=preset,
             period=PeriodConfig(period=period),
             statistics=statistics,  # type: ignore[arg-type]
             smoothing=self.smoothing,
-            accumulate=1 if preset.startswith("acc") else self.config.method.accumulate,
+            accumulate=1 if preset.startswith("acc") else method.accumulate,
         )
 
     def synchronize_device(self) -> None:
-        """Waits for what a GPU has been asked for: clocks should not count it later."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """Waits until a GPU has finished its work, so that a clock does not count it later."""
+        if self.session.device.type == "cuda":
+            torch.cuda.synchronize(self.session.device)
 
 
 class Candidate:
@@ -157,7 +127,7 @@ class Candidate:
 
     def turn(self) -> None:
         """One step, of two micro-batches with accumulation."""
-        optimizer, communicator = self._optimizer, self._bench.communicator
+        optimizer, communicator = self._optimizer, self._bench.session.communicator
         for _ in range(optimizer.accumulate - 1):
             self._collect.append(self._step())
         communicator.barrier("hvdlocal.measure")
@@ -169,7 +139,7 @@ class Candidate:
 
     def take(self) -> SyncStepTimes:
         """What was measured since the last call; a collective."""
-        communicator = self._bench.communicator
+        communicator = self._bench.session.communicator
         everyone = communicator.gather((self._samples, Series.of(self._collect)), "hvdlocal.closing")
         slowest = [
             tuple(map(max, zip(*ranks, strict=True))) for ranks in zip(*(one for one, _ in everyone), strict=True)
@@ -203,15 +173,12 @@ class StepTimer:
     """
 
     def __init__(self, bench: Benchmark, preset: Preset = "local-ada", period: int = PERIOD) -> None:
-        config = bench.config
         self._bench = bench
-        self.optimizer = bench.optimizer(preset, period, config.method.statistics)
+        self.optimizer = bench.optimizer(preset, period, bench.session.config.method.statistics)
+        self._step = TrainingStep(bench.session, self.optimizer, self._learning_rate)
         self.averages: list[tuple[float, float]] = []
         self.rounds: list[float] = []
-        model = self.optimizer.model.train()
-        self._forward: nn.Module = torch.compile(model) if config.model.compile else model  # type: ignore[assignment]
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
-        self._scaler = torch.amp.GradScaler(bench.device.type, enabled=config.precision == "float16")
+        self.optimizer.model.train()
         self._times: tuple[list[float], ...] = ([], [], [], [])
 
     def round(self) -> None:
@@ -251,26 +218,24 @@ class StepTimer:
             undo_moving_average([grad_var for _, grad_var in self.averages], theta),
         )
 
+    def _learning_rate(self, progress: float) -> float:
+        """Returns γ of one worker."""
+        return self._bench.length.schedule(progress) / self._bench.reference_batches
+
     def _micro_batch(self) -> tuple[float, float, float]:
-        """One micro-batch: seconds of waiting for its images, of forward and backward pass, and of the optimizer's `step`."""
-        bench, optimizer, config = self._bench, self.optimizer, self._bench.config
-        if not optimizer.micro_batches:
-            lr = bench.length.schedule(optimizer.progress) / bench.reference
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        """Trains on one micro-batch.
+
+        Returns:
+            Seconds of waiting for its images, of forward and backward pass, and of the optimizer's `step`.
+        """
+        bench = self._bench
         start = time.perf_counter()
         x, y = next(bench.batches)
         bench.synchronize_device()
         loaded = time.perf_counter()
-        half = config.precision != "float32"
-        with torch.autocast(bench.device.type, dtype=getattr(torch, config.precision)) if half else nullcontext():
-            loss = self._criterion(self._forward(x.contiguous(memory_format=bench.memory_format)), y)
-        optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
-        optimizer.record_loss(loss)
+        self._step.compute(x, y)
         bench.synchronize_device()
         computed = time.perf_counter()
-        self._scaler.step(optimizer)
-        self._scaler.update()
+        self._step.update()
         bench.synchronize_device()
         return loaded - start, computed - loaded, time.perf_counter() - computed

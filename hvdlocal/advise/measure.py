@@ -11,7 +11,7 @@ from hvdlocal.advise.measurements import Block, Measurements, Series, rank_jitte
 from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator
 from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.trainer import DivergedError
+from hvdlocal.training.errors import DivergedError
 
 BLOCKS = 5
 RUN_SHARE = 0.6
@@ -40,7 +40,7 @@ def measure(config: TrainConfig, communicator: Communicator, seconds: float) -> 
 
 def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
     start = time.monotonic()
-    communicator = bench.communicator
+    communicator = bench.session.communicator
     run = StepTimer(bench)
     candidates = [] if communicator.size == 1 else bench.candidates()
 
@@ -59,7 +59,7 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
     for candidate in candidates:
         candidate.take()
     paces, apart, closings, ends = [], [], [], []
-    micro_batches = PERIOD * bench.config.method.accumulate
+    micro_batches = PERIOD * bench.session.config.method.accumulate
     for block in range(BLOCKS):
         left = max(start + seconds - time.monotonic(), 0.0) / (BLOCKS - block)
         share = RUN_SHARE if candidates else 1.0
@@ -74,11 +74,11 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         [Series.of(estimates[begin:end]) for begin, end in pairwise([0, *ends])] for estimates in run.estimates()
     )
     return Measurements(
-        accumulate=bench.config.method.accumulate,
-        batch_size=bench.config.data.batch_size,
-        samples=bench.loader.samples_per_epoch,
+        accumulate=bench.session.config.method.accumulate,
+        batch_size=bench.session.config.data.batch_size,
+        samples=bench.session.loader.samples_per_epoch,
         epoch=bench.length.epoch,
-        parameters=bench.parameters,
+        parameters=bench.session.parameters,
         blocks=tuple(Block(*parts) for parts in zip(paces, apart, closings, grad_sqr, grad_var, strict=True)),
         epochs=run.optimizer.progress / bench.length.epoch,
         seconds=max(communicator.gather(time.monotonic() - start, "hvdlocal.seconds")),

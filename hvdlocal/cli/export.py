@@ -10,7 +10,7 @@ from hvdlocal.directory import user_file
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.checkpoint.resume import averaged_model
-from hvdlocal.training.output_directory import CHECKPOINTS, SUMMARY
+from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY
 from hvdlocal.training.saved_model import write_state
 
 

@@ -135,7 +135,7 @@ def _jobs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Seque
 def _prepare(jobs: Sequence[GridRun], grid: Grid) -> None:
     """Looks for the data, and removes earlier runs if that is asked for."""
     from hvdlocal.data.format.manifest import MANIFEST_NAME
-    from hvdlocal.training.output_directory import restart_count
+    from hvdlocal.training.attempts import restart_count
 
     if not grid.periods:
         require_scipy("qsr")

@@ -16,7 +16,7 @@ from hvdlocal.papers.launcher import Supervisor, train_command
 from hvdlocal.papers.studies import GridPoint, Setup
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config_checks import effective_settings
-from hvdlocal.training.output_directory import SUMMARY, RunStatus, clear, find_status
+from hvdlocal.training.run_files import SUMMARY, RunStatus, clear, find_status
 
 DIVERGED = "diverged.json"
 """Marks the directory of a run that ended in NaN: it would do so again."""

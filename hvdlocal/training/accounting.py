@@ -1,70 +1,92 @@
-"""What a run has taken and sent so far, carried through interruptions."""
+"""What a run has taken and sent so far, counted on through interruptions."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from hvdlocal.averaging import ReplicaOptimizer
+
+
+class _Communication(NamedTuple):
+    """What one rank has spent on collectives."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    collectives: int = 0
+
+    def plus(self, other: _Communication) -> _Communication:
+        return _Communication(
+            self.seconds + other.seconds, self.bytes + other.bytes, self.collectives + other.collectives
+        )
+
+    def minus(self, other: _Communication) -> _Communication:
+        return _Communication(
+            self.seconds - other.seconds, self.bytes - other.bytes, self.collectives - other.collectives
+        )
 
 
 class RunTotals:
     """Seconds of this rank by what they were spent on, and what training handed to collectives.
 
+    What is sent beside training, for evaluations and checkpoints, is not counted.
+
     Args:
-        optimizer: that trains, and times its averagings; what its communicator carries is counted.
+        optimizer: trains, times its averagings, and has the communicator whose traffic is counted.
     """
 
     def __init__(self, optimizer: ReplicaOptimizer) -> None:
         self._optimizer = optimizer
-        self._traffic = optimizer.communicator.traffic
-        self._elapsed_before, self._bytes_before, self._collectives_before = 0.0, 0, 0
+        self._elapsed_before = 0.0
+        self._before = _Communication()
         self.waiting_for_data = 0.0
         self.evaluating = 0.0
         self.start()
 
     def start(self) -> None:
-        """Training begins now, or goes on; what was sent to set it up does not count."""
+        """Starts the clock: training begins or continues now. What was sent during set-up is not counted."""
         self._start = time.perf_counter()
-        self._bytes_not_counted, self._collectives_not_counted = self._traffic.bytes, self._traffic.collectives
+        self._not_counted = self._so_far()
 
     @property
     def elapsed(self) -> float:
-        """Seconds since training began, those between an interruption and the resumption left out."""
+        """Seconds since training began, without those between an interruption and the resumption."""
         return self._elapsed_before + time.perf_counter() - self._start
 
     @property
+    def averaging(self) -> float:
+        """Seconds spent on averaging and on waiting for other ranks."""
+        return self._counted().seconds
+
+    @property
     def bytes_sent(self) -> int:
-        """By training, evaluations and everything else beside it left out."""
-        return self._bytes_before + self._traffic.bytes - self._bytes_not_counted
+        """Bytes that training has handed to collectives."""
+        return self._counted().bytes
 
     @property
     def collectives(self) -> int:
-        """As `bytes_sent`."""
-        return self._collectives_before + self._traffic.collectives - self._collectives_not_counted
+        """Collectives of training."""
+        return self._counted().collectives
 
     @contextmanager
     def beside_training(self) -> Iterator[None]:
-        """What is sent inside does not count."""
-        bytes_before, collectives_before = self._traffic.bytes, self._traffic.collectives
+        """Does not count the communication inside the context."""
+        before = self._so_far()
         try:
             yield
         finally:
-            self._bytes_not_counted += self._traffic.bytes - bytes_before
-            self._collectives_not_counted += self._traffic.collectives - collectives_before
+            self._not_counted = self._not_counted.plus(self._so_far().minus(before))
 
     def waited(self, seconds: float) -> None:
-        """Counts a wait for other ranks as averaging, of which waiting for the slowest is a part anyway."""
-        self._optimizer.seconds_averaging += seconds
+        """Adds a wait for other ranks to the time of averaging, which includes waiting for the slowest rank anyway."""
+        self._before = self._before.plus(_Communication(seconds))
 
     def seconds(self) -> dict[str, float]:
-        """All, by name; what is not accounted for is computing."""
+        """Returns all seconds by name; the time that is not accounted for was spent on computing."""
         spent = {
-            "averaging": self._optimizer.seconds_averaging,
+            "averaging": self.averaging,
             "waiting_for_data": self.waiting_for_data,
             "evaluating": self.evaluating,
         }
@@ -72,51 +94,19 @@ class RunTotals:
         return {"elapsed": elapsed, "computing": elapsed - sum(spent.values()), **spent}
 
     def state_dict(self) -> dict[str, float]:
-        """Plain numbers."""
+        """Returns plain numbers for a checkpoint."""
         return {**self.seconds(), "bytes_sent": self.bytes_sent, "collectives": self.collectives}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Counts on from a `state_dict`, once `start` is called."""
+        """Continues from a `state_dict`; to be followed by `start`."""
         self._elapsed_before = state["elapsed"]
-        self._optimizer.seconds_averaging = state["averaging"]
+        self._before = _Communication(state["averaging"], state["bytes_sent"], state["collectives"])
         self.waiting_for_data, self.evaluating = state["waiting_for_data"], state["evaluating"]
-        self._bytes_before, self._collectives_before = state["bytes_sent"], state["collectives"]
 
+    def _so_far(self) -> _Communication:
+        """Everything since the communicator and the optimizer exist."""
+        traffic = self._optimizer.communicator.traffic
+        return _Communication(self._optimizer.seconds_averaging, traffic.bytes, traffic.collectives)
 
-class TrainingMeter:
-    """Means of this rank's training losses and accuracies since the last line of the log.
-
-    Args:
-        device: where the losses are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._totals = torch.zeros(2, dtype=torch.float32, device=device)
-        self._images = 0
-        self.micro_batches = 0
-
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Takes in one micro-batch, without waiting for its device."""
-        if labels.is_floating_point():  # MixUp's; the greater part counts
-            labels = labels.argmax(1)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self._totals += torch.stack([loss.detach().float(), correct.float()])
-        self._images += len(labels)
-        self.micro_batches += 1
-
-    def take(self) -> tuple[float, float]:
-        """(mean loss, accuracy), and starts anew."""
-        loss, correct = self._totals.tolist()
-        result = loss / self.micro_batches, correct / self._images
-        self._totals.zero_()
-        self._images = self.micro_batches = 0
-        return result
-
-    def state_dict(self) -> dict[str, Any]:
-        """What was taken in since the last line."""
-        return {"totals": self._totals.clone(), "images": self._images, "micro_batches": self.micro_batches}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The reverse of `state_dict`."""
-        self._totals.copy_(state["totals"])
-        self._images, self.micro_batches = state["images"], state["micro_batches"]
+    def _counted(self) -> _Communication:
+        return self._before.plus(self._so_far().minus(self._not_counted))

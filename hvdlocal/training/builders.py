@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def memory_format(config: ModelConfig) -> torch.memory_format:
-    """Of the model and its inputs."""
+    """Returns the memory format of the model and its inputs."""
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
@@ -99,12 +99,12 @@ def configured_loader(
     )
 
 
-def facts(config: TrainConfig, device: torch.device, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """What all ranks must have in common, with names for people.
+def preflight_facts(config: TrainConfig, device: torch.device, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the facts that must be equal on all ranks, with human-readable names.
 
     Args:
         config: on this rank.
-        device: of this rank, of which only the kind counts.
+        device: of this rank; only its kind must be equal.
         fingerprints: of the data, by "training" and "test".
     """
     found: dict[str, Any] = {f"config {key}": value for key, value in flatten(config).items()}

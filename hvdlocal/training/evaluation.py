@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
 
+from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.communicator import Communicator
+from hvdlocal.data import evaluation_batches
+from hvdlocal.training.session import Session
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,50 @@ def evaluate(
         accuracy=top1 / samples,
         top5=top5 / samples if num_classes > 5 else None,
     )
+
+
+class Evaluator:
+    """Evaluates the average of the replicas on the session's test data.
+
+    Args:
+        session: data and settings.
+        optimizer: holds the replica.
+        forward: the replica's model as training calls it, perhaps compiled.
+    """
+
+    def __init__(
+        self, session: Session, optimizer: LocalOptimizer | SynchronousOptimizer, forward: torch.nn.Module
+    ) -> None:
+        self._session = session
+        self._optimizer = optimizer
+        self._forward = forward
+
+    def __call__(self) -> Evaluation:
+        """Averages the replicas and evaluates; a collective. Afterwards the model is the average."""
+        session, optimizer = self._session, self._optimizer
+        data, config = session.test_data, session.config
+        assert data is not None
+        optimizer.synchronize()
+        if "reestimate" in optimizer.buffer_policies.values():
+            optimizer.reestimate_buffers(self._reestimation_batches())
+        batches = evaluation_batches(
+            data,
+            config.evaluation_batch_size,
+            rank=session.communicator.rank,
+            num_workers=session.communicator.size,
+            crop=session.preprocessing.test_crop,
+            transform=session.preprocessing.test_transform,
+            device=session.device,
+            threads=config.data.threads,
+        )
+        formatted = ((x.contiguous(memory_format=session.memory_format), y) for x, y in batches)
+        with session.autocast(), optimizer.published():
+            return evaluate(self._forward, formatted, session.communicator, session.device, data.num_classes)
+
+    def _reestimation_batches(self) -> Iterator[torch.Tensor]:
+        """The first batches of an order of their own: the same images, whatever the number of steps before."""
+        session = self._session
+        batches = session.new_loader(seed=session.config.seed + 1).endless()
+        for _ in range(session.config.method.reestimate_batches):
+            yield next(batches)[0].contiguous(memory_format=session.memory_format)
+        batches.close()

@@ -30,6 +30,10 @@ def _nothing_saved() -> str:
 _saved: Callable[[], str] = _nothing_saved
 
 
+class Interrupted(Exception):  # noqa: N818  (no error: the run goes on later)
+    """The run was asked to stop, and its checkpoint is on disk: the same command continues it. Raised on all ranks."""
+
+
 def install_handlers() -> None:
     """Makes the signals set a flag. To be called first of all: until then they end the process."""
     for number in SIGNALS:

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object a line, written by rank 0."""
+"""The record of a run, one JSON object a line, written by rank 0; and the means that go into it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+import torch
 
 from hvdlocal.directory import NO_ROOM, Directory
 
@@ -154,6 +156,45 @@ class TensorBoard:
         """See `Metrics`."""
         self._other.close()
         self._writer.close()
+
+
+class TrainingMeter:
+    """Means of this rank's training losses and accuracies since the last line of the log.
+
+    Args:
+        device: of the losses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._totals = torch.zeros(2, dtype=torch.float32, device=device)
+        self._images = 0
+        self.micro_batches = 0
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds one micro-batch, without waiting for its device."""
+        if labels.is_floating_point():  # of MixUp: the class with the greater share counts
+            labels = labels.argmax(1)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        self._totals += torch.stack([loss.detach().float(), correct.float()])
+        self._images += len(labels)
+        self.micro_batches += 1
+
+    def take(self) -> tuple[float, float]:
+        """Returns (mean loss, accuracy) and starts again."""
+        loss, correct = self._totals.tolist()
+        result = loss / self.micro_batches, correct / self._images
+        self._totals.zero_()
+        self._images = self.micro_batches = 0
+        return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums since the last line."""
+        return {"totals": self._totals.clone(), "images": self._images, "micro_batches": self.micro_batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a `state_dict`."""
+        self._totals.copy_(state["totals"])
+        self._images, self.micro_batches = state["images"], state["micro_batches"]
 
 
 def _end_of_records(file: IO[bytes], keep: int) -> int:

@@ -5,14 +5,40 @@ The fields are those of docs/records.md: counts and seconds are totals since the
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.data import Loader
-from hvdlocal.training.accounting import RunTotals, TrainingMeter
+from hvdlocal.training.accounting import RunTotals
 from hvdlocal.training.evaluation import Evaluation
-from hvdlocal.training.metrics import Metrics
+from hvdlocal.training.metrics import Metrics, TrainingMeter
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a run. Counts are those of one rank unless they say otherwise."""
+
+    evaluation: Evaluation
+    steps: int
+    micro_batches: int
+    rounds: int
+    progress: float
+    scale_invariant_epochs: float
+    data_epochs: float
+    collectives: int
+    bytes_sent: int
+    data_parallel_bytes: int
+    seconds: dict[str, float]
+
+    @property
+    def communication_saved(self) -> float:
+        """Share of the bytes that data parallelism would have sent, averaging the gradient of every micro-batch."""
+        return 1 - self.bytes_sent / self.data_parallel_bytes if self.data_parallel_bytes else 0.0
+
+    def record(self) -> dict[str, Any]:
+        """Returns the summary as it is written to disk."""
+        return {**asdict(self), "communication_saved": self.communication_saved}
 
 
 class Recorder:
@@ -37,7 +63,7 @@ class Recorder:
         self.metrics = metrics
         self._optimizer = optimizer
         self._loader = loader
-        self._ledger = totals
+        self._totals = totals
         self._epoch = epoch
         self._gradient_bytes = gradient_bytes
 
@@ -62,14 +88,14 @@ class Recorder:
             **self._state(),
             loss=optimizer.loss,
             divergence=optimizer.divergence,
-            averaging_seconds=optimizer.seconds_averaging,
-            bytes_sent=self._ledger.bytes_sent,
-            elapsed_seconds=self._ledger.elapsed,
+            averaging_seconds=self._totals.averaging,
+            bytes_sent=self._totals.bytes_sent,
+            elapsed_seconds=self._totals.elapsed,
         )
 
-    def window(self, window: TrainingMeter, steps: int) -> None:
-        """The training losses since the last such record."""
-        loss, accuracy = window.take()
+    def training(self, meter: TrainingMeter, steps: int) -> None:
+        """Records the training losses since the last such record."""
+        loss, accuracy = meter.take()
         self.metrics.write(
             "steps",
             steps,
@@ -77,9 +103,9 @@ class Recorder:
             loss=loss,
             accuracy=accuracy,
             divergence=self._optimizer.divergence,
-            bytes_sent=self._ledger.bytes_sent,
+            bytes_sent=self._totals.bytes_sent,
             data_parallel_bytes=self.data_parallel_bytes(steps),
-            **{f"{name}_seconds": seconds for name, seconds in self._ledger.seconds().items()},
+            **{f"{name}_seconds": seconds for name, seconds in self._totals.seconds().items()},
             **{f"loader_{name}": value for name, value in self._loader.stats().items()},
         )
         self.metrics.flush()
@@ -93,11 +119,28 @@ class Recorder:
             progress=progress,
             epoch=progress / self._epoch,
             data_epoch=self._loader.epoch,
-            elapsed_seconds=self._ledger.elapsed,
-            bytes_sent=self._ledger.bytes_sent,
+            elapsed_seconds=self._totals.elapsed,
+            bytes_sent=self._totals.bytes_sent,
             **asdict(evaluation),
         )
         self.metrics.flush()
+
+    def summary(self, evaluation: Evaluation, steps: int) -> Summary:
+        """Returns the summary of a run that ends now."""
+        optimizer, totals = self._optimizer, self._totals
+        return Summary(
+            evaluation=evaluation,
+            steps=steps,
+            micro_batches=steps * optimizer.accumulate,
+            rounds=optimizer.round,
+            progress=optimizer.progress,
+            scale_invariant_epochs=optimizer.progress / self._epoch,
+            data_epochs=self._loader.epoch,
+            collectives=totals.collectives,
+            bytes_sent=totals.bytes_sent,
+            data_parallel_bytes=self.data_parallel_bytes(steps),
+            seconds=totals.seconds(),
+        )
 
     def _state(self) -> dict[str, Any]:
         optimizer = self._optimizer

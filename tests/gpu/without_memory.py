@@ -1,24 +1,27 @@
 """`hvdlocal`, but on rank 1 the device's memory is used up from the fourth step on."""
 
+import itertools
 import sys
 
 import torch
 
 from hvdlocal.cli import main
-from hvdlocal.training import Trainer
+from hvdlocal.communicator.launched import launched_rank
+from hvdlocal.training.step import TrainingStep
 
-original = Trainer._micro_batch
+original = TrainingStep.compute
+calls = itertools.count()
 
 
-def micro_batch(self, batches):
-    if self.communicator.rank == 1 and self.position.steps == 3:
-        if self.device.type == "cpu":
+def compute(self, x, y):
+    if launched_rank() == 1 and next(calls) == 3:
+        if x.device.type == "cpu":
             raise torch.OutOfMemoryError("CUDA out of memory, as a test has it")
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1e-6)  # from here on the device refuses to give any
-    original(self, batches)
+    return original(self, x, y)
 
 
 if __name__ == "__main__":
-    Trainer._micro_batch = micro_batch
+    TrainingStep.compute = compute
     sys.exit(main())

@@ -146,16 +146,16 @@ def starting() -> None:
 
 def opening() -> None:
     """A data set is about to be opened."""
-    from hvdlocal.training import trainer
+    from hvdlocal.training import session
 
-    before(trainer, "ShardedDataset", "opening")
+    before(session, "ShardedDataset", "opening")
 
 
 def computing() -> None:
     """A micro-batch."""
-    from hvdlocal.training import trainer
+    from hvdlocal.training.step import TrainingStep
 
-    before(trainer.Trainer, "_micro_batch", "computing")
+    before(TrainingStep, "compute", "computing")
 
 
 def averaging() -> None:
@@ -181,15 +181,15 @@ def completing() -> None:
 
 def evaluating() -> None:
     """The average is there; the test images are next."""
-    from hvdlocal.training import trainer
+    from hvdlocal.training import evaluation
 
-    before(trainer, "evaluate", "evaluating")
+    before(evaluation, "evaluate", "evaluating")
 
 
 def ending() -> None:
     """The model is saved; the summary, which says that the run has ended, is not."""
     from hvdlocal.directory import Directory
-    from hvdlocal.training.output_directory import SUMMARY
+    from hvdlocal.training.run_files import SUMMARY
 
     before(Directory, "write_text", "ending", lambda self, name, text: name == SUMMARY)
 

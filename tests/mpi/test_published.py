@@ -8,7 +8,7 @@ from support.models import everywhere_equal
 from test_resume import config, place  # noqa: F401
 
 from hvdlocal.models import build_model
-from hvdlocal.training import Trainer, trainer
+from hvdlocal.training import Trainer, evaluation
 from hvdlocal.training.config import MethodConfig, PeriodConfig
 
 
@@ -41,20 +41,20 @@ def test_the_model_that_is_evaluated_is_the_model_that_is_saved(comm, place, mon
 
     def evaluate(model, *args):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return evaluation(model, *args)
+        return original(model, *args)
 
-    evaluation = trainer.evaluate
-    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    original = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     method = MethodConfig(preset, period=PeriodConfig(period=3), buffers=buffers)
     run = Trainer(config(place, f"published-{preset}-{buffers}".replace("*", ""), method=method, overwrite=True), comm)
     run.run()
     comm.barrier("test.saved")
-    saved = torch.load(run.directory / "model.pt", weights_only=True)
+    saved = torch.load(run.output.path / "model.pt", weights_only=True)
     for name, value in seen[-1].items():
         assert torch.equal(value, saved[name]), name
     if comm.size > 1:
-        assert not everywhere_equal(comm, run.model["extras"].bank) or "*.bank" in buffers
-        assert everywhere_equal(comm, next(b for n, b in run.model.named_buffers() if "running" in n)) is (
+        assert not everywhere_equal(comm, run.session.model["extras"].bank) or "*.bank" in buffers
+        assert everywhere_equal(comm, next(b for n, b in run.session.model.named_buffers() if "running" in n)) is (
             buffers != "local"
         )
     said = capsys.readouterr().out

@@ -26,7 +26,7 @@ from hvdlocal.training.config import (
     PeriodConfig,
     ScheduleConfig,
 )
-from hvdlocal.training.output_directory import Claimed
+from hvdlocal.training.output_directory import LockedDirectory
 
 qsr = PeriodConfig(rule="qsr", alpha=0.1, h_base=2)
 long = PeriodConfig(period=9)
@@ -104,8 +104,7 @@ def train(comm, settings, monkeypatch, die_after=None):
         try:
             trainer.run()
         except Killed:
-            trainer.coordinator._poll.close()
-            trainer.coordinator.writer.close()
+            trainer.coordinator.status.close()
     comm.barrier("test.trained")
     return trainer
 
@@ -132,7 +131,7 @@ def same(a, b):
 @pytest.mark.parametrize("kind", KINDS if os.environ.get("HVDLOCAL_BACKEND") != "mpi4py" else ["acc-ada", "local-ada"])
 def test_a_run_killed_anywhere_comes_to_the_same_end(comm, place, monkeypatch, kind):
     whole = train(comm, config(place, f"{kind}-whole", **KINDS[kind]), monkeypatch)
-    steps = whole.position.steps
+    steps = whole.state.position.steps
     choose = random.Random(f"{kind} {comm.size}")
     every = choose.randint(1, 6)
     settings = config(place, f"{kind}-killed", every, **KINDS[kind])
@@ -143,7 +142,7 @@ def test_a_run_killed_anywhere_comes_to_the_same_end(comm, place, monkeypatch, k
     # A checkpoint is complete at a poll, or at the latest when the next one is due: no more than two intervals are lost.
     assert final.resumed is None or final.resumed.step > deaths[-1] - 2 * every
     assert final.resumed is not None or deaths[-1] < 2 * every
-    assert same(outcome(final.directory), outcome(whole.directory)), (every, deaths)
+    assert same(outcome(final.output.path), outcome(whole.output.path)), (every, deaths)
 
 
 def test_the_means_of_a_long_log_interval_are_carried(comm, place, monkeypatch):
@@ -155,9 +154,9 @@ def test_the_means_of_a_long_log_interval_are_carried(comm, place, monkeypatch):
     train(comm, runs[1], monkeypatch, 13)
     final = train(comm, runs[1], monkeypatch)
     assert final.resumed.step >= 5
-    records = outcome(whole.directory)[0]
+    records = outcome(whole.output.path)[0]
     assert len([record for record in records if record["kind"] == "steps"]) == 1
-    assert same(outcome(final.directory), outcome(whole.directory))
+    assert same(outcome(final.output.path), outcome(whole.output.path))
 
 
 def test_training_does_not_wait_for_the_disk(comm, place, monkeypatch):
@@ -207,7 +206,7 @@ def test_an_interruption_inside_a_round(comm, place, monkeypatch):
     monkeypatch.setattr(interruption, "_received", None)
     final = train(comm, settings, monkeypatch)
     assert final.resumed.step == step
-    assert same(outcome(final.directory), outcome(whole.directory))
+    assert same(outcome(final.output.path), outcome(whole.output.path))
     with pytest.raises(AlreadyFinished, match="nothing to do"):
         Trainer(settings, comm)
 
@@ -223,10 +222,10 @@ def test_a_damaged_checkpoint_is_passed_over(comm, place, monkeypatch, capsys, n
     settings = config(place, f"damaged-{name}", 4, **KINDS["local"])
     whole = train(comm, config(place, f"damaged-whole-{name}", **KINDS["local"]), monkeypatch)
     interrupted = train(comm, settings, monkeypatch, 13)
-    newest, before = files.newest_first(interrupted.directory / "checkpoints")[:2]
+    newest, before = files.newest_first(interrupted.output.path / "checkpoints")[:2]
     if comm.rank == 0:
         file = files.rank_file(comm.size - 1) if name == "last" else name
-        damage(files.directory(interrupted.directory / "checkpoints", newest) / file)
+        damage(files.directory(interrupted.output.path / "checkpoints", newest) / file)
     comm.barrier("test.damaged")
     final = Trainer(settings, comm)
     assert final.resumed.step == before
@@ -235,12 +234,12 @@ def test_a_damaged_checkpoint_is_passed_over(comm, place, monkeypatch, capsys, n
         assert f"going back to step {before}" in capsys.readouterr().err
     final.run()
     comm.barrier("test.damaged_end")
-    assert same(outcome(final.directory), outcome(whole.directory))
+    assert same(outcome(final.output.path), outcome(whole.output.path))
 
 
 def test_only_damaged_checkpoints_are_refused_on_all_ranks(comm, place, monkeypatch):
     settings = config(place, "hopeless", 4, **KINDS["local"])
-    root = train(comm, settings, monkeypatch, 13).directory / "checkpoints"
+    root = train(comm, settings, monkeypatch, 13).output.path / "checkpoints"
     if comm.rank == 0:
         for step in files.newest_first(root):
             damage(files.directory(root, step) / files.rank_file(0))
@@ -268,7 +267,7 @@ def test_other_settings_or_data_are_refused(comm, place, monkeypatch):
 def test_what_is_the_same_on_all_ranks_is_written_once(comm, place, monkeypatch):
     for kind, everything in (("sync", False), ("local", True)):
         settings = config(place, f"once-{kind}", 5, **KINDS[kind])
-        root = train(comm, settings, monkeypatch, 12).directory / "checkpoints"
+        root = train(comm, settings, monkeypatch, 12).output.path / "checkpoints"
         path = files.directory(root, 5)
         manifest = files.read_manifest(path)
         model = files.read_state(path, manifest, comm.rank)["model"]
@@ -281,7 +280,7 @@ def test_an_averaged_checkpoint_is_the_average(comm, place, monkeypatch):
     from hvdlocal.training.checkpoint.resume import averaged_model
 
     settings = config(place, "mean", 5, **KINDS["local"])
-    root = train(comm, settings, monkeypatch, 12).directory / "checkpoints"
+    root = train(comm, settings, monkeypatch, 12).output.path / "checkpoints"
     path = files.directory(root, 5)
     manifest = files.read_manifest(path)
     states = [files.read_state(path, manifest, rank)["model"] for rank in range(comm.size)]
@@ -296,7 +295,7 @@ def test_an_averaged_checkpoint_is_the_average(comm, place, monkeypatch):
 def test_the_checkpoint_thread_ends_before_the_directory_is_closed(comm, place, monkeypatch):
     """It may still write there when a run ends with an error, and a closed descriptor soon means another directory."""
     closed = []
-    for kind in (CheckpointWriter, Claimed):
+    for kind in (CheckpointWriter, LockedDirectory):
 
         def close(self, original=kind.close, name=kind.__name__):
             closed.append(name)
@@ -305,4 +304,4 @@ def test_the_checkpoint_thread_ends_before_the_directory_is_closed(comm, place, 
         monkeypatch.setattr(kind, "close", close)
     train(comm, config(place, "order", 1), monkeypatch, die_after=2)
     assert closed[0] == "CheckpointWriter"
-    assert ("Claimed" in closed) is (comm.rank == 0)
+    assert ("LockedDirectory" in closed) is (comm.rank == 0)

@@ -1,4 +1,4 @@
-"""So that nothing is lost: begins and completes checkpoints beside the training, and leaves in order when asked to."""
+"""Starts and completes checkpoints in the background, and ends the run in an orderly way on request."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from hvdlocal.training.accounting import RunTotals
 from hvdlocal.training.checkpoint.interval import CheckpointInterval
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.config import CheckpointConfig
-from hvdlocal.training.output_directory import CHECKPOINTS
+from hvdlocal.training.run_files import CHECKPOINTS
 from hvdlocal.training.status_exchange import POLL_SECONDS, Status, StatusExchange
 
 
-class Interrupted(Exception):  # noqa: N818  (no error: the run goes on later)
-    """The run was asked to stop, and its checkpoint is on disk: the same command continues it. Raised on all ranks."""
-
-
 class CheckpointCoordinator:
-    """One rank's part in keeping a run.
+    """One rank's part in writing the checkpoints of a run.
 
     Args:
         communicator: the ranks.
-        config: how often, and how many.
-        output: directory of the run.
-        deadline: by which the process must have left; only rank 0's counts.
-        totals: times the run, and is told what is not training.
-        state: this rank's state, to be copied.
-        contents: what the manifest says beside the files; asked on rank 0 only.
+        config: how often to write checkpoints, and how many to keep.
+        output: the directory of the run.
+        deadline: when the process must have ended; only rank 0's counts.
+        totals: the clock of the run; it also notes what is not training.
+        state: returns this rank's state, which is copied.
+        contents: returns the manifest's contents beside the files; called on rank 0 only.
+
+    Attributes:
+        status: exchanges requests to stop between the ranks.
+        writer: writes the checkpoints.
     """
 
     def __init__(
@@ -48,47 +48,50 @@ class CheckpointCoordinator:
         self._every_steps = config.every_steps
         self._output = output
         self._deadline = deadline
-        self._ledger = totals
+        self._totals = totals
         self._state = state
         self._contents = contents
-        self._poll = StatusExchange(communicator)
-        self._pace = CheckpointInterval(config)
+        self.status = StatusExchange(communicator)
+        self._interval = CheckpointInterval(config)
         self._cost = 0.0
-        self._asked = False  # whether a poll has been begun since the last checkpoint was begun or finished
-        self._polled = 0.0
+        self._asked = False  # whether an exchange has been started since the last checkpoint was begun or finished
+        self._last_exchange = 0.0
         self.writer = CheckpointWriter(communicator, output, config.keep)
 
     def start(self) -> None:
-        """Training begins, or goes on."""
-        self._pace.start(self._ledger.elapsed)
-        self._polled = self._ledger.elapsed
+        """Starts the clock of checkpoints: training begins or continues now."""
+        self._interval.start(self._totals.elapsed)
+        self._last_exchange = self._totals.elapsed
 
     def after_step(self, steps: int) -> None:
-        """Does what is due after so many optimizer steps; to be called on all ranks.
+        """Begins or completes a checkpoint, or ends the run, if that is due; to be called on all ranks after every step.
+
+        Args:
+            steps: optimizer steps done.
 
         Raises:
-            Interrupted: on all ranks: one was asked to stop, or the time is over.
-            OSError: so it is, but the checkpoint could not be written.
+            Interrupted: on all ranks: one rank was asked to stop, or the time is over.
+            OSError: the run must stop, but the checkpoint could not be written.
             MovedError: on rank 0: the directory of the run is not where it was.
         """
         if self._every_steps is not None and steps % self._every_steps == 0:
             if self.writer.open_step is not None:
                 self._finish()
             self._begin(steps)
-        if not self._poll.is_at(steps):
+        if not self.status.is_at(steps):
             return
         if self._communicator.rank == 0:
             self._output.check()
         self._warn_of_failures()
-        with self._ledger.beside_training():
-            start = self._ledger.elapsed
-            news = self._poll.exchange(steps, start, self._news())
-            self._ledger.waited(self._ledger.elapsed - start)
+        with self._totals.beside_training():
+            start = self._totals.elapsed
+            news = self.status.exchange(steps, start, self._news())
+            self._totals.waited(self._totals.elapsed - start)
         idle, self._asked = self._asked and news is not None and not news.writing, True
         if news is None:
             return
         if news.stop:
-            self._leave(steps)
+            self._stop(steps)
         elif self.writer.open_step is not None:
             if idle:
                 self._finish()
@@ -96,8 +99,8 @@ class CheckpointCoordinator:
             self._begin(steps)
 
     def finish(self) -> None:
-        """Training has ended by itself; a collective. What the background thread was given is on disk afterwards."""
-        self._poll.close()
+        """Completes all writing after the last step; a collective."""
+        self.status.close()
         if self.writer.open_step is not None:
             self._finish(wait=True)
         self.writer.close()
@@ -105,35 +108,35 @@ class CheckpointCoordinator:
 
     def _news(self) -> Status:
         first = self._communicator.rank == 0
-        now = self._ledger.elapsed
-        gap, self._polled = now - self._polled, now  # a single step may take longer than POLL_SECONDS
+        now = self._totals.elapsed
+        gap, self._last_exchange = now - self._last_exchange, now  # a single step may take longer than POLL_SECONDS
         out_of_time = first and self._deadline.passes_within(2 * self.writer.write_seconds + POLL_SECONDS + 2 * gap)
         return Status(
             stop=interruption.received() is not None or out_of_time,
-            due=first and self._pace.due(self._ledger.elapsed),
+            due=first and self._interval.due(self._totals.elapsed),
             writing=self.writer.is_writing,
         )
 
     def _begin(self, steps: int) -> None:
         self._asked = False
-        start = self._ledger.elapsed
+        start = self._totals.elapsed
         self.writer.begin(steps, self._state(), self._contents() if self._communicator.rank == 0 else {})
-        self._cost = self._ledger.elapsed - start
-        self._pace.start(self._ledger.elapsed)
+        self._cost = self._totals.elapsed - start
+        self._interval.start(self._totals.elapsed)
 
     def _finish(self, wait: bool = False) -> str | None:
         self._asked = False
-        start = self._ledger.elapsed
-        with self._ledger.beside_training():
+        start = self._totals.elapsed
+        with self._totals.beside_training():
             problem = self.writer.finish(wait)
-        self._pace.learn(self._cost + self._ledger.elapsed - start, self.writer.write_seconds)
+        self._interval.learn(self._cost + self._totals.elapsed - start, self.writer.write_seconds)
         if problem and self._communicator.rank == 0:
             warn(f"{problem}. Training goes on.")
         return problem
 
-    def _leave(self, steps: int) -> None:
-        """Ends the run with a checkpoint of this very step."""
-        self._poll.close()
+    def _stop(self, steps: int) -> None:
+        """Ends the run with a checkpoint of this step; a collective."""
+        self.status.close()
         problem = None
         if (saved := self.writer.open_step) is not None:
             problem = self._finish(wait=True)
@@ -149,7 +152,7 @@ class CheckpointCoordinator:
         reason = reasons[0] if reasons else "the time is over"
         if problem:
             raise OSError(f"{reason}, but {problem}")
-        raise Interrupted(
+        raise interruption.Interrupted(
             f"interrupted after step {steps}: {reason}. The checkpoint is in {self._output.path / CHECKPOINTS}; "
             "the same command continues from it."
         )

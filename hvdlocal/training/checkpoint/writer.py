@@ -14,7 +14,7 @@ import torch
 from hvdlocal.communicator import Communicator
 from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint import files
-from hvdlocal.training.output_directory import CHECKPOINTS
+from hvdlocal.training.run_files import CHECKPOINTS
 
 RECORDS_BYTES = 2**18
 """Room that a checkpoint leaves for records."""
@@ -112,15 +112,15 @@ class CheckpointWriter:
         return self._communicator.gather(told, "hvdlocal.checkpoint.complete")[0]
 
     def failures(self, wait: bool = False) -> list[str]:
-        """What the thread could not do after a `finish` or an `also`; each failure is told once. For rank 0."""
+        """What the thread could not do after a `finish` or a `submit`; each failure is reported once. For rank 0."""
         acts = [act for act in (self._completing, *self._others) if act is not None and (wait or act.done())]
         if self._completing in acts:
             self._completing = None
         self._others = [act for act in self._others if act not in acts]
         return [str(error) for act in acts if (error := act.exception()) is not None]
 
-    def also(self, work: Callable[..., object], *arguments: Any) -> None:
-        """Has the thread do something else that is written; what fails is told by `failures`."""
+    def submit(self, work: Callable[..., object], *arguments: Any) -> None:
+        """Queues another write on the background thread; errors are reported by `failures`."""
         self._others.append(self._thread.submit(work, *arguments))
 
     def close(self) -> None:
@@ -160,7 +160,7 @@ class CheckpointWriter:
         except BaseException:
             self._discard(opened.step)
             raise
-        self.also(self._keep_newest)
+        self.submit(self._keep_newest)
 
     def _keep_newest(self) -> None:
         with self._output.inner(CHECKPOINTS) as root:

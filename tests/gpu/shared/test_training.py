@@ -22,6 +22,7 @@ from hvdlocal.training.config import (
     OptimizerConfig,
     PeriodConfig,
 )
+from hvdlocal.training.step import TrainingStep
 
 PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
 
@@ -59,11 +60,11 @@ HALF = [(preset, precision) for preset in ("sync", "local-ada") for precision in
 def test_every_preset_learns(comm, place, device, preset, precision):
     method = MethodConfig(preset, period=PeriodConfig(period=2))
     trainer, summary = run(comm, configuration(place, f"{preset}-{precision}", device, method, precision=precision))
-    assert all(p.device == device for p in trainer.model.parameters())
+    assert all(p.device == device for p in trainer.session.model.parameters())
     assert summary.evaluation.samples == TEST_IMAGES, "every test image once"
     assert summary.evaluation.accuracy == 1.0
-    assert equal_everywhere(comm, torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters()]))
-    saved = torch.load(trainer.directory / "model.pt", weights_only=True)
+    assert equal_everywhere(comm, torch.cat([p.detach().reshape(-1) for p in trainer.session.model.parameters()]))
+    saved = torch.load(trainer.output.path / "model.pt", weights_only=True)
     assert all(tensor.device.type == "cpu" for tensor in saved.values())
 
 
@@ -74,9 +75,11 @@ def test_an_evaluation_is_that_of_the_saved_model_on_the_cpu(comm, place, device
     config = configuration(place, f"evaluated-{buffers}", device, method, epochs=0.5)
     trainer, summary = run(comm, config)
     model = build_model("digits_cnn", 3, (8, 8, 1)).eval()
-    model.load_state_dict(torch.load(trainer.directory / "model.pt", weights_only=True))
+    model.load_state_dict(torch.load(trainer.output.path / "model.pt", weights_only=True))
     data = hvdlocal.ShardedDataset(config.data.path, "test")
-    x, y = next(hvdlocal.data.evaluation_batches(data, TEST_IMAGES, transform=trainer.images.test_transform))
+    x, y = next(
+        hvdlocal.data.evaluation_batches(data, TEST_IMAGES, transform=trainer.session.preprocessing.test_transform)
+    )
     with torch.no_grad():
         logits = model(x)
     assert summary.evaluation.loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, y)), rel=1e-3)
@@ -92,25 +95,26 @@ def test_the_loop_does_not_wait_inside_a_round(comm, place, device, monkeypatch,
     config = configuration(place, f"waiting-{preset}", device, method, precision="bfloat16")
     trainer = Trainer(config, comm)
     free = 0
-    original = Trainer._micro_batch
+    original_compute, original_update = TrainingStep.compute, TrainingStep.update
     with ExitStack() as watch:
 
-        def micro_batch(self, batches):
+        def compute(self, x, y):
             """Watches this micro-batch and all that the loop does until the next one."""
             nonlocal free
             watch.close()
-            optimizer = self.optimizer
+            optimizer = trainer.optimizer
             if optimizer.round and not averages_now(optimizer):  # the first round starts the device's libraries
                 watch.enter_context(no_waits(device))
                 free += 1
-            original(self, batches)
+            return original_compute(self, x, y)
+
+        def update(self):
+            original_update(self)
             if device.type == "cpu":  # where the poll's own numbers cannot be told from the device's
                 watch.close()
 
-        monkeypatch.setattr(Trainer, "_micro_batch", micro_batch)
-        monkeypatch.setattr(
-            Trainer, "_end", lambda self, console, end=Trainer._end: (watch.close(), end(self, console))[1]
-        )
+        monkeypatch.setattr(TrainingStep, "compute", compute)
+        monkeypatch.setattr(TrainingStep, "update", update)
         trainer.run()
     comm.barrier("test.waited")
     assert free >= 4
@@ -150,20 +154,19 @@ def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device,
         patch.setattr(CheckpointCoordinator, "after_step", after_step)
         with pytest.raises(Killed):
             killed.run()
-    killed.coordinator._poll.close()
-    killed.coordinator.writer.close()
+    killed.coordinator.status.close()
     comm.barrier("test.killed")
-    step = files.newest_first(killed.directory / "checkpoints")[0]
-    assert files.read_manifest(files.directory(killed.directory / "checkpoints", step))["in_sync"] is (
+    step = files.newest_first(killed.output.path / "checkpoints")[0]
+    assert files.read_manifest(files.directory(killed.output.path / "checkpoints", step))["in_sync"] is (
         preset == "acc-ada"
     )
     final, _ = run(comm, config("killed", 2))
     assert final.resumed is not None
     assert final.resumed.step == step
     for name in ("model.pt", "best.pt"):
-        a, b = (torch.load(trainer.directory / name, weights_only=True) for trainer in (whole, final))
+        a, b = (torch.load(trainer.output.path / name, weights_only=True) for trainer in (whole, final))
         assert all(torch.equal(a[key], b[key]) for key in a), name
-    assert losses(final.directory) == losses(whole.directory)
+    assert losses(final.output.path) == losses(whole.output.path)
 
 
 def losses(directory):

@@ -15,7 +15,7 @@ from hvdlocal.directory import Directory
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import SETTINGS
 from hvdlocal.training.config_checks import check_ranges
-from hvdlocal.training.output_directory import describe
+from hvdlocal.training.run_files import describe
 
 GOOD = {"data": {"path": "x", "batch_size": 8}, "model": {"name": "digits_cnn"}, "output": "o"}
 KEYS = sorted(SETTINGS)

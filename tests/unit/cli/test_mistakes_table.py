@@ -14,7 +14,7 @@ import hvdlocal
 from data_prep.__main__ import main as data_prep
 from hvdlocal.cli import main
 from hvdlocal.communicator import SingleProcess
-from hvdlocal.training.output_directory import claim
+from hvdlocal.training.output_directory import lock
 
 GOOD = "data: {path: data, batch_size: 8}\nmodel: {name: digits_cnn}\noutput: out\n"
 SHARD, MANIFEST = Path("data/train/train-00000-of-00001.h5"), Path("data/train/manifest.json")
@@ -141,7 +141,7 @@ CHECKPOINT_ACCIDENTS: dict[str, Callable[[], object]] = {
     "a file of it is missing": lambda: (NEWEST / "rank-00000.pt").unlink(),
     "every one is damaged": damage_all,
     "`config.yaml` is missing": lambda: Path("out/config.yaml").unlink(),
-    "another run uses the directory": lambda: claim(Path("out")),
+    "another run uses the directory": lambda: lock(Path("out")),
 }
 
 

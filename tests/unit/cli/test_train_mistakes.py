@@ -12,7 +12,7 @@ from data_prep.__main__ import main as data_prep
 from hvdlocal.cli import main
 from hvdlocal.communicator import SingleProcess
 from hvdlocal.models import MODELS
-from hvdlocal.training import Trainer
+from hvdlocal.training.step import TrainingStep
 
 
 @pytest.fixture
@@ -109,10 +109,10 @@ def huge(num_classes, shape):
 def test_no_memory_in_training(run, tmp_path, monkeypatch, capsys):
     """It is a sentence, and no bug of hvdlocal: exit code 1, and the same command goes on."""
 
-    def micro_batch(self, batches):
+    def compute(self, x, y):
         torch.empty(2**50)
 
-    monkeypatch.setattr(Trainer, "_micro_batch", micro_batch)
+    monkeypatch.setattr(TrainingStep, "compute", compute)
     assert run() == 1
     said = capsys.readouterr().err
     assert (

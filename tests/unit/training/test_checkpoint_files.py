@@ -221,7 +221,7 @@ def test_a_writer_that_finds_no_room(tmp_path, monkeypatch):
         patch.setattr(files, "_discard", full)
         writer.begin(4, live, {"num_workers": 1})
         assert writer.finish(wait=True) is None, "that an old one could not be removed does not undo the new one"
-        writer.also(full)
+        writer.submit(full)
         assert len(writer.failures(wait=True)) == 2
         assert writer.failures() == []
     live["model"]["w"].fill_(float("nan"))

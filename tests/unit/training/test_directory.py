@@ -16,7 +16,8 @@ from hvdlocal import ShardWriter
 from hvdlocal.data.write.split_writer import LOCK
 from hvdlocal.directory import Directory, LinkError, MovedError, replacing, user_file, write_text
 from hvdlocal.lock import hold
-from hvdlocal.training import output_directory
+from hvdlocal.training import output_directory, run_files
+from hvdlocal.training.attempts import note_attempt
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
 from hvdlocal.training.metrics import JsonLines
@@ -72,14 +73,14 @@ def figure(path: Path) -> None:
 
 def described(path: Path) -> None:
     config = TrainConfig(DataConfig("data"), ModelConfig("digits_cnn"), "out")
-    output_directory.describe(Directory(path), asdict(config), {"ranks": 2})
+    run_files.describe(Directory(path), asdict(config), {"ranks": 2})
 
 
 WRITERS = {
     "text": lambda path: write_text(path / "file", "x" * 1000),
     "user's file": named_by_a_user,
     "config.yaml": described,
-    "attempts.jsonl": lambda path: [output_directory.note_attempt(Directory(path), step, 2) for step in (0, 5)],
+    "attempts.jsonl": lambda path: [note_attempt(Directory(path), step, 2) for step in (0, 5)],
     "model.pt": lambda path: save_state(STATE["model"], Directory(path), "model.pt"),
     "rank file": lambda path: files.write_rank(Directory(path), 7, 0, STATE),
     "figure": figure,
@@ -244,7 +245,7 @@ def test_temporaries_that_are_links(tmp_path, victim, name):
     run.mkdir()
     (run / name).symlink_to(victim / "file")
     described(run)
-    output_directory.note_attempt(Directory(run), 0, 1)
+    note_attempt(Directory(run), 0, 1)
     save_state(STATE["model"], Directory(run), "model.pt")
     assert sorted(path.name for path in run.iterdir() if path.is_symlink()) == []
 
@@ -264,7 +265,7 @@ def test_files_that_are_opened_and_are_not_ours(tmp_path, victim, name, kind):
         os.mkfifo(run / name)
     if name == ".lock":
         with pytest.raises(ValueError, match=rf"output={run} cannot be used \({run}/\.lock: .*remove it\)"):
-            output_directory.claim(run)
+            output_directory.lock(run)
     else:
         with pytest.raises(LinkError, match=rf"remove it: '{run}/metrics\.jsonl'"):
             JsonLines(Directory(run))
@@ -276,8 +277,8 @@ def test_directories_that_are_links(tmp_path, victim, name):
     run.mkdir()
     (run / name).symlink_to(victim)
     with pytest.raises(ValueError, match=f"{run}/{name}: a symbolic link"):
-        output_directory.claim(run)
-    output_directory.clear(Directory(run))  # as --overwrite does
+        output_directory.lock(run)
+    run_files.clear(Directory(run))  # as --overwrite does
     assert not (run / name).exists()
 
 

@@ -11,11 +11,12 @@ import pytest
 from support.configs import digits_config
 
 from hvdlocal.directory import Directory
-from hvdlocal.training import interruption, output_directory
+from hvdlocal.training import interruption, output_directory, run_files
+from hvdlocal.training.attempts import note_attempt
 from hvdlocal.training.config import OptimizerConfig
 from hvdlocal.training.config_checks import effective_settings, flatten
 from hvdlocal.training.metrics import JsonLines
-from hvdlocal.training.output_directory import RunStatus, find_status
+from hvdlocal.training.run_files import RunStatus, find_status
 
 
 def config(tmp_path, **settings):
@@ -23,7 +24,7 @@ def config(tmp_path, **settings):
 
 
 def leave(tmp_path, **settings):
-    output_directory.describe(Directory(tmp_path), asdict(config(tmp_path, **settings)), {})
+    run_files.describe(Directory(tmp_path), asdict(config(tmp_path, **settings)), {})
 
 
 def test_standing(tmp_path, monkeypatch):
@@ -40,12 +41,12 @@ def test_standing(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"holds an earlier run with optimizer\.lr=1e-05, not 0\.1"):
         find_status(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=False)
     assert find_status(tmp_path, {**now, "optimizer.lr": 0.1}, overwrite=True) is RunStatus.NEW
-    (tmp_path / output_directory.SUMMARY).touch()
+    (tmp_path / run_files.SUMMARY).touch()
     assert find_status(tmp_path, now, overwrite=False) is RunStatus.FINISHED
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")  # a job that said --overwrite true is started again:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert find_status(tmp_path, now, overwrite=True) is RunStatus.NEW  # it had not come to replace anything yet
-    output_directory.note_attempt(Directory(tmp_path), 0, 2)
+    note_attempt(Directory(tmp_path), 0, 2)
     assert find_status(tmp_path, now, overwrite=True) is RunStatus.FINISHED  # this is its own
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert find_status(tmp_path, now, overwrite=True) is RunStatus.NEW
@@ -55,12 +56,10 @@ def test_a_setting_without_effect_may_be_another_now(tmp_path):
     """Such as a default that was another when the run was begun: 0.08 was the smallest area of every crop once."""
     now = config(tmp_path)
     earlier = replace(now, data=replace(now.data, min_area=0.08))
-    output_directory.describe(Directory(tmp_path), asdict(earlier), {})
+    run_files.describe(Directory(tmp_path), asdict(earlier), {})
     assert find_status(tmp_path, effective_settings(now), overwrite=False) is RunStatus.STARTED
     cropping = replace(now, data=replace(now.data, image_size=8))
-    output_directory.describe(
-        Directory(tmp_path), asdict(replace(earlier, data=replace(earlier.data, image_size=8))), {}
-    )
+    run_files.describe(Directory(tmp_path), asdict(replace(earlier, data=replace(earlier.data, image_size=8))), {})
     with pytest.raises(ValueError, match=r"an earlier run with data\.min_area=0\.08, not null: continue it"):
         find_status(tmp_path, effective_settings(cropping), overwrite=False)
 
@@ -72,29 +71,29 @@ def test_an_unreadable_config_is_no_invitation(tmp_path, content):
         find_status(tmp_path, {"epochs": 1}, overwrite=False)
 
 
-def test_a_directory_is_claimed_by_one(tmp_path, monkeypatch):
+def test_a_directory_is_locked_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(output_directory, "PATIENCE_SECONDS", 0.1)
-    claim = output_directory.claim(tmp_path / "run")
+    lock = output_directory.lock(tmp_path / "run")
     with pytest.raises(ValueError, match=f"in use by another run \\(process {os.getpid()} on"):
-        output_directory.claim(tmp_path / "run")
-    claim.close()
-    output_directory.claim(tmp_path / "run").close()
+        output_directory.lock(tmp_path / "run")
+    lock.close()
+    output_directory.lock(tmp_path / "run").close()
 
 
 def test_starts_without_progress(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     for step in (0, 40, 40, 40):
-        output_directory.note_attempt(Directory(tmp_path), step, 2)
+        note_attempt(Directory(tmp_path), step, 2)
     with pytest.raises(ValueError, match="started 3 times from step 40"):
-        output_directory.note_attempt(Directory(tmp_path), 40, 2)
+        note_attempt(Directory(tmp_path), 40, 2)
     with (tmp_path / "attempts.jsonl").open("a") as file:
         file.write('{"step": 4')  # a disk was full
     with pytest.raises(ValueError, match="started 3 times from step 40"):
-        output_directory.note_attempt(Directory(tmp_path), 40, 2)
-    output_directory.note_attempt(Directory(tmp_path), 41, 2)
+        note_attempt(Directory(tmp_path), 40, 2)
+    note_attempt(Directory(tmp_path), 41, 2)
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     for _ in range(5):  # a person may try as often as they like
-        output_directory.note_attempt(Directory(tmp_path), 41, 2)
+        note_attempt(Directory(tmp_path), 41, 2)
 
 
 def test_records_are_cut_at_the_checkpoint(tmp_path):
@@ -126,9 +125,9 @@ def test_records_that_were_lost_leave_no_torn_line(tmp_path):
 def test_clearing(tmp_path):
     leave(tmp_path)
     (tmp_path / "checkpoints" / "step-1" / "deeper").mkdir(parents=True)
-    for name in ("model.pt", output_directory.SUMMARY, "metrics.jsonl", "checkpoints/step-1/deeper/file"):
+    for name in ("model.pt", run_files.SUMMARY, "metrics.jsonl", "checkpoints/step-1/deeper/file"):
         (tmp_path / name).touch()
-    output_directory.clear(Directory(tmp_path))
+    run_files.clear(Directory(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.yaml"]
     assert list((tmp_path / "checkpoints").iterdir()) == [], "which may be a disk of its own"
 

@@ -1,0 +1,11 @@
+"""Why a run ends early."""
+
+from __future__ import annotations
+
+
+class DivergedError(ArithmeticError):
+    """The run ended in NaN or infinity; the message says which model was saved. Raised on all ranks."""
+
+
+class LostRankError(RuntimeError):
+    """This rank cannot go on, and the other ranks have not noticed yet."""

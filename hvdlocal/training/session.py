@@ -1,0 +1,137 @@
+"""What a configuration describes, built on one rank: for the trainer, for `advise` and for the experiments."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from hvdlocal.communicator import Communicator, require_agreement, succeed_together
+from hvdlocal.data import Loader, ShardedDataset
+from hvdlocal.data.load.order import OrderMode
+from hvdlocal.training.builders import check_model, configured_loader, memory_format, model_from_config, preflight_facts
+from hvdlocal.training.config import TrainConfig
+from hvdlocal.training.config_checks import check_ranges
+from hvdlocal.training.environment import choose_device, set_threads, versions
+from hvdlocal.training.preprocessing import Preprocessing, preprocessing_from_config
+from hvdlocal.training.presets import build_period
+from hvdlocal.training.run_length import RunLength, run_length
+
+
+class Session:
+    """Everything that training needs before an optimizer is chosen. Building it is a collective.
+
+    No attribute changes after construction; training changes the model's parameters.
+
+    Args:
+        config: of the run; the same on every rank.
+        communicator: the ranks.
+        with_test_data: whether the test data are opened, too.
+
+    Attributes:
+        device: the device of this rank.
+        train_data, test_data: the two splits of the data set; `test_data` is None without them.
+        preprocessing: how images are cut, augmented and normalised.
+        loader: of this rank's training batches.
+        length: epoch, budget and learning-rate schedule.
+        model: as it is before training, the same on every rank.
+        memory_format: memory format of the model and its inputs.
+        fingerprints: the fingerprints of the data, by "training" and "test".
+        parameters: number of trainable parameters of the model.
+        threads: torch's CPU threads.
+
+    Raises:
+        SetupError: the configuration, the data or this machine do not allow the run; on all ranks.
+        DisagreementError: the ranks differ in what must be equal; on all ranks.
+    """
+
+    def __init__(self, config: TrainConfig, communicator: Communicator, *, with_test_data: bool = True) -> None:
+        self.config = config
+        self.communicator = communicator
+        self.device = succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
+        data = config.data
+        with ExitStack() as opened:
+            train_data = ShardedDataset(
+                data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
+            )
+            self.train_data = opened.enter_context(closing(train_data))
+            self.test_data: ShardedDataset | None = None
+            if with_test_data:
+                test_data = ShardedDataset(data.path, data.test_split, communicator=communicator)
+                self.test_data = opened.enter_context(closing(test_data))
+            self.memory_format = memory_format(config.model)
+            self.preprocessing, self.loader, self.length, self.model = succeed_together(
+                communicator, self._build, "hvdlocal.prepare"
+            )
+            self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            self.fingerprints = {"training": self.train_data.fingerprint}
+            if self.test_data is not None:
+                self.fingerprints["test"] = self.test_data.fingerprint
+            require_agreement(
+                communicator, preflight_facts(config, self.device, self.fingerprints), "hvdlocal.preflight"
+            )
+            self.threads = set_threads(config.threads, communicator)
+            self._opened = opened.pop_all()
+
+    def close(self) -> None:
+        """Closes the data."""
+        self._opened.close()
+
+    def new_loader(self, *, seed: int | None = None, order: OrderMode | None = None) -> Loader:
+        """Returns another loader of this rank's training batches, with another seed or order."""
+        return self._loader(self.preprocessing, seed, order)
+
+    def new_model(self) -> nn.Module:
+        """Returns another copy of the model as it is before training."""
+        return self._model(self.preprocessing)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Returns the context in which the model computes in the configured precision."""
+        if self.config.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self.config.precision))
+
+    def _build(self) -> tuple[Preprocessing, Loader, RunLength, nn.Module]:
+        """Builds what can fail because of user input and needs no communication."""
+        config, train, test = self.config, self.train_data, self.test_data
+        if test is not None and (train.shape != test.shape or train.classes != test.classes):
+            raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
+        preprocessing = preprocessing_from_config(config.data, train, test)
+        loader = self._loader(preprocessing)
+        length = run_length(config, loader.steps_per_epoch, self.communicator.size)
+        if config.method.is_local:  # a rule that cannot be built is reported now
+            warmup = config.schedule.warmup_epochs * length.epoch
+            build_period(config.method.period, config.optimizer.lr, warmup, length.epoch)
+        check_model(config, train, preprocessing, self.communicator.size)
+        return preprocessing, loader, length, self._model(preprocessing)
+
+    def _loader(self, preprocessing: Preprocessing, seed: int | None = None, order: OrderMode | None = None) -> Loader:
+        return configured_loader(
+            self.config,
+            self.train_data,
+            preprocessing,
+            self.device,
+            rank=self.communicator.rank,
+            num_workers=self.communicator.size,
+            seed=seed,
+            order=order,
+        )
+
+    def _model(self, preprocessing: Preprocessing) -> nn.Module:
+        return model_from_config(self.config, self.train_data.num_classes, preprocessing, self.device)
+
+
+def check_settings(config: TrainConfig, communicator: Communicator) -> torch.device:
+    """Checks what can be checked without data and without the other ranks.
+
+    Returns:
+        The device of this rank.
+
+    Raises:
+        ValueError: a setting is out of its range, or the device cannot be used.
+    """
+    check_ranges(config)
+    versions()  # read once, where a failure is reported on all ranks
+    return choose_device(config.device, communicator)

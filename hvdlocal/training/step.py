@@ -1,0 +1,65 @@
+"""One micro-batch of training."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+from hvdlocal.training.schedules import Schedule
+from hvdlocal.training.session import Session
+
+
+class TrainingStep:
+    """Forward pass, backward pass and update, in the configured precision and at the scheduled learning rate.
+
+    A micro-batch is one call of `compute` and one of `update`, so that a caller can record or time what lies between.
+
+    Args:
+        session: settings and device.
+        optimizer: trains its model.
+        schedule: γ as a function of progress; by default the session's.
+
+    Attributes:
+        forward: the model, compiled if the configuration says so.
+        scaler: keeps float16 gradients in range; does nothing in other precisions.
+    """
+
+    def __init__(
+        self, session: Session, optimizer: LocalOptimizer | SynchronousOptimizer, schedule: Schedule | None = None
+    ) -> None:
+        config, model = session.config, optimizer.model
+        self._session = session
+        self._optimizer = optimizer
+        self._schedule = schedule or session.length.schedule
+        self._criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+        self.forward: nn.Module = torch.compile(model) if config.model.compile else model  # type: ignore[assignment]
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "float16")
+
+    def compute(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes the gradient of a micro-batch.
+
+        Args:
+            x: inputs, on the session's device.
+            y: integer labels, or the shares of the classes in each input.
+
+        Returns:
+            The loss and the logits.
+        """
+        optimizer = self._optimizer
+        if not optimizer.micro_batches:
+            lr = self._schedule(optimizer.progress)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        with self._session.autocast():
+            logits = self.forward(x.contiguous(memory_format=self._session.memory_format))
+            loss = self._criterion(logits, y)
+        optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        optimizer.record_loss(loss)
+        return loss, logits
+
+    def update(self) -> None:
+        """Hands the gradient to the optimizer, which steps after its last micro-batch; may be a collective."""
+        self.scaler.step(self._optimizer)
+        self.scaler.update()
