@@ -20,7 +20,7 @@ import torch
 import hvdlocal
 from hvdlocal.directory import Directory
 from hvdlocal.models import build_model
-from hvdlocal.training.checkpoint import CheckpointWriter
+from hvdlocal.training.checkpoint.writer import CheckpointWriter
 
 
 def main() -> None:
