@@ -9,7 +9,7 @@ from statistics import fmean
 
 import numpy as np
 
-from hvdlocal.advise.measurements import Block, Measurements, Series, StepTimes
+from hvdlocal.advise.measurements import Block, Measurements, SampleSummary, StepTimes
 from hvdlocal.advise.predictions import (
     PERIODS,
     Comparison,
@@ -61,20 +61,20 @@ def known(measured: Measurements, c: float, statistics: str) -> Estimate:
 
     def cost_model(some: Sequence[Block]) -> CostModel:
         paces = pooled_paces(some)
-        apart = Series.pooled(block.apart for block in some)
+        apart = SampleSummary.pooled(block.apart for block in some)
         if not apart.count:  # one round in a block: ranks are then taken to share nothing
-            apart = Series.pooled(pace.micro_batch for pace in paces)
+            apart = SampleSummary.pooled(pace.micro_batch for pace in paces)
         update, collect = (max(getattr(pace, part).mean for pace in paces) for part in ("update", "collect"))
         costs = {}
         for method, name in names.items():
-            closing = Series.pooled(block.closings[name].step for block in some).mean
-            collecting = Series.pooled(block.closings[name].collect for block in some).mean
+            closing = SampleSummary.pooled(block.closings[name].step for block in some).mean
+            collecting = SampleSummary.pooled(block.closings[name].collect for block in some).mean
             costs[method] = Cost(closing, update, collect if method.startswith("local") else collecting)
         return CostModel(
             micro_batch=tuple(pace.micro_batch.mean for pace in paces),
             costs=costs,
-            grad_sqr=max(Series.pooled(block.grad_sqr for block in some).mean, 0.0),
-            grad_var=Series.pooled(block.grad_var for block in some).mean,
+            grad_sqr=max(SampleSummary.pooled(block.grad_sqr for block in some).mean, 0.0),
+            grad_var=SampleSummary.pooled(block.grad_var for block in some).mean,
             variation=apart.deviation / fmean(pace.micro_batch.mean for pace in paces),
             accumulate=measured.accumulate,
             c=c,
@@ -88,7 +88,9 @@ def pooled_paces(blocks: Sequence[Block]) -> list[StepTimes]:
     """Of each rank, over all blocks."""
     ranks = zip(*(block.paces for block in blocks), strict=True)
     parts = ("micro_batch", "waiting", "update", "collect")
-    return [StepTimes(*(Series.pooled(getattr(pace, part) for pace in rank) for part in parts)) for rank in ranks]
+    return [
+        StepTimes(*(SampleSummary.pooled(getattr(pace, part) for pace in rank) for part in parts)) for rank in ranks
+    ]
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def compare(found: Estimate, grad_sqr: float | None = None, grad_var: float | No
 def _other_statistics(cost_model: CostModel, measured: Measurements) -> Iterator[tuple[str, CostModel]]:
     for label, blocks in (("at its beginning", measured.blocks[:2]), ("at its end", measured.blocks[-2:])):
         grad_sqr, grad_var = (
-            Series.pooled(getattr(block, part) for block in blocks) for part in ("grad_sqr", "grad_var")
+            SampleSummary.pooled(getattr(block, part) for block in blocks) for part in ("grad_sqr", "grad_var")
         )
         if grad_var.count:
             yield label, replace(cost_model, grad_sqr=max(grad_sqr.mean, 0.0), grad_var=grad_var.mean)

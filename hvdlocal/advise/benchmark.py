@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from hvdlocal.advise.measurements import Series, StepTimes, SyncStepTimes, undo_moving_average
+from hvdlocal.advise.measurements import SampleSummary, StepTimes, SyncStepTimes, undo_moving_average
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator
@@ -140,14 +140,14 @@ class Candidate:
     def take(self) -> SyncStepTimes:
         """What was measured since the last call; a collective."""
         communicator = self._bench.session.communicator
-        everyone = communicator.gather((self._samples, Series.of(self._collect)), "hvdlocal.closing")
+        everyone = communicator.gather((self._samples, SampleSummary.of(self._collect)), "hvdlocal.closing")
         slowest = [
             tuple(map(max, zip(*ranks, strict=True))) for ranks in zip(*(one for one, _ in everyone), strict=True)
         ]
         step, collective = zip(*slowest, strict=True)
         collect = max((one for _, one in everyone), key=lambda one: one.mean)
         self._samples, self._collect = [], []
-        return SyncStepTimes(self._bytes, Series.of(step), Series.of(collective), collect)
+        return SyncStepTimes(self._bytes, SampleSummary.of(step), SampleSummary.of(collective), collect)
 
     def _step(self) -> float:
         for p, gradient in self._gradients:
@@ -205,7 +205,7 @@ class StepTimer:
 
     def take(self) -> StepTimes:
         """What this rank's clock showed since the last call."""
-        pace = StepTimes(*map(Series.of, self._times))
+        pace = StepTimes(*map(SampleSummary.of, self._times))
         for times in self._times:
             times.clear()
         return pace

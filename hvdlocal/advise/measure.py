@@ -7,7 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from hvdlocal.advise.benchmark import PERIOD, Benchmark, StepTimer
-from hvdlocal.advise.measurements import Block, Measurements, Series, rank_jitter
+from hvdlocal.advise.measurements import Block, Measurements, SampleSummary, rank_jitter
 from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator
 from hvdlocal.training.config import TrainConfig
@@ -71,7 +71,7 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         closings.append({candidate.name: candidate.take() for candidate in candidates})
         ends.append(len(run.averages))
     grad_sqr, grad_var = (
-        [Series.of(estimates[begin:end]) for begin, end in pairwise([0, *ends])] for estimates in run.estimates()
+        [SampleSummary.of(estimates[begin:end]) for begin, end in pairwise([0, *ends])] for estimates in run.estimates()
     )
     return Measurements(
         accumulate=bench.session.config.method.accumulate,

@@ -11,7 +11,7 @@ ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
-class Series:
+class SampleSummary:
     """Samples taken one after the other.
 
     Attributes:
@@ -25,12 +25,12 @@ class Series:
     count: int = 1
 
     @classmethod
-    def of(cls, samples: Sequence[float]) -> Series:
+    def of(cls, samples: Sequence[float]) -> SampleSummary:
         """Their summary."""
         return cls(fmean(samples) if samples else 0.0, stdev(samples) if len(samples) > 1 else 0.0, len(samples))
 
     @classmethod
-    def pooled(cls, parts: Iterable[Series]) -> Series:
+    def pooled(cls, parts: Iterable[SampleSummary]) -> SampleSummary:
         """The summary of several; the deviation is that within them, so that a slow drift is none."""
         parts = [part for part in parts if part.count]
         count = sum(part.count for part in parts)
@@ -51,10 +51,10 @@ class StepTimes:
         collect: taking in a micro-batch that does not complete a local step; no samples without accumulation.
     """
 
-    micro_batch: Series
-    waiting: Series
-    update: Series
-    collect: Series
+    micro_batch: SampleSummary
+    waiting: SampleSummary
+    update: SampleSummary
+    collect: SampleSummary
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ class SyncStepTimes:
     """
 
     bytes: int
-    step: Series
-    collective: Series
-    collect: Series
+    step: SampleSummary
+    collective: SampleSummary
+    collect: SampleSummary
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,10 @@ class Block:
     """
 
     paces: tuple[StepTimes, ...]
-    apart: Series
+    apart: SampleSummary
     closings: Mapping[str, SyncStepTimes]
-    grad_sqr: Series
-    grad_var: Series
+    grad_sqr: SampleSummary
+    grad_var: SampleSummary
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Measurements:
         return len(self.blocks[0].paces)
 
 
-def rank_jitter(rounds: Sequence[Sequence[float]], micro_batches: int) -> Series:
+def rank_jitter(rounds: Sequence[Sequence[float]], micro_batches: int) -> SampleSummary:
     """How much a micro-batch's seconds vary on one rank beyond what they do on all: nobody waits for what slows down all alike.
 
     Args:
@@ -135,13 +135,13 @@ def rank_jitter(rounds: Sequence[Sequence[float]], micro_batches: int) -> Series
     """
     ranks, count = len(rounds), len(rounds[0])
     if ranks < 2 or count < 2:
-        return Series.of([])
+        return SampleSummary.of([])
     of_round = [fmean(one) for one in zip(*rounds, strict=True)]
     whole = fmean(of_round)
     squares = sum(
         (seconds - fmean(rank) - of_round[i] + whole) ** 2 for rank in rounds for i, seconds in enumerate(rank)
     )
-    return Series(0.0, math.sqrt(squares / ((ranks - 1) * (count - 1)) / micro_batches), count - 1)
+    return SampleSummary(0.0, math.sqrt(squares / ((ranks - 1) * (count - 1)) / micro_batches), count - 1)
 
 
 def undo_moving_average(averages: Sequence[float], theta: float) -> list[float]:

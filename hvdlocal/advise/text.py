@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from hvdlocal.advise.advice import Advice, pooled_paces
-from hvdlocal.advise.measurements import Measurements, Series
+from hvdlocal.advise.measurements import Measurements, SampleSummary
 from hvdlocal.advise.predictions import PERIODS, Comparison, Prediction, noise, predict, slowest
 from hvdlocal.figures.units import bytes_text, seconds_text
 
@@ -90,7 +90,7 @@ def _averagings(advice: Advice) -> Iterator[str]:
     step = cost_model.accumulate * max(cost_model.micro_batch) + update
     for name in blocks[0].closings:
         closings = [block.closings[name] for block in blocks]
-        m = max(Series.pooled(closing.step for closing in closings).mean - update, 0.0) / step
+        m = max(SampleSummary.pooled(closing.step for closing in closings).mean - update, 0.0) / step
         yield (
             f"  {PAYLOADS[name]:38}{bytes_text(closings[0].bytes):>10}"
             f"{_sampled([closing.collective for closing in closings]):>18}"
@@ -202,10 +202,10 @@ def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
     return {**asdict(comparison), "verdict": comparison.verdict}
 
 
-def _sampled(blocks: Sequence[Series]) -> str:
+def _sampled(blocks: Sequence[SampleSummary]) -> str:
     """The mean with its standard error, from how much the blocks differ."""
     error = stdev(one.mean for one in blocks) / math.sqrt(len(blocks))
-    return f"{_ms(Series.pooled(blocks).mean)} ± {1000 * error:.2g}"
+    return f"{_ms(SampleSummary.pooled(blocks).mean)} ± {1000 * error:.2g}"
 
 
 def _ms(seconds: float) -> str:

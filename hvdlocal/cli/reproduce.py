@@ -157,15 +157,15 @@ def _measure(jobs: Sequence[GridRun]) -> int:
     Returns:
         FINISHED, or FAILED where it could not be measured.
     """
-    from hvdlocal.papers import curvature
-    from hvdlocal.papers.runs import State
+    from hvdlocal.papers import run_sharpness
+    from hvdlocal.papers.runs import GridRunState
 
     code = ExitCode.FINISHED
     for job in jobs:
-        if job.state is not State.FINISHED or curvature.known(job.directory) is not None:
+        if job.state is not GridRunState.FINISHED or run_sharpness.stored(job.directory) is not None:
             continue
         try:
-            found = curvature.measure(job.directory, job.config)
+            found = run_sharpness.measure(job.directory, job.config)
         except (RuntimeError, ValueError, OSError) as error:
             print(f"{job.cell.title}: the sharpness could not be measured: {error}", flush=True)
             code = ExitCode.FAILED
@@ -178,15 +178,15 @@ def _measure(jobs: Sequence[GridRun]) -> int:
 
 def _report(study: Study, grid: Grid, jobs: Sequence[GridRun]) -> GridReport | RuleReport:
     """What is known so far."""
-    from hvdlocal.papers import curvature
+    from hvdlocal.papers import run_sharpness
     from hvdlocal.papers.grid_report import GridReport
     from hvdlocal.papers.rule_report import RuleReport
     from hvdlocal.papers.runs import outcome
 
     found = {job.cell: result for job in jobs if (result := outcome(job, grid.setting)) is not None}
     if not grid.periods:
-        around = {job.cell: known for job in jobs if (known := curvature.known(job.directory)) is not None}
-        return RuleReport(study, grid.setting, jobs[0].config.epochs, found, around, len(jobs))
+        sharpnesses = {job.cell: known for job in jobs if (known := run_sharpness.stored(job.directory)) is not None}
+        return RuleReport(study, grid.setting, jobs[0].config.epochs, found, sharpnesses, len(jobs))
     return GridReport(study, grid.setting, jobs[0].config.epochs, found, len(jobs))
 
 

@@ -19,7 +19,7 @@ RULE = (
     f"{TOLERANCE_PERCENT} points or both collapse."
 )
 
-Kind = Literal["holds", "degrades", "collapses"]
+Grade = Literal["holds", "degrades", "collapses"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Scale:
     target_percent: float
     chance_percent: float
 
-    def kind(self, accuracy_percent: float) -> Kind:
+    def grade(self, accuracy_percent: float) -> Grade:
         """What has become of the target."""
         if accuracy_percent >= self.target_percent - TOLERANCE_PERCENT:
             return "holds"
@@ -56,16 +56,16 @@ class Verdict:
 
 def judge(here: float, scale: Scale, published: float | None, published_scale: Scale, *, same_setting: bool) -> Verdict:
     """Compares an accuracy with the published one, both in percent."""
-    kind = scale.kind(here)
+    grade = scale.grade(here)
     if published is None:
-        return Verdict(None, kind)
-    published_kind = published_scale.kind(published)
-    if same_setting and not kind == published_kind == "collapses":
+        return Verdict(None, grade)
+    published_grade = published_scale.grade(published)
+    if same_setting and not grade == published_grade == "collapses":
         agrees = abs(here - published) <= TOLERANCE_PERCENT
-        return Verdict(agrees, f"{kind}, {here - published:+.2f} points" + ("" if agrees else " **differs**"))
-    if kind == published_kind:
-        return Verdict(True, f"{kind}, as published")
-    return Verdict(False, f"{kind}, published: {published_kind} **differs**")
+        return Verdict(agrees, f"{grade}, {here - published:+.2f} points" + ("" if agrees else " **differs**"))
+    if grade == published_grade:
+        return Verdict(True, f"{grade}, as published")
+    return Verdict(False, f"{grade}, published: {published_grade} **differs**")
 
 
 Results = Mapping[tuple[str, int], Point]
@@ -99,7 +99,7 @@ def _loses(results: Results, method: str, periods: Sequence[int]) -> bool:
 
 def _acc_lin_collapses(results: Results, periods: Sequence[int], scale: Scale) -> bool:
     last = results["acc-lin", periods[-1]].accuracy_percent
-    return _loses(results, "acc-lin", periods) and scale.kind(last) == "collapses"
+    return _loses(results, "acc-lin", periods) and scale.grade(last) == "collapses"
 
 
 def _local_lin_degrades(results: Results, periods: Sequence[int], _: Scale) -> bool:
@@ -109,7 +109,7 @@ def _local_lin_degrades(results: Results, periods: Sequence[int], _: Scale) -> b
 
 def _adaptive_hold(results: Results, periods: Sequence[int], scale: Scale) -> bool:
     return all(
-        scale.kind(results[method, period].accuracy_percent) == "holds"
+        scale.grade(results[method, period].accuracy_percent) == "holds"
         for method in ("acc-ada", "local-ada")
         for period in periods
     )
@@ -168,7 +168,7 @@ def _adascale_generalises_worse(results: Results, periods: Sequence[int], _: Sca
 
 def _large_weights_hold(results: Results, periods: Sequence[int], scale: Scale) -> bool:
     return all(
-        scale.kind(results[name, period].accuracy_percent) == "holds"
+        scale.grade(results[name, period].accuracy_percent) == "holds"
         for name in ("c=0.6", "c=0.8", "c=1")
         for period in periods
     )

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvdlocal.papers.curvature import IMAGES, Curvature
 from hvdlocal.papers.report_files import write_report
+from hvdlocal.papers.run_sharpness import IMAGES, RunSharpness
 from hvdlocal.papers.runs import Outcome
 from hvdlocal.papers.studies import GridPoint, Setup, Study
 
@@ -29,12 +29,12 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class Run:
-    """One seed of a rule; `curvature` is None until it is measured, and for a run that diverged."""
+class RuleRun:
+    """One seed of a rule; `sharpness` is None until it is measured, and for a run that diverged."""
 
     seed: int
     outcome: Outcome
-    curvature: Curvature | None
+    sharpness: RunSharpness | None
 
     @property
     def accuracy(self) -> float:
@@ -49,20 +49,25 @@ class Run:
     @property
     def loss(self) -> float | None:
         """Of the final average on training images as they are."""
-        return None if self.curvature is None else self.curvature.loss
+        return None if self.sharpness is None else self.sharpness.loss
 
     @property
     def largest(self) -> float | None:
         """Eigenvalue of that loss's Hessian."""
-        return None if self.curvature is None else self.curvature.largest
+        return None if self.sharpness is None else self.sharpness.largest
 
     @property
     def trace(self) -> float | None:
         """Of that Hessian."""
-        return None if self.curvature is None else self.curvature.trace
+        return None if self.sharpness is None else self.sharpness.trace
+
+    def record(self) -> dict[str, Any]:
+        """Returns the run as it is written to the JSON file."""
+        sharpness = None if self.sharpness is None else asdict(self.sharpness)
+        return {"seed": self.seed, "outcome": asdict(self.outcome), "curvature": sharpness}
 
 
-Measure = Callable[[Run], float | None]
+Measure = Callable[[RuleRun], float | None]
 
 
 @dataclass(frozen=True)
@@ -76,11 +81,11 @@ class RuleClaim:
     sign: int
 
 
-def _accuracy(run: Run) -> float:
+def _accuracy(run: RuleRun) -> float:
     return run.accuracy
 
 
-def _largest(run: Run) -> float | None:
+def _largest(run: RuleRun) -> float | None:
     return run.largest
 
 
@@ -126,7 +131,7 @@ class RuleReport:
         setting: it was run in.
         epochs: of every run.
         outcomes: of the runs that have ended.
-        curvatures: of those that were measured.
+        sharpnesses: the sharpness of those runs for which it was measured.
         expected: how many runs there will be.
     """
 
@@ -136,15 +141,15 @@ class RuleReport:
         setting: Setup,
         epochs: float,
         outcomes: Mapping[GridPoint, Outcome],
-        curvatures: Mapping[GridPoint, Curvature],
+        sharpnesses: Mapping[GridPoint, RunSharpness],
         expected: int,
     ) -> None:
         self.study, self.setting, self.epochs = study, setting, epochs
         self.done, self.expected = len(outcomes), expected
         self.workers = sorted({cell.workers for cell in outcomes})
-        self.runs: dict[str, list[Run]] = {}
+        self.runs: dict[str, list[RuleRun]] = {}
         for cell, outcome in sorted(outcomes.items(), key=lambda item: item[0].seed):
-            self.runs.setdefault(cell.method.name, []).append(Run(cell.seed, outcome, curvatures.get(cell)))
+            self.runs.setdefault(cell.method.name, []).append(RuleRun(cell.seed, outcome, sharpnesses.get(cell)))
         self.runs = {method.name: self.runs[method.name] for method in study.methods if method.name in self.runs}
 
     def claims(self) -> list[dict[str, Any]]:
@@ -228,7 +233,7 @@ class RuleReport:
             "rule": RULE,
             "runs_done": self.done,
             "runs_expected": self.expected,
-            "rows": [{"method": name, "runs": [asdict(run) for run in runs]} for name, runs in self.runs.items()],
+            "rows": [{"method": name, "runs": [run.record() for run in runs]} for name, runs in self.runs.items()],
             "claims": self.claims(),
         }
 
@@ -239,7 +244,7 @@ class RuleReport:
         return write_report(stem, self.markdown(), self.record(), partial(_draw, self))
 
 
-def _mean(runs: Sequence[Run], measure: Measure, form: str) -> str:
+def _mean(runs: Sequence[RuleRun], measure: Measure, form: str) -> str:
     """The mean, with the standard deviation over several seeds; empty where nothing is known."""
     values = [value for run in runs if (value := measure(run)) is not None]
     if not values:

@@ -11,7 +11,7 @@ from pathlib import Path
 from hvdlocal.directory import Directory, write_text
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.launch_command import ALLOW_ROOT, REFUSES_ROOT, last_words, refused_root
-from hvdlocal.papers.curvature import CURVATURE
+from hvdlocal.papers import run_sharpness
 from hvdlocal.papers.launcher import Supervisor, train_command
 from hvdlocal.papers.studies import GridPoint, Setup
 from hvdlocal.training import TrainConfig
@@ -22,7 +22,7 @@ DIVERGED = "diverged.json"
 """Marks the directory of a run that ended in NaN: it would do so again."""
 
 
-class State(Enum):
+class GridRunState(Enum):
     """How far a run is."""
 
     FINISHED = "finished"
@@ -47,7 +47,7 @@ class GridRun:
     config: TrainConfig
 
     @property
-    def state(self) -> State:
+    def state(self) -> GridRunState:
         """From what is on disk.
 
         Raises:
@@ -55,8 +55,8 @@ class GridRun:
         """
         found = find_status(self.directory, effective_settings(self.config), overwrite=False)
         if found is RunStatus.FINISHED:
-            return State.FINISHED
-        return State.DIVERGED if found is RunStatus.STARTED and self._marker.exists() else State.OPEN
+            return GridRunState.FINISHED
+        return GridRunState.DIVERGED if found is RunStatus.STARTED and self._marker.exists() else GridRunState.OPEN
 
     @property
     def log(self) -> Path:
@@ -73,7 +73,7 @@ class GridRun:
             clear(directory)
         for left in (
             self._marker,
-            self.directory / CURVATURE,
+            self.directory / run_sharpness.FILE,
             self.directory / "config.yaml",
         ):  # which the next run replaces, if it is started
             left.unlink(missing_ok=True)
@@ -112,9 +112,9 @@ class Outcome:
 def outcome(job: GridRun, setting: Setup) -> Outcome | None:
     """What a run came to; None as long as it has not ended."""
     state = job.state
-    if state is State.DIVERGED:
+    if state is GridRunState.DIVERGED:
         return Outcome(setting.chance_percent, None, None, diverged=True)
-    if state is State.OPEN:
+    if state is GridRunState.OPEN:
         return None
     summary = json.loads((job.directory / SUMMARY).read_text(encoding="utf-8"))
     accuracy = 100 * summary["evaluation"][setting.measure]
@@ -141,7 +141,7 @@ def run_all(
     failed, reason = False, ""
     with Supervisor() as supervisor:
         for number, job in enumerate(jobs, 1):
-            if job.state is not State.OPEN:
+            if job.state is not GridRunState.OPEN:
                 continue
             say(f"[{number}/{len(jobs)}] {job.cell.title} … {job.log}")
             job.log.parent.mkdir(parents=True, exist_ok=True)

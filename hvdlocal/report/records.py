@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hvdlocal.careful import from_json, from_yaml, read_lines, read_text
 from hvdlocal.terminal import plain
+from hvdlocal.untrusted_files import from_json, from_yaml, read_lines, read_text
 
 Column = npt.NDArray[np.float64]
 
@@ -43,7 +43,7 @@ _NEEDED = {
 _SPENT = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
 
 
-class State(Enum):
+class RunState(Enum):
     """How far a run is."""
 
     FINISHED = "finished"
@@ -97,7 +97,7 @@ class Run:
     rounds: Series
     evaluations: Series
     end: dict[str, Any] | None
-    state: State
+    state: RunState
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -330,18 +330,18 @@ def _resumptions(path: Path) -> list[str]:
     return [f"interrupted and resumed from {', '.join(attempts[1:])}"] if len(attempts) > 1 else []
 
 
-def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> State:
+def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> RunState:
     if records and records[-1]["kind"] == "end":
-        return State.FINISHED
+        return RunState.FINISHED
     written = (directory / "metrics.jsonl").stat().st_mtime
     last_good = directory / "last_good.pt"  # written when a run diverges, just before its record is closed
     if last_good.exists() and written < last_good.stat().st_mtime + SILENCE_SECONDS:
-        return State.DIVERGED
+        return RunState.DIVERGED
     times = [_number(record.get("elapsed_seconds")) for record in records]
     times = [seconds for seconds in times if math.isfinite(seconds)]
     pause = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
     silence = max(SILENCE_SECONDS, 10 * float(config["log_every_seconds"]), 3 * pause)
-    return State.RUNNING if time.time() - written < silence else State.INTERRUPTED
+    return RunState.RUNNING if time.time() - written < silence else RunState.INTERRUPTED
 
 
 def _is_number(value: Any) -> bool:

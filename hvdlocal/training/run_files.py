@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from hvdlocal.careful import from_yaml, read_text
 from hvdlocal.directory import Directory
 from hvdlocal.training.attempts import ATTEMPTS, is_of_this_job
 from hvdlocal.training.config import SETTINGS
 from hvdlocal.training.config_checks import flatten
+from hvdlocal.untrusted_files import from_yaml, read_text
 
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"

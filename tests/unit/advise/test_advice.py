@@ -12,7 +12,7 @@ from hvdlocal.advise.advice import Estimate, advise, compare, known
 from hvdlocal.advise.measurements import (
     Block,
     Measurements,
-    Series,
+    SampleSummary,
     StepTimes,
     SyncStepTimes,
     rank_jitter,
@@ -117,19 +117,23 @@ def test_the_slowest_rank():
 
 
 def measurements(averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0, 10.0, 10.0), grad_sqr=1.0):
-    none = Series.of([])
+    none = SampleSummary.of([])
     blocks = []
     for averaging, step, var in zip(averagings, steps, noise, strict=True):
-        pace = StepTimes(Series(step, 0.05, 10), Series(0.01, count=10), Series(0.1, count=10), none)
-        closing = SyncStepTimes(4000, Series(averaging + 0.1, count=10), Series(averaging, count=10), none)
+        pace = StepTimes(
+            SampleSummary(step, 0.05, 10), SampleSummary(0.01, count=10), SampleSummary(0.1, count=10), none
+        )
+        closing = SyncStepTimes(
+            4000, SampleSummary(averaging + 0.1, count=10), SampleSummary(averaging, count=10), none
+        )
         names = ("acc-lin", "acc-ada", "local-lin", "local-ada sketch", "local-ada exact")
         blocks.append(
             Block(
                 (pace,) * 4,
-                Series(0.0, 0.05, 9),
+                SampleSummary(0.0, 0.05, 9),
                 dict.fromkeys(names, closing),
-                Series(grad_sqr, count=10),
-                Series(var, count=10),
+                SampleSummary(grad_sqr, count=10),
+                SampleSummary(var, count=10),
             )
         )
     return Measurements(1, 32, 3200, 100.0, 1000, tuple(blocks), epochs=0.5, seconds=60.0)
@@ -189,8 +193,8 @@ def test_single_estimates_come_back_from_moving_averages():
 
 
 def test_pooling():
-    whole = Series.pooled([Series(1.0, 0.1, 10), Series(4.0, 0.1, 20), Series.of([])])
-    assert whole == Series(pytest.approx(3.0), pytest.approx(0.1), 30)
+    whole = SampleSummary.pooled([SampleSummary(1.0, 0.1, 10), SampleSummary(4.0, 0.1, 20), SampleSummary.of([])])
+    assert whole == SampleSummary(pytest.approx(3.0), pytest.approx(0.1), 30)
 
 
 def test_what_ranks_share_is_no_reason_to_wait():

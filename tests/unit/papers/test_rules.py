@@ -1,4 +1,4 @@
-"""The report on rules for H: what counts as a difference, and the curvature of a finished run."""
+"""The report on rules for H: what counts as a difference, and the sharpness of a finished run."""
 
 import math
 
@@ -9,8 +9,7 @@ import torch
 import hvdlocal
 from hvdlocal.cli.configuration import parse
 from hvdlocal.models import build_model
-from hvdlocal.papers import curvature
-from hvdlocal.papers.curvature import Curvature
+from hvdlocal.papers import run_sharpness
 from hvdlocal.papers.rule_report import TITLES, RuleReport, resolved
 from hvdlocal.papers.runs import Outcome
 from hvdlocal.papers.studies import STUDIES, GridPoint
@@ -24,7 +23,7 @@ def shift(method, seed):
 
 
 def report(accuracies, largest=None):
-    outcomes, curvatures = {}, {}
+    outcomes, sharpnesses = {}, {}
     for method in STUDY.methods:
         for seed, accuracy in enumerate(accuracies.get(method.name, [])):
             cell = GridPoint(method, 8, None, seed)
@@ -32,10 +31,10 @@ def report(accuracies, largest=None):
                 outcomes[cell] = Outcome(10.0, None, None, diverged=True)
                 continue
             outcomes[cell] = Outcome(accuracy, 40.0, 1.0, communication=0.16)
-            curvatures[cell] = Curvature(
+            sharpnesses[cell] = run_sharpness.RunSharpness(
                 0.5, (largest or {}).get(method.name, 10.0) + shift(method.name, seed), 100.0, 1.0, 2500
             )
-    return RuleReport(STUDY, STUDY.small.setting, 40, outcomes, curvatures, 18)
+    return RuleReport(STUDY, STUDY.small.setting, 40, outcomes, sharpnesses, 18)
 
 
 def test_a_difference_counts_when_students_t_resolves_it():
@@ -100,7 +99,7 @@ def test_every_rule_has_a_title_and_all_leave_h_base_at_the_same_rate():
             assert config.alpha / 4 ** (1 / exponent) == pytest.approx(0.04, rel=2e-3), "4 = (α/η)^p at η = 0.04"
 
 
-def test_the_curvature_of_a_run(tmp_path):
+def test_the_sharpness_of_a_run(tmp_path):
     """Of a network that gives all classes the same: ln 10, whatever the images."""
     pytest.importorskip("scipy")
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), dtype=np.uint8)
@@ -113,9 +112,9 @@ def test_the_curvature_of_a_run(tmp_path):
     torch.nn.init.zeros_(model[-1].weight)
     torch.nn.init.zeros_(model[-1].bias)
     torch.save(model.state_dict(), run / "model.pt")
-    assert curvature.known(run) is None
-    found = curvature.measure(run, config)
+    assert run_sharpness.stored(run) is None
+    found = run_sharpness.measure(run, config)
     assert found.loss == pytest.approx(math.log(10))
     assert found.images == 40
     assert found.largest > 0
-    assert curvature.known(run) == found
+    assert run_sharpness.stored(run) == found

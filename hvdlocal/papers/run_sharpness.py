@@ -1,4 +1,4 @@
-"""How sharp the minimum is that a run found: measured once, on its own training images, and kept beside the run."""
+"""The sharpness of the minimum that a run found, measured once and stored in the run's directory."""
 
 from __future__ import annotations
 
@@ -14,23 +14,28 @@ from torch.nn import functional as F
 from hvdlocal.data import ShardedDataset
 from hvdlocal.directory import write_text
 from hvdlocal.papers.fixed_subset import first_images
-from hvdlocal.papers.sharpness import Sharpness, sharpness
+from hvdlocal.papers.sharpness import sharpness
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.builders import model_from_config
 from hvdlocal.training.preprocessing import preprocessing_from_config
 
-CURVATURE = "curvature.json"
+FILE = "curvature.json"
+"""Name of the stored result in the run's directory."""
+
 IMAGES = 2_500
+"""Number of training images over which the loss is taken."""
 
 
 @dataclass(frozen=True)
-class Curvature:
-    """The training loss around the final average: without augmentation, weight decay and label smoothing.
+class RunSharpness:
+    """The training loss at the final average, without augmentation, weight decay and label smoothing, and its Hessian.
 
     Attributes:
-        loss: its value.
-        largest, trace, trace_error: of its Hessian; see `Sharpness`.
-        images: over how many training images.
+        loss: the loss.
+        largest: the largest eigenvalue of its Hessian.
+        trace: an estimate of the trace of its Hessian.
+        trace_error: the standard error of that estimate.
+        images: the number of training images.
     """
 
     loss: float
@@ -40,18 +45,18 @@ class Curvature:
     images: int
 
 
-def known(directory: Path) -> Curvature | None:
-    """What was measured before."""
-    path = directory / CURVATURE
-    return Curvature(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+def stored(directory: Path) -> RunSharpness | None:
+    """Reads the sharpness of the run in this directory; None if it has not been measured."""
+    path = directory / FILE
+    return RunSharpness(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
 
 
-def measure(directory: Path, config: TrainConfig) -> Curvature:
-    """Measures the final model of a finished run on the CPU, and writes the result beside it.
+def measure(directory: Path, config: TrainConfig) -> RunSharpness:
+    """Measures the final model of a finished run on the CPU and stores the result.
 
     Args:
-        directory: of the run.
-        config: of the run.
+        directory: the run's directory.
+        config: the run's configuration.
 
     Raises:
         ImportError: SciPy is missing.
@@ -69,7 +74,7 @@ def measure(directory: Path, config: TrainConfig) -> Curvature:
 
     with torch.no_grad():
         loss = sum(part.item() for part in losses())
-    hessian: Sharpness = sharpness([p for p in model.parameters() if p.requires_grad], losses)
-    curvature = Curvature(loss, **asdict(hessian), images=total)
-    write_text(directory / CURVATURE, json.dumps(asdict(curvature), indent=1) + "\n")
-    return curvature
+    hessian = sharpness([p for p in model.parameters() if p.requires_grad], losses)
+    found = RunSharpness(loss, **asdict(hessian), images=total)
+    write_text(directory / FILE, json.dumps(asdict(found), indent=1) + "\n")
+    return found
