@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import hvdlocal
 from hvdlocal.advise.advice import advise
 from hvdlocal.advise.measure import measure
 from hvdlocal.advise.text import ALONE, advice_text, as_dict, measured_text
+from hvdlocal.cli.arguments import positive
 from hvdlocal.cli.configuration import parse
-from hvdlocal.communicator import succeed_together
+from hvdlocal.communicator import init, succeed_together
 from hvdlocal.directory import user_file
 from hvdlocal.exit_codes import ExitCode
 
@@ -25,7 +24,7 @@ def run(arguments: Sequence[str]) -> int:
     if not rest:
         raise ValueError("no configuration: mpirun -np N hvdlocal advise CONFIG.yaml (see experiments/)")
     config = parse(rest)
-    communicator = hvdlocal.init()
+    communicator = init()
 
     def prepare() -> None:
         if options.json and communicator.rank == 0:
@@ -57,13 +56,6 @@ def _parser() -> argparse.ArgumentParser:
         epilog="CONFIG.yaml and --section.key are those of hvdlocal train; its --help lists them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--seconds", type=_positive, default=60.0, metavar="S", help="to measure for (default: 60)")
+    parser.add_argument("--seconds", type=positive, default=60.0, metavar="S", help="to measure for (default: 60)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write measurements and predictions there too")
     return parser
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number

@@ -125,9 +125,8 @@ def mpi4py() -> Iterator[Finding]:
     )
     lines = _python(probe)
     if isinstance(lines, str):
-        level = "wrong" if _backend() == "mpi4py" else "note"
         remedy = "pip install mpi4py, with the MPI library on LD_LIBRARY_PATH; only HVDLOCAL_BACKEND=mpi4py needs it"
-        yield Finding(level, "mpi4py", lines, remedy)
+        yield Finding(_level("mpi4py"), "mpi4py", lines, remedy)
         return
     version, spare, library = lines[-1].split("|", 2)
     levels = {
@@ -155,9 +154,8 @@ def horovod() -> Iterator[Finding]:
     )
     lines = _python(probe)
     if isinstance(lines, str):
-        level = "note" if _backend() == "mpi4py" else "wrong"
         remedy = "run `make setup`, or see docs/install.md; HVDLOCAL_BACKEND=mpi4py does without Horovod"
-        yield Finding(level, "Horovod", lines, remedy)
+        yield Finding(_level("horovod"), "Horovod", lines, remedy)
         return
     version, mpi, gloo, nccl, file = json.loads(lines[-1])
     metadata = Path(file).with_name("metadata.json")
@@ -232,7 +230,7 @@ def two_ranks() -> Iterator[Finding]:
         remedy = "mpirun must be that of the MPI which the backend was built with; on a login node, try inside a job"
         if found == REFUSES_ROOT:
             remedy = ALLOW_ROOT
-        yield Finding("wrong" if backend == _backend() else "note", f"2 × {backend}", found, remedy)
+        yield Finding(_level(backend), f"2 × {backend}", found, remedy)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, launcher, mpi4py, horovod, gpus, cores, two_ranks)
@@ -243,6 +241,11 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, launcher, mpi4p
 
 def _backend() -> str:
     return os.environ.get("HVDLOCAL_BACKEND") or "horovod"
+
+
+def _level(backend: str) -> str:
+    """Returns the level of a failure of one backend: only the chosen one is needed."""
+    return "wrong" if backend == _backend() else "note"
 
 
 def _trial(backend: str) -> str | None:

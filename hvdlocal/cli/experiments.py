@@ -78,19 +78,13 @@ def _fig7(options: argparse.Namespace, train: Sequence[str]) -> ExperimentReport
 
 def _config(setting: Setup, options: argparse.Namespace, train: Sequence[str]) -> TrainConfig:
     from hvdlocal.cli.configuration import parse
-    from hvdlocal.data.format.manifest import MANIFEST_NAME
     from hvdlocal.training.config_checks import check_ranges
 
     settings = ["--model.name=resnet9"] if options.scale == "paper" else []
     settings += [f"--data.path={options.data}"] if options.data else []
     config = parse([str(setting.path), "--method.preset=sync", *settings, *train, f"--seed={options.seed}"])
     check_ranges(config)
-    path = Path(config.data.path)
-    if not (path / config.data.train_split / MANIFEST_NAME).is_file():
-        raise ValueError(
-            f"no data in {path}/{config.data.train_split}: {setting.prepare} --output {path}, or name another directory "
-            "with --data"
-        )
+    setting.require_data(config.data.path, (config.data.train_split,))
     return config
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from hvdlocal.cli.arguments import positive
 from hvdlocal.cli.configuration import parse
 from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directory
 from hvdlocal.plan.forecast import Checkpoints, Forecast
@@ -71,15 +71,15 @@ def _parser() -> argparse.ArgumentParser:
     add("--samples", type=int, metavar="N", help="training images, when the data are not here")
     add("--classes", type=int, metavar="N", help="classes, when the data are not here; with data.image_size, for bytes")
     add("--bytes", action=argparse.BooleanOptionalAction, default=True, help="count bytes too, which loads torch")
-    add("--step-seconds", type=_positive, metavar="S", help="time of one optimizer step without communication")
-    add("--checkpoint-seconds", type=_positive, metavar="S", help="by which one checkpoint holds up training")
+    add("--step-seconds", type=positive, metavar="S", help="time of one optimizer step without communication")
+    add("--checkpoint-seconds", type=positive, metavar="S", help="by which one checkpoint holds up training")
     add(
         "--mtbf-hours",
-        type=_positive,
+        type=positive,
         metavar="H",
         help="mean time between failures of the job; default: checkpoint.failure_hours",
     )
-    add("--gain", type=_positive, help="to assume for the adaptive presets; default: 1")
+    add("--gain", type=positive, help="to assume for the adaptive presets; default: 1")
     add("--grad-var-over-sqr", type=float, metavar="R", help="or σ²/G to assume, which gives the gain for each H")
     add(
         "--compare",
@@ -93,13 +93,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--figure", type=Path, metavar="FILE", help="also draw it: .png, .pdf or .svg")
     add("--json", action="store_true", help="for programs, with every stretch of rounds")
     return parser
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from hvdlocal.cli.experiments import EXPERIMENTS, require_scipy
 from hvdlocal.cli.experiments import run as run_experiment
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.launch_command import launcher_words
-from hvdlocal.papers.studies import STUDIES, Grid, GridPoint, Study, cells
+from hvdlocal.papers.studies import STUDIES, Grid, GridPoint, Study, grid_points
 
 if TYPE_CHECKING:
     from hvdlocal.papers.grid_report import GridReport
@@ -44,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"the experiment's name comes first: hvdlocal reproduce {named[0]} …")
     options, train = _parser().parse_known_args(arguments)
     study, grid = _study(options)
-    chosen = list(_cells(options, study, grid))
+    chosen = list(_points(options, study, grid))
     if not grid.periods and (wrong := [word for word in train if word.startswith("--method.")]):
         raise ValueError(f"{study.name} decides the method: leave out {wrong[0]}, and choose with --methods")
     if meant := [OWN_OPTIONS[name] for word in train if (name := word.partition("=")[0]) in OWN_OPTIONS]:
@@ -54,30 +54,30 @@ def run(arguments: Sequence[str]) -> int:
     from hvdlocal.papers.runs import run_all  # torch takes seconds to load
 
     output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
-    jobs = list(_jobs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
+    runs = list(_runs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
     launcher = [] if options.report else launcher_words(options.launcher)
     if options.dry_run:
-        for job in jobs:
-            print(shlex.join(train_command(launcher, job.cell.workers, job.arguments)))
+        for run in runs:
+            print(shlex.join(train_command(launcher, run.point.workers, run.arguments)))
         return ExitCode.FINISHED
     if not options.report:
-        _prepare(jobs, grid)
+        _prepare(runs, grid)
     output.mkdir(parents=True, exist_ok=True)
-    done = _report(study, grid, jobs).done
-    count = f"{len(jobs)} run{'s' if len(jobs) > 1 else ''}"
+    done = _report(study, grid, runs).done
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     print(f"{study.title}\n{grid.setting.title}: {count}, {done} done, in {output}", flush=True)
 
-    def after(job: GridRun) -> None:
-        report = _report(study, grid, jobs)
+    def after(run: GridRun) -> None:
+        report = _report(study, grid, runs)
         report.write(output / study.name)
-        print(f"  {report.line(job.cell)}", flush=True)
+        print(f"  {report.line(run.point)}", flush=True)
 
     code: int = (
-        ExitCode.FINISHED if options.report else run_all(jobs, launcher, lambda text: print(text, flush=True), after)
+        ExitCode.FINISHED if options.report else run_all(runs, launcher, lambda text: print(text, flush=True), after)
     )
     if not (grid.periods or options.report or code == ExitCode.INTERRUPTED):
-        code |= _measure(jobs)
-    report = _report(study, grid, jobs)
+        code |= _measure(runs)
+    report = _report(study, grid, runs)
     for claim in report.claims():
         print(f"K = {claim['workers']}: {claim['claim']}: {report.answer(claim)}")
     print(" ".join(str(path) for path in report.write(output / study.name)))
@@ -97,7 +97,7 @@ def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
     return study, grid
 
 
-def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[GridPoint]:
+def _points(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[GridPoint]:
     """The runs that are asked for."""
     known = {method.name: method for method in (study.baseline, *study.methods) if method}
     if unknown := [name for name in options.methods or () if name not in known]:
@@ -109,49 +109,43 @@ def _cells(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[Gr
         raise ValueError(f"{study.name} compares rules for H with one K: no --periods, and one number of --workers")
     methods = [known[name] for name in options.methods or known]
     lists = (methods, options.workers or grid.workers, options.periods or grid.periods, options.seeds)
-    return cells(*(list(dict.fromkeys(numbers)) for numbers in lists))
+    return grid_points(*(list(dict.fromkeys(numbers)) for numbers in lists))
 
 
-def _jobs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Sequence[str]) -> Iterator[GridRun]:
+def _runs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Sequence[str]) -> Iterator[GridRun]:
     """The runs with their configurations, all of them checked."""
     from hvdlocal.cli.configuration import parse
     from hvdlocal.papers.runs import GridRun
     from hvdlocal.training.config_checks import check_ranges
 
-    for cell in chosen:
-        directory = output / cell.name
-        arguments = [str(grid.setting.path), *settings, *cell.settings, f"--output={directory}"]
+    for point in chosen:
+        directory = output / point.name
+        arguments = [str(grid.setting.path), *settings, *point.settings, f"--output={directory}"]
         config = parse(arguments)
         check_ranges(config)
         switch = config.method.period.switch_epochs
         if switch is not None and switch >= config.epochs:
             raise ValueError(
-                f"{cell.method.name} switches after {switch:g} epochs, and the run has {config.epochs:g}: leave it out with "
+                f"{point.method.name} switches after {switch:g} epochs, and the run has {config.epochs:g}: leave it out with "
                 "--methods"
             )
-        yield GridRun(cell, directory, arguments, config)
+        yield GridRun(point, directory, arguments, config)
 
 
-def _prepare(jobs: Sequence[GridRun], grid: Grid) -> None:
+def _prepare(runs: Sequence[GridRun], grid: Grid) -> None:
     """Looks for the data, and removes earlier runs if that is asked for."""
-    from hvdlocal.data.format.manifest import MANIFEST_NAME
     from hvdlocal.training.attempts import restart_count
 
     if not grid.periods:
         require_scipy("qsr")
-    data = jobs[0].config.data
-    for split in (data.train_split, data.test_split):
-        if not (Path(data.path) / split / MANIFEST_NAME).is_file():
-            raise ValueError(
-                f"no data in {data.path}/{split}: {grid.setting.prepare} --output {data.path}, or name another directory with "
-                "--data"
-            )
-    if jobs[0].config.overwrite and restart_count() == 0:  # a job that a batch system starts again goes on
-        for job in jobs:
-            job.clear()
+    data = runs[0].config.data
+    grid.setting.require_data(data.path, (data.train_split, data.test_split))
+    if runs[0].config.overwrite and restart_count() == 0:  # a job that a batch system starts again goes on
+        for run in runs:
+            run.clear()
 
 
-def _measure(jobs: Sequence[GridRun]) -> int:
+def _measure(runs: Sequence[GridRun]) -> int:
     """The sharpness of what the runs found, where it is not known.
 
     Returns:
@@ -161,33 +155,33 @@ def _measure(jobs: Sequence[GridRun]) -> int:
     from hvdlocal.papers.runs import GridRunState
 
     code = ExitCode.FINISHED
-    for job in jobs:
-        if job.state is not GridRunState.FINISHED or run_sharpness.stored(job.directory) is not None:
+    for run in runs:
+        if run.state is not GridRunState.FINISHED or run_sharpness.stored(run.directory) is not None:
             continue
         try:
-            found = run_sharpness.measure(job.directory, job.config)
+            found = run_sharpness.measure(run.directory, run.config)
         except (RuntimeError, ValueError, OSError) as error:
-            print(f"{job.cell.title}: the sharpness could not be measured: {error}", flush=True)
+            print(f"{run.point.title}: the sharpness could not be measured: {error}", flush=True)
             code = ExitCode.FAILED
         else:
             print(
-                f"{job.cell.title}: training loss {found.loss:.3f}, largest eigenvalue {found.largest:.3g}", flush=True
+                f"{run.point.title}: training loss {found.loss:.3f}, largest eigenvalue {found.largest:.3g}", flush=True
             )
     return code
 
 
-def _report(study: Study, grid: Grid, jobs: Sequence[GridRun]) -> GridReport | RuleReport:
+def _report(study: Study, grid: Grid, runs: Sequence[GridRun]) -> GridReport | RuleReport:
     """What is known so far."""
     from hvdlocal.papers import run_sharpness
     from hvdlocal.papers.grid_report import GridReport
     from hvdlocal.papers.rule_report import RuleReport
     from hvdlocal.papers.runs import outcome
 
-    found = {job.cell: result for job in jobs if (result := outcome(job, grid.setting)) is not None}
+    found = {run.point: result for run in runs if (result := outcome(run, grid.setting)) is not None}
     if not grid.periods:
-        sharpnesses = {job.cell: known for job in jobs if (known := run_sharpness.stored(job.directory)) is not None}
-        return RuleReport(study, grid.setting, jobs[0].config.epochs, found, sharpnesses, len(jobs))
-    return GridReport(study, grid.setting, jobs[0].config.epochs, found, len(jobs))
+        sharpnesses = {run.point: known for run in runs if (known := run_sharpness.stored(run.directory)) is not None}
+        return RuleReport(study, grid.setting, runs[0].config.epochs, found, sharpnesses, len(runs))
+    return GridReport(study, grid.setting, runs[0].config.epochs, found, len(runs))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import hvdlocal
 from hvdlocal.cli.configuration import parse
+from hvdlocal.communicator import init
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.training import AlreadyFinished, Interrupted, Summary, TrainConfig, Trainer, interruption
 
@@ -13,7 +13,7 @@ from hvdlocal.training import AlreadyFinished, Interrupted, Summary, TrainConfig
 def run(arguments: Sequence[str]) -> int:
     """Trains on all ranks; rank 0 prints the summary."""
     config = parse(arguments)
-    communicator = hvdlocal.init()
+    communicator = init()
     try:
         summary = Trainer(config, communicator).run()
     except (AlreadyFinished, Interrupted) as reason:

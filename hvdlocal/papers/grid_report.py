@@ -79,8 +79,8 @@ class GridReport:
         self.done, self.expected = len(outcomes), expected
         self.table: Table = read_table(setting.table)
         grouped: dict[tuple[str, int, int | None], list[Outcome]] = defaultdict(list)
-        for cell, outcome in outcomes.items():
-            grouped[cell.place].append(outcome)
+        for point, outcome in outcomes.items():
+            grouped[point.place].append(outcome)
         self.rows = [self._row(*key, group) for key, group in grouped.items()]
         baseline = [row.accuracy for row in self.rows if row.method == BASELINE.name]
         target = baseline[0] if baseline else self.table.target_percent if setting.is_published else None
@@ -155,9 +155,9 @@ class GridReport:
 
     # -- as text -----------------------------------------------------------------------------------------------------
 
-    def line(self, cell: GridPoint) -> str:
+    def line(self, point: GridPoint) -> str:
         """The row of a run in a few words."""
-        row = next(row for row in self.rows if (row.method, row.workers, row.period) == cell.place)
+        row = next(row for row in self.rows if (row.method, row.workers, row.period) == point.place)
         spread = "" if row.spread is None else f" ± {row.spread:.2f}"
         epochs = "diverged" if row.mean_epochs is None else f"{row.mean_epochs:.1f} epochs"
         return f"{row.accuracy:.2f}{spread} %, {epochs}: {self.verdict(row).text.replace('**', '')}"

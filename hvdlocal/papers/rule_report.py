@@ -146,10 +146,10 @@ class RuleReport:
     ) -> None:
         self.study, self.setting, self.epochs = study, setting, epochs
         self.done, self.expected = len(outcomes), expected
-        self.workers = sorted({cell.workers for cell in outcomes})
+        self.workers = sorted({point.workers for point in outcomes})
         self.runs: dict[str, list[RuleRun]] = {}
-        for cell, outcome in sorted(outcomes.items(), key=lambda item: item[0].seed):
-            self.runs.setdefault(cell.method.name, []).append(RuleRun(cell.seed, outcome, sharpnesses.get(cell)))
+        for point, outcome in sorted(outcomes.items(), key=lambda item: item[0].seed):
+            self.runs.setdefault(point.method.name, []).append(RuleRun(point.seed, outcome, sharpnesses.get(point)))
         self.runs = {method.name: self.runs[method.name] for method in study.methods if method.name in self.runs}
 
     def claims(self) -> list[dict[str, Any]]:
@@ -178,9 +178,9 @@ class RuleReport:
             return "not resolved" if claim["seeds"] > 1 else "not known"
         return "yes" if claim["here"] else "no"
 
-    def line(self, cell: GridPoint) -> str:
+    def line(self, point: GridPoint) -> str:
         """The row of a run in a few words."""
-        runs = self.runs[cell.method.name]
+        runs = self.runs[point.method.name]
         accuracy, communication = _mean(runs, _accuracy, ".2f"), _mean(runs, lambda run: run.communication, ".1%")
         return f"{accuracy} %, {communication} of the communication" if communication else f"{accuracy} %: diverged"
 

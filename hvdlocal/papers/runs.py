@@ -35,13 +35,13 @@ class GridRun:
     """A run of a grid, with its configuration.
 
     Attributes:
-        cell: which.
+        point: its method, K, H and seed.
         directory: its output.
         arguments: of `hvdlocal train`.
         config: what they mean.
     """
 
-    cell: GridPoint
+    point: GridPoint
     directory: Path
     arguments: list[str]
     config: TrainConfig
@@ -109,14 +109,14 @@ class Outcome:
     communication: float | None = None
 
 
-def outcome(job: GridRun, setting: Setup) -> Outcome | None:
+def outcome(run: GridRun, setting: Setup) -> Outcome | None:
     """What a run came to; None as long as it has not ended."""
-    state = job.state
+    state = run.state
     if state is GridRunState.DIVERGED:
         return Outcome(setting.chance_percent, None, None, diverged=True)
     if state is GridRunState.OPEN:
         return None
-    summary = json.loads((job.directory / SUMMARY).read_text(encoding="utf-8"))
+    summary = json.loads((run.directory / SUMMARY).read_text(encoding="utf-8"))
     accuracy = 100 * summary["evaluation"][setting.measure]
     saved = summary.get("communication_saved")
     share = None if saved is None else 1 - saved
@@ -124,12 +124,12 @@ def outcome(job: GridRun, setting: Setup) -> Outcome | None:
 
 
 def run_all(
-    jobs: Sequence[GridRun], launcher: Sequence[str], say: Callable[[str], None], after: Callable[[GridRun], None]
+    runs: Sequence[GridRun], launcher: Sequence[str], say: Callable[[str], None], after: Callable[[GridRun], None]
 ) -> int:
     """Makes the runs that are not done, one after the other.
 
     Args:
-        jobs: all of the grid.
+        runs: all of the grid.
         launcher: see `launcher_words`.
         say: prints a line.
         after: called with every run that has ended.
@@ -140,27 +140,27 @@ def run_all(
     """
     failed, reason = False, ""
     with Supervisor() as supervisor:
-        for number, job in enumerate(jobs, 1):
-            if job.state is not GridRunState.OPEN:
+        for number, run in enumerate(runs, 1):
+            if run.state is not GridRunState.OPEN:
                 continue
-            say(f"[{number}/{len(jobs)}] {job.cell.title} … {job.log}")
-            job.log.parent.mkdir(parents=True, exist_ok=True)
-            code = supervisor.run(train_command(launcher, job.cell.workers, job.arguments), job.log)
+            say(f"[{number}/{len(runs)}] {run.point.title} … {run.log}")
+            run.log.parent.mkdir(parents=True, exist_ok=True)
+            code = supervisor.run(train_command(launcher, run.point.workers, run.arguments), run.log)
             if code == ExitCode.DIVERGED:
-                job.mark_diverged(job.last_words())
+                run.mark_diverged(run.last_words())
             elif code and (code == ExitCode.INTERRUPTED or supervisor.asked):
-                say(f"interrupted: {job.last_words()}")
+                say(f"interrupted: {run.last_words()}")
                 return ExitCode.INTERRUPTED
             elif code:
-                words = job.last_words()
+                words = run.last_words()
                 say(f"  failed with exit code {code}: {words}")
-                failed, before, reason = True, reason, words.replace(job.directory.name, "")
+                failed, before, reason = True, reason, words.replace(run.directory.name, "")
                 if reason == before:
                     say("the same as in the run before: the others are not tried")
                     return ExitCode.FAILED
                 continue
             reason = ""
-            after(job)
+            after(run)
             if supervisor.asked:
                 return ExitCode.INTERRUPTED
     return ExitCode.FAILED if failed else ExitCode.FINISHED

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+
+from hvdlocal.data.format.manifest import MANIFEST_NAME
 
 
 @dataclass(frozen=True)
@@ -44,56 +46,63 @@ class Setup:
             raise FileNotFoundError(f"no {path}: hvdlocal is not installed completely")
         return path
 
+    def require_data(self, path: str | Path, splits: Sequence[str]) -> None:
+        """Checks that the data are prepared.
+
+        Args:
+            path: directory of the data set.
+            splits: names of the splits that are needed.
+
+        Raises:
+            ValueError: a split is missing; the message gives the command that prepares it.
+        """
+        for split in splits:
+            if not (Path(path) / split / MANIFEST_NAME).is_file():
+                raise ValueError(
+                    f"no data in {path}/{split}: {self.prepare} --output {path}, or name another directory with --data"
+                )
+
 
 SMALL = Setup(
-    "cifar10_small_cnn",
-    "a small network on 20,000 images of CIFAR-10, 16×16",
-    "cifar10",
-    200,
-    False,
-    "accuracy",
-    10.0,
-    "python -m data_prep cifar10 --source …/cifar-10-batches-bin --pool 2 --limit 20000",
+    file="cifar10_small_cnn",
+    title="a small network on 20,000 images of CIFAR-10, 16×16",
+    table="cifar10",
+    published_epochs=200,
+    is_published=False,
+    measure="accuracy",
+    chance_percent=10.0,
+    prepare="python -m data_prep cifar10 --source …/cifar-10-batches-bin --pool 2 --limit 20000",
 )
-SMALL_QSR = Setup(
-    "cifar10_small_qsr",
-    SMALL.title,
-    "",
-    0,
-    False,
-    "accuracy",
-    10.0,
-    SMALL.prepare,
-)
+SMALL_QSR = replace(SMALL, file="cifar10_small_qsr", table="", published_epochs=0)
 CIFAR10 = Setup(
-    "cifar10_resnet18",
-    "ResNet-18 on CIFAR-10",
-    "cifar10",
-    200,
-    True,
-    "accuracy",
-    10.0,
-    "python -m data_prep cifar10 --source …/cifar-10-batches-bin",
+    file="cifar10_resnet18",
+    title="ResNet-18 on CIFAR-10",
+    table="cifar10",
+    published_epochs=200,
+    is_published=True,
+    measure="accuracy",
+    chance_percent=10.0,
+    prepare="python -m data_prep cifar10 --source …/cifar-10-batches-bin",
 )
 IMAGENET32 = Setup(
-    "imagenet32_wrn_28_2",
-    "Wide-ResNet-28-2 on ImageNet-32",
-    "imagenet32",
-    40,
-    True,
-    "top5",
-    0.5,
-    "python -m data_prep imagenet32 --source …",
+    file="imagenet32_wrn_28_2",
+    title="Wide-ResNet-28-2 on ImageNet-32",
+    table="imagenet32",
+    published_epochs=40,
+    is_published=True,
+    measure="top5",
+    chance_percent=0.5,
+    prepare="python -m data_prep imagenet32 --source …",
 )
 IMAGENET = Setup(
-    "imagenet_resnet50",
-    "ResNet-50 on ImageNet",
-    "imagenet",
-    90,
-    True,
-    "top5",
-    0.5,
-    "python -m data_prep imagenet --source …",
+    file="imagenet_resnet50",
+    title="ResNet-50 on ImageNet",
+    table="imagenet",
+    published_epochs=90,
+    is_published=True,
+    measure="top5",
+    chance_percent=0.5,
+    prepare="python -m data_prep imagenet --source …",
 )
 
 
@@ -183,47 +192,55 @@ STUDIES = {
     study.name: study
     for study in (
         Study(
-            "table2",
-            "Table 2: accuracy and epochs, CIFAR-10",
-            _TABLE_METHODS,
-            Grid(CIFAR10, _WORKERS, _PERIODS),
-            _SMALL,
+            name="table2",
+            title="Table 2: accuracy and epochs, CIFAR-10",
+            methods=_TABLE_METHODS,
+            paper=Grid(CIFAR10, _WORKERS, _PERIODS),
+            small=_SMALL,
         ),
         Study(
-            "table3", "Table 3: accuracy and epochs, ImageNet-32", _TABLE_METHODS, Grid(IMAGENET32, _WORKERS, _PERIODS)
-        ),
-        Study("table4", "Table 4: accuracy and epochs, ImageNet", _TABLE_METHODS, Grid(IMAGENET, _WORKERS, (2, 8, 32))),
-        Study(
-            "fig9",
-            "Figs. 8 and 9: statistics from the round before, or fresh ones",
-            (_preset("local-ada"), _preset("local-ada-nostale")),
-            Grid(CIFAR10, _WORKERS, _PERIODS),
-            _SMALL,
+            name="table3",
+            title="Table 3: accuracy and epochs, ImageNet-32",
+            methods=_TABLE_METHODS,
+            paper=Grid(IMAGENET32, _WORKERS, _PERIODS),
         ),
         Study(
-            "fig10",
-            "Fig. 10: the weight c of the local steps' bias (Eq. 49)",
-            tuple(_weight(c) for c in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)),
-            Grid(IMAGENET32, (16,), (16, 32)),
-            Grid(SMALL, (8,), (8, 32)),
+            name="table4",
+            title="Table 4: accuracy and epochs, ImageNet",
+            methods=_TABLE_METHODS,
+            paper=Grid(IMAGENET, _WORKERS, (2, 8, 32)),
         ),
         Study(
-            "sketch",
-            "The statistics from a random projection of the gradient, or from the gradient itself",
-            (
+            name="fig9",
+            title="Figs. 8 and 9: statistics from the round before, or fresh ones",
+            methods=(_preset("local-ada"), _preset("local-ada-nostale")),
+            paper=Grid(CIFAR10, _WORKERS, _PERIODS),
+            small=_SMALL,
+        ),
+        Study(
+            name="fig10",
+            title="Fig. 10: the weight c of the local steps' bias (Eq. 49)",
+            methods=tuple(_weight(c) for c in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)),
+            paper=Grid(IMAGENET32, (16,), (16, 32)),
+            small=Grid(SMALL, (8,), (8, 32)),
+        ),
+        Study(
+            name="sketch",
+            title="The statistics from a random projection of the gradient, or from the gradient itself",
+            methods=(
                 _preset("local-ada"),
                 Method("exact", ("--method.preset=local-ada", "--method.statistics=exact"), "exact"),
             ),
-            Grid(CIFAR10, _WORKERS, _PERIODS),
-            _SMALL,
+            paper=Grid(CIFAR10, _WORKERS, _PERIODS),
+            small=_SMALL,
         ),
         Study(
-            "qsr",
-            "Rules for H as the learning rate decays: accuracy, communication, sharpness",
-            _RULES,
-            None,
-            Grid(SMALL_QSR, (8,), ()),
-            None,
+            name="qsr",
+            title="Rules for H as the learning rate decays: accuracy, communication, sharpness",
+            methods=_RULES,
+            paper=None,
+            small=Grid(SMALL_QSR, (8,), ()),
+            baseline=None,
         ),
     )
 }
@@ -262,7 +279,7 @@ class GridPoint:
         return [*self.method.settings, *period, f"--seed={self.seed}"]
 
 
-def cells(
+def grid_points(
     methods: Sequence[Method], workers: Sequence[int], periods: Sequence[int], seeds: Sequence[int]
 ) -> Iterator[GridPoint]:
     """The runs in the order in which they are made: the baseline first, and the whole grid for one seed after the other."""

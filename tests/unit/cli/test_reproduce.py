@@ -13,7 +13,7 @@ from hvdlocal.papers.claims import CLAIMS, Point, Scale, check, judge
 from hvdlocal.papers.grid_report import GridReport
 from hvdlocal.papers.published import read_table
 from hvdlocal.papers.runs import Outcome
-from hvdlocal.papers.studies import BASELINE, STUDIES, GridPoint, cells
+from hvdlocal.papers.studies import BASELINE, STUDIES, GridPoint, grid_points
 
 GRID = ["--workers", "2", "--periods", "2", "8"]
 
@@ -191,7 +191,7 @@ def test_fig10_shares_its_runs_with_the_tables():
 
 
 def test_the_baseline_comes_first_and_once_a_seed():
-    found = list(cells([BASELINE, *STUDIES["table2"].methods], [8, 16], [2], [0, 1]))
+    found = list(grid_points([BASELINE, *STUDIES["table2"].methods], [8, 16], [2], [0, 1]))
     assert [cell.method.name for cell in found[:3]] == ["baseline", "acc-lin", "acc-ada"]
     assert len(found) == 2 * (1 + 2 * 4)
     assert len({cell.name for cell in found}) == len(found)
@@ -244,7 +244,7 @@ def test_a_report_of_the_published_numbers_agrees_with_them(tmp_path):
     table = read_table("cifar10")
     outcomes = {
         cell: Outcome(found.accuracy_percent, found.epochs, 1.0)
-        for cell in cells(study.methods, table.workers, table.periods, [0])
+        for cell in grid_points(study.methods, table.workers, table.periods, [0])
         for found in [table.cells[cell.place]]
     }
     report = GridReport(study, study.paper.setting, 200, outcomes, len(outcomes))
