@@ -1,7 +1,7 @@
-"""Directories that are held open, and files that are written whole or not at all.
+"""Directories that are held open, and files that are written completely or not at all.
 
-A path may lead to another directory tomorrow, and in a directory that others may write to, a name may be a link to a file of ours
-elsewhere. What is written here goes into the directory that was opened, and no link inside it is followed.
+A path may lead to another directory later, and in a directory that others may write to, a name may be a link to one of the
+user's files elsewhere. This module writes into the directory that was opened, and follows no link inside it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import IO
 TEMPORARY = ".tmp"
 
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)
-"""What file systems answer that cannot sync a directory."""
+"""Errors of file systems that cannot sync a directory."""
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-"""A full file system and an exhausted quota."""
+"""Errors of a full file system and of an exhausted quota."""
 
 
 class MovedError(OSError):
-    """The directory is not where it was opened any more."""
+    """The directory is no longer where it was opened."""
 
 
 class LinkError(OSError):
@@ -32,16 +32,16 @@ class LinkError(OSError):
 
 
 class Directory:
-    """A directory held open. Its name may be a link; the names inside it may not.
+    """A directory held open. Its own path may be a link; the names inside it may not.
 
-    Errors are OSErrors that name the whole path. The object is a context manager that closes the directory.
+    Errors are OSErrors that give the whole path. The object is a context manager that closes the directory.
 
     Args:
-        path: of an existing directory.
-        descriptor: the directory if it is open already; it is closed with this object.
+        path: path of an existing directory.
+        descriptor: a descriptor of the directory if it is already open; it is closed with this object.
 
     Attributes:
-        path: as it was given.
+        path: the path as it was given.
     """
 
     def __init__(self, path: Path, descriptor: int | None = None) -> None:
@@ -55,7 +55,7 @@ class Directory:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the directory; a second call does nothing."""
+        """Closes the directory; a second call does nothing."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -64,13 +64,13 @@ class Directory:
         """Checks that the path still leads to this directory.
 
         Raises:
-            MovedError: the directory was moved or removed, or another one has taken its place.
+            MovedError: the directory was moved, removed or replaced.
         """
         try:
             there = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
             pass
-        except OSError:  # a file server that does not answer well says nothing about the directory
+        except OSError:  # an error of the file server is no evidence about the directory
             return
         else:
             if os.path.samestat(there, os.fstat(self._descriptor)):
@@ -78,13 +78,14 @@ class Directory:
         raise MovedError(f"the directory {self.path} was moved or removed, or replaced by another one")
 
     def inner(self, name: str, create: bool = False) -> Directory:
-        """Opens a directory in this one.
+        """Opens a directory inside this one.
 
         Args:
-            create: make it if it is not there.
+            name: name of the inner directory.
+            create: create it if it does not exist.
 
         Raises:
-            LinkError: it is a link to a directory.
+            LinkError: the name is a link.
         """
         with self._named(name):
             if create:
@@ -95,16 +96,16 @@ class Directory:
             return Directory(self.path / name, os.open(name, flags, dir_fd=self._descriptor))
 
     def names(self) -> list[str]:
-        """Of what is inside."""
+        """Returns the names inside."""
         return os.listdir(self._descriptor)
 
     def stat(self, name: str) -> os.stat_result:
-        """Of a file, a directory or a link inside."""
+        """Returns the status of a file, a directory or a link inside."""
         with self._named(name):
             return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
-        """Whether there is something of this name, be it a link that leads nowhere."""
+        """Returns whether the name exists, even if it is a link that leads nowhere."""
         try:
             self.stat(name)
         except FileNotFoundError:
@@ -112,16 +113,16 @@ class Directory:
         return True
 
     def is_directory(self, name: str) -> bool:
-        """Whether the name is that of a directory, and no link to one."""
+        """Returns whether the name is a directory and not a link to one."""
         return self.exists(name) and stat.S_ISDIR(self.stat(name).st_mode)
 
     def rename(self, name: str, new: str) -> None:
-        """Renames something inside, in place of a file that has the new name."""
+        """Renames something inside; a file that has the new name is replaced."""
         with self._named(name):
             os.rename(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
 
     def rename_if_first(self, name: str, new: str) -> None:
-        """Renames a file inside, or removes it if there is one of the new name: of several processes the first prevails."""
+        """Renames a file inside, or removes it if the new name exists: of several processes, the first one prevails."""
         with self._named(name):
             with suppress(FileExistsError):
                 os.link(name, new, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor, follow_symlinks=False)
@@ -133,7 +134,7 @@ class Directory:
             os.symlink(target, name, dir_fd=self._descriptor)
 
     def remove(self, name: str) -> None:
-        """Removes a file, a link, or a directory with all that is in it, if there is one."""
+        """Removes a file, a link, or a directory with everything inside it, if the name exists."""
         with self._named(name):
             try:
                 self._unlink(name)
@@ -152,7 +153,7 @@ class Directory:
             self.remove(name)
 
     def sync(self) -> None:
-        """Has the names inside on disk, where the file system can do that."""
+        """Writes the names inside to disk, if the file system supports that."""
         with self._named(""):
             try:
                 os.fsync(self._descriptor)
@@ -161,7 +162,7 @@ class Directory:
                     raise
 
     def read_text(self, name: str) -> str:
-        """What is in a UTF-8 file inside."""
+        """Reads a UTF-8 file inside."""
         with self._named(name):
             self._refuse_link(name)
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._descriptor)
@@ -169,10 +170,10 @@ class Directory:
                 return file.read()
 
     def open_to_append(self, name: str) -> IO[bytes]:
-        """Opens a file inside for reading and appending, unbuffered; it is created if need be.
+        """Opens a file inside for reading and appending, unbuffered; the file is created if necessary.
 
         Raises:
-            LinkError: the name is a link, or that of something else than a file, or the file has a second name elsewhere.
+            LinkError: the name is a link or not a regular file, or the file has a second name elsewhere.
         """
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK
         with self._named(name):
@@ -186,16 +187,17 @@ class Directory:
 
     @contextmanager
     def creating(self, name: str, sync: bool = True) -> Iterator[IO[bytes]]:
-        """Gives a new file to write to, which takes the place of one that is there.
+        """Opens a new file for writing, which replaces an existing one.
 
-        When anything fails, nothing is left of it: where there is no room, it would take what is left.
+        If anything fails, the file is removed: on a full disk it would occupy the remaining space.
 
         Args:
-            sync: have it on disk afterwards.
+            name: name of the file.
+            sync: write the file to disk before returning.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         with self._named(name):
-            self._unlink(name)  # perhaps of a process that was killed
+            self._unlink(name)  # perhaps left by a process that was killed
             file = os.fdopen(os.open(name, flags, 0o666, dir_fd=self._descriptor), "wb")
             try:
                 with file:
@@ -210,7 +212,7 @@ class Directory:
 
     @contextmanager
     def replacing(self, name: str) -> Iterator[IO[bytes]]:
-        """As `creating`, but under another name until the file is whole: at no moment is there half of it."""
+        """Like `creating`, but the file has another name until it is complete: no reader sees half of it."""
         temporary = name + TEMPORARY
         with self.creating(temporary) as file:
             yield file
@@ -223,7 +225,7 @@ class Directory:
         self.sync()
 
     def write_text(self, name: str, text: str) -> None:
-        """Writes a UTF-8 file, whole or not at all."""
+        """Writes a UTF-8 file, completely or not at all."""
         with self.replacing(name) as file:
             file.write(text.encode())
 
@@ -240,7 +242,7 @@ class Directory:
 
     @contextmanager
     def _named(self, name: str) -> Iterator[None]:
-        """Errors tell the whole path."""
+        """Makes errors give the whole path."""
         try:
             yield
         except OSError as error:
@@ -251,14 +253,14 @@ class Directory:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Gives a file to write to, which takes the place of `path` once it is whole and on disk; see `Directory.replacing`."""
+    """Opens a file for writing that replaces `path` once it is complete and on disk; see `Directory.replacing`."""
     with Directory(path.parent) as directory, directory.replacing(path.name) as file:
         yield file
 
 
 @contextmanager
 def user_file(path: Path) -> Iterator[IO[bytes]]:
-    """As `replacing`, for a file that a user has named: links are followed, and a device or a pipe is written to as it is."""
+    """Like `replacing`, for a file that the user has named: links are followed, and devices and pipes are written directly."""
     if path.exists() and not path.is_file():
         with path.open("wb") as file:
             yield file
@@ -268,6 +270,6 @@ def user_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a UTF-8 file, whole or not at all, without following a link."""
+    """Writes a UTF-8 file, completely or not at all, without following a link."""
     with replacing(path) as file:
         file.write(text.encode())

@@ -1,10 +1,15 @@
 """The exit codes of `hvdlocal`; docs/checkpoints.md says what to do about each."""
 
+from __future__ import annotations
+
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """How a command ended. Of a launcher's code, which may be another, only the job's script makes sense: slurm/common.sh."""
+    """How a command ended.
+
+    A launcher may report another code than its ranks' (docs/slurm.md); slurm/common.sh interprets those.
+    """
 
     FINISHED = 0
     FAILED = 1

@@ -1,4 +1,4 @@
-"""A lock that ends with the process which holds it, however it ends."""
+"""A file lock that ends with the process that holds it, however that process ends."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import IO
 from hvdlocal.directory import Directory
 
 PATIENCE_SECONDS = 5.0
-"""How long a start waits for the end of a job before it: mpirun does not wait for a rank that it has just killed."""
+"""How long a start waits for an earlier job to end: mpirun does not wait for ranks that it has just killed."""
 
 
 def hold(directory: Directory, name: str, patience_seconds: float = PATIENCE_SECONDS) -> IO[bytes]:
-    """Locks a file, which is created if need be; closing the result lets go of it. On file systems without locks there is none.
+    """Locks a file, which is created if necessary; closing the returned file releases the lock.
+
+    On file systems that do not support locks, the file is opened without one.
 
     Args:
-        directory: where the file is.
-        name: of the file; it will say who holds it.
+        directory: the directory of the file.
+        name: name of the file; its content names the process that holds the lock.
         patience_seconds: how long to wait for another process.
 
     Raises:
-        BlockingIOError: another process holds it; the message says which.
+        BlockingIOError: another process holds the lock; the message names that process.
         OSError: the file cannot be opened, or is a link.
     """
     end = time.monotonic() + patience_seconds
@@ -45,7 +47,7 @@ def hold(directory: Directory, name: str, patience_seconds: float = PATIENCE_SEC
 
 
 def _is_there(lock: IO[bytes], directory: Directory, name: str) -> bool:
-    """Whether the file that is locked still has its name: the process that held it before may have removed it."""
+    """Returns whether the locked file still has its name: the process that held it before may have removed it."""
     return directory.exists(name) and os.path.samestat(directory.stat(name), os.fstat(lock.fileno()))
 
 
@@ -57,5 +59,5 @@ def _wait(lock: IO[bytes], end: float) -> None:
             if time.monotonic() > end:
                 raise
         except OSError:
-            return None  # no locks here
+            return None  # this file system has no locks
         time.sleep(0.1)

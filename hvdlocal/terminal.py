@@ -1,7 +1,7 @@
-"""Writing for people, who may have left.
+"""Output to terminals, pipes and logs that may become unwritable.
 
-A terminal is closed, the reader of a pipe leaves (`| head`), the disk of a log is full, or standard output is closed or takes
-only ASCII. Training must not end because of that, and a command that only prints should end as other programs do.
+A terminal may be closed, the reader of a pipe may exit (`| head`), a log's disk may be full, and standard output may be closed
+or accept only ASCII. None of this may end a training run; a command that only prints should end as other programs do.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ class OutputError(OSError):
 
 
 class Guarded:
-    """A text stream that writes a sign which its encoding lacks as an escape, and that can lose what cannot be written.
+    """A text stream that escapes characters its encoding lacks, and that can discard what cannot be written.
 
     Args:
-        stream: to write to; None, as `sys.stdout` is in a process started without one, loses everything.
-        name: of the stream, for the error; None to lose what cannot be written and to go on.
+        stream: the stream to write to; None discards everything (`sys.stdout` is None in a process started without one).
+        name: name of the stream for the error message; None discards what cannot be written and continues.
     """
 
     def __init__(self, stream: TextIO | None, name: str | None = None) -> None:
@@ -31,7 +31,7 @@ class Guarded:
         self._name = name
 
     def write(self, text: str) -> int:
-        """Writes, or loses, the text.
+        """Writes the text, or discards it.
 
         Raises:
             OutputError: the stream has a name, and the text cannot be written.
@@ -45,19 +45,19 @@ class Guarded:
         return len(text)
 
     def flush(self) -> None:
-        """Hands to the system what was written; see `write`."""
+        """Flushes the stream; see `write`."""
         with self._explained():
             self._opened().flush()
 
     def isatty(self) -> bool:
-        """Whether it is a terminal."""
+        """Returns whether the stream is a terminal."""
         with suppress(OSError, ValueError):
             return self._stream is not None and self._stream.isatty()
         return False
 
     @property
     def encoding(self) -> str:
-        """Of the stream."""
+        """The encoding of the stream."""
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def __getattr__(self, name: str) -> Any:
@@ -72,48 +72,48 @@ class Guarded:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: it was closed by this program
+        except (OSError, ValueError) as error:  # ValueError: this program has closed the stream
             if self._name is not None:
                 reason = plain(error) if isinstance(error, OSError) else str(error)
                 raise OutputError(f"{self._name} cannot be written: {reason}") from error
 
 
 def plain(error: OSError) -> str:
-    """An error of the system without its number: "/data/x: Permission denied"."""
+    """Formats a system error without its number: "/data/x: Permission denied"."""
     if error.errno is None or error.strerror is None:
         return str(error)
     return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
 
 
 def output() -> Guarded:
-    """Today's standard output, for lines that may be lost."""
+    """Returns the current standard output, for lines that may be discarded."""
     return Guarded(sys.stdout)
 
 
 def say(text: str) -> None:
-    """Prints a line on standard output, or loses it."""
+    """Prints a line on standard output, or discards it."""
     print(text, file=output(), flush=True)
 
 
 def complain(text: str) -> None:
-    """Prints a line on standard error, or loses it."""
-    # One write: with PYTHONUNBUFFERED print() sends the end of the line by itself, and mpirun mixes the ranks' pieces.
+    """Prints a line on standard error, or discards it."""
+    # A single write: with PYTHONUNBUFFERED, print() sends the line end separately, and mpirun would mix the ranks' pieces.
     stream = Guarded(sys.stderr)
     stream.write(text + "\n")
     stream.flush()
 
 
 def warn(text: str) -> None:
-    """Says on standard error what must not be overlooked."""
+    """Prints a warning on standard error."""
     complain(f"hvdlocal: WARNING: {text}")
 
 
 @contextmanager
 def guarded(*, lasting: bool) -> Iterator[None]:
-    """Within it, everything that is printed by anybody goes through `Guarded`.
+    """Sends everything that is printed within the context through `Guarded`.
 
     Args:
-        lasting: lose what cannot be written; otherwise `OutputError` is raised, for standard output alone.
+        lasting: discard what cannot be written; otherwise a failure of standard output raises `OutputError`.
     """
     _open_what_is_closed()
     out, err = sys.stdout, sys.stderr
@@ -128,9 +128,9 @@ def guarded(*, lasting: bool) -> Iterator[None]:
 
 
 def _open_what_is_closed() -> None:
-    """Opens the standard descriptors that are closed, on nothing.
+    """Opens closed standard descriptors on /dev/null.
 
-    The next file to be opened would get such a number, and what libraries print would be written into that file.
+    Otherwise the next file to be opened would get such a number, and libraries would print into that file.
     """
     for descriptor in range(3):
         try:
@@ -140,7 +140,7 @@ def _open_what_is_closed() -> None:
 
 
 def _let_go(stream: TextIO | None) -> None:
-    """Drops what a stream cannot write any more; Python would try again at its end, and exit with 120."""
+    """Discards what a stream can no longer write; Python would try again at exit, and exit with 120."""
     if stream is None:
         return
     try:

@@ -1,8 +1,8 @@
-"""Reading files that anybody may have written: a configuration, or what a run left.
+"""Reads files that anybody may have written: a configuration, or the records of a run.
 
-YAML and JSON can do more than settings and records need. Refused are tags, which make objects; anchors, which make loops and
-files that grow without end; a key twice, of which one would silently win; NaN, which is not JSON; and files that are too large,
-are no regular files, or are not UTF-8. Everything that is wrong is a `ValueError` of one line.
+YAML and JSON allow more than settings and records need. These functions refuse tags, which create objects; anchors, which allow
+cycles and exponential growth; duplicate keys, one of which would silently win; NaN, which is not JSON; and files that are too
+large, are not regular files, or are not UTF-8. Every problem is reported as a `ValueError` of one line.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from hvdlocal.terminal import plain
 
 
 def read_text(path: Path, most_bytes: int) -> str:
-    """A whole small file.
+    """Reads a small file.
 
     Raises:
-        ValueError: it cannot be read, is no regular file, is longer than `most_bytes`, or is not UTF-8.
+        ValueError: the file cannot be read, is not a regular file, is longer than `most_bytes`, or is not UTF-8.
     """
     content = next(_pieces(path, most_bytes + 1), b"")
     if len(content) > most_bytes:
-        raise ValueError(f"{path} is longer than {most_bytes} bytes, as no such file is")
+        raise ValueError(f"{path} is longer than {most_bytes} bytes, the limit for such a file")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -34,34 +34,34 @@ def read_text(path: Path, most_bytes: int) -> str:
 
 
 def read_lines(path: Path, most_bytes: int) -> Iterator[bytes]:
-    """A file line by line, each with its end.
+    """Yields the lines of a file, with their line ends.
 
     Raises:
-        ValueError: it cannot be read, is no regular file, or has a line that is longer than `most_bytes`.
+        ValueError: the file cannot be read, is not a regular file, or has a line longer than `most_bytes`.
     """
     for number, line in enumerate(_pieces(path, most_bytes + 1, by_line=True), 1):
         if len(line) > most_bytes:
-            raise ValueError(f"{path}, line {number} is longer than {most_bytes} bytes, as no record is")
+            raise ValueError(f"{path}, line {number} is longer than {most_bytes} bytes, the limit for a record")
         yield line
 
 
 def from_yaml(text: str) -> Any:
-    """Mappings, lists and values.
+    """Converts YAML to dicts, lists and values.
 
     Raises:
-        ValueError: see the head of this module.
+        ValueError: the text is not valid or not allowed; see the module's docstring.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader with less
+        return yaml.load(text, Loader=_Loader)  # a restricted SafeLoader
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(_one_line(error)) from error
 
 
 def from_json(text: str | bytes) -> Any:
-    """Objects, lists and values.
+    """Converts JSON to dicts, lists and values.
 
     Raises:
-        ValueError: see the head of this module.
+        ValueError: the text is not valid or not allowed; see the module's docstring.
     """
     try:
         return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_unique)
@@ -81,14 +81,14 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         found = super().construct_mapping(node, deep)
         if len(found) < len(node.value):
-            raise yaml.MarkedYAMLError(problem="a key is there twice", problem_mark=node.start_mark)
+            raise yaml.MarkedYAMLError(problem="a key occurs twice", problem_mark=node.start_mark)
         return found
 
 
 def _pieces(path: Path, size: int, *, by_line: bool = False) -> Iterator[bytes]:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for its writer
-            raise ValueError(f"{path} is no file")
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its writer
+            raise ValueError(f"{path} is not a regular file")
         with path.open("rb") as file:
             while piece := file.readline(size) if by_line else file.read(size):
                 yield piece
@@ -99,7 +99,7 @@ def _pieces(path: Path, size: int, *, by_line: bool = False) -> Iterator[bytes]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a key occurs twice")
     return found
 
 

@@ -1,1 +1,1 @@
-"""The style of all figures, and the units of numbers in text."""
+"""The common style of all figures, and the formatting of times and bytes."""

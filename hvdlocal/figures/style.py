@@ -1,6 +1,6 @@
-"""How figures look: one style, colours that colour-blind readers can tell apart, readable axes, and no global state.
+"""The style of the figures: colours that colour-blind readers can tell apart, readable axes, and no global state.
 
-Figures are made without pyplot, so that nothing depends on a display or on what a caller's program draws.
+Figures are made without pyplot, so that they depend neither on a display nor on the state of a caller's program.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D
 """Okabe and Ito's palette (2008) without its yellow, which vanishes on white, and with its black softened."""
 
 DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)))
-"""Told apart in black and white too."""
+"""Line styles, which remain distinguishable in black and white."""
 
 _STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
@@ -48,14 +48,14 @@ _STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
     "lines.markersize": 3.5,
     "legend.frameon": False,
-    "svg.fonttype": "path",  # looks the same whatever fonts a reader has
+    "svg.fonttype": "path",  # the same look, whatever fonts a reader has
     "svg.hashsalt": "hvdlocal",  # the same figure gives the same file
 }
 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Within it, figures are drawn and saved in this package's style."""
+    """Draws and saves figures within the context in this package's style."""
     with matplotlib.rc_context(_STYLE):
         yield
 
@@ -63,41 +63,50 @@ def style() -> Iterator[None]:
 def new_figure(
     rows: int, columns: int, *, width: float = 12.8, height: float = 2.9, **options: Any
 ) -> tuple[Figure, Any]:
-    """A figure of rows × columns axes, `width` inches wide and `height` inches a row.
+    """Makes a figure of rows × columns axes.
+
+    Args:
+        rows, columns: numbers of axes.
+        width: width of the figure in inches.
+        height: height of a row in inches.
+        options: further arguments of `Figure.subplots`.
 
     Returns:
-        The figure, and its axes as an array of two dimensions.
+        The figure, and its axes as a two-dimensional array.
     """
     figure = Figure(figsize=(width, height * rows))
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a figure in the format of the path's suffix."""
+    """Writes a figure in the format that the path's suffix names."""
     options: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
     with style(), user_file(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=160, **options)
 
 
 def data_uri(figure: Figure) -> str:
-    """The figure as an SVG inside an address, for a page that needs no other file."""
+    """Encodes a figure as an SVG data URI, for a page that needs no other file."""
     buffer = io.BytesIO()
     with style():
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-MOST_SIGNS = 60
+MOST_CHARACTERS = 60
+"""Length at which `verbatim` shortens a text."""
 
 
 def verbatim(text: str) -> str:
-    """Text for a figure as it stands: a $ would begin a formula, and control characters make no valid SVG."""
-    shown = text if len(text) <= MOST_SIGNS else f"{text[: MOST_SIGNS // 2]}…{text[-MOST_SIGNS // 2 :]}"
-    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in shown).replace("$", r"\$")
+    """Escapes text for a figure: a $ would start a formula, and control characters are not valid in SVG."""
+    shown = text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS // 2]}…{text[-MOST_CHARACTERS // 2 :]}"
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown).replace(
+        "$", r"\$"
+    )
 
 
 def powers_axis(axes: Axes, which: str, values: Sequence[int]) -> None:
-    """A logarithmic axis to base 2, with one labelled tick for each of the values."""
+    """Makes an axis logarithmic to base 2, with a labelled tick at each of the values."""
     getattr(axes, f"set_{which}scale")("log", base=2)
     axis = getattr(axes, f"{which}axis")
     axis.set_ticks([float(value) for value in values], [str(value) for value in values])
@@ -108,11 +117,11 @@ def fit_scale(axes: Axes, which: str, values: npt.ArrayLike, *, ratio: float = 2
     """Makes an axis logarithmic when the positive values span more than `ratio`.
 
     Args:
-        axes: to change.
+        axes: the axes to change.
         which: "x" or "y".
-        values: all that is drawn along it.
-        ratio: largest over smallest value from which on the axis is logarithmic.
-        floor: leaves out what is smaller than this share of the largest, for values that decay to nothing.
+        values: all values that are drawn along the axis.
+        ratio: ratio of the largest to the smallest value above which the axis becomes logarithmic.
+        floor: the axis omits values below this share of the largest, for values that decay to zero.
     """
     array = np.asarray(values, dtype=float)
     positive = array[np.isfinite(array) & (array > 0)]

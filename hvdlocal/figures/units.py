@@ -1,4 +1,4 @@
-"""Times and bytes for a person."""
+"""Formats times and numbers of bytes for people."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ BYTES = (("kB", 1e3), ("MB", 1e6), ("GB", 1e9), ("TB", 1e12))
 
 
 def unit(values: Sequence[float], units: Sequence[tuple[str, float]], least: float = 1.0) -> tuple[str, float]:
-    """The largest unit in which the largest value is at least `least`: its name and size."""
+    """Returns the name and size of the largest unit in which the largest value is at least `least`."""
     return next((u for u in reversed(units) if max(values) >= least * u[1]), units[0])
 
 
 def seconds_text(seconds: float) -> str:
-    """A time for a person: 12.3 s, 4:05 min, 3:20 h."""
+    """Formats a time: 12.3 s, 4:05 min, 3:20 h."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -22,6 +22,6 @@ def seconds_text(seconds: float) -> str:
 
 
 def bytes_text(count: float) -> str:
-    """A number of bytes for a person: 22.4 MB."""
+    """Formats a number of bytes: 22.4 MB."""
     name, size = unit([count], BYTES)
     return f"{count / size:.1f} {name}"

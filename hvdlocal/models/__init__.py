@@ -1,4 +1,4 @@
-"""Models by name: torchvision's, the papers' CIFAR networks, and a small one for 8×8 digits."""
+"""Models by name: some of torchvision's, the papers' CIFAR networks, and a small one for 8×8 digits."""
 
 from hvdlocal.models.registry import MODELS, build_model, check_images
 

@@ -6,7 +6,10 @@ from torch import nn
 
 
 def digits_cnn(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Two 3×3 convolutions with batch norm, pooled to a quarter of the size, and a linear layer; about 16,000 parameters."""
+    """Builds two 3×3 convolutions with batch norm, each pooled to half the size, and a linear layer.
+
+    The network has about 16,000 parameters.
+    """
     height, width, channels = shape
     return nn.Sequential(
         nn.Conv2d(channels, 32, 3, padding=1, bias=False),

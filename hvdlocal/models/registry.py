@@ -1,4 +1,4 @@
-"""The names that a configuration may use for a model."""
+"""The models that a configuration can name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hvdlocal.models.torchvision_import import import_torchvision
 from hvdlocal.models.wide_resnet import wrn_28_2
 
 Builder = Callable[[int, tuple[int, int, int]], nn.Module]
-"""(num_classes, (height, width, channels)) → model on (N, channels, height, width) float inputs."""
+"""A function (num_classes, (height, width, channels)) → model on float inputs (N, channels, height, width)."""
 
 
 def _torchvision(name: str) -> Builder:
@@ -49,15 +49,15 @@ MODELS: dict[str, Builder] = {
 
 
 def build_model(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """A freshly initialised model.
+    """Builds a freshly initialised model.
 
     Args:
         name: one of `MODELS`.
-        num_classes: length of its output.
+        num_classes: length of the model's output.
         shape: (height, width, channels) of the images.
 
     Raises:
-        ValueError: no such model, or images that it cannot take.
+        ValueError: there is no such model, or it cannot take such images.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)
@@ -67,18 +67,18 @@ def build_model(name: str, num_classes: int, shape: tuple[int, int, int]) -> nn.
 
 
 LARGEST_TRIED = 64
-"""Side of the largest image that is tried when a model refuses smaller ones."""
+"""Side of the largest image that is tried when a model rejects smaller ones."""
 
 
 def check_images(name: str, num_classes: int, shape: tuple[int, int, int], batch_size: int) -> None:
-    """Refuses images for which a model can be built and on which it cannot be trained: pooling may leave nothing of them.
+    """Checks that a model can be trained on such images: pooling may reduce small images to nothing.
 
     Args:
         name, num_classes, shape: as for `build_model`.
-        batch_size: of the smallest batch: batch norm wants more than one value.
+        batch_size: size of the smallest batch; batch norm needs more than one value.
 
     Raises:
-        ValueError: no such model, or images or batches that it cannot take; the message gives the smallest that it can.
+        ValueError: there is no such model, or it cannot take such images or batches; the message gives the smallest possible.
     """
     reason = _refusal(name, num_classes, shape, batch_size)
     if reason is None:
@@ -98,10 +98,10 @@ def check_images(name: str, num_classes: int, shape: tuple[int, int, int], batch
 
 
 def _refusal(name: str, num_classes: int, shape: tuple[int, int, int], batch_size: int) -> str | None:
-    """Why a forward pass fails, tried on torch's meta device, which computes nothing but shapes."""
+    """Returns why a forward pass fails, or None; it is tried on torch's meta device, which computes only shapes."""
     height, width, channels = shape
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a layer for what is left of such images has no weights
+        warnings.simplefilter("ignore")  # a layer for an image without pixels has no weights, and torch warns
         model = build_model(name, num_classes, shape)
         try:
             model(torch.empty(batch_size, channels, height, width, dtype=torch.get_default_dtype(), device="meta"))

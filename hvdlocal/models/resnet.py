@@ -9,7 +9,10 @@ from hvdlocal.models.torchvision_import import import_torchvision
 
 
 def resnet18_cifar(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """ResNet-18 with a 3×3 stem and no max-pooling, as in Balles et al.'s CIFAR-10 experiments; 11.2 million parameters."""
+    """Builds ResNet-18 with a 3×3 stem and no max-pooling, as in Balles et al.'s CIFAR-10 experiments.
+
+    The network has 11.2 million parameters.
+    """
     model = import_torchvision().models.resnet18(num_classes=num_classes)
     model.conv1 = nn.Conv2d(shape[2], 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -41,7 +44,7 @@ def _convolution(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential
 
 
 def resnet9(num_classes: int, shape: tuple[int, int, int], width: int = 64) -> nn.Module:
-    """The 9-layer residual network of the DAWNBench CIFAR-10 entries (Page 2018); 6.6 million parameters at width 64."""
+    """Builds the 9-layer residual network of the DAWNBench CIFAR-10 entries (Page 2018); 6.6 million parameters at width 64."""
     return nn.Sequential(
         _convolution(shape[2], width),
         _convolution(width, 2 * width, pool=True),
@@ -52,10 +55,10 @@ def resnet9(num_classes: int, shape: tuple[int, int, int], width: int = 64) -> n
         nn.AdaptiveMaxPool2d(1),
         nn.Flatten(),
         nn.Linear(8 * width, num_classes),
-        _Scale(0.125),  # of the original: max-pooled features are large, and so would be the first losses
+        _Scale(0.125),  # as in the original: max-pooled features are large, and so would be the first losses
     )
 
 
 def resnet9_narrow(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """`resnet9` a quarter as wide: 0.4 million parameters, for machines with a few cores."""
+    """Builds a `resnet9` a quarter as wide, with 0.4 million parameters, for machines with a few cores."""
     return resnet9(num_classes, shape, width=16)

@@ -6,9 +6,9 @@ from torch import nn
 
 
 def small_cnn(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Two 3×3 convolutions of 32 and 64 channels, each with ReLU and 2×2 max-pooling, and a linear layer.
+    """Builds two 3×3 convolutions of 32 and 64 channels, each with ReLU and 2×2 max-pooling, and a linear layer.
 
-    30,000 parameters for ten classes of 16×16 colour images.
+    The network has 30,000 parameters for ten classes of 16×16 colour images.
     """
     height, width, channels = shape
     return nn.Sequential(

@@ -1,4 +1,4 @@
-"""Importing torchvision beside a torch for which its compiled operators do not load."""
+"""Imports torchvision beside a torch for which its compiled operators do not load."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from types import ModuleType
 
 import torch
 
-_declared: list[torch.library.Library] = []  # an operator lives as long as the library object that declared it
+_declared: list[torch.library.Library] = []  # an operator exists as long as the library object that declared it
 
 
 def import_torchvision() -> ModuleType:
-    """torchvision, also when its compiled operators do not load.
+    """Imports torchvision even if its compiled operators do not load.
 
-    The wheels of the package index are CUDA builds: beside a CPU-only torch their operators are missing, and importing
-    torchvision fails because it describes two of them. Models and transforms use neither, so declaring them is enough.
+    The torchvision wheels on PyPI are CUDA builds. Beside a CPU-only torch their operators are missing, and importing torchvision
+    fails because it registers meta kernels for two of them. Models and transforms use neither, so declaring the two
+    is enough. A site whose package index serves the matching CPU wheel does not need this: the plain import succeeds first.
+
+    Returns:
+        The module `torchvision`.
 
     Raises:
         ImportError: torchvision is not installed.

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 class _Block(nn.Module):
-    """Pre-activation: norm, ReLU, convolution, twice; a 1×1 convolution on the shortcut when the shape changes."""
+    """A pre-activation block: norm, ReLU, convolution, twice; a 1×1 convolution on the shortcut if the shape changes."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -47,11 +47,11 @@ class WideResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (N, num_classes) of images (N, channels, height, width)."""
+        """Returns logits (N, num_classes) of images (N, channels, height, width)."""
         x = F.relu(self.norm(self.features(x)))
         return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 def wrn_28_2(num_classes: int, shape: tuple[int, int, int]) -> nn.Module:
-    """Wide-ResNet-28-2, Balles et al.'s network for ImageNet-32; 1.5 million parameters and the classifier."""
+    """Builds Wide-ResNet-28-2, Balles et al.'s network for ImageNet-32; 1.5 million parameters and the classifier."""
     return WideResNet(28, 2, num_classes, shape[2])

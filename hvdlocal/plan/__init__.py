@@ -1,4 +1,4 @@
-"""`hvdlocal plan`: what a schedule costs, as arithmetic, before anything is trained."""
+"""`hvdlocal plan`: computes what a run will do and cost before anything is trained."""
 
 from lazy_loader import attach_stub
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 
 def pseudo_wall_clock(epochs: float, num_workers: int, period: int, m: float) -> float:
-    """Time of a run in units of one epoch on one worker, T = n/K · (1 + m/H) (Balles et al., Eq. 16).
+    """Returns the time of a run in units of one epoch on one worker, T = n/K · (1 + m/H) (Balles et al., Eq. 16).
 
     Args:
-        epochs: n(K, H), passes over the data that the run takes to its target.
+        epochs: n(K, H), the passes over the data that the run needs to reach its target.
         num_workers: K.
         period: H.
-        m: time of one synchronisation over the time of one local step without it.
+        m: time of one synchronisation divided by the time of one local step without synchronisation.
 
     Raises:
         ValueError: an argument is out of range.

@@ -1,4 +1,4 @@
-"""From which m on local steps pay: pseudo wall-clock (Eq. 16) at each method's best period."""
+"""The values of m from which local steps pay: pseudo wall-clock time (Eq. 16) at each method's best period."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from hvdlocal.plan.cost import pseudo_wall_clock
 
 
 def skyline(epochs: Mapping[int, float], num_workers: int, m: float) -> float:
-    """The least pseudo wall-clock time over the periods that were tried: the dark lines of Fig. 2.
+    """Returns the least pseudo wall-clock time over the given periods: the dark lines of Fig. 2.
 
     Args:
         epochs: n(K, H) by H.
         num_workers: K.
-        m: time of one synchronisation over the time of one local step.
+        m: time of one synchronisation divided by the time of one local step.
 
     Returns:
         Time in units of one epoch on one worker.
@@ -23,14 +23,14 @@ def skyline(epochs: Mapping[int, float], num_workers: int, m: float) -> float:
 
 
 def crossovers(before: Mapping[int, float], after: Mapping[int, float]) -> list[float]:
-    """The values of m > 0 at which the method that is faster, each at its best period, changes.
+    """Returns the values of m > 0 at which the faster of two methods, each at its best period, changes.
 
-    Exact: a skyline is made of straight lines n (1 + m/H), so it can only change hands where a line of one method
-    meets a line of the other. K divides both and drops out.
+    The result is exact: a skyline consists of straight lines n (1 + m/H), so the order can only change where a line of one
+    method meets a line of the other. K divides both and cancels.
 
     Args:
         before: n(K, H) of one method, by H.
-        after: the same of the other.
+        after: n(K, H) of the other method, by H.
     """
     meetings = set()
     for (period_a, n_a), (period_b, n_b) in product(before.items(), after.items()):

@@ -1,4 +1,4 @@
-"""Plans as a figure: H, the learning rate, and how the communication adds up, over the epochs of the run."""
+"""Draws plans: H, the learning rate, and the accumulated communication over the epochs of a run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from hvdlocal.plan.run_plan import RunPlan
 
 
 def plan_figure(plans: Sequence[tuple[str, RunPlan]]) -> Figure:
-    """H, the base learning rate, and the share of data parallelism's collectives so far.
+    """Draws H, the base learning rate, and the accumulated share of data parallelism's collectives.
 
     Args:
-        plans: with their labels.
+        plans: the plans with their labels.
     """
     with style():
         figure, grid = new_figure(3, 1, width=7, height=1.9, sharex=True)
         periods, rates, shares = grid[:, 0]
         for i, (label, plan) in enumerate(plans):
             color, dashes = COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]
-            width = 1.3 + 0.45 * (len(plans) - 1 - i)  # so that curves that coincide can all be seen
+            width = 1.3 + 0.45 * (len(plans) - 1 - i)  # so that coinciding curves all remain visible
             look = {"color": color, "ls": dashes, "lw": width, "label": label}
             starts = [stretch.epoch for stretch in plan.stretches]
             edges = [*starts, plan.epochs]

@@ -1,4 +1,4 @@
-"""A plan, and what follows from it with numbers that a configuration does not hold: bytes, seconds, checkpoints."""
+"""A plan together with what follows from additional numbers: bytes, seconds, checkpoints."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """How often to write a checkpoint, and what that costs.
+    """The best interval between checkpoints, and its cost.
 
     Attributes:
-        seconds: between two checkpoints, Young's √(2 · cost · time between failures).
-        lost_share: share of the run's time that goes into checkpoints and, on average, into work that a failure undoes.
+        seconds: time between two checkpoints, Young's √(2 · cost · time between failures).
+        lost_share: share of the run's time that is spent on checkpoints and, on average, on work that a failure undoes.
     """
 
     seconds: float
@@ -26,11 +26,14 @@ class Checkpoints:
 
     @classmethod
     def best(cls, cost_seconds: float, failure_hours: float) -> Checkpoints:
-        """The spacing that loses least (Young 1974, Eq. 1; Daly 2006 keeps it as the first order).
+        """Returns the interval that loses the least time (Young 1974, Eq. 1; the first-order result of Daly 2006).
 
         Args:
-            cost_seconds: by which one checkpoint holds up training.
+            cost_seconds: time by which one checkpoint delays training.
             failure_hours: mean time between failures of the whole job.
+
+        Raises:
+            ValueError: an argument is not positive.
         """
         if not (cost_seconds > 0 and failure_hours > 0):
             raise ValueError(
@@ -45,12 +48,12 @@ class Forecast:
     """One line of a comparison.
 
     Attributes:
-        label: what sets it apart.
+        label: what distinguishes this line from the others.
         plan: the run.
-        payload: bytes of its collectives; None when not asked for.
-        step_seconds: of one optimizer step without communication; None when not known.
-        checkpoints: None when the cost of one is not known.
-        notes: what was assumed, and other sentences to know.
+        payload: bytes of the run's collectives; None if they were not asked for.
+        step_seconds: time of one optimizer step without communication; None if it is not known.
+        checkpoints: None if the cost of a checkpoint is not known.
+        notes: assumptions and remarks, as sentences.
     """
 
     label: str
@@ -62,29 +65,29 @@ class Forecast:
 
     @property
     def bytes(self) -> int | None:
-        """Bytes that one rank hands to collectives in training, evaluations left out."""
+        """Bytes that one rank sends in training, without evaluations."""
         if self.payload is None:
             return None
         return self.plan.rounds * self.payload.round if self.plan.num_workers > 1 else 0
 
     @property
     def data_parallel_bytes(self) -> int | None:
-        """Bytes of data parallelism at the same work: the gradient of every micro-batch."""
+        """Bytes of data parallelism for the same work: the gradient of every micro-batch."""
         if self.payload is None:
             return None
         return self.plan.micro_batches * self.payload.gradient if self.plan.num_workers > 1 else 0
 
     @property
     def byte_share(self) -> float | None:
-        """`bytes` over `data_parallel_bytes`; None when either is not known or there is nobody to send to."""
+        """`bytes` divided by `data_parallel_bytes`; None if either is not known, or for a single worker."""
         return self.bytes / self.data_parallel_bytes if self.bytes and self.data_parallel_bytes else None
 
     def seconds(self, steps: float) -> float | None:
-        """Time of so many steps without communication; None when not known."""
+        """Returns the time of this number of steps without communication; None if it is not known."""
         return None if self.step_seconds is None else steps * self.step_seconds
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """Returns everything, for JSON."""
         plan, longest = self.plan, self.plan.longest
         return {
             "label": self.label,

@@ -1,4 +1,4 @@
-"""How many bytes a rank hands to one collective, from the very buffers that training would allocate, without their memory."""
+"""The bytes that a rank contributes to one collective, from the buffers of training, on torch's meta device."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Payload:
     """Bytes of one rank.
 
     Attributes:
-        parameters: trainable parameters of the model, a number.
-        gradient: of one averaging of the gradient, data parallelism's.
-        round: of all collectives of one round; for the synchronous presets, of one step.
+        parameters: number of trainable parameters of the model.
+        gradient: bytes of one averaging of the gradient, as in data parallelism.
+        round: bytes of all collectives of one round; for the synchronous presets, of one step.
     """
 
     parameters: int
@@ -33,15 +33,15 @@ class Payload:
 
 
 def measure_payload(config: TrainConfig, num_classes: int, shape: tuple[int, int, int]) -> Payload:
-    """The payload of a configured run of more than one rank.
+    """Returns the payload of a configured run of more than one rank.
 
     Args:
         config: model, optimizer and method.
-        num_classes: of the data.
-        shape: (height, width, channels) of what the model sees.
+        num_classes: number of classes of the data.
+        shape: (height, width, channels) of the model's input.
 
     Raises:
-        ValueError: the model cannot be built so.
+        ValueError: the model cannot be built for such data.
     """
     check_images(config.model.name, num_classes, shape, config.data.batch_size)
     with torch.device("meta"):

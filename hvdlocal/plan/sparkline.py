@@ -1,4 +1,4 @@
-"""A curve in a few lines of text."""
+"""Draws a curve in a few lines of text."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def sparkline(values: Sequence[float], rows: int = 5) -> list[str]:
-    """Bars on a logarithmic scale: the smallest value is an eighth of a line high, the largest reaches the top.
+    """Draws bars on a logarithmic scale: the smallest value is an eighth of a line high, the largest reaches the top.
 
     Args:
-        values: one per column, positive.
-        rows: lines of text, at least 2.
+        values: positive values, one per column.
+        rows: number of lines, at least 2.
 
     Returns:
         The lines from top to bottom; the first begins with the largest value and the last with the smallest.

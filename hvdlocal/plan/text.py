@@ -1,4 +1,4 @@
-"""Plans for a person at a terminal."""
+"""Formats plans as text for a terminal."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from hvdlocal.plan.run_plan import RunPlan
 from hvdlocal.plan.sparkline import sparkline
 
 COLUMNS = 72
-"""Of a sketch."""
+"""Width of a sketch of H."""
 
 
 def describe(forecast: Forecast) -> str:
-    """One plan, line by line."""
+    """Describes one plan, line by line."""
     lines = [f"  {name:14}{line}" for name, line in _facts(forecast)]
     return "\n".join([forecast.label, "", *lines, *_period_sketch(forecast.plan), *_notes([forecast])])
 
 
 def compare(forecasts: Sequence[Forecast]) -> str:
-    """Plans side by side, with a sketch of each below."""
+    """Puts plans side by side, with a sketch of each below."""
     timed = any(forecast.step_seconds for forecast in forecasts)
     counted = any(forecast.payload for forecast in forecasts)
     head = ["", "rounds", "steps", "epochs of data", "mean gain", "mean H", "longest H"]
@@ -85,12 +85,12 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
 
 
 def _varies(plan: RunPlan) -> bool:
-    """Whether H changes, other than in a last round that is cut short."""
+    """Returns whether H changes, except in a last round that is cut short."""
     return len(plan.stretches) > 2 or plan.stretches[-1].period > plan.stretches[0].period
 
 
 def _period_sketch(plan: RunPlan, rows: int = 5) -> list[str]:
-    """H over the run; nothing when there is nothing to see."""
+    """Draws H over the run; returns no lines if H is constant."""
     if not _varies(plan):
         return []
     width = plan.epochs / COLUMNS

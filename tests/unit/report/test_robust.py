@@ -70,7 +70,7 @@ BAD = {
         put("metrics.jsonl", b"[" * 100_000 + b"\n{}\n"),
         r"line 1 is damaged \(too deeply nested",
     ),
-    "a field twice": (lambda run: edit_bytes(run, b'"step": 4,', b'"step": 4, "step": 4,'), r"a key is there twice"),
+    "a field twice": (lambda run: edit_bytes(run, b'"step": 4,', b'"step": 4, "step": 4,'), r"a key occurs twice"),
     "an endless line": (put("metrics.jsonl", b" " * (1 << 21)), r"line 1 is longer than 1048576 bytes"),
     "a number that is text": (
         edit_line(3, epoch="half"),
@@ -84,7 +84,7 @@ BAD = {
     "an end with a part of them": (edit_line(-1, seconds={"elapsed": 1.0}), r"seconds of a record of kind 'end'"),
     "an end with text": (edit_line(-1, bytes_sent="many"), r"bytes_sent of a record of kind 'end'"),
     "a missing field": (edit_line(3, progress=...), r"line 4: a record of kind 'round' without progress"),
-    "a pipe": (a_pipe, r"metrics.jsonl is no file"),
+    "a pipe": (a_pipe, r"metrics.jsonl is not a regular file"),
     "a loop of links": (a_loop, r"no config.yaml"),
     "a list for a configuration": (put("config.yaml", b"[1, 2]\n"), r"config.yaml is empty or damaged"),
     "another configuration": (
@@ -95,7 +95,7 @@ BAD = {
     "a configuration that is no UTF-8": (put("config.yaml", b"epochs: \xff\n"), r"config.yaml: byte 8 is not UTF-8"),
     "an object of Python": (put("config.yaml", b"a: !!python/object/apply:os.getpid []\n"), r"tags are not read"),
     "a bomb of aliases": (put("config.yaml", b"a: &a [x, x]\nb: [*a, *a]\n"), r"anchors and aliases are not read"),
-    "a setting twice": (put("config.yaml", b"epochs: 1\nepochs: 2\n"), r"a key is there twice"),
+    "a setting twice": (put("config.yaml", b"epochs: 1\nepochs: 2\n"), r"a key occurs twice"),
     "no preset": (edit_config(method__preset=None), r"whose method.preset is otherwise"),
     "a preset of 50,000 letters": (edit_config(method__preset="x" * 50_000), r"whose method.preset is otherwise"),
     "a period that is text": (edit_config(method__period__period="often"), r"whose method.period.period is otherwise"),
