@@ -1,4 +1,4 @@
-"""The figures of a report: what runs reached and what it cost, how their methods behaved, and where their time went."""
+"""The figures of a report: results and costs of runs, the behaviour of their methods, and the use of their time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINTS = 300
-"""Points a line; more cannot be seen and make the page heavy."""
+"""Number of points per line; more would not be visible and would enlarge the page."""
 
 PROGRESS = "Progress [scale-invariant epochs]"
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure with what its reader should know. `name` is that of its file."""
+    """A figure with its title and caption; `name` is the name of its file."""
 
     name: str
     title: str
@@ -34,19 +34,19 @@ class Drawing:
 
 
 def draw(lines: Sequence[RunStyle]) -> list[Drawing]:
-    """All figures for which there are records."""
+    """Draws all figures for which there are records."""
     makers = (_test, _training, _statistics, _gain_grid, _time)
     with style():
         return [drawing for make in makers if (drawing := make(lines)) is not None]
 
 
 def thin(x: Column, y: Column, points: int = POINTS) -> tuple[Column, Column]:
-    """Means of x and y over equal stretches of x, so that few long rounds weigh as much as many short ones.
+    """Averages x and y over equal intervals of x, so that a few long rounds weigh as much as many short ones.
 
     Args:
-        x: in ascending order.
-        y: as many; NaN is left out.
-        points: at most so many remain; fewer stay as they are.
+        x: values in ascending order.
+        y: values, one for each x; NaN is left out.
+        points: the largest number of points that remain; fewer points are returned unchanged.
     """
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
@@ -59,7 +59,7 @@ def thin(x: Column, y: Column, points: int = POINTS) -> tuple[Column, Column]:
 
 
 def plateaus(x: Column, y: Column) -> tuple[Column, Column]:
-    """Without NaN, and without the points between two others of the same y: a staircase looks the same."""
+    """Removes NaN, and points between two others of the same y, without which a staircase looks the same."""
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
     keep = np.ones(len(y), dtype=bool)
@@ -96,7 +96,9 @@ def _test(lines: Sequence[RunStyle]) -> Drawing | None:
                 axes[row][column].plot(x(line.run)[-1:], y[-1:], "o", color=line.color)
         axes[1][column].set_xlabel(label)
         ends = np.array([x(line.run)[-1] for line in seen])
-        if column > 1 and (ends > 0).all() and ends.max() > 10 * ends.min():  # else the cheap runs would be a dot
+        if (
+            column > 1 and (ends > 0).all() and ends.max() > 10 * ends.min()
+        ):  # otherwise the cheap runs would shrink to a dot
             fit_scale(axes[1][column], "x", np.concatenate([[x(line.run)[0] for line in seen], ends]))
     axes[0][0].set_ylabel("Test accuracy [%]")
     axes[1][0].set_ylabel("Test loss")
@@ -143,7 +145,7 @@ def _statistics(lines: Sequence[RunStyle]) -> Drawing | None:
 
 
 def _gain_grid(lines: Sequence[RunStyle]) -> Drawing | None:
-    """Figs. 12 and 13, when the runs make up such a grid."""
+    """Draws Figs. 12 and 13 if the runs form such a grid."""
     cells: dict[tuple[int, int], list[RunStyle]] = {}
     for line in lines:
         method = line.run.config["method"]
@@ -212,8 +214,8 @@ def _time(lines: Sequence[RunStyle]) -> Drawing | None:
     panel.grid(False)
     figure.legend(loc="outside upper left", ncols=len(parts))
     caption = (
-        "Of rank 0. Averaging includes the wait for the slowest rank; computing is what is left over, augmentation and "
-        "record keeping included."
+        "Times of rank 0. Averaging includes the wait for the slowest rank; computing is the remainder, including augmentation "
+        "and record keeping."
     )
     return Drawing("time", "Where the time went", caption, figure)
 
@@ -228,7 +230,13 @@ def _against_progress(
     lines: Sequence[RunStyle],
     panels: Sequence[tuple[str, Callable[[Run], Column], float]],
 ) -> Drawing | None:
-    """One panel for each quantity that some run has recorded: (label, values, span from which on its axis is logarithmic)."""
+    """Draws a panel for each quantity that some run has recorded.
+
+    Args:
+        name, title, caption: of the drawing.
+        lines: the runs.
+        panels: for each quantity its label, its values, and the ratio above which its axis is logarithmic.
+    """
     drawn = []
     for label, values, ratio in panels:
         curves = []
@@ -251,7 +259,7 @@ def _against_progress(
             panel.plot(x, y, lw=1.1, drawstyle=stepped, marker=marker, **line.style)
         panel.set(title=label, xlabel=PROGRESS)
         everything = np.concatenate([y for _, _, y in curves])
-        # Of every curve the upper decades, also beside one that is far above the others.
+        # The upper decades of every curve remain visible, even beside a curve far above the others.
         lowest = min(y.max() for _, _, y in curves) / everything.max() if everything.max() > 0 else 1.0
         fit_scale(panel, "y", everything, ratio=ratio, floor=lowest * (1e-4 if label.startswith("Learning") else 1e-6))
         if label.startswith("Period"):
@@ -262,7 +270,7 @@ def _against_progress(
 
 
 def _period_axis(panel: Axes, periods: Column) -> None:
-    """Whole numbers; the powers of two when it is logarithmic."""
+    """Labels an axis with whole numbers, or with powers of two if it is logarithmic."""
     if panel.get_yscale() == "log":
         top = int(np.ceil(np.log2(periods.max())))
         powers_axis(panel, "y", [2**i for i in range(0, top + 1, 1 + top // 8)])
@@ -286,7 +294,7 @@ def _column(name: str) -> Callable[[Run], Column]:
 def _effective_gain(run: Run) -> Column:
     gain, periods = run.history["gain"] / run.accumulate, run.rounds["period"]
     if run.end is not None and len(periods) > 1 and periods[-1] < periods[-2]:
-        gain[-1] = np.nan  # of a round that the budget cut short, and so larger
+        gain[-1] = np.nan  # the budget cut this round short, so that its gain is larger
     return gain
 
 
@@ -297,7 +305,7 @@ def _noise_to_signal(run: Run) -> Column:
 
 
 def _accuracy_limits(curves: Sequence[Column]) -> tuple[float, float]:
-    """All but the first quarter of each curve is inside, so that differences at the end can be seen."""
+    """Returns limits that include all but the first quarter of each curve, so that differences at the end are visible."""
     late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
     if not np.isfinite(late).any():
         return 0.0, 100.0

@@ -1,4 +1,4 @@
-"""How each run is named and drawn: few runs by their own names and colours, many by what they have in common."""
+"""Names, colours and dashes of runs: individual ones for a few runs, shared ones for many."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hvdlocal.training.config import SETTINGS
 from hvdlocal.training.config_checks import flatten
 
 MOST_LOOKS = 10
-"""So many kinds of line can be told apart in a small panel."""
+"""The largest number of kinds of line that can be told apart in a small panel."""
 
 
 @dataclass(frozen=True)
 class RunStyle:
-    """A run as a line in a figure: its name, and the colour, dashes and legend that it may share with others."""
+    """A run as a line in a figure: its name, and the colour, dashes and legend that it may share with other runs."""
 
     run: Run
     name: str
@@ -31,20 +31,20 @@ class RunStyle:
 
     @property
     def style(self) -> dict[str, Any]:
-        """For Matplotlib's `plot`."""
+        """Arguments for Matplotlib's `plot`."""
         return {"color": self.color, "ls": self.dashes}
 
     @property
     def legend_style(self) -> dict[str, Any]:
-        """Of all lines with this legend."""
+        """Arguments for the legend's entry, which stands for all lines with this legend."""
         return {"color": self.legend_color or self.color, "ls": self.dashes}
 
 
 def draw_as(runs: Sequence[Run]) -> list[RunStyle]:
-    """Names, colours and dashes, in the order of the runs.
+    """Chooses names, colours and dashes, in the order of the runs.
 
-    Runs that differ in nothing but their seed look the same. With more looks than can be told apart, a colour is a preset, the
-    darker the larger H.
+    Runs that differ only in their seed look the same. If there are more kinds of run than can be told apart, the colour shows the
+    preset, and a larger H is darker.
     """
     names = short_names([run.directory for run in runs])
     keys: list[Any] = [_experiment(run) for run in runs]
@@ -58,14 +58,14 @@ def draw_as(runs: Sequence[Run]) -> list[RunStyle]:
         legends[kind] = names[members[0]]
         if len(members) > 1:
             legends[kind] = f"{first.preset}, K = {first.num_workers}, {describe_period(first)} ({len(members)} runs)"
-    if len(set(legends.values())) < len(kinds):  # they differ in something else
+    if len(set(legends.values())) < len(kinds):  # the runs differ in something else
         legends = {kind: f"{names[keys.index(kind)]} ({keys.count(kind)} runs)" for kind in kinds}
     looks = {kind: (COLORS[i % len(COLORS)], DASHES[i // len(COLORS)]) for i, kind in enumerate(kinds)}
     return [RunStyle(run, name, legends[key], *looks[key]) for run, name, key in zip(runs, names, keys, strict=True)]
 
 
 def describe_period(run: Run) -> str:
-    """The rule for H in a few words."""
+    """Describes the rule for H in a few words."""
     period = run.config["method"]["period"]
     if not run.preset.startswith("local"):
         return f"a = {run.accumulate}" if run.accumulate > 1 else "H = 1"
@@ -81,14 +81,14 @@ def describe_period(run: Run) -> str:
 
 
 def compared_settings(run: Run) -> dict[str, Any]:
-    """The settings by which runs are compared: all but those that change nothing in what is trained, by their dotted names."""
+    """Returns the settings by which runs are compared, by dotted name: all that influence what is trained."""
     return {
         name: value for name, value in flatten(run.config).items() if name not in SETTINGS or SETTINGS[name].compared
     }
 
 
 def short_names(directories: Sequence[Path]) -> list[str]:
-    """The part of each path in which they differ."""
+    """Returns the part of each path in which the paths differ."""
     paths = [path.resolve() for path in directories]
     if len(paths) == 1:
         return [paths[0].name]
@@ -119,7 +119,7 @@ def _period(run: Run) -> int:
 
 
 def _shaded(color: str, depth: float) -> str:
-    """A colour from pale (0) to dark (1), both still readable on white."""
+    """Shades a colour from pale (0) to dark (1); both are readable on white."""
     red, green, blue = (int(color[i : i + 2], 16) / 255 for i in (1, 3, 5))
     hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
     shaded = colorsys.hls_to_rgb(hue, min(0.72, lightness + 0.3) * (1 - depth) + 0.7 * lightness * depth, saturation)

@@ -1,4 +1,4 @@
-"""One page about one run or many: everything in a single HTML file, which needs nothing else."""
+"""A page about one run or many, as a single HTML file that needs no other file."""
 
 from __future__ import annotations
 
@@ -24,14 +24,24 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Report:
-    """Runs, as they are drawn, their figures, and why other directories are left out."""
+    """The content of the page.
+
+    Attributes:
+        lines: the runs with their names and colours.
+        drawings: the figures.
+        left_out: for each directory that could not be read, the reason.
+    """
 
     lines: list[RunStyle]
     drawings: list[Drawing]
     left_out: list[str]
 
     def html(self) -> str:
-        """The page."""
+        """Returns the page.
+
+        Raises:
+            ImportError: Jinja is missing.
+        """
         try:
             import jinja2
         except ImportError as error:
@@ -56,7 +66,7 @@ class Report:
         """Writes each figure as a PNG.
 
         Returns:
-            The files.
+            The paths of the files.
         """
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / f"{drawing.name}.png" for drawing in self.drawings]
@@ -69,7 +79,7 @@ def make_report(directories: Sequence[Path]) -> Report:
     """Reads runs and draws them.
 
     Args:
-        directories: of the runs; one given twice counts once, and one that is no sound run is left out.
+        directories: the runs' directories; duplicates count once, and directories that are not readable runs are left out.
 
     Raises:
         ValueError: none of them is a run, or none has recorded anything yet.
@@ -93,7 +103,7 @@ def make_report(directories: Sequence[Path]) -> Report:
 
 
 def _row(line: RunStyle) -> dict[str, Any]:
-    """One run's line in the table, as text."""
+    """Returns a run's line of the table, as text."""
     run = line.run
     seconds, last = run.seconds, run.history
     share, m, accuracy, top5 = run.data_parallel_share, run.measured_m, run.accuracy, run.evaluations.last("top5")
@@ -127,9 +137,9 @@ def _row(line: RunStyle) -> dict[str, Any]:
 
 
 def _differing_settings(lines: Sequence[RunStyle]) -> dict[str, list[str]]:
-    """Settings in which the runs differ and that the table of runs does not show, with each run's value."""
+    """Returns the settings in which the runs differ and that the table of runs does not show, with each run's value."""
     flat = [compared_settings(line.run) for line in lines]
-    # Of runs of two versions, only what both know.
+    # The runs may be from different versions: only settings that all of them have are compared.
     names = [name for name in flat[0] if all(name in settings for settings in flat)]
     shown = ("method.preset", "method.period.")
     columns = {name: [str(settings[name]) for settings in flat] for name in names if not name.startswith(shown)}

@@ -1,6 +1,6 @@
-"""What a run recorded, read back from its directory: `config.yaml`, `environment.json` and `metrics.jsonl`.
+"""Reads the records of a run from its directory: `config.yaml`, `environment.json` and `metrics.jsonl`.
 
-Works on a run that goes on, one that ended, one that was interrupted, and on files copied from elsewhere.
+The run may be running, finished or interrupted, and its files may have been copied from elsewhere.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from hvdlocal.untrusted_files import from_json, from_yaml, read_lines, read_text
 Column = npt.NDArray[np.float64]
 
 SILENCE_SECONDS = 120.0
-"""A run without an end counts as interrupted when its record has not grown for so long, nor for ten of its own log intervals,
-nor for three times its longest pause so far: an evaluation may take long."""
+"""A run without an end counts as interrupted if metrics.jsonl has not grown for this long, for ten of its log intervals, and for
+three times its longest pause so far (an evaluation may take long)."""
 
 LARGEST = 1e100
-"""Larger numbers are no statistics of a run, and are read like NaN."""
+"""Larger numbers cannot be statistics of a run, and are read as NaN."""
 
 MOST_BYTES = 1 << 24
-"""Of config.yaml and environment.json, which lists the hosts of all ranks."""
+"""Largest size of config.yaml and of environment.json, which lists the hosts of all ranks."""
 
 MOST_BYTES_OF_A_RECORD = 1 << 20
+"""Longest line of metrics.jsonl."""
 
 _NEEDED = {
     "steps": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent"),
@@ -44,7 +45,7 @@ _SPENT = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
 
 
 class RunState(Enum):
-    """How far a run is."""
+    """The state of a run."""
 
     FINISHED = "finished"
     RUNNING = "running"
@@ -53,7 +54,7 @@ class RunState(Enum):
 
 
 class Series:
-    """Records of one kind as columns, in the order of writing."""
+    """Records of one kind as columns, in the order in which they were written."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         rows = list(records)
@@ -65,29 +66,29 @@ class Series:
         return self._length
 
     def __getitem__(self, name: str) -> Column:
-        """A field's values; NaN where it is absent or null, which is how NaN and infinity are recorded."""
+        """Returns a field's values; NaN where it is absent or null (NaN and infinity are recorded as null)."""
         return self._columns.get(name, np.full(self._length, np.nan))
 
     def last(self, name: str) -> float | None:
-        """A field's last value; None where there is none, or it is NaN."""
+        """Returns a field's last value; None if there is none or it is NaN."""
         column = self[name]
         return None if not len(column) or math.isnan(column[-1]) else float(column[-1])
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """The records of one run.
 
     Attributes:
-        directory: where it was read from.
-        config: the configuration, every default filled in.
+        directory: the run's directory.
+        config: the configuration, including all defaults.
         environment: how the job was started.
         steps: means over a log interval.
-        rounds: the state after each averaging of a local method; empty for the others.
-        evaluations: of the averaged model on the test images.
-        end: the last record of a run that came to its end.
+        rounds: the state after each averaging of a local method; empty for other methods.
+        evaluations: evaluations of the averaged model on the test images.
+        end: the last record of a run that finished, otherwise None.
         state: finished, running, interrupted or diverged.
-        notes: what a reader should know of interruptions and of the files.
+        notes: remarks for the reader about interruptions and incomplete files.
     """
 
     directory: Path
@@ -112,13 +113,13 @@ class Run:
 
     @property
     def accumulate(self) -> int:
-        """a, micro-batches per optimizer step: acc-lin and acc-ada take it from the period."""
+        """a, the micro-batches per optimizer step; for acc-lin and acc-ada it is the period."""
         method = self.config["method"]
         return int(method["period"]["period"] if self.preset.startswith("acc-") else method["accumulate"])
 
     @property
     def history(self) -> Series:
-        """The finest record of the training state: one line a round, or one a log interval where there are no rounds."""
+        """The finest record of the training state: one line per round, or per log interval if there are no rounds."""
         return self.rounds if len(self.rounds) else self.steps
 
     @property
@@ -128,7 +129,7 @@ class Run:
 
     @property
     def num_averagings(self) -> int:
-        """Averagings so far: rounds of a local method, steps of the others."""
+        """Averagings so far: the rounds of a local method, the steps of other methods."""
         return int(self.rounds.last("round") or 0) if self.preset.startswith("local") else self.num_steps
 
     @property
@@ -138,7 +139,7 @@ class Run:
 
     @property
     def data_parallel_share(self) -> float | None:
-        """Bytes sent over those that averaging every micro-batch's gradient would have; None for one rank."""
+        """Bytes sent, divided by the bytes of averaging every micro-batch's gradient; None for one rank."""
         if self.end is not None:
             sent, parallel = self.end["bytes_sent"], self.end["data_parallel_bytes"]
         else:
@@ -147,7 +148,7 @@ class Run:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of rank 0 so far: elapsed, computing, averaging, waiting_for_data, evaluating. Empty before the first line."""
+        """Seconds of rank 0 so far: elapsed, computing, averaging, waiting_for_data, evaluating; empty before the first line."""
         if self.end is not None:
             return {name: float(self.end["seconds"][name]) for name in _SPENT}
         found = {name: self.steps.last(f"{name}_seconds") for name in _SPENT}
@@ -155,7 +156,7 @@ class Run:
 
     @property
     def measured_m(self) -> float | None:
-        """Time of one averaging over computing time of one micro-batch, waits for the slowest rank included (m of Eq. 16)."""
+        """m of Eq. 16: time of an averaging, waits for the slowest rank included, over the computing time of a micro-batch."""
         spent, averagings, batches = self.seconds, self.num_averagings, self.num_steps * self.accumulate
         if (
             self.num_workers == 1
@@ -168,7 +169,7 @@ class Run:
         return (spent["averaging"] / averagings) / (spent["computing"] / batches)
 
     def bytes_at(self, steps: Column) -> Column:
-        """Bytes that rank 0 had sent for training after so many optimizer steps, interpolated between two records."""
+        """Returns the bytes that rank 0 had sent for training after the given steps, interpolated between two records."""
         known = {0.0: 0.0}
         for series in (self.steps, self.rounds):
             sent = zip(series["step"].tolist(), series["bytes_sent"].tolist(), strict=True)
@@ -181,12 +182,12 @@ def read_run(directory: Path | str) -> Run:
     """Reads a run's directory.
 
     Raises:
-        ValueError: it is no run's directory, or a file in it is damaged; the message says which and what to do.
+        ValueError: the directory is not a run, or a file in it is damaged; the message gives the file and the remedy.
     """
     directory = Path(directory)
     try:
         return _read_run(directory)
-    except OSError as error:  # a file that goes away while it is read, for one
+    except OSError as error:  # for example, a file that is removed while it is read
         raise ValueError(f"{directory} cannot be read: {plain(error)}") from error
 
 
@@ -200,7 +201,7 @@ def _read_run(directory: Path) -> Run:
     ):
         if mistake:
             raise ValueError(
-                f"{directory / name} was not written by hvdlocal train, whose {mistake} is otherwise: {directory} is not a run"
+                f"{directory / name} has no valid {mistake}, which hvdlocal train always writes: {directory} is not a run"
             )
     records, torn = _read_lines(directory / "metrics.jsonl")
     notes = _resumptions(directory / "attempts.jsonl")
@@ -249,7 +250,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def _mistake_in_config(config: Mapping[str, Any]) -> str | None:
-    """The first setting that is needed here, and is absent or is not what `hvdlocal train` writes."""
+    """Returns the first setting needed here that is absent or not as `hvdlocal train` writes it; None if there is none."""
     method = config.get("method")
     method = method if isinstance(method, dict) else {}
     period = method.get("period")
@@ -270,14 +271,14 @@ def _mistake_in_config(config: Mapping[str, Any]) -> str | None:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The records, and whether the last line was torn, as that of a running or a killed job may be."""
+    """Reads the records, and returns whether the last line was incomplete, as it may be for a running or killed job."""
     records: list[dict[str, Any]] = []
     broken: tuple[int, ValueError] | None = None
     step = 0
     for number, line in enumerate(read_lines(path, MOST_BYTES_OF_A_RECORD), 1):
         if not line.strip():
             continue
-        if broken is not None:  # and so it was not the last one
+        if broken is not None:  # the broken line was not the last one
             break
         try:
             record = from_json(line)
@@ -296,7 +297,7 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 def _mistake(record: Any, step_before: int) -> str | None:
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str) or not _is_step(record.get("step")):
-        return "no record of hvdlocal train, which has a kind and a step"
+        return "not a record of hvdlocal train, which has a kind and a step"
     kind = record["kind"]
     needed = _NEEDED.get(kind, ())
     if missing := [name for name in needed if name not in record]:
@@ -309,21 +310,21 @@ def _mistake(record: Any, step_before: int) -> str | None:
     else:
         odd = [name for name in needed if record[name] is not None and not _is_number(record[name])] if needed else []
     if odd:
-        return f"{odd[0]} of a record of kind {kind!r} is no such number as hvdlocal train writes: copy the file again"
+        return f"{odd[0]} of a record of kind {kind!r} is not a valid number: copy the file again"
     if record["step"] < step_before:
         return f"goes back from step {step_before} to {record['step']}: these are two runs in one file, keep one"
     return None
 
 
 def _resumptions(path: Path) -> list[str]:
-    """What the list of attempts, where there is one, says of interruptions."""
+    """Returns a note about interruptions, if the list of attempts exists and has more than one entry."""
     if not path.exists():
         return []
     attempts = []
     for line in read_lines(path, MOST_BYTES_OF_A_RECORD):
         try:
             attempt = from_json(line)
-        except ValueError:  # a torn line
+        except ValueError:  # an incomplete line
             continue
         if isinstance(attempt, dict) and _is_step(attempt.get("step")) and _is_count(attempt.get("ranks")):
             attempts.append(f"step {attempt['step']:,} on {attempt['ranks']} ranks")
@@ -334,7 +335,7 @@ def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]
     if records and records[-1]["kind"] == "end":
         return RunState.FINISHED
     written = (directory / "metrics.jsonl").stat().st_mtime
-    last_good = directory / "last_good.pt"  # written when a run diverges, just before its record is closed
+    last_good = directory / "last_good.pt"  # written when a run diverges, just before metrics.jsonl is closed
     if last_good.exists() and written < last_good.stat().st_mtime + SILENCE_SECONDS:
         return RunState.DIVERGED
     times = [_number(record.get("elapsed_seconds")) for record in records]

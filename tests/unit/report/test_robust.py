@@ -77,9 +77,9 @@ BAD = {
         r"line 4: epoch of a record of kind 'round' is no such number",
     ),
     "a number that is a list": (edit_line(3, bytes_sent=[1]), r"line 4: bytes_sent of a record of kind 'round'"),
-    "a step that is true": (edit_line(3, step=True), r"line 4: no record of hvdlocal train"),
-    "a step below 0": (edit_line(0, step=-4), r"line 1: no record of hvdlocal train"),
-    "a step of 400 digits": (edit_line(-1, step=10**400), r"no record of hvdlocal train"),
+    "a step that is true": (edit_line(3, step=True), r"line 4: not a record of hvdlocal train"),
+    "a step below 0": (edit_line(0, step=-4), r"line 1: not a record of hvdlocal train"),
+    "a step of 400 digits": (edit_line(-1, step=10**400), r"not a record of hvdlocal train"),
     "an end without seconds": (edit_line(-1, seconds=None), r"seconds of a record of kind 'end' is no such number"),
     "an end with a part of them": (edit_line(-1, seconds={"elapsed": 1.0}), r"seconds of a record of kind 'end'"),
     "an end with text": (edit_line(-1, bytes_sent="many"), r"bytes_sent of a record of kind 'end'"),
@@ -140,7 +140,7 @@ def test_bad_runs_beside_a_good_one(tmp_path, capsys):
     warnings = said.err.splitlines()
     assert len(warnings) == 3
     assert warnings[0].startswith(f"hvdlocal: WARNING: left out: {tmp_path}/bad/metrics.jsonl, line 1 is damaged")
-    assert "worse/config.yaml was not written by hvdlocal train, whose epochs is otherwise" in warnings[1]
+    assert "worse/config.yaml has no valid epochs, which hvdlocal train always writes" in warnings[1]
     html = page.read_text()
     assert html.count("Left out: ") == 3
     assert ">good</td>" in html
