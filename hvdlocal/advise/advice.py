@@ -1,4 +1,4 @@
-"""Which method, and which H: predictions from measurements, with the doubt that is left."""
+"""Recommends a method and an H: predictions from measurements, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from hvdlocal.advise.predictions import (
 
 @dataclass(frozen=True)
 class Estimate:
-    """A cost model from all blocks of measurements, and those from all but one: the jackknife's.
+    """A cost model from all blocks of measurements, and the jackknife's models, each without one of the blocks.
 
     Attributes:
-        cost_model: from all.
-        without: without the first block, without the second …; empty when nothing is known of errors.
+        cost_model: the model from all blocks.
+        without: the models without the first block, without the second …; empty if errors are not known.
     """
 
     cost_model: CostModel
     without: Sequence[CostModel] = field(default_factory=tuple)
 
     def error(self, value: Callable[[CostModel], float]) -> float:
-        """Standard error of what is computed from a cost model (Efron and Stein, 1981).
+        """Returns the standard error of a value that is computed from a cost model (Efron and Stein, 1981).
 
-        It knows that load and network move all measurements of a block together.
+        The error accounts for load and network affecting all measurements of a block together.
         """
         values = [value(cost_model) for cost_model in self.without]
         return float(np.std(values)) * math.sqrt(len(values) - 1) if values else 0.0
 
 
-def known(measured: Measurements, c: float, statistics: str) -> Estimate:
-    """What was measured, as a cost model with errors.
+def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
+    """Converts measurements to a cost model with errors.
 
     Args:
-        measured: on two ranks or more.
-        c: of the gain.
-        statistics: that local-ada would send, "sketch" or "exact".
+        measured: the measurements, on two ranks or more.
+        c: weight of the local steps' bias in the gain.
+        statistics: the statistics that local-ada would send, "sketch" or "exact".
     """
     blocks = measured.blocks
     names = {"sync": "acc-lin", "acc-lin": "acc-lin", "acc-ada": "acc-ada", "local-lin": "local-lin"}
@@ -62,7 +62,7 @@ def known(measured: Measurements, c: float, statistics: str) -> Estimate:
     def cost_model(some: Sequence[Block]) -> CostModel:
         paces = pooled_paces(some)
         apart = SampleSummary.pooled(block.apart for block in some)
-        if not apart.count:  # one round in a block: ranks are then taken to share nothing
+        if not apart.count:  # one round per block: the ranks' variation is then assumed to be independent
             apart = SampleSummary.pooled(pace.micro_batch for pace in paces)
         update, collect = (max(getattr(pace, part).mean for pace in paces) for part in ("update", "collect"))
         costs = {}
@@ -85,7 +85,7 @@ def known(measured: Measurements, c: float, statistics: str) -> Estimate:
 
 
 def pooled_paces(blocks: Sequence[Block]) -> list[StepTimes]:
-    """Of each rank, over all blocks."""
+    """Returns the times of each rank, pooled over all blocks."""
     ranks = zip(*(block.paces for block in blocks), strict=True)
     parts = ("micro_batch", "waiting", "update", "collect")
     return [
@@ -98,9 +98,9 @@ class Scenario:
     """The comparison with other gradient statistics.
 
     Attributes:
-        label: which.
+        label: name of the scenario.
         noise: σ²/G.
-        comparison: its outcome.
+        comparison: the result.
     """
 
     label: str
@@ -110,20 +110,21 @@ class Scenario:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do, and why.
+    """The recommendation and its reasons.
 
     Attributes:
-        measured: what everything follows from.
-        known: the same as a cost model.
+        measured: the measurements.
+        estimate: the cost model that follows from them.
         table: predictions by method and period.
         now: the comparison with the statistics of the short run.
-        scenarios: with those of its beginning and end, and larger ones: σ²/G grows while the loss falls.
-        m: time of an averaging over that of a local step, by method.
-        crossover: the m from which local steps pay, by Eqs. 16 and 49; None for never.
+        scenarios: comparisons with the statistics of the run's beginning and end, and with more noise: σ²/G grows while the loss
+            falls.
+        m: time of an averaging over the time of a local step, by method.
+        crossover: the m from which local steps pay, by Eqs. 16 and 49; None if they never do.
     """
 
     measured: Measurements
-    known: Estimate
+    estimate: Estimate
     table: Mapping[tuple[str, int], Prediction]
     now: Comparison
     scenarios: Sequence[Scenario]
@@ -132,8 +133,8 @@ class Advice:
 
 
 def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -> Advice:
-    """The advice that follows from measurements on two ranks or more; arguments as in `known`."""
-    found = known(measured, c, statistics)
+    """Derives the advice from measurements on two ranks or more; the arguments are those of `estimate`."""
+    found = estimate(measured, c, statistics)
     cost_model = found.cost_model
     table = {
         (method, period): predict(cost_model, method, period)
@@ -142,7 +143,7 @@ def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -
     }
     return Advice(
         measured=measured,
-        known=found,
+        estimate=found,
         table=table,
         now=compare(found),
         scenarios=tuple(
@@ -155,7 +156,7 @@ def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -
 
 
 def compare(found: Estimate, grad_sqr: float | None = None, grad_var: float | None = None) -> Comparison:
-    """The comparison with its error, with given statistics or those that were measured."""
+    """Compares the methods, with the given or the measured gradient statistics, and adds the error."""
 
     def given(cost_model: CostModel) -> CostModel:
         if grad_sqr is None or grad_var is None:
@@ -163,7 +164,7 @@ def compare(found: Estimate, grad_sqr: float | None = None, grad_var: float | No
         return replace(cost_model, grad_sqr=grad_sqr, grad_var=grad_var)
 
     def ratio(cost_model: CostModel) -> float:
-        # Of the same two: with moved measurements another period may be as good, but then the ratio hardly differs.
+        # The same two predictions: with other measurements another period may be better, but then the ratio hardly differs.
         local, parallel = (
             predict(given(cost_model), one.method, one.period) for one in (best.local, best.data_parallel)
         )

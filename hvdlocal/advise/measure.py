@@ -1,4 +1,4 @@
-"""Measuring what methods would cost, on the ranks at hand and with the model, data and optimizer of a configuration."""
+"""Measures the cost of methods on the current ranks, with the model, data and optimizer of a configuration."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.errors import DivergedError
 
 BLOCKS = 5
+"""Number of blocks of measurements."""
+
 RUN_SHARE = 0.6
-"""Of a block's time, for the short run; the rest is for the collectives."""
+"""Share of a block's time for the short run; the rest is for the collectives."""
 
 
 def measure(config: TrainConfig, communicator: Communicator, seconds: float) -> Measurements:
-    """Measures in about so many seconds, once the data are read; a collective.
+    """Measures for about the given time, once the data are read. A collective.
 
-    At least seven rounds of the short run and seven turns of the collectives are taken, the first two of each not counted.
-    With methods that take the learning rate for that of the whole step (sync, local), the short run takes its K·a-th part for
-    that of one worker.
+    There are at least seven rounds of the short run and seven trials of the collectives, the first two of which are not counted.
+    For methods whose learning rate is that of the whole step (sync, local), the short run uses its K·a-th part for one worker.
+
+    Args:
+        config: model, data, optimizer and method.
+        communicator: the ranks.
+        seconds: duration of the measurements.
 
     Raises:
-        SetupError, DisagreementError: a run with this configuration could not start; the same on every rank.
-        DivergedError: the short run ended in NaN or infinity; on all ranks.
+        SetupError, DisagreementError: a run with this configuration could not start; raised on every rank.
+        DivergedError: the short run ended in NaN or infinity; raised on every rank.
     """
     bench = Benchmark(config, communicator)
     try:
@@ -53,7 +59,7 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
             for candidate in candidates:
                 candidate.turn()
 
-    for _ in range(2):  # warming up; the second is a first guess
+    for _ in range(2):  # warm-up; the second pass gives a first estimate
         of_round, of_turn = _per_item(rounds, 1), _per_item(turns, 1)
     run.take()
     for candidate in candidates:
@@ -86,12 +92,12 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
 
 
 def _agreed(communicator: Communicator, wish: float) -> int:
-    """How often to do something, at least once: the slowest rank decides; a collective."""
+    """Returns the smallest of all ranks' wishes for a number of repetitions, at least 1. A collective."""
     return max(1, int(min(communicator.gather(wish, "hvdlocal.repeats"))))
 
 
 def _per_item(work: Callable[[int], None], count: int) -> float:
-    """Seconds of each."""
+    """Runs `work(count)` and returns the seconds per item."""
     start = time.perf_counter()
     work(count)
     return max(time.perf_counter() - start, 1e-6) / count

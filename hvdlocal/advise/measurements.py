@@ -1,4 +1,4 @@
-"""What `measure` finds out about a configuration on the ranks at hand. Plain numbers; needs no torch."""
+"""The results of `measure`: plain numbers, which need no torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 ROUNDING = 1e-9
+"""Relative size below which a difference counts as a rounding error."""
 
 
 @dataclass(frozen=True)
 class SampleSummary:
-    """Samples taken one after the other.
+    """Summary of samples that were taken one after the other.
 
     Attributes:
-        mean: 0 without any.
+        mean: their mean; 0 without samples.
         deviation: standard deviation of one sample.
-        count: how many.
+        count: number of samples.
     """
 
     mean: float
@@ -26,12 +27,12 @@ class SampleSummary:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> SampleSummary:
-        """Their summary."""
+        """Summarises samples."""
         return cls(fmean(samples) if samples else 0.0, stdev(samples) if len(samples) > 1 else 0.0, len(samples))
 
     @classmethod
     def pooled(cls, parts: Iterable[SampleSummary]) -> SampleSummary:
-        """The summary of several; the deviation is that within them, so that a slow drift is none."""
+        """Combines several summaries; the deviation is the one within the parts, so that a slow drift does not count."""
         parts = [part for part in parts if part.count]
         count = sum(part.count for part in parts)
         if not count:
@@ -42,13 +43,13 @@ class SampleSummary:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What one rank takes between averagings, in seconds.
+    """Seconds that one rank spends between averagings.
 
     Attributes:
-        micro_batch: forward and backward pass, and waiting for the images.
-        waiting: the part spent in waiting for the images.
-        update: a local step's update.
-        collect: taking in a micro-batch that does not complete a local step; no samples without accumulation.
+        micro_batch: the forward and backward pass, including the wait for the images.
+        waiting: the wait for the images alone.
+        update: the update of a local step.
+        collect: accumulating a micro-batch that does not complete a local step; no samples without accumulation.
     """
 
     micro_batch: SampleSummary
@@ -59,13 +60,13 @@ class StepTimes:
 
 @dataclass(frozen=True)
 class SyncStepTimes:
-    """A step that ends in a collective, every rank having come to it at the same time. Of each, the slowest rank's seconds.
+    """Seconds of a step that ends in a collective which all ranks begin at the same time, on the slowest rank.
 
     Attributes:
-        bytes: that a rank hands to collectives in it.
-        step: all of it: what the method computes of the gradient, the collective, the update.
+        bytes: bytes that a rank contributes to the collectives of the step.
+        step: the whole step: the method's computations on the gradient, the collective, and the update.
         collective: the collective alone.
-        collect: taking in a micro-batch that does not complete the step; no samples without accumulation.
+        collect: accumulating a micro-batch that does not complete the step; no samples without accumulation.
     """
 
     bytes: int
@@ -76,12 +77,13 @@ class SyncStepTimes:
 
 @dataclass(frozen=True)
 class Block:
-    """A stretch of time in which everything was measured.
+    """An interval of time in which everything was measured.
 
     Attributes:
-        paces: of each rank.
-        apart: of a micro-batch's seconds, what ranks do not share; see `unshared`.
-        closings: by the name of the method, local-ada's with its statistics ("local-ada sketch"); none on one rank.
+        paces: the times of each rank.
+        apart: the variation of a micro-batch's seconds that ranks do not share; see `rank_jitter`.
+        closings: the times of steps with a collective, by method, local-ada's with its statistics ("local-ada sketch"); empty on
+            one rank.
         grad_sqr, grad_var: single estimates of G and σ², clamped but not smoothed; no samples on one rank.
     """
 
@@ -94,18 +96,18 @@ class Block:
 
 @dataclass(frozen=True)
 class Measurements:
-    """All of it. The same on every rank.
+    """All measurements, equal on every rank.
 
     Attributes:
-        accumulate: a, micro-batches of a local step.
+        accumulate: a, the micro-batches of a local step.
         batch_size: B.
-        samples: training images of an epoch.
-        epoch: N / B, the micro-batches of one worker that make an epoch.
-        parameters: trainable ones.
-        blocks: one after the other. Load and network have good and bad minutes; how much blocks differ tells how well anything
-            is known.
-        epochs: scale-invariant epochs that the short run went through, from the start of training.
-        seconds: that everything took.
+        samples: number of training images of an epoch.
+        epoch: N / B, the micro-batches of an epoch for one worker.
+        parameters: number of trainable parameters.
+        blocks: consecutive blocks. The load of nodes and network varies from minute to minute; the differences between blocks
+            show how accurate the measurements are.
+        epochs: scale-invariant epochs that the short run covered, from the start of training.
+        seconds: duration of all measurements.
     """
 
     accumulate: int
@@ -124,14 +126,14 @@ class Measurements:
 
 
 def rank_jitter(rounds: Sequence[Sequence[float]], micro_batches: int) -> SampleSummary:
-    """How much a micro-batch's seconds vary on one rank beyond what they do on all: nobody waits for what slows down all alike.
+    """Estimates the jitter of a micro-batch's time on one rank, without variation common to all ranks, which causes no waiting.
 
     Args:
-        rounds: seconds of computing of each rank in each round, the same rounds for all.
-        micro_batches: of a round.
+        rounds: seconds of computing of each rank in each round; the same rounds for all ranks.
+        micro_batches: number of micro-batches of a round.
 
     Returns:
-        Deviations from what rank and round explain, with mean 0; no samples with one rank or one round.
+        The deviation from an additive model of rank and round, with mean 0; no samples for one rank or one round.
     """
     ranks, count = len(rounds), len(rounds[0])
     if ranks < 2 or count < 2:
@@ -145,10 +147,10 @@ def rank_jitter(rounds: Sequence[Sequence[float]], micro_batches: int) -> Sample
 
 
 def undo_moving_average(averages: Sequence[float], theta: float) -> list[float]:
-    """What a debiased moving average was made of; rounding errors in place of 0 are 0 again.
+    """Recovers the values of which a debiased moving average was made; rounding errors are replaced by 0.
 
     Args:
-        averages: its value after each update, from the first.
+        averages: the average after each update, beginning with the first.
         theta: θ, the share that each update keeps; below 1.
     """
     found, weighted, weight = [], 0.0, 0.0

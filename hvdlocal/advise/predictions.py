@@ -1,15 +1,15 @@
-"""Seconds for an epoch of progress, by method and H, from what steps and collectives take. Arithmetic on numbers.
+"""Predicts the seconds for an epoch of progress, by method and H, from the times of steps and collectives.
 
-Every method makes rounds: n micro-batches in s optimizer steps, of which the last ends in a collective. Data parallelism has
-s = 1 (sync: a micro-batches, acc-*: H·a), Local SGD s = H and n = H·a. A round takes
+Every method makes rounds: n micro-batches in s optimizer steps, the last of which ends in a collective. Data parallelism has
+s = 1 (sync: n = a, acc-*: n = H·a), Local SGD has s = H and n = H·a. A round takes
 
     n · t + (n − s) · collect + (s − 1) · update + closing,
 
-t being the time of a micro-batch on the slowest rank; with nothing but t and the averaging that is Eq. 16 of Balles et al. It
-makes s · ρ scale-invariant iterations of progress, ρ from Eqs. 14 and 49 (with accumulation in place of local steps Eq. 21).
+where t is the time of a micro-batch on the slowest rank; with t and the averaging alone, this is Eq. 16 of Balles et al. A round
+makes s · ρ scale-invariant iterations of progress, with ρ from Eqs. 14 and 49 (Eq. 21 for accumulation instead of local steps).
 
-Fixed rules (sync, acc-lin, local-lin) take progress for granted: K·n iterations. To compare methods, all are held to the
-progress that the gradient statistics justify.
+Methods with fixed rules (sync, acc-lin, local-lin) assume a progress of K·n iterations. For a fair comparison, every method is
+credited with the progress that the gradient statistics justify.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from hvdlocal.averaging.gain import gain_ratio
 from hvdlocal.plan.crossover import crossovers
 
 PERIODS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+"""The values of H that are compared."""
+
 CERTAIN = 2.0
-"""Standard errors by which two times must differ before one is called shorter."""
+"""Number of standard errors by which two times must differ before one of them is called shorter."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of a method beside the micro-batches.
+    """Seconds that a method spends in addition to the micro-batches.
 
     Attributes:
         closing: a step with its collective.
-        update: a step without one.
-        collect: taking in a micro-batch that does not complete a step.
+        update: a step without a collective.
+        collect: accumulating a micro-batch that does not complete a step.
     """
 
     closing: float
@@ -46,13 +48,13 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a prediction is made from.
+    """The inputs of a prediction.
 
     Attributes:
-        micro_batch: seconds of forward pass, backward pass and loading of one micro-batch: the mean of each rank.
-        costs: by method.
+        micro_batch: mean seconds of the forward pass, backward pass and loading of one micro-batch, for each rank.
+        costs: the costs by method.
         grad_sqr, grad_var: G and σ².
-        variation: standard deviation of a micro-batch's seconds that ranks do not share, relative to their mean.
+        variation: standard deviation of a micro-batch's seconds that ranks do not share, relative to the mean.
         accumulate: a, micro-batches of a local step.
         c: weight of the local steps' bias in the gain.
         epoch: N / B, micro-batches of one worker in an epoch.
@@ -75,15 +77,15 @@ class CostModel:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a method takes with a period. With acc-* the period is the micro-batches of a step, over a.
+    """The predicted times of a method with a period. For acc-* the period is the number of micro-batches of a step, over a.
 
     Attributes:
-        method, period: which.
-        gain: factor on the base rate that the method applies, and the iterations of progress that it counts for a step.
+        method, period: the method and its period.
+        gain: the factor that the method applies to the base rate, and the iterations of progress that it counts per step.
         justified: the gain by Eq. 49.
         round: seconds between the ends of two collectives.
-        own_epoch: seconds of an epoch as the method counts; for the fixed rules an epoch of data.
-        epoch: seconds for one epoch of progress at the justified gain.
+        own_epoch: seconds of an epoch as the method counts it; for fixed rules, an epoch of data.
+        epoch: seconds of an epoch of progress at the justified gain.
     """
 
     method: str
@@ -96,10 +98,10 @@ class Prediction:
 
 
 def predict(cost_model: CostModel, method: str, period: int) -> Prediction:
-    """The prediction for one method and period.
+    """Predicts the times of one method with one period.
 
     Args:
-        cost_model: what was measured.
+        cost_model: the measured costs.
         method: one of `cost_model.costs`: sync, acc-lin, acc-ada, local-lin, local-ada, local-ada-nostale.
         period: H; 1 with sync.
     """
@@ -123,14 +125,15 @@ def predict(cost_model: CostModel, method: str, period: int) -> Prediction:
 
 
 def slowest(means: Sequence[float], variation: float, count: int) -> float:
-    """Expected seconds of so many micro-batches on the rank that takes longest: E max_k Σ t_k.
+    """Returns the expected seconds of a number of micro-batches on the rank that takes longest: E max_k Σ t_k.
 
-    As `straggler_factor`, but ranks may differ for good, and sums are taken for normal. A few hundred draws, always the same.
+    Sums of times are modelled as normal, and the expectation is a mean over a few hundred draws, always the same. (The straggler
+    model of benchmarks/scaling.py is another one: log-normal times with one mean, for thousands of workers.)
 
     Args:
-        means: seconds of one micro-batch on each rank.
-        variation: standard deviation relative to the mean, independent from one micro-batch to the next.
-        count: micro-batches between two collectives.
+        means: mean seconds of one micro-batch on each rank.
+        variation: standard deviation relative to the mean; independent from one micro-batch to the next.
+        count: number of micro-batches between two collectives.
     """
     mean = np.asarray(means)
     sums = count * mean + math.sqrt(count) * variation * mean * _draws(len(mean))
@@ -140,7 +143,7 @@ def slowest(means: Sequence[float], variation: float, count: int) -> float:
 @lru_cache(maxsize=1)
 def _draws(ranks: int) -> np.ndarray:
     draws = np.random.Generator(np.random.Philox(0)).standard_normal((512, ranks))
-    return draws - draws.mean(0)  # one rank waits for nobody
+    return draws - draws.mean(0)  # a single rank does not wait
 
 
 @dataclass(frozen=True)
@@ -148,10 +151,10 @@ class Comparison:
     """Local SGD at its best period against data parallelism at its best.
 
     Attributes:
-        local: the best of local-ada (of local-ada-nostale where that has a cost) with H > 1: H = 1 is data parallelism.
-        data_parallel: the best of sync and acc-ada.
-        ratio: time of the first over time of the second.
-        error: of the ratio, one standard error.
+        local: the best prediction for local-ada (or local-ada-nostale, if it has a cost) with H > 1; H = 1 is data parallelism.
+        data_parallel: the best prediction for sync and acc-ada.
+        ratio: time of `local` over time of `data_parallel`.
+        error: standard error of the ratio.
     """
 
     local: Prediction
@@ -161,14 +164,14 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The winner, "local" or "data-parallel"; "undecided" within the noise."""
+        """The faster method, "local" or "data-parallel"; "undecided" if the difference is within the noise."""
         if abs(self.ratio - 1) <= CERTAIN * self.error:
             return "undecided"
         return "local" if self.ratio < 1 else "data-parallel"
 
 
 def compare_methods(cost_model: CostModel, periods: Sequence[int] = PERIODS) -> Comparison:
-    """Who is faster at equal progress."""
+    """Compares the methods at equal progress."""
     adaptive = "local-ada-nostale" if "local-ada-nostale" in cost_model.costs else "local-ada"
     local = [predict(cost_model, adaptive, period) for period in periods if period > 1]
     parallel = [predict(cost_model, "sync", 1), *(predict(cost_model, "acc-ada", period) for period in periods)]
@@ -179,14 +182,17 @@ def compare_methods(cost_model: CostModel, periods: Sequence[int] = PERIODS) -> 
 def crossover(
     noise: float, num_workers: int, accumulate: int = 1, c: float = 1.0, periods: Sequence[int] = PERIODS
 ) -> float | None:
-    """The m from which local-ada at its best H > 1 is faster than acc-ada at its best, by Eqs. 16 and 49 alone; None for never.
+    """Returns the m from which local-ada at its best H > 1 is faster than acc-ada at its best, by Eqs. 16 and 49 alone.
 
     Args:
         noise: σ²/G.
         num_workers: K.
         accumulate: a.
-        c: of the gain.
-        periods: to choose from.
+        c: weight of the local steps' bias in the gain.
+        periods: the values of H to choose from.
+
+    Returns:
+        The m; None if local-ada is never faster.
     """
     grad_sqr, grad_var = (1.0, noise) if math.isfinite(noise) else (0.0, 1.0)
 
@@ -200,12 +206,12 @@ def crossover(
 
 
 def noise(cost_model: CostModel) -> float:
-    """σ²/G."""
+    """Returns σ²/G."""
     return cost_model.grad_var / cost_model.grad_sqr if cost_model.grad_sqr else math.inf
 
 
 def averaging_ratio(cost_model: CostModel, method: str) -> float:
-    """m: what a step with a collective takes longer, over a local step without one."""
+    """Returns m: the additional time of a step with a collective, relative to a local step without one."""
     cost, accumulate = cost_model.costs[method], cost_model.accumulate
     step = accumulate * max(cost_model.micro_batch) + cost.update
     if method.startswith("local"):

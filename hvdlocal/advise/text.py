@@ -1,4 +1,4 @@
-"""Advice for a person at a terminal, and for programs."""
+"""Formats advice as text for a terminal, and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hvdlocal.advise.predictions import PERIODS, Comparison, Prediction, noise, 
 from hvdlocal.figures.units import bytes_text, seconds_text
 
 KEEPS_UP = 0.05
-"""Share of the time that a rank may wait for its images before its loader is called too slow."""
+"""Share of the time that a rank may wait for images before its loader is called too slow."""
 
 TRUSTED = 0.9
-"""Share of a fixed rule's gain that the statistics must justify."""
+"""Share of a fixed rule's gain that the statistics must justify; otherwise the excess is shown."""
 
 SHAKY = 0.1
 """Standard error of the ratio of two methods, above which the reader is warned."""
@@ -35,7 +35,7 @@ PAYLOADS = {
 
 
 def measured_text(measured: Measurements) -> str:
-    """What was measured between collectives."""
+    """Describes the measurements between collectives."""
     paces, batch = pooled_paces(measured.blocks), measured.batch_size
     slow = max((pace.micro_batch for pace in paces), key=lambda one: one.mean)
     quick = min(pace.micro_batch.mean for pace in paces)
@@ -59,14 +59,14 @@ def measured_text(measured: Measurements) -> str:
 
 
 def advice_text(advice: Advice) -> str:
-    """All of it, from the measurements to the verdict."""
+    """Describes everything, from the measurements to the verdict."""
     parts = [measured_text(advice.measured), *_averagings(advice), *_statistics(advice), *_table(advice)]
     return "\n".join([*parts, "", *_scenarios(advice), "", *_verdict(advice)])
 
 
 def as_dict(advice: Advice) -> dict[str, Any]:
-    """The same for programs: seconds and bytes."""
-    cost_model = advice.known.cost_model
+    """Returns the same for programs, in seconds and bytes."""
+    cost_model = advice.estimate.cost_model
     return {
         "measured": asdict(advice.measured),
         "m": dict(advice.m),
@@ -83,7 +83,7 @@ def as_dict(advice: Advice) -> dict[str, Any]:
 
 
 def _averagings(advice: Advice) -> Iterator[str]:
-    cost_model, blocks = advice.known.cost_model, advice.measured.blocks
+    cost_model, blocks = advice.estimate.cost_model, advice.measured.blocks
     yield ""
     yield f"  {'a step that ends with the sum of':38}{'per rank':>10}{'collective':>18}{'whole step':>18}{'m':>8}"
     update = cost_model.costs["local-lin"].update
@@ -98,12 +98,12 @@ def _averagings(advice: Advice) -> Iterator[str]:
         )
     waits = [(count, slowest(cost_model.micro_batch, cost_model.variation, count)) for count in (1, 8, 64)]
     mean = fmean(cost_model.micro_batch)
-    told = ", ".join(f"{100 * (wait / (count * mean) - 1):.1f} % with H = {count}" for count, wait in waits)
-    yield f"  waiting for the slowest rank adds {told}"
+    added = ", ".join(f"{100 * (wait / (count * mean) - 1):.1f} % with H = {count}" for count, wait in waits)
+    yield f"  waiting for the slowest rank adds {added}"
 
 
 def _statistics(advice: Advice) -> Iterator[str]:
-    measured, cost_model = advice.measured, advice.known.cost_model
+    measured, cost_model = advice.measured, advice.estimate.cost_model
     ranges = ", ".join(
         f"{one.label} {_number(one.noise)}" for one in advice.scenarios if one.label.startswith("at its")
     )
@@ -139,7 +139,7 @@ def _table(advice: Advice) -> Iterator[str]:
 
 def _scenarios(advice: Advice) -> Iterator[str]:
     yield "Best of local-ada (H > 1) and of data parallelism at equal progress, by the noise of the gradients"
-    rows = [("as measured", noise(advice.known.cost_model), advice.now)]
+    rows = [("as measured", noise(advice.estimate.cost_model), advice.now)]
     rows += [(one.label, one.noise, one.comparison) for one in advice.scenarios]
     for label, ratio, found in rows:
         local, parallel = found.local, found.data_parallel
@@ -185,12 +185,12 @@ def _more(ratio: float) -> str:
 
 
 def _named(one: Prediction) -> str:
-    """With acc-*, where the period counts micro-batches."""
+    """Returns the method's name; for acc-* followed by the number of micro-batches."""
     return one.method if one.method == "sync" else f"{one.method}, {one.period}"
 
 
 def _error(advice: Advice, one: Prediction) -> float:
-    return advice.known.error(lambda cost_model: predict(cost_model, one.method, one.period).epoch)
+    return advice.estimate.error(lambda cost_model: predict(cost_model, one.method, one.period).epoch)
 
 
 def _excess(one: Prediction) -> str:
@@ -203,7 +203,7 @@ def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def _sampled(blocks: Sequence[SampleSummary]) -> str:
-    """The mean with its standard error, from how much the blocks differ."""
+    """Formats the mean and its standard error, which follows from the differences between blocks."""
     error = stdev(one.mean for one in blocks) / math.sqrt(len(blocks))
     return f"{_ms(SampleSummary.pooled(blocks).mean)} ± {1000 * error:.2g}"
 

@@ -156,7 +156,7 @@ class Run:
 
     @property
     def measured_m(self) -> float | None:
-        """m of Eq. 16: time of an averaging, waits for the slowest rank included, over the computing time of a micro-batch."""
+        """The m of Eq. 16: time of an averaging with its waits for the slowest rank, over the computing time of a micro-batch."""
         spent, averagings, batches = self.seconds, self.num_averagings, self.num_steps * self.accumulate
         if (
             self.num_workers == 1

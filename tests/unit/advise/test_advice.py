@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scaling import straggler_factor
 
-from hvdlocal.advise.advice import Estimate, advise, compare, known
+from hvdlocal.advise.advice import Estimate, advise, compare, estimate
 from hvdlocal.advise.measurements import (
     Block,
     Measurements,
@@ -140,7 +140,7 @@ def measurements(averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0,
 
 
 def test_a_situation_from_blocks():
-    now = known(measurements(averagings=(0.4, 0.5, 0.6)), c=1.0, statistics="sketch").cost_model
+    now = estimate(measurements(averagings=(0.4, 0.5, 0.6)), c=1.0, statistics="sketch").cost_model
     assert now.micro_batch == (1.0,) * 4
     assert now.costs["local-ada"] == Cost(pytest.approx(0.6), pytest.approx(0.1), 0.0)
     assert now.variation == pytest.approx(0.05)
@@ -148,7 +148,7 @@ def test_a_situation_from_blocks():
 
 
 def test_the_error_of_a_mean_is_the_standard_error():
-    found = known(measurements(averagings=(0.4, 0.5, 0.9)), c=1.0, statistics="sketch")
+    found = estimate(measurements(averagings=(0.4, 0.5, 0.9)), c=1.0, statistics="sketch")
     expected = statistics.stdev((0.4, 0.5, 0.9)) / math.sqrt(3)
     assert found.error(lambda now: now.costs["sync"].closing) == pytest.approx(expected)
 
