@@ -1,4 +1,4 @@
-"""Whether what was measured is what was published: one rule for a run's outcome, and the paper's claims about a grid."""
+"""Compares measured with published results: a rule for the outcome of a run, and the paper's claims about a grid."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 TOLERANCE_PERCENT = 1.5
-"""Points of accuracy that count as none: three standard deviations of a share of 10,000 test images are 1.4."""
+"""Differences in accuracy up to this many points do not count: three standard deviations on 10,000 test images are 1.4."""
 
 TOLERANCE_EPOCHS = 0.1
-"""Share of the epochs that counts as none."""
+"""Relative differences in epochs up to this do not count."""
 
 RULE = (
     f"A method holds the target if it reaches it less {TOLERANCE_PERCENT} points, collapses below the middle between the "
@@ -24,7 +24,7 @@ Grade = Literal["holds", "degrades", "collapses"]
 
 @dataclass(frozen=True)
 class Point:
-    """What a method came to at one K and H. `epochs` are in units of the budget; None where they are not known."""
+    """The result of a method at one K and H. `epochs` are in units of the budget; None if they are not known."""
 
     accuracy_percent: float
     epochs: float | None
@@ -32,13 +32,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """What accuracies are measured by: that of one worker, and that of chance."""
+    """The reference accuracies: that of one worker, and that of chance."""
 
     target_percent: float
     chance_percent: float
 
     def grade(self, accuracy_percent: float) -> Grade:
-        """What has become of the target."""
+        """Grades an accuracy relative to the target."""
         if accuracy_percent >= self.target_percent - TOLERANCE_PERCENT:
             return "holds"
         if accuracy_percent < (self.target_percent + self.chance_percent) / 2:
@@ -48,7 +48,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`agrees` is None where nothing was published."""
+    """The result of a comparison; `agrees` is None if nothing was published."""
 
     agrees: bool | None
     text: str
@@ -69,16 +69,16 @@ def judge(here: float, scale: Scale, published: float | None, published_scale: S
 
 
 Results = Mapping[tuple[str, int], Point]
-"""By method and H, at one K."""
+"""Results by method and H, at one K."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that the paper says of a grid.
+    """A statement of the paper about a grid.
 
     Attributes:
-        text: in a sentence.
-        holds: whether it does in some results, for one K and ascending H; KeyError where a run is missing.
+        text: the statement, as a sentence.
+        holds: tells whether it holds in some results, for one K and ascending H; raises KeyError if a run is missing.
     """
 
     text: str
@@ -86,7 +86,7 @@ class Claim:
 
 
 def _ends(periods: Sequence[int]) -> tuple[int, int]:
-    """The smallest and the largest H; KeyError where there is but one."""
+    """Returns the smallest and the largest H; raises KeyError if there is only one."""
     if len(periods) < 2:
         raise KeyError("a second H")
     return periods[0], periods[-1]
@@ -130,7 +130,7 @@ def _epochs_cross(results: Results, periods: Sequence[int], _: Scale) -> bool:
 
 
 def _same_as(other: str) -> tuple[Claim, Claim]:
-    """What is said of local-ada and a variant of it."""
+    """Returns the claims about local-ada and a variant of it."""
 
     def accuracy(results: Results, periods: Sequence[int], _: Scale) -> bool:
         return all(
@@ -191,13 +191,13 @@ CLAIMS: dict[str, tuple[Claim, ...]] = {
         Claim("at the largest H it reaches less accuracy than c = 1", _adascale_generalises_worse),
         Claim("c ≥ 0.6 holds the accuracy of one worker", _large_weights_hold),
     ),
-    "sketch": _same_as("exact"),  # not the paper's: it sends the gradient itself
+    "sketch": _same_as("exact"),  # not a claim of the paper, which sends the gradient itself
 }
-"""By study. None of them is about a single K, so each is checked for every one."""
+"""The claims by study. No claim is about a particular K, so each one is checked for every K."""
 
 
 def check(claim: Claim, results: Results, periods: Sequence[int], scale: Scale) -> bool | None:
-    """Whether a claim holds; None while runs that it is about are missing, or with a single H."""
+    """Returns whether a claim holds; None if runs that it needs are missing, or if there is a single H."""
     try:
         return claim.holds(results, periods, scale)
     except KeyError:

@@ -1,4 +1,4 @@
-"""What a small experiment came to: numbers, claims, and a figure, written side by side."""
+"""The report of a small experiment: numbers, claims, and a figure."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExperimentReport:
-    """An experiment's outcome.
+    """The result of an experiment.
 
     Attributes:
-        title: in a line.
-        setting: what was done, in a paragraph.
-        claims: sentences, the paper's or our own, and whether they hold here.
-        header, table: numbers, as text.
-        remarks: what the claims do not say, a paragraph each.
-        record: all of it for programs.
-        draw: the figure.
+        title: a line.
+        setting: a paragraph that describes the experiment.
+        claims: statements, the paper's or our own, and whether they hold here.
+        header, table: the numbers, as text.
+        remarks: paragraphs with further observations.
+        record: all results, for programs.
+        draw: makes the figure.
     """
 
     title: str
@@ -37,7 +37,7 @@ class ExperimentReport:
     draw: Callable[[], Figure]
 
     def markdown(self) -> str:
-        """The report."""
+        """Returns the report as text."""
         lines = [f"# {self.title}", "", self.setting, "", "| claim | here |", "|---|---|"]
         lines += [f"| {text} | {'yes' if holds else '**no**'} |" for text, holds in self.claims]
         lines += ["", f"| {' | '.join(self.header)} |", "|---" * len(self.header) + "|"]

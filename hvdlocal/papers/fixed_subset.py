@@ -1,4 +1,4 @@
-"""A fixed part of the training images as they are, over which a loss is looked at more closely."""
+"""A fixed subset of the training images, without augmentation, on which a loss is examined."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from hvdlocal.data import ShardedDataset, evaluation_batches
 from hvdlocal.training.preprocessing import Preprocessing
 
 BATCH = 500
+"""Images per batch."""
 
 
 def first_images(
     data: ShardedDataset, images: Preprocessing, number: int, device: str | torch.device = "cpu"
 ) -> list[tuple[Tensor, Tensor]]:
-    """The first images of a data set, whose order on disk is random, in batches: cut like test images, not augmented."""
+    """Returns the first images of a data set in batches, cropped like test images and not augmented.
+
+    The order on disk is random, so that these images are a random sample.
+    """
     batches: list[tuple[Tensor, Tensor]] = []
     crop, transform = images.test_crop, images.test_transform
     for batch in evaluation_batches(data, BATCH, crop=crop, transform=transform, device=device):

@@ -1,4 +1,4 @@
-"""The results of a study beside the published ones, as data, as Markdown and in a few lines."""
+"""The report of a study: its results beside the published ones, as Markdown, JSON and a figure."""
 
 from __future__ import annotations
 
@@ -24,14 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """A method at one K and H, over all seeds that are done.
+    """A method at one K and H, over all finished seeds.
 
     Attributes:
-        accuracies: in percent, one a seed; chance where it diverged.
-        epochs: passes over the data, of those that did not.
-        spread: of the accuracies, the standard deviation; None for one seed.
-        seconds: from the first step to the last, of all together.
-        published: accuracy in percent and epochs.
+        method: name of the method.
+        workers: K.
+        period: H; None for the baseline.
+        accuracies: accuracies in percent, one per seed; the accuracy of chance for a run that diverged.
+        epochs: passes over the data of the runs that did not diverge.
+        diverged: number of runs that diverged.
+        seconds: duration of all runs together, each from its first step to its last.
+        published: published accuracy in percent and epochs; None if there are none.
     """
 
     method: str
@@ -45,29 +48,29 @@ class Row:
 
     @property
     def accuracy(self) -> float:
-        """Mean over the seeds."""
+        """Mean accuracy over the seeds."""
         return statistics.fmean(self.accuracies)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation over the seeds."""
+        """Standard deviation of the accuracy over the seeds; None for one seed."""
         return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
     @property
     def mean_epochs(self) -> float | None:
-        """Mean over the seeds that did not diverge."""
+        """Mean epochs over the seeds that did not diverge; None if all diverged."""
         return statistics.fmean(self.epochs) if self.epochs else None
 
 
 class GridReport:
-    """What is known of a study so far.
+    """The results of a study so far.
 
     Args:
-        study: which.
-        setting: it was run in.
+        study: the study.
+        setting: the setting in which it was run.
         budget: epochs at gain 1.
-        outcomes: of the runs that have ended.
-        expected: how many runs there will be.
+        outcomes: the outcomes of the finished runs.
+        expected: number of runs of the whole study.
     """
 
     def __init__(
@@ -102,7 +105,7 @@ class GridReport:
         )
 
     def verdict(self, row: Row) -> Verdict:
-        """Of one line of the table."""
+        """Compares a line of the table with the published result."""
         if self.scale is None:
             return Verdict(None, "no baseline yet")
         if row.method == BASELINE.name:
@@ -112,15 +115,15 @@ class GridReport:
 
     @property
     def workers(self) -> list[int]:
-        """The values of K that have results, less the baseline's."""
+        """The values of K that have results, without the baseline's."""
         return sorted({row.workers for row in self.rows if row.period is not None})
 
     def periods(self, workers: int) -> list[int]:
-        """The values of H that have results at this K."""
+        """Returns the values of H that have results at this K."""
         return sorted({row.period for row in self.rows if row.workers == workers and row.period is not None})
 
     def results(self, workers: int) -> Results:
-        """What was measured at this K."""
+        """Returns the measured results at this K."""
         return {
             (row.method, row.period): Point(
                 row.accuracy, None if row.mean_epochs is None else row.mean_epochs / self.budget
@@ -130,7 +133,7 @@ class GridReport:
         }
 
     def published(self, workers: int) -> Results:
-        """What was published for this K."""
+        """Returns the published results for this K."""
         return {
             (method, period): Point(cell.accuracy_percent, cell.epochs / self.setting.published_epochs)
             for (method, k, period), cell in self.table.cells.items()
@@ -138,7 +141,7 @@ class GridReport:
         }
 
     def claims(self) -> list[dict[str, Any]]:
-        """The paper's claims, here and, where the table has what they need, in the published numbers."""
+        """Returns the paper's claims, checked against these results and, if possible, against the published numbers."""
         found = []
         for workers in self.workers:
             periods = self.periods(workers)
@@ -150,20 +153,20 @@ class GridReport:
 
     @staticmethod
     def answer(claim: Mapping[str, Any]) -> str:
-        """Whether a claim holds here, in words."""
+        """Returns in words whether a claim holds here."""
         return {True: "yes", False: "no", None: "not known"}[claim["here"]]
 
     # -- as text -----------------------------------------------------------------------------------------------------
 
     def line(self, point: GridPoint) -> str:
-        """The row of a run in a few words."""
+        """Describes the row of a run in a few words."""
         row = next(row for row in self.rows if (row.method, row.workers, row.period) == point.place)
         spread = "" if row.spread is None else f" ± {row.spread:.2f}"
         epochs = "diverged" if row.mean_epochs is None else f"{row.mean_epochs:.1f} epochs"
         return f"{row.accuracy:.2f}{spread} %, {epochs}: {self.verdict(row).text.replace('**', '')}"
 
     def markdown(self) -> str:
-        """The whole report."""
+        """Returns the report as text."""
         target = "not known yet: the baseline has not run"
         if self.scale is not None:
             source = "one worker here" if any(row.method == BASELINE.name for row in self.rows) else "published"
@@ -214,7 +217,7 @@ class GridReport:
         return lines
 
     def record(self) -> dict[str, Any]:
-        """The same for programs."""
+        """Returns the report for programs."""
         return {
             "study": self.study.name,
             "title": self.study.title,
@@ -240,11 +243,11 @@ class GridReport:
 
 
 _COLORS = {"acc-ada": 0, "local-ada": 1, "acc-lin": 2, "local-lin": 4, "local-ada-nostale": 3, "exact": 3}
-"""Index into the style's colours, by method."""
+"""Colour of each method, as an index into the style's colours."""
 
 
 def _draw(report: GridReport) -> Figure:
-    """Returns the figure: a row for each K; accuracies as points above or below the target, epochs in units of the budget."""
+    """Draws a row of panels for each K: accuracies relative to the target, and epochs in units of the budget."""
     from hvdlocal.figures.style import new_figure, style
 
     with style():

@@ -1,4 +1,4 @@
-"""Starting the ranks of one run after the other, so that a signal ends the running one in order."""
+"""Starts the ranks of one run after the other; a signal ends the current run in an orderly way."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SIGNALS = (*interruption.SIGNALS, signal.SIGHUP)
 
 
 def train_command(launcher: Sequence[str], ranks: int, arguments: Sequence[str]) -> list[str]:
-    """The whole command of a run."""
+    """Returns the complete command of a run."""
     return [*launcher, str(ranks), sys.executable, "-m", "hvdlocal", "train", *arguments]
 
 
 class Supervisor:
-    """Runs commands; within it, a signal asks the running one to stop in order, and a second one ends it at once.
+    """Runs commands. Within the context, a signal asks the current command to stop in order; a second one ends it at once.
 
     Attributes:
-        asked: how many signals have come.
+        asked: number of signals received.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Supervisor:
 
     def __enter__(self) -> Supervisor:
         for number in SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup is to go on
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # a command under nohup continues
                 self._handlers[number] = signal.signal(number, self._ask)
         return self
 
@@ -45,12 +45,16 @@ class Supervisor:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], log: Path) -> int:
-        """Runs a command and appends what it says to a file.
+        """Runs a command and appends its output to a file.
 
-        Ranks have one thread each, unless OMP_NUM_THREADS says otherwise: so results do not depend on the number of cores.
+        Each rank has one thread unless OMP_NUM_THREADS is set, so that results do not depend on the number of cores.
+
+        Args:
+            command: the command.
+            log: the file for its output.
 
         Returns:
-            Its exit code.
+            The command's exit code.
         """
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
         with log.open("ab") as file:
@@ -60,9 +64,9 @@ class Supervisor:
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # else a terminal's Ctrl-C would reach mpirun, which kills
+                start_new_session=True,  # otherwise a terminal's Ctrl-C would reach mpirun, which kills the ranks
             )
-            if self.asked:  # between the two
+            if self.asked:  # a signal came before the process was known
                 self._pass_on()
             code = self._process.wait()
             self._process = None

@@ -1,7 +1,7 @@
 """Figures of Balles, Teja S and Archambeau (TMLR 2024) that follow from a formula or from the published tables.
 
-Fig. 3 is Eq. 14. Figs. 4 and 5 are Tables 2 to 4, and Figs. 2, 6 and 11 are their epochs put into Eq. 16. The tables have no
-H = 1, which Fig. 6 of the paper shows, so it is missing here.
+Fig. 3 shows Eq. 14. Figs. 4 and 5 show Tables 2 to 4, and Figs. 2, 6 and 11 insert their epochs into Eq. 16. Fig. 6 of the paper
+also shows H = 1, which the tables do not have and which is missing here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOR = dict(zip(METHODS, (COLORS[0], COLORS[2], COLORS[1], COLORS[4]), strict=True))
-"""The adaptive methods, which most figures compare, get the two that differ most."""
+"""Colours of the methods; the adaptive methods, which most figures compare, have the two that differ most."""
 
 WHO = {"acc-ada": "AdaScale, accumulated (acc-ada)", "local-ada": "LocalAdaScale (local-ada)"}
 M_LABEL = "m: time of a synchronisation / of a local step"
@@ -29,7 +29,7 @@ TIME_LABEL = "Pseudo wall-clock T\n[epochs of one worker]"
 
 
 def gain_figure(num_workers: int = 8) -> Figure:
-    """Fig. 3: the gain ratio ρ (Eq. 14) against σ²/G, and once more for small σ²/G, where it falls below 1."""
+    """Draws Fig. 3: the gain ratio ρ (Eq. 14) against σ²/G, and enlarged for small σ²/G, where it falls below 1."""
     periods = (1, 2, 4, 8, 16, 32, 64)
     with style():
         figure, axes = new_figure(1, 2, width=10, height=3.8)
@@ -52,7 +52,7 @@ def gain_figure(num_workers: int = 8) -> Figure:
 
 
 def skylines_figure() -> Figure:
-    """Fig. 2: pseudo wall-clock against m, pale for each H, dark for the best H; marked where local steps begin to win."""
+    """Draws Fig. 2: pseudo wall-clock time against m at the best H, with a mark where local steps begin to win."""
     with style():
         figure, axes = new_figure(1, len(TABLES), height=4.2)
         for panel, name in zip(axes[0], TABLES, strict=True):
@@ -70,17 +70,17 @@ def skylines_figure() -> Figure:
 
 
 def accuracy_figure() -> Figure:
-    """Fig. 4: test accuracy against H, one row a data set, one column a K."""
+    """Draws Fig. 4: test accuracy against H, one row per data set, one column per K."""
     return _by_period("Test accuracy [%]", METHODS, Table.accuracies, target=True)
 
 
 def epochs_figure() -> Figure:
-    """Fig. 5: passes over the data that each method takes, against H."""
+    """Draws Fig. 5: passes over the data of each method against H."""
     return _by_period("Epochs", METHODS, Table.epochs, log=True)
 
 
 def periods_figure(num_workers: int = 24) -> Figure:
-    """Fig. 6: pseudo wall-clock against m at a few periods, on CIFAR-10 and ImageNet32."""
+    """Draws Fig. 6: pseudo wall-clock time against m at a few periods, on CIFAR-10 and ImageNet32."""
     m = np.linspace(0, 10, 50)
     with style():
         figure, axes = new_figure(1, 2, width=10, height=3.8)
@@ -98,14 +98,14 @@ def periods_figure(num_workers: int = 24) -> Figure:
 
 
 def tradeoffs_figure() -> Figure:
-    """Fig. 11: pseudo wall-clock against m for every data set, K and H; the small numbers are H."""
+    """Draws Fig. 11: pseudo wall-clock time against m for every data set, K and H; the small numbers are H."""
     with style():
         figure, axes = new_figure(len(TABLES), 3, height=3.1)
         for row, name in zip(axes, TABLES, strict=True):
             table = read_table(name)
             for panel, workers in zip(row, table.workers, strict=True):
                 m = np.linspace(0, max(10.0, 1.25 * _crossover(table, workers)), 200)
-                # Beyond it: periods that no m on the axis makes worth while.
+                # Larger times belong to periods that do not pay for any m on the axis.
                 top = 1.8 * max(_best(table, method, workers, m[-1]) for method in WHO)
                 for method in WHO:
                     _skyline(panel, table, method, workers, m)
@@ -126,11 +126,11 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "figure6_periods": periods_figure,
     "figure11_tradeoffs": tradeoffs_figure,
 }
-"""By the name of their file."""
+"""The figures by the name of their file."""
 
 
 def crossover_table() -> list[tuple[str, int, list[float]]]:
-    """(data set, K, values of m at which acc-ada and local-ada, each at its best H, change places)."""
+    """Returns (data set, K, values of m at which the order of acc-ada and local-ada, each at its best H, changes)."""
     tables = [read_table(name) for name in TABLES]
     return [
         (table.title, workers, crossovers(table.epochs("acc-ada", workers), table.epochs("local-ada", workers)))
@@ -181,7 +181,7 @@ def _skyline(panel: Axes, table: Table, method: str, workers: int, m: np.ndarray
 
 
 def _periods(panel: Axes, table: Table, method: str, workers: int, m: np.ndarray, top: float) -> None:
-    """A pale line for each H, named where there is room."""
+    """Draws a pale line for each H, with a label where there is room."""
     labelled = -top
     for period, n in table.epochs(method, workers).items():
         times = [pseudo_wall_clock(n, workers, period, x) for x in m]

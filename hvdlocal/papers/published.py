@@ -12,7 +12,7 @@ METHODS = ("acc-ada", "acc-lin", "local-ada", "local-lin")
 
 @dataclass(frozen=True)
 class Cell:
-    """What a method reached: test accuracy in percent (top-1 on CIFAR-10, else top-5), and passes over the data."""
+    """A published result: test accuracy in percent (top-1 on CIFAR-10, otherwise top-5), and passes over the data."""
 
     accuracy_percent: float
     epochs: int
@@ -23,10 +23,10 @@ class Table:
     """One data set's results.
 
     Attributes:
-        title: the data set.
-        number: of the table in the paper.
-        target_percent: accuracy with one worker, which the methods are to keep (Sec. 6.1).
-        cells: by (method, K, H).
+        title: name of the data set.
+        number: number of the table in the paper.
+        target_percent: accuracy of one worker, which the methods should reach (Sec. 6.1).
+        cells: the results by (method, K, H).
     """
 
     title: str
@@ -45,11 +45,11 @@ class Table:
         return sorted({period for _, _, period in self.cells})
 
     def epochs(self, method: str, num_workers: int) -> dict[int, int]:
-        """n(K, H) of a method by H."""
+        """Returns n(K, H) of a method by H."""
         return {p: c.epochs for (m, k, p), c in sorted(self.cells.items()) if (m, k) == (method, num_workers)}
 
     def accuracies(self, method: str, num_workers: int) -> dict[int, float]:
-        """Test accuracy of a method in percent, by H."""
+        """Returns the test accuracy of a method in percent, by H."""
         return {p: c.accuracy_percent for (m, k, p), c in sorted(self.cells.items()) if (m, k) == (method, num_workers)}
 
 
@@ -59,7 +59,7 @@ TABLES = {"cifar10": ("CIFAR-10", 2, 93.0), "imagenet32": ("ImageNet32", 3, 69.0
 
 @cache
 def read_table(name: str) -> Table:
-    """The table of `cifar10`, `imagenet32` or `imagenet`.
+    """Reads the table of `cifar10`, `imagenet32` or `imagenet`.
 
     Raises:
         ValueError: there is no such table.

@@ -1,4 +1,4 @@
-"""Rules for H side by side: what they reach, what they cost, and how flat the minimum is that they end in."""
+"""The report on rules for H: their accuracy, their communication, and the sharpness of the minima that they find."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ class RuleRun:
 
     @property
     def accuracy(self) -> float:
-        """In percent; chance where it diverged."""
+        """Accuracy in percent; the accuracy of chance if the run diverged."""
         return self.outcome.accuracy_percent
 
     @property
     def communication(self) -> float | None:
-        """Bytes sent, as a share of data parallelism's; None where it diverged."""
+        """Bytes sent, relative to data parallelism; None if the run diverged."""
         return self.outcome.communication
 
     @property
     def loss(self) -> float | None:
-        """Of the final average on training images as they are."""
+        """Loss of the final average on training images without augmentation; None if it was not measured."""
         return None if self.sharpness is None else self.sharpness.loss
 
     @property
     def largest(self) -> float | None:
-        """Eigenvalue of that loss's Hessian."""
+        """Largest eigenvalue of that loss's Hessian."""
         return None if self.sharpness is None else self.sharpness.largest
 
     @property
     def trace(self) -> float | None:
-        """Of that Hessian."""
+        """Trace of that Hessian."""
         return None if self.sharpness is None else self.sharpness.trace
 
     def record(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ Measure = Callable[[RuleRun], float | None]
 
 @dataclass(frozen=True)
 class RuleClaim:
-    """Something that the QSR paper says: `measure` of one rule is `sign` (1: more, -1: less) than that of another."""
+    """A statement of the QSR paper: `measure` of one rule is more (`sign` 1) or less (-1) than that of another."""
 
     text: str
     rule: str
@@ -108,7 +108,7 @@ RULE = (
 
 
 def resolved(differences: Sequence[float]) -> int | None:
-    """The sign of the mean difference if it is resolved, 0 if not, None for fewer than two seeds.
+    """Returns the sign of the mean difference if it is significant, 0 if it is not, None for fewer than two seeds.
 
     Raises:
         ImportError: SciPy is missing.
@@ -124,15 +124,15 @@ def resolved(differences: Sequence[float]) -> int | None:
 
 
 class RuleReport:
-    """What is known of a study of rules, for one K, so far.
+    """The results of a study of rules, for one K, so far.
 
     Args:
-        study: which.
-        setting: it was run in.
-        epochs: of every run.
-        outcomes: of the runs that have ended.
+        study: the study.
+        setting: the setting in which it was run.
+        epochs: the epochs of every run.
+        outcomes: the outcomes of the finished runs.
         sharpnesses: the sharpness of those runs for which it was measured.
-        expected: how many runs there will be.
+        expected: number of runs of the whole study.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class RuleReport:
         self.runs = {method.name: self.runs[method.name] for method in study.methods if method.name in self.runs}
 
     def claims(self) -> list[dict[str, Any]]:
-        """The paper's claims, with the mean difference and how many standard errors it is from zero."""
+        """Returns the paper's claims, each with the mean difference and its standard error."""
         return [self._claim(claim) for claim in CLAIMS] if self.runs else []
 
     def _claim(self, claim: RuleClaim) -> dict[str, Any]:
@@ -173,19 +173,19 @@ class RuleReport:
 
     @staticmethod
     def answer(claim: Mapping[str, Any]) -> str:
-        """Whether a claim holds here, in words."""
+        """Returns in words whether a claim holds here."""
         if claim["here"] is None:
             return "not resolved" if claim["seeds"] > 1 else "not known"
         return "yes" if claim["here"] else "no"
 
     def line(self, point: GridPoint) -> str:
-        """The row of a run in a few words."""
+        """Describes the row of a run in a few words."""
         runs = self.runs[point.method.name]
         accuracy, communication = _mean(runs, _accuracy, ".2f"), _mean(runs, lambda run: run.communication, ".1%")
         return f"{accuracy} %, {communication} of the communication" if communication else f"{accuracy} %: diverged"
 
     def markdown(self) -> str:
-        """The whole report."""
+        """Returns the report as text."""
         lines = [
             f"# {self.study.title}",
             "",
@@ -224,7 +224,7 @@ class RuleReport:
         return "\n".join(lines) + "\n"
 
     def record(self) -> dict[str, Any]:
-        """The same for programs."""
+        """Returns the report for programs."""
         return {
             "study": self.study.name,
             "title": self.study.title,
@@ -245,7 +245,7 @@ class RuleReport:
 
 
 def _mean(runs: Sequence[RuleRun], measure: Measure, form: str) -> str:
-    """The mean, with the standard deviation over several seeds; empty where nothing is known."""
+    """Formats the mean and, for several seeds, the standard deviation; returns "" if nothing is known."""
     values = [value for run in runs if (value := measure(run)) is not None]
     if not values:
         return ""
@@ -254,7 +254,7 @@ def _mean(runs: Sequence[RuleRun], measure: Measure, form: str) -> str:
 
 
 def _draw(report: RuleReport) -> Figure:
-    """Returns the figure: accuracy and sharpness of every rule against its communication, a point for each seed."""
+    """Draws accuracy and sharpness of every rule against its communication, with a point for each seed."""
     from hvdlocal.figures.style import COLORS, new_figure, style
 
     with style():

@@ -1,4 +1,4 @@
-"""The runs of a grid: which are done, what they came to, and doing the others."""
+"""The runs of a grid: their states and outcomes, and how the missing ones are run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hvdlocal.training.config_checks import effective_settings
 from hvdlocal.training.run_files import SUMMARY, RunStatus, clear, find_status
 
 DIVERGED = "diverged.json"
-"""Marks the directory of a run that ended in NaN: it would do so again."""
+"""Marks the directory of a run that ended in NaN and would do so again."""
 
 
 class GridRunState(Enum):
-    """How far a run is."""
+    """The state of a run of a grid."""
 
     FINISHED = "finished"
     DIVERGED = "diverged"
@@ -36,9 +36,9 @@ class GridRun:
 
     Attributes:
         point: its method, K, H and seed.
-        directory: its output.
-        arguments: of `hvdlocal train`.
-        config: what they mean.
+        directory: its output directory.
+        arguments: arguments of `hvdlocal train`.
+        config: the configuration that follows from the arguments.
     """
 
     point: GridPoint
@@ -48,10 +48,10 @@ class GridRun:
 
     @property
     def state(self) -> GridRunState:
-        """From what is on disk.
+        """The state, read from disk.
 
         Raises:
-            ValueError: there is a run with other settings.
+            ValueError: the directory holds a run with other settings.
         """
         found = find_status(self.directory, effective_settings(self.config), overwrite=False)
         if found is RunStatus.FINISHED:
@@ -60,15 +60,15 @@ class GridRun:
 
     @property
     def log(self) -> Path:
-        """What the run says."""
+        """The file for the output of the run."""
         return self.directory.parent / "logs" / f"{self.directory.name}.log"
 
     def mark_diverged(self, message: str) -> None:
-        """Notes that the run ended in NaN."""
+        """Marks the run as ended in NaN."""
         write_text(self._marker, json.dumps({"message": message}) + "\n")
 
     def clear(self) -> None:
-        """Removes what the run left."""
+        """Removes the files of the run."""
         with Directory(self.directory) as directory:
             clear(directory)
         for left in (
@@ -79,7 +79,7 @@ class GridRun:
             left.unlink(missing_ok=True)
 
     def last_words(self) -> str:
-        """The last thing that hvdlocal said in the log, else the last line."""
+        """Returns the last message of hvdlocal in the log, or else the last line."""
         output = self.log.read_text(encoding="utf-8", errors="replace")
         if refused_root(output):
             return f"{REFUSES_ROOT}: {ALLOW_ROOT} ({self.log})"
@@ -92,14 +92,14 @@ class GridRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to; a diverged one has the accuracy of chance, and no epochs.
+    """The outcome of a finished run; a diverged run has the accuracy of chance, and no epochs.
 
     Attributes:
-        accuracy_percent: of the final average on the test images.
+        accuracy_percent: accuracy of the final average on the test images.
         epochs: passes over the data.
-        seconds: from the first step to the last.
-        diverged: it ended in NaN.
-        communication: bytes sent, as a share of data parallelism's.
+        seconds: duration from the first step to the last.
+        diverged: whether the run ended in NaN.
+        communication: bytes sent, relative to data parallelism.
     """
 
     accuracy_percent: float
@@ -110,7 +110,7 @@ class Outcome:
 
 
 def outcome(run: GridRun, setting: Setup) -> Outcome | None:
-    """What a run came to; None as long as it has not ended."""
+    """Returns the outcome of a run; None if it has not finished."""
     state = run.state
     if state is GridRunState.DIVERGED:
         return Outcome(setting.chance_percent, None, None, diverged=True)
@@ -126,13 +126,13 @@ def outcome(run: GridRun, setting: Setup) -> Outcome | None:
 def run_all(
     runs: Sequence[GridRun], launcher: Sequence[str], say: Callable[[str], None], after: Callable[[GridRun], None]
 ) -> int:
-    """Makes the runs that are not done, one after the other.
+    """Runs everything that is not done, one run after the other.
 
     Args:
-        runs: all of the grid.
-        launcher: see `launcher_words`.
+        runs: all runs of the grid.
+        launcher: the words before the number of ranks; see `launcher_words`.
         say: prints a line.
-        after: called with every run that has ended.
+        after: called with every run that has finished.
 
     Returns:
         FINISHED; FAILED if one failed (the others are tried unless two in succession fail for the same reason); INTERRUPTED if

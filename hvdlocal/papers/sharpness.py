@@ -1,4 +1,4 @@
-"""How sharp the loss is at a point: the largest eigenvalue of its Hessian, and the trace, from products with vectors alone."""
+"""The sharpness of a loss at a point: largest eigenvalue and trace of its Hessian, from Hessian-vector products alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Sharpness:
 
     Attributes:
         largest: its largest eigenvalue.
-        trace: estimate of the sum of all.
-        trace_error: standard error of the estimate.
+        trace: an estimate of its trace.
+        trace_error: standard error of that estimate.
     """
 
     largest: float
@@ -34,14 +34,14 @@ def sharpness(
     seed: int = 0,
     tolerance: float = 1e-3,
 ) -> Sharpness:
-    """The largest eigenvalue of a Hessian (Lanczos, ARPACK) and its trace (Hutchinson 1990).
+    """Computes the largest eigenvalue of a Hessian (Lanczos, ARPACK) and estimates its trace (Hutchinson 1990).
 
     Args:
-        parameters: where the Hessian is taken, and what for; each requires a gradient.
+        parameters: the variables of the Hessian, at the point where it is taken; each requires a gradient.
         losses: called once for every product; yields scalars whose sum is the loss. They are differentiated one by one, so
             that only one graph is held at a time.
-        probes: random sign vectors for the trace, at least 2.
-        seed: of these and of the first Lanczos vector.
+        probes: number of random sign vectors for the trace, at least 2.
+        seed: seed of these and of the first Lanczos vector.
         tolerance: relative error of the eigenvalue.
 
     Raises:
@@ -62,7 +62,7 @@ def sharpness(
     def times(vector: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         return _hessian_times(parameters, losses, vector)
 
-    if size < 3:  # for which ARPACK has no room
+    if size < 3:  # too small for ARPACK
         hessian = np.stack([times(row) for row in np.eye(size)])
         largest = float(np.linalg.eigvalsh(hessian)[-1])
     else:
@@ -79,7 +79,7 @@ def sharpness(
 def _hessian_times(
     parameters: Sequence[Tensor], losses: Callable[[], Iterable[Tensor]], vector: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """Pearlmutter's product: the gradient of (gradient · vector)."""
+    """Computes Pearlmutter's product: the gradient of (gradient · vector)."""
     parts = torch.from_numpy(np.ascontiguousarray(vector).ravel()).split([p.numel() for p in parameters])
     directions = [part.view(p.shape).to(p) for part, p in zip(parts, parameters, strict=True)]
     total = [torch.zeros_like(p) for p in parameters]

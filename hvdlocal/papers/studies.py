@@ -1,4 +1,4 @@
-"""What is run: the paper's tables and figures as grids of workers, periods and methods, in the paper's setting or a small one."""
+"""The studies: the papers' tables and figures as grids of workers, periods and methods, in the paper's setting or a small one."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Setup:
 
     Attributes:
         file: name of the configuration in experiments/.
-        title: for people.
-        table: name of the published table that its results are put beside; "" where none was published.
+        title: description for people.
+        table: name of the published table with which results are compared; "" if none was published.
         published_epochs: the budget of that table's runs.
-        is_published: whether this is the very setting of that table.
+        is_published: whether this is exactly the setting of that table.
         measure: "accuracy" or "top5".
-        chance_percent: what a network that has learnt nothing reaches in it.
-        prepare: the command that makes the data, less its --output.
+        chance_percent: the value of the measure for an untrained network.
+        prepare: the command that prepares the data, without its --output.
     """
 
     file: str
@@ -36,7 +36,7 @@ class Setup:
 
     @property
     def path(self) -> Path:
-        """The configuration.
+        """Path of the configuration.
 
         Raises:
             FileNotFoundError: the package was installed without it.
@@ -108,12 +108,12 @@ IMAGENET = Setup(
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared: a preset, which is run with every H of a grid, or one with a rule of its own for H.
+    """A method that is compared: a preset, run with every H of a grid, or a preset with its own rule for H.
 
     Attributes:
-        name: in tables and on the command line.
-        settings: of `hvdlocal train`.
-        directory: first part of the names of its runs; the same where two studies have a run in common.
+        name: the name in tables and on the command line.
+        settings: arguments of `hvdlocal train`.
+        directory: first part of the names of the runs' directories; equal for two studies that share runs.
     """
 
     name: str
@@ -135,12 +135,12 @@ def _rule(name: str, *settings: str) -> Method:
 
 
 BASELINE = Method("baseline", ("--method.preset=sync",), "baseline")
-"""One worker, whose accuracy the methods are to keep (Sec. 6.1)."""
+"""One worker, whose accuracy the methods should reach (Sec. 6.1)."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A setting with the K and H that are tried in it; without H, the methods have rules for it."""
+    """A setting with its values of K and H; without values of H, the methods have rules for it."""
 
     setting: Setup
     workers: tuple[int, ...]
@@ -152,11 +152,12 @@ class Study:
     """A table or figure of the papers, or a question beside them.
 
     Attributes:
-        name, title: for the command line and for people.
-        methods: what is compared.
-        paper: in the paper's setting; None where there is none.
-        small: in the small one; None where that says nothing about it.
-        baseline: one worker, run beside; None where a method of the study is what the others are measured by.
+        name: the name on the command line.
+        title: the title of the report.
+        methods: the methods that are compared.
+        paper: the grid in the paper's setting; None if there is none.
+        small: the grid in the small setting; None if the small setting is not meaningful.
+        baseline: one worker, which is run as well; None if one of the methods is the reference.
     """
 
     name: str
@@ -183,7 +184,7 @@ _RULES = (
         *_NO_RULE,
     ),
 )
-"""H = 1, H_base, H ∝ 1/η, 1/η², 1/η³; coefficients with which all reach H_base at the same η."""
+"""H = 1, H_base, H ∝ 1/η, 1/η², 1/η³, post-local; the coefficients let all rules reach H_base at the same η."""
 
 _WORKERS, _PERIODS = (8, 16, 24), (2, 4, 8, 16, 32, 64)
 _SMALL = Grid(SMALL, (8,), (2, 8, 32))
@@ -248,7 +249,7 @@ STUDIES = {
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One run of a grid; `period` is None for the baseline, and where a rule decides."""
+    """One run of a grid; `period` is None for the baseline and for methods with a rule."""
 
     method: Method
     workers: int
@@ -257,24 +258,24 @@ class GridPoint:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """Name of the run's directory."""
         period = "" if self.period is None else f"-H{self.period}"
         return f"{self.method.directory}-K{self.workers}{period}-seed{self.seed}"
 
     @property
     def place(self) -> tuple[str, int, int | None]:
-        """Method, K and H: of one line in the table."""
+        """Method, K and H, which identify a line of the table."""
         return self.method.name, self.workers, self.period
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Title for people."""
         period = "" if self.period is None else f" H={self.period}"
         return f"{self.method.name} K={self.workers}{period} seed={self.seed}"
 
     @property
     def settings(self) -> list[str]:
-        """For `hvdlocal train`."""
+        """Arguments of `hvdlocal train`."""
         period = [] if self.period is None else [f"--method.period.period={self.period}"]
         return [*self.method.settings, *period, f"--seed={self.seed}"]
 
@@ -282,7 +283,7 @@ class GridPoint:
 def grid_points(
     methods: Sequence[Method], workers: Sequence[int], periods: Sequence[int], seeds: Sequence[int]
 ) -> Iterator[GridPoint]:
-    """The runs in the order in which they are made: the baseline first, and the whole grid for one seed after the other."""
+    """Yields the runs in the order in which they are made: for each seed the baseline first, then the whole grid."""
     for seed in seeds:
         if BASELINE in methods:
             yield GridPoint(BASELINE, 1, None, seed)
