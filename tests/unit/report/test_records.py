@@ -149,7 +149,7 @@ def test_no_run(tmp_path):
 DAMAGE = [
     ("metrics.jsonl", '{"kind": "st\n{"kind": "other", "step": 9}\n', "line 1 is damaged"),
     ("metrics.jsonl", '{"kind": "other", "step": 1, "x": NaN}\n{"kind": "other", "step": 2}\n', "NaN is not JSON"),
-    ("metrics.jsonl", '["kind"]\n{"kind": "other", "step": 2}\n', "line 1: no record"),
+    ("metrics.jsonl", '["kind"]\n{"kind": "other", "step": 2}\n', "line 1: not a record"),
     ("metrics.jsonl", '{"kind": "steps", "step": 1}\n', "without progress, epoch"),
     (
         "metrics.jsonl",
