@@ -16,7 +16,7 @@ from hvdlocal.figures.style import data_uri, save
 from hvdlocal.figures.units import bytes_text, seconds_text
 from hvdlocal.report.figures import Drawing, draw
 from hvdlocal.report.lines import RunStyle, compared_settings, describe_period, draw_as
-from hvdlocal.report.records import RunState, read_run
+from hvdlocal.report.records import RecordedState, read_run
 from hvdlocal.version import __version__
 
 NONE = "–"
@@ -110,7 +110,7 @@ def _row(line: RunStyle) -> dict[str, Any]:
     loss, epoch, data_epoch = run.evaluations.last("loss"), last.last("epoch"), last.last("data_epoch")
     sent = float(run.bytes_at(last["step"][-1:])[0]) if len(last) else 0.0
     state = run.state.value
-    if run.state is not RunState.FINISHED and epoch is not None:
+    if run.state is not RecordedState.FINISHED and epoch is not None:
         state += f" at {100 * min(1.0, epoch / float(run.config['epochs'])):.0f} %"
     return {
         "color": line.color,

@@ -44,7 +44,7 @@ _NEEDED = {
 _SPENT = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
 
 
-class RunState(Enum):
+class RecordedState(Enum):
     """The state of a run."""
 
     FINISHED = "finished"
@@ -98,7 +98,7 @@ class Run:
     rounds: Series
     evaluations: Series
     end: dict[str, Any] | None
-    state: RunState
+    state: RecordedState
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -331,18 +331,18 @@ def _resumptions(path: Path) -> list[str]:
     return [f"interrupted and resumed from {', '.join(attempts[1:])}"] if len(attempts) > 1 else []
 
 
-def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> RunState:
+def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> RecordedState:
     if records and records[-1]["kind"] == "end":
-        return RunState.FINISHED
+        return RecordedState.FINISHED
     written = (directory / "metrics.jsonl").stat().st_mtime
     last_good = directory / "last_good.pt"  # written when a run diverges, just before metrics.jsonl is closed
     if last_good.exists() and written < last_good.stat().st_mtime + SILENCE_SECONDS:
-        return RunState.DIVERGED
+        return RecordedState.DIVERGED
     times = [_number(record.get("elapsed_seconds")) for record in records]
     times = [seconds for seconds in times if math.isfinite(seconds)]
     pause = max((later - earlier for earlier, later in pairwise(times)), default=0.0)
     silence = max(SILENCE_SECONDS, 10 * float(config["log_every_seconds"]), 3 * pause)
-    return RunState.RUNNING if time.time() - written < silence else RunState.INTERRUPTED
+    return RecordedState.RUNNING if time.time() - written < silence else RecordedState.INTERRUPTED
 
 
 def _is_number(value: Any) -> bool:

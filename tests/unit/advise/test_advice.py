@@ -184,8 +184,8 @@ def test_gradients_that_are_nothing_but_noise():
 
 def test_single_estimates_come_back_from_moving_averages():
     average, estimates, seen = MovingAverage(), [3.0, 0.0, 7.5, 1.25], []
-    for estimate in estimates:
-        average.update(estimate, 0.992)
+    for one in estimates:
+        average.update(one, 0.992)
         seen.append(average.value)
     assert undo_moving_average(seen, 0.992) == pytest.approx(estimates)
     assert undo_moving_average(seen, 0.992)[1] == 0

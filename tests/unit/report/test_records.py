@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from recorded import BYTES_PER_AVERAGING, write_run
 
-from hvdlocal.report.records import SILENCE_SECONDS, RunState, Series, read_run
+from hvdlocal.report.records import SILENCE_SECONDS, RecordedState, Series, read_run
 
 
 def test_a_finished_run(tmp_path):
     run = read_run(write_run(tmp_path / "a", workers=2, period=4, steps=800))
-    assert run.state is RunState.FINISHED
+    assert run.state is RecordedState.FINISHED
     assert (run.preset, run.num_workers, run.accumulate) == ("local-ada", 2, 1)
     assert (run.num_steps, run.num_averagings) == (800, 200)
     assert len(run.rounds) == 200
@@ -54,11 +54,11 @@ def test_bytes_between_two_records(tmp_path):
 
 def test_running_and_interrupted(tmp_path):
     directory = write_run(tmp_path / "a", steps=450, finished=False)
-    assert read_run(directory).state is RunState.RUNNING
+    assert read_run(directory).state is RecordedState.RUNNING
     silent = time.time() - SILENCE_SECONDS - 5
     os.utime(directory / "metrics.jsonl", (silent, silent))
     run = read_run(directory)
-    assert run.state is RunState.INTERRUPTED
+    assert run.state is RecordedState.INTERRUPTED
     assert run.data_parallel_share == pytest.approx(112 * BYTES_PER_AVERAGING / (450 * BYTES_PER_AVERAGING))
     assert run.seconds["elapsed"] == pytest.approx(4.5)
 
@@ -66,10 +66,10 @@ def test_running_and_interrupted(tmp_path):
 def test_diverged_until_it_goes_on(tmp_path):
     directory = write_run(tmp_path / "a", steps=450, finished=False)
     (directory / "last_good.pt").touch()
-    assert read_run(directory).state is RunState.DIVERGED
+    assert read_run(directory).state is RecordedState.DIVERGED
     earlier = time.time() - 2 * SILENCE_SECONDS
     os.utime(directory / "last_good.pt", (earlier, earlier))
-    assert read_run(directory).state is RunState.RUNNING
+    assert read_run(directory).state is RecordedState.RUNNING
 
 
 def test_a_long_pause_is_no_interruption(tmp_path):
@@ -81,7 +81,7 @@ def test_a_long_pause_is_no_interruption(tmp_path):
             file.write(json.dumps(record) + "\n")
     silent = time.time() - 1000
     os.utime(directory / "metrics.jsonl", (silent, silent))
-    assert read_run(directory).state is RunState.RUNNING
+    assert read_run(directory).state is RecordedState.RUNNING
 
 
 @pytest.mark.parametrize(
