@@ -77,7 +77,7 @@ class RunState:
             "scaler": self._scaler.state_dict(),
             "random": torch.get_rng_state(),
             "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-            "totals": self.totals.state_dict(),
+            "ledger": self.totals.state_dict(),  # under the name that checkpoints have borne from the beginning
             "window": self.meter.state_dict(),
             "next_line": self.next_line,
             "loader_stats": self.loader.stats(),
@@ -125,7 +125,7 @@ class RunState:
             state = resumed.averaged
             self._restore_average(state, manifest)
         self._scaler.load_state_dict(state["scaler"])
-        self.totals.load_state_dict(state["totals"])
+        self.totals.load_state_dict(state["ledger"])
 
     def _restore_rank(self, state: Mapping[str, Any]) -> None:
         """Restores this rank's own state, for a run with as many ranks as before."""
