@@ -17,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hvdlocal.data import ShardedDataset
+from hvdlocal.averaging import NonFiniteError
+from hvdlocal.communicator import SingleProcess
 from hvdlocal.papers.experiment_report import ExperimentReport
 from hvdlocal.papers.fixed_subset import first_images
 from hvdlocal.training import TrainConfig
-from hvdlocal.training.builders import configured_loader, memory_format, model_from_config
-from hvdlocal.training.preprocessing import preprocessing_from_config
-from hvdlocal.training.presets import build_inner
+from hvdlocal.training.presets import build_optimizer
 from hvdlocal.training.schedules import build_schedule
+from hvdlocal.training.session import Session
+from hvdlocal.training.step import TrainingStep
 
 if TYPE_CHECKING:
     from hvdlocal.figures.style import Figure
@@ -74,42 +75,39 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[flo
     """Trains on one worker; yields (epoch, the norms before the next steps) at each of the moments.
 
     Args:
-        config: data, model, optimizer, schedule, epochs and seed; the method is plain SGD.
+        config: data, model, optimizer, schedule, epochs and seed; the method is sync.
         say: prints a line.
 
     Raises:
         ValueError: a norm is not finite, or the run is too short.
     """
-    with closing(ShardedDataset(config.data.path, config.data.train_split, storage=config.data.storage)) as data:
-        images = preprocessing_from_config(config.data, data)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        loader = configured_loader(config, data, images, device)
-        budget = round(config.epochs * loader.steps_per_epoch)
+    session = Session(config, SingleProcess(), with_test_data=False)
+    with closing(session), closing(session.loader.endless()) as batches:
+        steps_per_epoch = session.loader.steps_per_epoch
+        budget = round(config.epochs * steps_per_epoch)
         starts = moments(budget)
-        schedule = build_schedule(config.schedule, config.optimizer.lr, budget, loader.steps_per_epoch)
-        model, layout = model_from_config(config, data.num_classes, images, device), memory_format(config.model)
-        optimizer = build_inner(config.optimizer, model)
-        probe = first_images(data, images, IMAGES, device)
+        schedule = build_schedule(config.schedule, config.optimizer.lr, budget, steps_per_epoch)
+        optimizer = build_optimizer(config, session.model, session.length, session.communicator)
+        step = TrainingStep(session, optimizer, schedule)
+        probe = first_images(session.train_data, session.preprocessing, IMAGES, session.device)
         norms: list[float] = []
-        with closing(loader.endless()) as batches:
-            for step in range(budget):
-                if starts and step >= starts[0]:
-                    norms.append(full_gradient_norm(model, probe))
-                    if not math.isfinite(norms[-1]):
-                        raise ValueError(f"the gradient is {norms[-1]} after {step} steps: lower the learning rate")
-                    if len(norms) == max(PERIODS):
-                        epoch = starts.pop(0) / loader.steps_per_epoch
-                        say(f"epoch {epoch:6.2f}  ‖∇f‖ {norms[0]:.4f}")
-                        yield epoch, norms
-                        norms = []
-                        if not starts:
-                            return
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule(step)
-                x, y = next(batches)
-                optimizer.zero_grad()
-                F.cross_entropy(model(x.contiguous(memory_format=layout)), y).backward()
-                optimizer.step()
+        for number in range(budget):
+            if number >= starts[0]:
+                norms.append(full_gradient_norm(session.model, probe))
+                if not math.isfinite(norms[-1]):
+                    raise ValueError(f"the gradient is {norms[-1]} after {number} steps: lower the learning rate")
+                if len(norms) == max(PERIODS):
+                    epoch = starts.pop(0) / steps_per_epoch
+                    say(f"epoch {epoch:6.2f}  ‖∇f‖ {norms[0]:.4f}")
+                    yield epoch, norms
+                    norms = []
+                    if not starts:
+                        return
+            step.compute(*next(batches))
+            try:
+                step.update()
+            except NonFiniteError as error:
+                raise ValueError(f"{error} Lower the learning rate") from error
 
 
 def run(config: TrainConfig, say: Callable[[str], None]) -> ExperimentReport:
