@@ -1,4 +1,4 @@
-"""`hvdlocal plan CONFIG.yaml --workers K …`: what a run will do and cost, before it is started."""
+"""`hvdlocal plan CONFIG.yaml --workers K …`: predicts what a run will do and cost."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hvdlocal plan",
         usage="hvdlocal plan CONFIG.yaml --workers K [--section.key value …] [options]",
-        description="What a run will do and cost: rounds, H, communication, the longest time without an averaging. Needs no MPI, "
-        "and of the data only their manifest, or --samples.",
+        description="Predicts what a run will do and cost: rounds, H, communication, the longest time without an averaging. It "
+        "needs no MPI, and of the data only their manifest, or --samples.",
         epilog="CONFIG.yaml and --section.key are those of hvdlocal train; its --help lists them.",
         allow_abbrev=False,
     )
@@ -72,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes", type=int, metavar="N", help="classes, when the data are not here; with data.image_size, for bytes")
     add("--bytes", action=argparse.BooleanOptionalAction, default=True, help="count bytes too, which loads torch")
     add("--step-seconds", type=positive, metavar="S", help="time of one optimizer step without communication")
-    add("--checkpoint-seconds", type=positive, metavar="S", help="by which one checkpoint holds up training")
+    add("--checkpoint-seconds", type=positive, metavar="S", help="time for which one checkpoint holds up training")
     add(
         "--mtbf-hours",
         type=positive,
         metavar="H",
         help="mean time between failures of the job; default: checkpoint.failure_hours",
     )
-    add("--gain", type=positive, help="to assume for the adaptive presets; default: 1")
+    add("--gain", type=positive, help="gain to assume for the adaptive presets; default: 1")
     add("--grad-var-over-sqr", type=float, metavar="R", help="or σ²/G to assume, which gives the gain for each H")
     add(
         "--compare",
@@ -87,17 +87,17 @@ def _parser() -> argparse.ArgumentParser:
         action="extend",
         default=[],
         metavar="SETTINGS",
-        help="other settings to put beside, each in quotes: 'rule=constant period=8' 'preset=sync' 'optimizer.lr=0.4'; names of "
-        "method.period and method may stand alone",
+        help="other settings to compare with, each in quotes: 'rule=constant period=8' 'preset=sync' 'optimizer.lr=0.4'; names "
+        "of method.period and method may stand alone",
     )
     add("--figure", type=Path, metavar="FILE", help="also draw it: .png, .pdf or .svg")
-    add("--json", action="store_true", help="for programs, with every stretch of rounds")
+    add("--json", action="store_true", help="print JSON, with every stretch of rounds")
     return parser
 
 
 @dataclass(frozen=True)
 class _Data:
-    """What a plan knows of the data; `classes` and `shape` (height, width, channels) may not be known."""
+    """The facts about the data that a plan uses; `classes` and `shape` (height, width, channels) may be missing."""
 
     samples: int
     classes: int | None
@@ -122,7 +122,7 @@ def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
 def _alternatives(
     arguments: Sequence[str], config: TrainConfig, texts: Sequence[str]
 ) -> Iterator[tuple[str, TrainConfig]]:
-    """The configurations that --compare asks for. A new rule does not inherit the settings of the old one."""
+    """Yields the configurations of --compare, each with its label. A new rule does not inherit the old one's settings."""
     for text in texts:
         words = shlex.split(re.sub(r",(?=[\w.]+=)", " ", text))  # a comma separates settings as well as a space does
         settings = dict(_setting(word) for word in words)
@@ -188,7 +188,7 @@ def _assumed(options: argparse.Namespace) -> str:
 
 
 def _label(config: TrainConfig) -> str:
-    """The method in a few words."""
+    """Returns the method in a few words."""
     method, period = config.method, config.method.period
     words: list[str] = [method.preset]
     if method.is_local:

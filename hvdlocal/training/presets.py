@@ -1,4 +1,4 @@
-"""From the names in a configuration to the two optimizers. Rules alone need no torch: it is imported where it is used."""
+"""Builds rules and optimizers from a configuration. Rules alone need no torch, which is imported where it is used."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from hvdlocal.training.run_length import RunLength
 
 RULE_SETTINGS = {name: found.needed_by for name, found in settings_of(PeriodConfig).items() if found.needed_by}
-"""Settings of `method.period` that some rules need, and the others refuse."""
+"""The settings of `method.period` that some rules need and the others refuse, each with the rules that need it."""
 
 
 def build_scaling(method: MethodConfig) -> Scaling:
-    """The preset's rule for the gain."""
+    """Returns the preset's rule for the gain."""
     if method.preset in ("sync", "local"):
         return NoScaling()
     if method.preset in ("acc-lin", "local-lin"):
@@ -50,8 +50,14 @@ def build_scaling(method: MethodConfig) -> Scaling:
 
 
 def micro_batches_per_step(method: MethodConfig) -> int:
-    """a: with acc-lin and acc-ada the period says how many, so that K and H mean the same for every method (Alg. 2)."""
-    if method.preset in ("acc-lin", "acc-ada"):
+    """Returns the micro-batches of one optimizer step.
+
+    With acc-lin and acc-ada they are the period, so that K and H mean the same for every method (Balles et al., Alg. 2).
+
+    Raises:
+        ValueError: such a preset is combined with another rule than constant, or with `accumulate`.
+    """
+    if method.accumulates:
         if method.accumulate != 1 or method.period.rule != "constant":
             raise ValueError(
                 f"method.preset={method.preset} accumulates method.period.period micro-batches per step: use rule constant and "
@@ -62,16 +68,16 @@ def micro_batches_per_step(method: MethodConfig) -> int:
 
 
 def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: float) -> PeriodRule:
-    """The rule for H.
+    """Returns the rule for H.
 
     Args:
-        config: rule and its settings.
+        config: the rule and its settings.
         peak_lr: base learning rate at the end of the warm-up.
         warmup: progress at which the warm-up ends.
         epoch: progress of one scale-invariant epoch.
 
     Raises:
-        ValueError: a setting of the rule is missing, or one of another rule is given.
+        ValueError: a setting that the rule needs is missing, or one that it refuses is given.
     """
     for name, rules in RULE_SETTINGS.items():
         value = getattr(config, name)
@@ -98,7 +104,7 @@ def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: flo
 
 
 def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """The torch optimizer that steps one replica."""
+    """Returns the torch optimizer that steps one replica."""
     import torch
 
     if config.name == "sgd":
@@ -115,7 +121,7 @@ def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.
 def build_optimizer(
     config: TrainConfig, model: torch.nn.Module, length: RunLength, communicator: Communicator
 ) -> LocalOptimizer | SynchronousOptimizer:
-    """The optimizer of the configured method around the configured inner optimizer; a collective."""
+    """Returns the optimizer of the configured method around the configured torch optimizer; all ranks call it together."""
     from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 
     method = config.method

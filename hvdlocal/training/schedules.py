@@ -1,4 +1,4 @@
-"""Base learning rates γ(s) as functions of progress s."""
+"""Schedules: the base learning rate γ(s) as a function of the progress s."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 from hvdlocal.training.config import ScheduleConfig
 
 Schedule = Callable[[float], float]
-"""Progress (scale-invariant iterations) → learning rate."""
+"""Maps the progress (scale-invariant iterations) to a learning rate."""
 
 
 def build_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: float) -> Schedule:
-    """The schedule that a configuration describes.
+    """Returns the schedule that a configuration describes.
 
     Args:
-        config: shape and its settings, in scale-invariant epochs.
+        config: the shape and its settings, in scale-invariant epochs.
         peak: γ, the learning rate after the warm-up.
         budget: S, the progress at which the run ends.
         epoch: progress of one scale-invariant epoch.
@@ -38,7 +38,7 @@ def build_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: fl
         raise ValueError(f"schedule.step_epochs={config.step_epochs}: must be positive")
 
     def after_warmup(s: float) -> float:
-        """The share of the peak."""
+        """Returns the share of the way from `final_lr` to the peak."""
         done = min((s - warmup) / (budget - warmup), 1.0)
         if config.name == "cosine":
             return 0.5 * (1 + math.cos(math.pi * done))
