@@ -1,4 +1,4 @@
-"""What a configuration describes, built: for training, for `advise`, and for looking at a run again."""
+"""Builds the parts that a configuration describes: model, loader, and the facts that all ranks must share."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def memory_format(config: ModelConfig) -> torch.memory_format:
 def model_from_config(
     config: TrainConfig, num_classes: int, images: Preprocessing, device: torch.device = CPU
 ) -> nn.Module:
-    """The model as it is before training: the same for the same seed.
+    """Builds the model as it is before training; the same seed gives the same model.
 
     Args:
         config: model and seed.
         num_classes: length of its output.
-        images: that it will see.
-        device: where it is to be.
+        images: how its inputs are preprocessed.
+        device: the device of the model.
 
     Raises:
-        ValueError: no such model, images that it cannot take, or no memory for it.
+        ValueError: there is no such model, it cannot take these images, or there is no memory for it.
     """
     torch.manual_seed(config.seed)
     try:
@@ -52,19 +52,19 @@ def model_from_config(
 
 
 def check_model(config: TrainConfig, data: ShardedDataset, images: Preprocessing, num_workers: int = 1) -> None:
-    """Refuses a model that cannot be trained on these images in such batches.
+    """Checks that a model can be trained on these images in batches of the configured size.
 
     Raises:
-        ValueError: no such model, or images or batches that it cannot take.
+        ValueError: there is no such model, or it cannot take these images or batches.
     """
     smallest = smallest_batch(config.data, len(data), num_workers)
     check_images(config.model.name, data.num_classes, images.shape, smallest)
 
 
 def smallest_batch(config: DataConfig, samples: int, num_workers: int) -> int:
-    """Images of the smallest batch that a rank is given: of the last of an epoch, with tail partial."""
+    """Returns the number of images in a rank's smallest batch: with `tail: partial`, the last batch of an epoch is smaller."""
     rest = samples % (config.batch_size * num_workers)
-    if config.tail != "partial" or rest < num_workers:  # so few are taken by the batch before
+    if config.tail != "partial" or rest < num_workers:  # so few images join the batch before
         return config.batch_size
     return rest // num_workers
 
@@ -80,7 +80,7 @@ def configured_loader(
     seed: int | None = None,
     order: OrderMode | Literal["auto"] | None = None,
 ) -> Loader:
-    """The loader of the training images; `seed` and `order` are those of the configuration unless given."""
+    """Builds the loader of the training images; `seed` and `order` are those of the configuration unless given."""
     settings = config.data
     return Loader(
         data,

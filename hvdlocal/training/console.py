@@ -1,4 +1,4 @@
-"""What a person sees of a run: a progress bar on a terminal, a line now and then in a log."""
+"""What a run prints: a progress bar on a terminal, a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from hvdlocal.communicator import Communicator, launched_rank
 
 
 class Console:
-    """Rank 0's voice; silent on the other ranks. What cannot be written is lost, and the run goes on.
+    """Prints on rank 0, and nothing on the other ranks. What cannot be printed is lost, and the run continues.
 
     Args:
-        communicator: of the run.
+        communicator: the ranks.
         total: progress at which the run ends.
         unit: progress of one scale-invariant epoch.
-        start: progress of a run that goes on.
+        start: progress at which the run begins or continues.
     """
 
     def __init__(self, communicator: Communicator, total: float, unit: float, start: float = 0.0) -> None:
@@ -26,7 +26,7 @@ class Console:
         self._output = terminal.output()
         if self._speaks and _is_watched(self._output):
             layout = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}{postfix}]"
-            # The terminals that mpirun gives its ranks say that they have 0 columns and lines, and tqdm would draw nothing.
+            # The terminals that mpirun gives its ranks report 0 columns and lines, with which tqdm would draw nothing.
             columns, lines = _size(self._output)
             self._bar = tqdm(
                 total=total / unit,
@@ -46,7 +46,7 @@ class Console:
             print(text, file=self._output, flush=True)
 
     def progress(self, progress: float, text: str, due: bool) -> None:
-        """Shows how far the run is: on the bar always, in a log only when a line is due."""
+        """Shows how far the run is: always on the bar, but in a log only when a line is due."""
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(min(progress, self._total) / self._unit - self._bar.n)
@@ -54,14 +54,14 @@ class Console:
             self.say(f"epoch {progress / self._unit:7.2f}  {text}")
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Ends the bar, which stays on the terminal."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 def _size(output: terminal.Guarded) -> tuple[int, int]:
-    """Columns and lines of a terminal; 0 when it is gone."""
+    """Returns the columns and lines of a terminal; zeros if it has gone."""
     try:
         return os.get_terminal_size(output.fileno())
     except (OSError, ValueError):
@@ -69,7 +69,7 @@ def _size(output: terminal.Guarded) -> tuple[int, int]:
 
 
 def _is_watched(output: terminal.Guarded) -> bool:
-    """Whether a person looks on. Under mpirun every rank has a terminal of its own, so its launcher is asked."""
+    """Returns whether stdout is interactive. Under mpirun every rank has a terminal of its own, so the launcher's is checked."""
     if not output.isatty():
         return False
     if launched_rank() is None:

@@ -30,7 +30,7 @@ _SECRET_WORDS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 
 
 def choose_device(name: str, communicator: Communicator) -> torch.device:
-    """This rank's device: one GPU per local rank, or the CPU.
+    """Returns this rank's device: one GPU per local rank, or the CPU.
 
     Raises:
         ValueError: CUDA is asked for and absent, or a node has more ranks than GPUs.
@@ -53,14 +53,14 @@ def choose_device(name: str, communicator: Communicator) -> torch.device:
 
 
 def set_threads(threads: int | None, communicator: Communicator) -> int:
-    """Sets torch's CPU threads, so that ranks do not fight for cores; a collective.
+    """Sets torch's CPU threads, so that ranks do not compete for cores; a collective.
 
     Args:
-        threads: of this rank; None for OMP_NUM_THREADS, else the usable cores divided by the ranks that share them.
-        communicator: tells which ranks share cores.
+        threads: of this rank; None for OMP_NUM_THREADS or, without that, the usable cores divided by the ranks that share them.
+        communicator: the ranks, some of which may share cores.
 
     Returns:
-        How many.
+        The number of threads.
     """
     mine = (socket.gethostname(), sorted(os.sched_getaffinity(0)))
     everyone = communicator.gather(mine, "hvdlocal.cores")
@@ -72,13 +72,13 @@ def set_threads(threads: int | None, communicator: Communicator) -> int:
 
 
 def sharing(mine: tuple[str, list[int]], everyone: list[tuple[str, list[int]]]) -> int:
-    """How many ranks (host, usable cores) use some of this rank's cores, itself included."""
+    """Counts the ranks (host, usable cores) that use some of this rank's cores, itself included."""
     return sum(host == mine[0] and not set(cores).isdisjoint(mine[1]) for host, cores in everyone)
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """What must be the same on every rank for the same numbers; read once, since an installation may change under a long run."""
+    """Returns the versions on which numbers depend. They are read once, since an installation may change during a long run."""
     found = {"hvdlocal": __version__, "python": platform.python_version(), "torch": torch.__version__}
     for package in ("horovod", "mpi4py", "torchvision", "numpy", "h5py"):
         try:
@@ -89,7 +89,7 @@ def versions() -> dict[str, str]:
 
 
 def describe_run(communicator: Communicator, device: torch.device, threads: int) -> dict[str, Any]:
-    """Everything worth knowing about how this job was started; a collective."""
+    """Returns how and where this job was started; a collective."""
     hosts = communicator.gather(socket.gethostname(), "hvdlocal.hosts")
     variables = {
         name: value

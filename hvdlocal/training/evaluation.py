@@ -1,4 +1,4 @@
-"""How good a model is, exactly, over all ranks."""
+"""The exact loss and accuracy of a model, over all ranks."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def evaluate(
     device: torch.device,
     num_classes: int,
 ) -> Evaluation:
-    """Evaluates the same model on all ranks' batches; a collective. Every image counts once: ranks may hold unequal numbers.
+    """Evaluates the same model on all ranks' batches; a collective. Every image counts once, even if ranks hold unequal numbers.
 
     Args:
-        model: put into evaluation mode, and back.
-        batches: this rank's (inputs, integer labels) on `device`.
-        communicator: sums over the ranks.
+        model: is put into evaluation mode, and back afterwards.
+        batches: this rank's (inputs, integer labels), on `device`.
+        communicator: the ranks.
         device: of the model.
-        num_classes: with five or fewer there is no top-5 accuracy.
+        num_classes: of the labels; with five or fewer there is no top-5 accuracy.
     """
     training = model.training
     model.eval()
@@ -105,7 +105,7 @@ class Evaluator:
             return evaluate(self._forward, formatted, session.communicator, session.device, data.num_classes)
 
     def _reestimation_batches(self) -> Iterator[torch.Tensor]:
-        """The first batches of an order of their own: the same images, whatever the number of steps before."""
+        """Yields the first batches of an order of their own: the same images, however many steps came before."""
         session = self._session
         batches = session.new_loader(seed=session.config.seed + 1).endless()
         for _ in range(session.config.method.reestimate_batches):

@@ -1,4 +1,4 @@
-"""When to leave: signals of the user and of the batch system, and the end of the time that it gives."""
+"""When to stop: signals from the user and the batch system, and the end of the allotted time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """USR2 is what the templates send; NCCL may use USR1 for itself. Slurm sends TERM before it kills. INT is Ctrl-C."""
 
 SLURM_GRACE_SECONDS = 30.0
-"""Of Slurm's end of a job nothing is used: the end comes up to a minute early, and the clocks of nodes differ."""
+"""Safety margin before Slurm's end of the job: Slurm may act up to a minute early, and the clocks of nodes differ."""
 
 _received: signal.Signals | None = None
 
@@ -35,13 +35,13 @@ class Interrupted(Exception):  # noqa: N818  (no error: the run goes on later)
 
 
 def install_handlers() -> None:
-    """Makes the signals set a flag. To be called first of all: until then they end the process."""
+    """Makes the signals set a flag. Call it first of all: until then they end the process."""
     for number in SIGNALS:
         # A shell starts `hvdlocal train … &` with INT ignored, because Ctrl-C is not meant for it.
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _note)
-    # What is said of a signal is said by a thread of its own: the main one may be in a step or a collective for seconds, and
-    # mpirun leaves its ranks a quarter of a second.
+    # A thread of its own reports signals: the main thread may be in a step or a collective for seconds, and mpirun leaves its
+    # ranks a quarter of a second.
     arrivals, arrival = os.pipe()
     os.set_blocking(arrival, False)
     signal.set_wakeup_fd(arrival, warn_on_full_buffer=False)
@@ -49,44 +49,44 @@ def install_handlers() -> None:
 
 
 def received() -> signal.Signals | None:
-    """The first signal that asked this process to stop."""
+    """Returns the first signal that asked this process to stop; None if there was none."""
     return _received
 
 
 def remember(saved: Callable[[], str]) -> None:
-    """Takes what is said, when the process may not live to say more, of what the run has saved and how it goes on."""
+    """Sets the function that says what the run has saved and how it continues; it is called when a signal arrives."""
     global _saved
     _saved = saved
 
 
 def ignore() -> None:
-    """Ends the listening: how the run ends is settled, and a signal that comes now must not turn it into a failure."""
+    """Ignores signals from now on: the end of the run is decided, and a late signal must not turn it into a failure."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # stays so while Python itself ends; a handler of ours would not
 
 
 class Deadline:
-    """The moment by which this process must have left, on a clock that only runs forwards.
+    """The moment at which this process must have ended, on a clock that only runs forwards.
 
     Args:
-        minutes: after the start of this process; None when only the batch system sets an end.
+        minutes: after the start of this process; None if only the batch system sets an end.
     """
 
     def __init__(self, minutes: float | None) -> None:
         now = time.monotonic()
         ends = [] if minutes is None else [now + 60 * minutes - _seconds_since_start()]
         told = os.environ.get("SLURM_JOB_END_TIME", "")
-        if told.isdigit():  # looked at once: the clock on the wall may jump
+        if told.isdigit():  # read once, as the wall clock may jump
             ends.append(now + int(told) - time.time() - SLURM_GRACE_SECONDS)
         self._end = min(ends, default=None)
 
     def passes_within(self, seconds: float) -> bool:
-        """Whether less than so many seconds are left."""
+        """Returns whether fewer than `seconds` seconds are left."""
         return self._end is not None and time.monotonic() + seconds > self._end
 
 
 def _seconds_since_start() -> float:
-    """Seconds since this process was started; importing libraries from a busy file system may have taken minutes."""
+    """Returns the seconds since this process started; importing libraries from a busy file system may have taken minutes."""
     with open("/proc/self/stat", encoding="ascii") as file:
         ticks = int(file.read().rpartition(")")[2].split()[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -99,7 +99,7 @@ def _note(number: int, _: FrameType | None) -> None:
 
 
 def _announce(arrivals: int) -> None:
-    """Tells the user what comes of each signal, on rank 0; leaves at the second Ctrl-C."""
+    """Reports on rank 0 what each signal will do; ends the process at the second Ctrl-C."""
     signal.pthread_sigmask(
         signal.SIG_BLOCK, {signal.SIGTTOU}
     )  # or `stty tostop` would stop a rank that writes to the terminal
@@ -121,14 +121,14 @@ def _announcement(number: int, interrupts: int) -> str | None:
         return f"stopped: {_saved()}."
     if number == signal.SIGTERM and launched_rank() is not None:
         return f"SIGTERM: {_saved()}. (After Ctrl-C or TERM mpirun leaves no time for a checkpoint; after `kill -USR2` it does.)"
-    return None  # Slurm's and other senders' signals are told of when the checkpoint is written
+    return None  # signals from Slurm and others are reported when the checkpoint is written
 
 
 def _tell(text: str) -> None:
     """Writes a line to the user."""
     if launched_rank() is not None:
         with suppress(OSError):  # there is no terminal
-            # Open MPI 5 does not hand on any more what its ranks print once it got Ctrl-C.
+            # After Ctrl-C, Open MPI 5 no longer forwards what its ranks print.
             descriptor = os.open("/dev/tty", os.O_WRONLY | os.O_NOCTTY)
             try:
                 os.write(descriptor, f"\nhvdlocal: {text}\n".encode())

@@ -1,4 +1,4 @@
-"""Recognising that memory has run out, which torch reports in three ways."""
+"""Recognises that memory has run out, which torch reports in three ways."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REMEDY = "lower data.batch_size, evaluation_batch_size or data.image_size, take 
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What ran out and what to do, in a sentence; None for an error of another kind."""
+    """Returns a sentence about what ran out and what to do; None for an error of another kind."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"the GPU is out of memory ({str(error).partition('. ')[0]}): {REMEDY}"
     if isinstance(error, MemoryError):

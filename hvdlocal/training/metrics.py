@@ -18,40 +18,40 @@ from hvdlocal.directory import NO_ROOM, Directory
 METRICS = "metrics.jsonl"
 
 BUFFER_BYTES = 2**16
-"""Records that wait for the next `flush` take no more memory than that."""
+"""The most memory that records take while they wait for the next `flush`."""
 
 
 class Metrics(Protocol):
-    """Where records go."""
+    """A place to which records are written."""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Adds one record of a kind ("steps", "round", "evaluation" …) at an optimizer step."""
 
     def flush(self) -> None:
-        """Hands to the system what was written."""
+        """Hands all records to the operating system."""
 
     def position(self) -> int:
-        """Bytes written so far, all of them on disk: where to go on after an interruption."""
+        """Brings all records to disk and returns their bytes so far: where to continue after an interruption."""
 
     def close(self) -> None:
-        """Ends the record."""
+        """Writes what is left and closes the record."""
 
 
 class NoMetrics:
-    """For all ranks but the first."""
+    """Writes nothing; for all ranks but the first."""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def position(self) -> int:
-        """0."""
+        """Returns 0."""
         return 0
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class JsonLines:
@@ -60,8 +60,8 @@ class JsonLines:
     Args:
         directory: of the file.
         keep: bytes of an earlier attempt to keep; what it wrote after its last checkpoint is written again.
-        room_returns: whether something else of this run has taken room that it will give back, such as a checkpoint that is
-            being written. Until then records that find no room wait in memory.
+        room_returns: returns whether something else of this run, such as a checkpoint that is being written, will free room on
+            the disk. Until then, records that find no room wait in memory.
 
     Raises:
         OSError: the file cannot be written, from any method; the message names it.
@@ -90,7 +90,7 @@ class JsonLines:
     def position(self) -> int:
         """See `Metrics`."""
         with self._named():
-            while not self._write_out():  # no checkpoint is open here, so it is the thread alone that takes room
+            while not self._write_out():  # no checkpoint is open here, so only the thread takes room
                 time.sleep(0.01)
             os.fsync(self._file.fileno())
             return os.fstat(self._file.fileno()).st_size
@@ -105,7 +105,7 @@ class JsonLines:
                 self._file.close()
 
     def _write_out(self, patient: bool = True) -> bool:
-        """Hands to the system what waits; returns whether all of it has found room."""
+        """Hands waiting records to the operating system; returns whether there was room for all of them."""
         while self._waiting:
             room_returns = patient and self._room_returns()  # asked first: the room may come back in between
             try:
@@ -126,7 +126,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """The same numbers as TensorBoard scalars, beside another record."""
+    """Writes the numbers of another record as TensorBoard scalars, too."""
 
     def __init__(self, directory: Path, other: Metrics, first_step: int = 0) -> None:
         try:
@@ -198,7 +198,7 @@ class TrainingMeter:
 
 
 def _end_of_records(file: IO[bytes], keep: int) -> int:
-    """`keep`, or less when the file has lost so much: then to the end of its last whole record."""
+    """Returns `keep`, or the end of the last whole record in a file that is shorter than that."""
     if os.fstat(file.fileno()).st_size >= keep:
         return keep
     file.seek(0)

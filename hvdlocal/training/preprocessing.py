@@ -27,7 +27,7 @@ USUAL_MIN_AREA = 0.08
 """Smallest share of a training image that a random resized crop keeps where images are reduced: Szegedy et al. (CVPR 2015)."""
 
 MIN_AREA_OF_SMALL_IMAGES = 0.25
-"""The same where images are not reduced: then no crop is enlarged to more than about twice its side."""
+"""The same share where images are not reduced; no crop is then enlarged to more than about twice its side."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Preprocessing:
 def preprocessing_from_config(
     config: DataConfig, data: ShardedDataset, test_data: ShardedDataset | None = None
 ) -> Preprocessing:
-    """What the configuration makes of a data set's images.
+    """Returns the preprocessing that a configuration describes.
 
     Args:
         config: the settings.
-        data: the training images, to which the normalisation belongs.
+        data: the training images, whose mean and standard deviation normalise all images.
         test_data: the test images; the training images too unless given.
 
     Raises:
@@ -103,7 +103,7 @@ def preprocessing_from_config(
 
 
 def _most_are_larger(data: ShardedDataset, size: int) -> bool:
-    """Whether the shorter side of at least half of the images is longer than `size`, so that they are reduced."""
+    """Returns whether the shorter side of at least half of the images is longer than `size`, so that they are reduced."""
     if data.shape is not None:
         return min(data.shape[:2]) > size
     assert data.dims is not None

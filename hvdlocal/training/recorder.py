@@ -1,4 +1,4 @@
-"""What a run says about itself while it trains: records in metrics.jsonl, and the line that a person sees.
+"""The records of a run in metrics.jsonl, and the status line on the console.
 
 The fields are those of docs/records.md: counts and seconds are totals since the start of the run in every kind of record.
 """
@@ -42,13 +42,13 @@ class Summary:
 
 
 class Recorder:
-    """Writes records of the state of an optimizer.
+    """Writes records about the state of an optimizer.
 
     Args:
-        metrics: where to.
+        metrics: the file of records.
         optimizer, loader, totals: what is recorded.
         epoch: progress of one scale-invariant epoch.
-        gradient_bytes: what data parallelism would send for every micro-batch; 0 for one rank.
+        gradient_bytes: bytes that data parallelism would send for every micro-batch; 0 for one rank.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class Recorder:
         self._gradient_bytes = gradient_bytes
 
     def data_parallel_bytes(self, steps: int) -> int:
-        """What data parallelism would have sent in so many optimizer steps, averaging the gradient of every micro-batch."""
+        """Returns the bytes that data parallelism would send in `steps` steps, averaging the gradient of every micro-batch."""
         return self._gradient_bytes * steps * self._optimizer.accumulate
 
     def status(self) -> str:
-        """The optimizer's state in a few words."""
+        """Returns the optimizer's state in a few words."""
         optimizer = self._optimizer
         loss = "" if optimizer.loss is None else f"loss {optimizer.loss:.4f}  "
         lr = optimizer.param_groups[0]["lr"]
         return f"{loss}lr {lr * optimizer.gain:.4g} = {lr:.4g}×{optimizer.gain:.2f}  H {optimizer.period}"
 
     def round(self, steps: int) -> None:
-        """A round has ended."""
+        """Records the end of a round."""
         optimizer = self._optimizer
         self.metrics.write(
             "round",
@@ -111,7 +111,7 @@ class Recorder:
         self.metrics.flush()
 
     def evaluation(self, evaluation: Evaluation, steps: int) -> None:
-        """The average was evaluated."""
+        """Records an evaluation."""
         progress = self._optimizer.progress
         self.metrics.write(
             "evaluation",

@@ -1,4 +1,4 @@
-"""Models on disk, and the last average that is known to be good."""
+"""Models on disk, and the last average that is known to be finite."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SNAPSHOT_SHARE = 0.01
 
 
 def save_state(state: dict[str, torch.Tensor], directory: Directory, name: str) -> None:
-    """Writes the plain `state_dict` that the same model loads without hvdlocal; whole or not at all."""
+    """Writes a plain `state_dict`, which the same model loads without hvdlocal; whole or not at all."""
     with directory.replacing(name) as file:
         write_state(state, file)
 
 
 def copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The model's `state_dict` on the CPU, in memory of its own: parameters are views of one large buffer, which would
-    otherwise be written with each of them.
+    """Returns the model's `state_dict` on the CPU, in memory of its own: parameters are views of one large buffer, which
+    torch.save would otherwise write with each of them.
     """
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in model.state_dict().items()}
 
@@ -32,7 +32,7 @@ class BestModel:
     """The model of the best evaluation so far, kept in memory until it is on disk.
 
     Args:
-        directory, name: of its file.
+        directory, name: where its file is written.
     """
 
     def __init__(self, directory: Directory, name: str) -> None:
@@ -41,11 +41,11 @@ class BestModel:
         self._unwritten: dict[str, torch.Tensor] | None = None
 
     def take(self, state: dict[str, torch.Tensor]) -> None:
-        """This is the best from now on; it is not written yet."""
+        """Replaces the best model, without writing it yet."""
         self._unwritten = state
 
     def write(self) -> None:
-        """Writes what is not on disk yet. What finds no room can be written later, when a checkpoint has given its room back."""
+        """Writes the model if it is not on disk yet. After a failure for lack of room it can be called again later."""
         state = self._unwritten
         if state is not None:
             save_state(state, self._directory, self._name)
@@ -54,11 +54,11 @@ class BestModel:
 
 
 class LastGood:
-    """A copy of a recent average, for when the present model is lost to NaN; renewed as often as a hundredth of the time pays.
+    """A copy of a recent average, for a run that diverges; refreshed as often as 1 % of the run time allows.
 
     Args:
         model: to copy.
-        policies: what is done with its buffers: those that are averaged must be finite, as the parameters must.
+        policies: for its buffers; averaged buffers must be finite, as parameters must.
     """
 
     def __init__(self, model: torch.nn.Module, policies: Mapping[str, BufferPolicy]) -> None:
@@ -88,14 +88,14 @@ class LastGood:
         self._next = end + (end - start) / SNAPSHOT_SHARE
 
     def save(self, directory: Directory, name: str) -> bool:
-        """Writes the copy like `save_state`; returns whether there is one."""
+        """Writes the copy like `save_state`, and returns whether there is one."""
         if self._copy:
             save_state(self._copy, directory, name)
         return bool(self._copy)
 
 
 def write_state(state: dict[str, Any], file: Any) -> None:
-    """torch.save, whose failure to write is the file's own OSError."""
+    """Writes a state by torch.save, but a failure to write raises the file's own OSError."""
     try:
         torch.save(state, file)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside the averagings: who was asked to stop, whether a checkpoint is due, who still writes."""
+"""What the ranks exchange between averagings: who was asked to stop, whether a checkpoint is due, who is still writing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from hvdlocal.communicator import Communicator
 
 POLL_SECONDS = 2.0
-"""About how often. An answer is used at the following poll, so a request takes effect within two of them, and a rank can be so
-far ahead of the others inside a round before it waits for them."""
+"""Approximate time between two exchanges. An answer is used at the next exchange, so a request takes effect within two intervals,
+and inside a round a rank can be one interval ahead of the others before it waits for them."""
 
 _MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
 class Status:
-    """What one rank has to say, or the sum of what all said.
+    """The status of one rank, or the sum over all ranks.
 
     Attributes:
         stop: this rank was asked to stop.
-        due: a checkpoint is due (said by rank 0 alone).
-        writing: this rank still writes the last one.
+        due: a checkpoint is due (only rank 0 decides).
+        writing: this rank is still writing the last checkpoint.
     """
 
     stop: int = 0
@@ -32,10 +32,10 @@ class Status:
 
 
 class StatusExchange:
-    """A tiny sum over all ranks every other second of steps, for which only a rank waits that is further ahead than that.
+    """A small allreduce about every two seconds. A rank waits for it only if it is more than one interval ahead of the slowest.
 
-    It is begun at one step and read at the next poll, when it has mostly long arrived. All ranks poll at the same steps: each
-    answer says how many steps later the poll after the next is, by rank 0's clock.
+    It is started at one exchange and read at the next, by which time it has normally completed. All ranks exchange at the same
+    steps: each answer also schedules the exchange after the next, by rank 0's clock.
 
     Args:
         communicator: the ranks.
@@ -50,26 +50,26 @@ class StatusExchange:
         self._last: tuple[int, float] | None = None
 
     def is_at(self, step: int) -> bool:
-        """Whether the ranks poll at this step."""
+        """Returns whether the ranks exchange their status at this step."""
         return step >= self._next_step
 
     def exchange(self, step: int, now: float, news: Status) -> Status | None:
-        """Reads the answer of the last poll and begins the next one; a collective.
+        """Reads the answer of the last exchange and starts the next one; a collective.
 
         Args:
             step: optimizer steps done.
-            now: seconds.
-            news: of this rank.
+            now: seconds of training.
+            news: the status of this rank.
 
         Returns:
-            The sum of what all ranks said at the last poll; None the first time.
+            The sum over all ranks at the last exchange; None the first time.
         """
         answer, gap = self._read()
         seconds_per_step = (
             (now - self._last[1]) / (step - self._last[0]) if self._last and step > self._last[0] else 1.0
         )
         self._last = step, now
-        # At most twice the last gap: the first steps may be slow, or the next ones.
+        # At most twice the last gap: the first steps may be slower than the rest, or faster.
         wanted = min(max(round(POLL_SECONDS / max(seconds_per_step, 1e-9)), 1), 2 * gap, _MOST_STEPS)
         mine = [*astuple(news), wanted if self._communicator.rank == 0 else 0]
         self._sums.copy_(torch.tensor(mine, dtype=torch.float64, device="cpu"))
@@ -78,7 +78,7 @@ class StatusExchange:
         return answer
 
     def close(self) -> None:
-        """Waits for the poll under way; to be called at the same step on all ranks."""
+        """Waits for the exchange under way; to be called at the same step on all ranks."""
         self._read()
 
     def _read(self) -> tuple[Status | None, int]:

@@ -1,5 +1,5 @@
-"""Checkpoints: what every rank needs to go on as if nothing had happened, also from the middle of a round.
+"""Checkpoints: what every rank needs to continue bit for bit, even from the middle of a round.
 
-`files` knows what a checkpoint is on disk; `writer` writes one beside the training; `resume` finds the newest good one and
-hands every rank its part; `interval` says how often.
+`files` defines a checkpoint on disk; `writer` writes one in the background; `resume` finds the newest usable one and gives every
+rank its part; `interval` chooses how often to write one; `coordinator` does all of it at the right steps of a run.
 """

@@ -1,10 +1,10 @@
-"""One checkpoint on disk: a directory with a file of each rank and a manifest, complete or not there.
+"""One checkpoint on disk: a directory with one file per rank and a manifest, either complete or absent.
 
 ::
 
-    checkpoints/step-0000001200/manifest.json      steps, clock, loader, settings; length and SHA-256 of every file
+    checkpoints/step-0000001200/manifest.json      steps, loader, settings, …; length and SHA-256 of every file
     checkpoints/step-0000001200/rank-00000.pt      torch.save of plain values and tensors, read with weights_only=True
-    checkpoints/latest -> step-0000001200          for people; hvdlocal looks for the newest good one itself
+    checkpoints/latest -> step-0000001200          for people; hvdlocal itself looks for the newest good one
 
 The files are written to `step-….tmp` and the directory is renamed last.
 """
@@ -46,29 +46,29 @@ class Written:
 
 
 def directory_name(step: int) -> str:
-    """The name of the checkpoint of a step."""
+    """Returns the name of the checkpoint of a step."""
     return f"step-{step:010}"
 
 
 def directory(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Returns the path of the checkpoint of a step."""
     return root / directory_name(step)
 
 
 def rank_file(rank: int) -> str:
-    """The name of a rank's file."""
+    """Returns the name of a rank's file."""
     return f"rank-{rank:05}.pt"
 
 
 def write_rank(root: Directory, step: int, rank: int, state: dict[str, Any]) -> Written:
-    """Writes a rank's file of a checkpoint that is not complete yet, down to the disk.
+    """Writes a rank's file of a checkpoint that is not complete yet, and waits until it is on disk.
 
     Args:
         root: directory of the checkpoints.
         state: tensors, numbers, strings and containers of them; tensors with memory of their own.
 
     Raises:
-        OSError: the file could not be written, and takes no room.
+        OSError: the file could not be written; nothing of it is left.
     """
     with root.inner(_temporary(step), create=True) as temporary, temporary.creating(rank_file(rank)) as file:
         hashed = _HashingFile(file)
@@ -77,12 +77,12 @@ def write_rank(root: Directory, step: int, rank: int, state: dict[str, Any]) -> 
 
 
 def reserve(root: Directory, step: int, bytes_: int) -> None:
-    """Takes room beside the files of a checkpoint that is not complete yet, and gives it back when it is.
+    """Reserves room on the disk until the checkpoint is complete.
 
     So a checkpoint never takes the last room of a disk, which the run needs for its records and its models.
 
     Raises:
-        OSError: there is not so much room.
+        OSError: there is not enough room.
     """
     with root.inner(_temporary(step), create=True) as temporary, temporary.creating(RESERVE, sync=False) as file:
         try:
@@ -90,19 +90,19 @@ def reserve(root: Directory, step: int, bytes_: int) -> None:
         except OSError as error:
             if error.errno in NO_ROOM:
                 raise
-            # This file system cannot set room aside.
+            # This file system cannot reserve room.
 
 
 def complete(root: Directory, step: int, contents: dict[str, Any], written: list[Written]) -> Path:
-    """Writes the manifest and makes the checkpoint one: the last act, by one rank, when all have written.
+    """Writes the manifest and gives the directory its final name; one rank does so last, when all ranks have written.
 
     Args:
         root: directory of the checkpoints.
-        contents: of the manifest, JSON; `files`, `format`, `step` and `sha256` are added.
+        contents: the contents of the manifest, as JSON; `files`, `format`, `step` and `sha256` are added.
         written: what each rank wrote.
 
     Raises:
-        OSError: a file is not as it was written, or the manifest cannot be.
+        OSError: a file differs from what was written, or the manifest cannot be written.
     """
     with root.inner(_temporary(step)) as temporary:
         for rank, one in enumerate(written):
@@ -125,12 +125,12 @@ def complete(root: Directory, step: int, contents: dict[str, Any], written: list
 
 
 def newest_first(root: Path) -> list[int]:
-    """Steps of the complete checkpoints."""
+    """Returns the steps of the complete checkpoints, the newest first."""
     return steps_of([path.name for path in root.iterdir()] if root.is_dir() else [])
 
 
 def steps_of(names: list[str]) -> list[int]:
-    """The steps that the names of complete checkpoints tell, the newest first."""
+    """Returns the steps in the names of complete checkpoints, the newest first."""
     return sorted((int(match[1]) for name in names if (match := _COMPLETE.fullmatch(name))), reverse=True)
 
 
@@ -138,7 +138,7 @@ def keep_newest(root: Directory, keep: int) -> None:
     """Removes all complete checkpoints but the newest `keep`.
 
     Raises:
-        OSError: some could not be removed; tells of the first.
+        OSError: some could not be removed; the error is that of the first.
     """
     errors = []
     for step in steps_of(root.names())[keep:]:
@@ -151,7 +151,7 @@ def keep_newest(root: Directory, keep: int) -> None:
 
 
 def discard_incomplete(root: Directory, step: int | None = None) -> None:
-    """Removes what was not completed: of one step; or, before training, of an interrupted attempt."""
+    """Removes the incomplete checkpoint of one step, or without a step all incomplete ones, before training."""
     for name in root.names() if step is None else [_temporary(step)]:
         if name.endswith(TEMPORARY):
             with suppress(OSError):
@@ -167,7 +167,7 @@ def set_aside(root: Directory, step: int) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint in directory `path`.
+    """Reads the manifest of the checkpoint in directory `path`.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another version.
@@ -195,7 +195,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any]:
-    """What a rank wrote into the checkpoint in directory `path`, on the CPU.
+    """Reads what a rank wrote into the checkpoint in directory `path`; tensors are on the CPU.
 
     Raises:
         CheckpointError: the file is missing, shorter or longer than written, or its checksum is wrong.
@@ -219,12 +219,12 @@ def read_state(path: Path, manifest: dict[str, Any], rank: int) -> dict[str, Any
         return state
     except CheckpointError:
         raise
-    except Exception as error:  # whatever the unpickler meets in a file that was made to fit its checksum
+    except Exception as error:  # whatever the unpickler meets in a file that was forged to fit its checksum
         raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 class _HashingFile:
-    """Passes on what is written, and sums it up: the file need not be read again for its checksum."""
+    """Writes to a file and hashes what is written, so that the file need not be read again for its checksum."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -258,7 +258,7 @@ def _temporary(step: int) -> str:
 
 
 def _discard(root: Directory, name: str) -> None:
-    """Removes a checkpoint so that at no moment half of one bears its name."""
+    """Removes a checkpoint; at no moment does half of one have its name."""
     doomed = name + ".old" + TEMPORARY
     root.rename(name, doomed)
     root.remove(doomed)

@@ -1,4 +1,4 @@
-"""How often a checkpoint pays."""
+"""How often a checkpoint is worth its cost."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 from hvdlocal.training.config import CheckpointConfig
 
 FIRST_SECONDS = 10.0
-"""Until the first checkpoint, which tells what one costs."""
+"""Seconds until the first checkpoint, which shows what a checkpoint costs."""
 
 WRITING_SHARE = 0.05
-"""Share of the time that the disk may be busy with checkpoints: writing takes no time from training, but may from other jobs."""
+"""Largest share of the time in which the disk writes checkpoints: this does not delay training, but may delay other jobs."""
 
 
 def young_interval(cost: float, failure_seconds: float) -> float:
@@ -24,7 +24,7 @@ def young_interval(cost: float, failure_seconds: float) -> float:
 
 
 class CheckpointInterval:
-    """Says when the next checkpoint is due by the clock; `every_steps` needs no clock and is the trainer's."""
+    """Decides when the next checkpoint is due by the clock; `every_steps` needs no clock and is left to the coordinator."""
 
     def __init__(self, config: CheckpointConfig) -> None:
         self._minutes = config.every_minutes
@@ -39,18 +39,18 @@ class CheckpointInterval:
         return self._interval
 
     def start(self, now: float) -> None:
-        """Counts from `now`, in seconds of a clock that only runs forwards."""
+        """Starts an interval at `now`, in seconds of a clock that only runs forwards."""
         self._last = now
 
     def due(self, now: float) -> bool:
-        """Whether a checkpoint is due."""
+        """Returns whether a checkpoint is due."""
         return self._by_clock and now - self._last >= self._interval
 
     def learn(self, cost: float, writing: float) -> None:
-        """Takes in what a checkpoint came to.
+        """Adapts the interval to the cost of a checkpoint.
 
         Args:
-            cost: seconds by which it held up training.
+            cost: seconds by which the checkpoint delayed training.
             writing: seconds until it was on disk.
         """
         if self._minutes is None:

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: the newest one that is good on every rank, each rank's own part or the average of all."""
+"""Continuing from the newest checkpoint that every rank can read: each rank's own part, or the average of all."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Resumed:
-    """A checkpoint as this rank goes on from it.
+    """A checkpoint from which this rank continues.
 
     Attributes:
         step: optimizer steps done.
-        contents: of the manifest.
-        state: this rank's own; None when the number of ranks has changed.
-        averaged: with another number of ranks, what all start from: tensors averaged over the old ranks, everything else of
-            old rank 0.
+        contents: the contents of the manifest.
+        state: this rank's own state; None when the number of ranks has changed.
+        averaged: the common state of all ranks when their number has changed: tensors averaged over the old ranks, everything
+            else from old rank 0.
         skipped: newer checkpoints that cannot be used, and why.
     """
 
@@ -47,14 +47,14 @@ def resume(
     Args:
         communicator: the ranks.
         root: directory of the checkpoints.
-        check: says why a checkpoint, by its manifest, cannot be continued with these settings; None when it can.
-        run: tells this run from others. A checkpoint that another one has left here is skipped; one without a name is not.
+        check: returns why the checkpoint with a given manifest cannot be continued with these settings; None if it can.
+        run: identifies this run. Checkpoints of another run are skipped; those without an identifier are not.
 
     Returns:
         None when there is no checkpoint at all.
 
     Raises:
-        CheckpointError: on all ranks: there are checkpoints and none can be read, or the newest is of another run.
+        CheckpointError: on all ranks: there are checkpoints and none can be read, or the newest belongs to another run.
     """
     steps = communicator.gather(files.newest_first(root) if communicator.rank == 0 else [], "hvdlocal.resume.steps")[0]
     skipped: list[str] = []
@@ -92,7 +92,7 @@ def resume(
 
 
 def averaged_model(path: Path) -> State:
-    """The model that a checkpoint stands for, as a plain `state_dict`: the average of its replicas.
+    """Returns the model that a checkpoint stands for, as a plain `state_dict`: the average of its replicas.
 
     Args:
         path: directory of the checkpoint.
@@ -108,7 +108,7 @@ def averaged_model(path: Path) -> State:
 
 
 def _read(communicator: Communicator, path: Path, run: str | None) -> tuple[dict[str, Any], State | _Mean]:
-    """The manifest, and this rank's own state; with another number of ranks, its share of the average."""
+    """Reads the manifest and this rank's own state; with another number of ranks, this rank's share of the average."""
     manifest = files.read_manifest(path)
     if run is not None and manifest.get("run", run) != run:
         raise CheckpointError(f"{path} was written by another run")
@@ -125,11 +125,11 @@ def _read(communicator: Communicator, path: Path, run: str | None) -> tuple[dict
 
 
 class _Mean:
-    """Averages the replicas and moments of the ranks that have them; everything else is that of the first.
+    """Averages the replicas, and the moments of the ranks that have them; everything else is that of the first rank.
 
     Args:
         first: the state of rank 0.
-        include: whether it counts, or only gives the form.
+        include: whether it is part of the average; otherwise it only gives names and shapes.
     """
 
     def __init__(self, first: State, include: bool = True) -> None:
@@ -138,14 +138,14 @@ class _Mean:
         self._counts = dict.fromkeys(self._sums, int(include))
 
     def add(self, state: State) -> None:
-        """Takes in the state of another rank."""
+        """Adds the state of another rank."""
         for name, tensor in _averaged_tensors(state).items():
             if name in self._sums:
                 self._sums[name] += tensor
                 self._counts[name] += 1
 
     def reduce(self, communicator: Communicator) -> None:
-        """Adds what the other ranks took in; a collective."""
+        """Adds what the other ranks have added; a collective."""
         counts = torch.tensor([float(count) for count in self._counts.values()], dtype=torch.float64, device="cpu")
         communicator.sum_(counts, "hvdlocal.resume.counts")
         self._counts = dict(zip(self._counts, map(round, counts.tolist()), strict=True))
@@ -153,7 +153,7 @@ class _Mean:
             communicator.sum_(total, f"hvdlocal.resume.{i}")
 
     def result(self) -> State:
-        """The first state with the averages in it."""
+        """Returns the first state with the averages in it."""
         for name, tensor in _averaged_tensors(self._first).items():
             tensor.copy_(self._sums[name] / self._counts[name])
         return self._first
@@ -164,7 +164,7 @@ def _without_moments(state: State) -> State:
 
 
 def _averaged_tensors(state: State) -> dict[str, torch.Tensor]:
-    """The model and the optimizer's moments, by name. Left out are buffers of which each rank has one of its own."""
+    """Returns the model and the optimizer's moments by name, without the buffers that are each rank's own."""
     kept = state.get("optimizer", {}).get("hvdlocal", {}).get("kept_buffers", [])
     named = {f"model {name}": value for name, value in state["model"].items() if name not in kept}
     for index, moments in state.get("optimizer", {}).get("state", {}).items():

@@ -1,4 +1,4 @@
-"""Writing checkpoints beside the training."""
+"""Writing checkpoints in the background, while training continues."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hvdlocal.training.checkpoint import files
 from hvdlocal.training.run_files import CHECKPOINTS
 
 RECORDS_BYTES = 2**18
-"""Room that a checkpoint leaves for records."""
+"""Room that a checkpoint leaves on the disk for records."""
 
 
 @dataclass
 class _Open:
-    """A checkpoint that this rank writes or has written, and that is not complete yet."""
+    """A checkpoint that this rank is writing or has written, and that is not complete yet."""
 
     step: int
     contents: dict[str, Any]
@@ -30,15 +30,19 @@ class _Open:
 
 
 class CheckpointWriter:
-    """One rank's part in writing checkpoints. Files are written by a background thread.
+    """One rank's part in writing checkpoints. A background thread writes the files.
 
-    A checkpoint is begun by all ranks at the same step (`begin`) and, when all have written their file, completed by all
-    (`finish`); only then does it exist. When a rank fails, for want of room or rights, there is none, and all ranks know why.
+    All ranks begin a checkpoint at the same step (`begin`) and complete it when all of them have written their files (`finish`);
+    only then does it exist. If one rank fails, for lack of room or rights, there is no checkpoint, and `finish` returns the
+    reason on all ranks.
 
     Args:
         communicator: the ranks.
-        output: directory of the run, on a file system that all ranks share; checkpoints go into `checkpoints/` inside.
-        keep: how many complete ones to keep.
+        output: the directory of the run, on a file system that all ranks share; checkpoints are written to `checkpoints/` in it.
+        keep: how many complete checkpoints to keep.
+
+    Attributes:
+        write_seconds: how long this rank's last file took to write.
     """
 
     def __init__(self, communicator: Communicator, output: Directory, keep: int) -> None:
@@ -53,12 +57,12 @@ class CheckpointWriter:
 
     @property
     def open_step(self) -> int | None:
-        """The step of the checkpoint that was begun and not finished; None when there is none. The same on all ranks."""
+        """The step of the checkpoint that was begun and not finished, the same on all ranks; None when there is none."""
         return None if self._open is None else self._open.step
 
     @property
     def takes_room(self) -> bool:
-        """Whether there may be files on the disk that this rank, or another, is going to complete or to remove."""
+        """Whether there may be files on disk that this rank or another one will complete or remove."""
         return self._open is not None or self.is_writing
 
     @property
@@ -69,24 +73,24 @@ class CheckpointWriter:
         return any(act is not None and not act.done() for act in acts)
 
     def begin(self, step: int, state: dict[str, Any], contents: dict[str, Any]) -> None:
-        """Copies this rank's state and has it written. On all ranks at the same step; not while one is open.
+        """Copies this rank's state and starts writing it. All ranks call it at the same step, when no checkpoint is open.
 
         Args:
             step: optimizer steps done.
-            state: of this rank: values and tensors of any device, which may change afterwards.
-            contents: of the manifest; those of rank 0 count.
+            state: this rank's values and tensors, on any device; they may change afterwards.
+            contents: the contents of the manifest; only those of rank 0 are used.
         """
         assert self._open is None
         self._open = _Open(step, contents, self._thread.submit(self._write, step, _copy(state)))
 
     def finish(self, wait: bool = False) -> str | None:
-        """Completes the open checkpoint; a collective. Waits for this rank's file, which takes no time after `is_writing`.
+        """Completes the open checkpoint; a collective. Waits for this rank's file, which is there once `is_writing` is false.
 
         Args:
-            wait: until it is complete on disk, rather than leave that to the thread.
+            wait: whether to wait until the checkpoint is complete on disk, rather than leave that to the thread.
 
         Returns:
-            Why there is no checkpoint, the same on all ranks, or None. Without `wait`, what fails later is told by
+            Why there is no checkpoint, the same on all ranks, or None. Without `wait`, later failures are reported by
             `failures`.
         """
         assert self._open is not None
@@ -101,7 +105,7 @@ class CheckpointWriter:
         if failures:
             if self._communicator.rank == 0:
                 self._discard(opened.step)
-            self._communicator.barrier("hvdlocal.checkpoint.discarded")  # before another one may be begun
+            self._communicator.barrier("hvdlocal.checkpoint.discarded")  # before another checkpoint may be begun
             return f"no checkpoint of step {opened.step}: {failures[0]}"
         if self._communicator.rank == 0:
             self._completing = self._thread.submit(self._complete, opened, everyone)
@@ -112,7 +116,7 @@ class CheckpointWriter:
         return self._communicator.gather(told, "hvdlocal.checkpoint.complete")[0]
 
     def failures(self, wait: bool = False) -> list[str]:
-        """What the thread could not do after a `finish` or a `submit`; each failure is reported once. For rank 0."""
+        """Returns what failed on the thread after a `finish` or a `submit`, each failure once. For rank 0."""
         acts = [act for act in (self._completing, *self._others) if act is not None and (wait or act.done())]
         if self._completing in acts:
             self._completing = None
@@ -124,15 +128,15 @@ class CheckpointWriter:
         self._others.append(self._thread.submit(work, *arguments))
 
     def close(self) -> None:
-        """Waits for the thread. An open checkpoint is given up."""
+        """Waits for the thread. An open checkpoint is abandoned."""
         self._open = None
         self._thread.shutdown(wait=True)
 
     def discard_all_but_good(self, good: int | None) -> None:
-        """Before training, on rank 0: clears what an earlier attempt did not complete, and sets aside what cannot be used.
+        """Removes what an earlier attempt did not complete, and sets aside what cannot be used; on rank 0, before training.
 
         Args:
-            good: the step of the checkpoint that the run goes on from.
+            good: the step of the checkpoint from which the run continues; None if there is none.
         """
         if not self._output.exists(CHECKPOINTS):
             return
@@ -144,7 +148,9 @@ class CheckpointWriter:
 
     def _write(self, step: int, state: dict[str, Any]) -> files.Written:
         start = time.perf_counter()
-        if not _is_finite(state["model"]):  # training will notice; until then the checkpoints before are the good ones
+        if not _is_finite(
+            state["model"]
+        ):  # training will notice; until then the earlier checkpoints remain the good ones
             raise ArithmeticError("NaN or infinity in the model")
         with self._output.inner(CHECKPOINTS, create=True) as root:
             if self._communicator.rank == 0 and root.stat(".").st_dev == self._output.stat(".").st_dev:
@@ -172,7 +178,7 @@ class CheckpointWriter:
 
 
 def _reserve_bytes(model: dict[str, Any]) -> int:
-    """What the run may need until its end: records, best.pt beside its predecessor, and model.pt."""
+    """Returns the room that the run may need until its end: records, best.pt beside its predecessor, and model.pt."""
     return RECORDS_BYTES + 3 * sum(tensor.numel() * tensor.element_size() for tensor in model.values())
 
 
@@ -181,7 +187,7 @@ def _is_finite(model: dict[str, Any]) -> bool:
 
 
 def _copy(value: Any) -> Any:
-    """The same with every tensor copied to memory of its own on the CPU."""
+    """Returns the same value with every tensor copied to memory of its own on the CPU."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
