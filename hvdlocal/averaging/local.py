@@ -33,7 +33,7 @@ MOMENTUM_POLICIES = ("local", "average", "reset")
 class LocalOptimizer(ReplicaOptimizer):
     """Makes any torch optimizer a Local SGD optimizer (Alg. 3): H local steps, then the average of all replicas.
 
-    To local SGD what `hvd.DistributedOptimizer` is to data parallelism::
+    It is to Local SGD what `hvd.DistributedOptimizer` is to data parallelism:
 
         hvdlocal.init()
         optimizer = hvdlocal.LocalOptimizer(

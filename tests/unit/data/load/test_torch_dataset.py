@@ -1,16 +1,12 @@
 import pickle
-import re
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, RandomSampler, Subset
 
-import hvdlocal
-from hvdlocal.communicator import SingleProcess
-from hvdlocal.data import Loader, ShardedDataset, ShardWriter
+from hvdlocal.data import Loader, ShardedDataset
 from hvdlocal.data.augment import CenterCrop, CropFlip, Normalize, RandomResizedCrop
 from hvdlocal.data.load.loader import evaluation_batches
 from hvdlocal.data.load.torch_dataset import EpochSampler, SampleIndex, TorchDataset
@@ -221,19 +217,6 @@ def test_epochs_without_a_batch_are_refused(make_dataset):
     assert len(list(EpochSampler(dataset, 23))) == 23
     with pytest.raises(ValueError, match="a global batch of 24 is more than the 23 samples of an epoch"):
         EpochSampler(dataset, 12, num_workers=2)
-
-
-def test_the_example_of_the_documentation_runs(source, tmp_path, monkeypatch):
-    text = (Path(__file__).parents[4] / "docs" / "data.md").read_text()
-    section = text.split("## In your own loop")[1].split("\n## ")[0]
-    ShardWriter(tmp_path / "data" / "cifar10", "train", classes=list("abcde")).write(*source(300))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hvdlocal, "init", SingleProcess)
-    names = {}
-    for code in re.findall(r"```python\n(.*?)```", section, re.DOTALL):
-        exec(code, names)
-    assert names["loader"].samples_consumed >= 300
-    assert names["images"].shape == (128, 2, 4, 3)
 
 
 def test_what_is_no_data_set_of_hvdlocal(make_dataset):

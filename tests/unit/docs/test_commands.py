@@ -1,0 +1,141 @@
+"""Commands in the documents' shell blocks: all of them have options that exist; those that take seconds are run."""
+
+import contextlib
+import io
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pages import PAGES, ROOT, blocks, commands
+
+import hvdlocal.models
+from data_prep.__main__ import main as data_prep
+from hvdlocal.cli import main
+from hvdlocal.cli.main import COMMANDS
+from hvdlocal.communicator import SingleProcess
+from hvdlocal.models import MODELS
+
+LINES = [(page, words) for page in PAGES for words in commands(page)]
+CONFIGURED = ("plan", "advise", "slurm", "reproduce")
+"""Commands that take the settings of `hvdlocal train` as well."""
+
+
+def after(words: list[str], *names: str) -> list[str]:
+    """What follows the first of these words, whatever launcher or path stands before it; nothing if none is there."""
+    places = [i for i, word in enumerate(words) if word.rpartition("/")[2] in names]
+    return words[places[0] + 1 :] if places else []
+
+
+def output_of(command: Callable[[list[str]], int], *arguments: str) -> tuple[int, str]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            code = command([*arguments])
+        except SystemExit as end:
+            code = end.code
+    return int(code or 0), printed.getvalue()
+
+
+@cache
+def help_of(command: Callable[[list[str]], int], *words: str) -> str:
+    code, text = output_of(command, *words, "--help")
+    assert code == 0
+    return text
+
+
+def unknown(words: list[str], help_text: str) -> list[str]:
+    options = [word.partition("=")[0] for word in words if word.startswith("--") and word != "--help"]
+    return [option for option in options if not re.search(rf"{re.escape(option)}\b", help_text)]
+
+
+@pytest.mark.parametrize(
+    ("page", "words"), LINES, ids=lambda value: value if isinstance(value, str) else shlex.join(value)
+)
+def test_command(page, words):
+    if words[0] == "conda":
+        return
+    if given := after(words, "hvdlocal", "$(hvdlocal"):
+        command = given[0]
+        assert command in COMMANDS
+        data = command == "slurm" and "prepare" in given  # its arguments are data_prep's
+        texts = [help_of(main, command)] + [help_of(main, "train")] * (command in CONFIGURED and not data)
+        texts += [help_of(data_prep, "imagenet")] * data
+        assert unknown(given[1:], "\n".join(texts)) == []
+    elif (given := after(words, "data_prep")) and "-m" in words:
+        assert unknown(given, help_of(data_prep, given[0])) == []
+    elif script := next((word for word in words if re.fullmatch(r"(benchmarks|examples)/\w+\.(py|sh)", word)), None):
+        assert unknown(words[words.index(script) :], (ROOT / script).read_text()) == []
+    elif words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    files = [word for word in words if re.fullmatch(r"(experiments|slurm|install)/[\w./-]+", word)]
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def examples(page: str) -> Iterator[tuple[list[str], str]]:
+    """The console blocks of a page: a command, and what it prints."""
+    for block in blocks(page, "console"):
+        command, _, printed = block.text.replace("\\\n", "").partition("\n")
+        yield shlex.split(command)[2:], printed
+
+
+@pytest.mark.parametrize(("words", "printed"), list(examples("docs/plan.md")), ids=["plan", "compare"])
+def test_plan_prints_what_its_page_shows(words, printed, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    words = [str(tmp_path / word) if word == "plan.png" else word for word in words]
+    code, text = output_of(main, *words)
+    assert code == 0
+    assert re.fullmatch(".*".join(map(re.escape, printed.split("…\n"))), text, flags=re.DOTALL)
+
+
+def test_scale_prints_what_its_page_shows(monkeypatch, capsys):
+    import scale
+
+    words = next(words for page, words in LINES if page == "docs/scale.md")
+    monkeypatch.setattr("sys.argv", words[1:])
+    scale.main()
+    assert capsys.readouterr().out.strip() == blocks("docs/scale.md", "")[0].text.strip()
+
+
+def test_the_first_hour(tmp_path, monkeypatch):
+    """The README's commands in their order, by one rank and for one epoch, and the examples that read the run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
+    shutil.copytree(ROOT / "experiments", "experiments")
+    lines = commands("README.md")
+    assert ["source", ".venv/bin/activate"] in lines[: next(i for i, words in enumerate(lines) if "hvdlocal" in words)]
+    run = []
+    for words in lines:
+        given = after(words, "hvdlocal")
+        if words[0] == "cp":
+            shutil.copy(*words[1:])
+        elif "data_prep" in words:
+            assert data_prep(after(words, "data_prep")) == 0
+        elif given and given[0] not in ("advise", "export"):  # takes 20 seconds; wants a run that has not finished
+            given = given[: given.index(">")] if ">" in given else given
+            given += ["--epochs", "1"] * (given[0] == "train")
+            given[1:2] = map(str, Path("runs").iterdir()) if given[0] == "report" else given[1:2]
+            code, text = output_of(main, *given)
+            assert code == 0, (given, text)
+            run.append(given[0])
+    assert run == ["train", "plan", "train", "report", "slurm", "reproduce"]
+    assert Path("report.html").stat().st_size > 100_000
+    names = {"numpy": np}
+    for page in ("docs/report.md", "docs/records.md"):
+        exec(blocks(page, "python")[0].text, names)
+    assert len(names["run"].rounds["gain"]) > 10
+
+
+def test_a_model_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
+    monkeypatch.setattr("hvdlocal.models.MODELS", dict(MODELS))
+    monkeypatch.setattr("hvdlocal.models.registry.MODELS", hvdlocal.models.MODELS)
+    exec(blocks("docs/train.md", "python")[0].text, {"__name__": "mine"})
+    Path("run.yaml").write_text(blocks("docs/train.md", "yaml")[0].text)
+    assert data_prep(["digits", "--output", "data/digits"]) == 0
+    assert main(["train", "run.yaml", "--model.name", "tiny", "--epochs", "1"]) == 0

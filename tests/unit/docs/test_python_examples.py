@@ -1,0 +1,81 @@
+"""The Python examples of the documents run, by one rank."""
+
+import numpy as np
+import pytest
+import torch
+from pages import blocks
+
+import hvdlocal
+from hvdlocal.communicator import SingleProcess
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
+
+
+@pytest.fixture
+def script():
+    """The names that a training script has before hvdlocal comes to it."""
+    torch.manual_seed(0)
+    batches = [(torch.randn(4, 3), torch.randn(4, 2)) for _ in range(6)]
+    return {"torch": torch, "model": torch.nn.Linear(3, 2), "loader": batches, "loss": torch.nn.functional.mse_loss}
+
+
+def test_in_your_script(script):
+    before = script["model"].weight.clone()
+    (example,) = blocks("README.md", "python")
+    exec(example.text, script)
+    assert script["optimizer"].round == 2
+    assert script["optimizer"].in_sync
+    assert not torch.equal(script["model"].weight, before)
+
+
+def test_saving_and_resuming_inside_a_round(script, tmp_path, data):
+    """What was saved is what is loaded, and further steps give the same bits."""
+    dataset = hvdlocal.ShardedDataset(data, "train")
+    script |= {"comm": hvdlocal.init(), "loader": hvdlocal.Loader(dataset, 8), "model": torch.nn.Linear(128, 5)}
+    script["optimizer"] = hvdlocal.LocalOptimizer(
+        torch.optim.SGD(script["model"].parameters(), lr=0.1, momentum=0.9),
+        script["model"],
+        period=hvdlocal.ConstantPeriod(4),
+        scaling=hvdlocal.LocalAdaScale(),
+    )
+    (example,) = blocks("docs/horovod.md", "python")
+    exec(example.text, script)
+
+    def train(steps: int) -> torch.Tensor:
+        batches = iter(script["loader"])
+        for _ in range(steps):
+            x, y = next(batches)
+            script["optimizer"].zero_grad()
+            torch.nn.functional.cross_entropy(script["model"](x.flatten(1).float()), y.long()).backward()
+            script["optimizer"].step()
+        return script["model"].weight.detach().clone()
+
+    train(6)
+    assert script["optimizer"].steps_in_round == 2
+    script["save"](f"{tmp_path}/state")
+    further = train(3)
+    script["resume"](f"{tmp_path}/state")
+    assert script["optimizer"].steps_in_round == 2
+    assert torch.equal(train(3), further)
+
+
+@pytest.fixture
+def data(tmp_path):
+    for split, count in (("train", 300), ("test", 40)):
+        images = np.random.default_rng(0).integers(0, 255, (count, 8, 8, 2), dtype=np.uint8)
+        writer = hvdlocal.ShardWriter(tmp_path / "data" / "cifar10", split, classes=list("abcde"))
+        writer.write(images, np.arange(count) % 5)
+    return tmp_path / "data" / "cifar10"
+
+
+def test_a_loop_with_our_data(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": lambda images: torch.nn.functional.one_hot(torch.zeros(len(images), dtype=torch.long), 5)}
+    for example in blocks("docs/data.md", "python"):
+        exec(example.text, names)
+    assert names["loader"].samples_consumed >= 300
+    assert names["images"].shape == (128, 2, 8, 8)
+    assert names["accuracy"] == pytest.approx(0.2)
