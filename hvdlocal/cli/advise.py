@@ -1,4 +1,4 @@
-"""`hvdlocal advise CONFIG.yaml …`: whether local steps pay here, and with which H, from measurements on the ranks at hand."""
+"""`hvdlocal advise CONFIG.yaml …`: measures on these ranks whether local steps pay, and with which H."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
     def prepare() -> None:
         if options.json and communicator.rank == 0:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.touch()  # rather now than after the measurements
+            options.json.touch()  # an error now is better than after the measurements
 
     succeed_together(communicator, prepare, "hvdlocal.json")
     measured = measure(config, communicator, options.seconds)

@@ -1,4 +1,4 @@
-"""`hvdlocal doctor`: is this installation sound? Every line says what was found and, when it is wrong, what to do."""
+"""`hvdlocal doctor`: checks this installation; every line shows what was found and, if it is wrong, a remedy."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from hvdlocal.launch_command import (
 )
 
 TRIAL_SECONDS = 90
-"""Deadline of the two-rank trial; starting Python on a busy file system takes a while."""
+"""Deadline of the trial with two ranks; starting Python on a busy file system takes a while."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: `level` is "ok", "note" (works, but not at its best) or "wrong" (does not work)."""
+    """A line of the output: `level` is "ok", "note" (works, but not optimally) or "wrong" (does not work)."""
 
     level: str
     subject: str
@@ -61,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def verdict(findings: Sequence[Finding]) -> bool:
-    """Whether hvdlocal is usable: nothing basic is wrong, and the default backend's ranks meet."""
+    """Returns whether hvdlocal is usable: no essential part is wrong, and the ranks of the chosen backend find each other."""
     return not any(finding.level == "wrong" for finding in findings)
 
 
@@ -69,7 +69,7 @@ def verdict(findings: Sequence[Finding]) -> bool:
 
 
 def packages() -> Iterator[Finding]:
-    """The libraries that hvdlocal is built on."""
+    """Checks the libraries on which hvdlocal is built."""
     import h5py
     import numpy
     import torch
@@ -83,7 +83,7 @@ def packages() -> Iterator[Finding]:
 
 
 def torchvision(torch_version: str) -> Finding:
-    """Whether it loads: by itself, as a user's script imports it, or only as hvdlocal does."""
+    """Checks whether torchvision loads by a plain import, or only by hvdlocal's import."""
     plainly = _python("import torchvision; print(torchvision.__version__)")
     if isinstance(plainly, list):
         return Finding("ok", "torchvision", plainly[-1])
@@ -103,7 +103,7 @@ def torchvision(torch_version: str) -> Finding:
 
 
 def launcher() -> Iterator[Finding]:
-    """mpirun, or srun."""
+    """Looks for mpirun or srun."""
     mpirun = shutil.which("mpirun")
     if mpirun:
         yield Finding("ok", "mpirun", f"{_first_line([mpirun, '--version'])} at {mpirun}")
@@ -118,7 +118,7 @@ def launcher() -> Iterator[Finding]:
 
 
 def mpi4py() -> Iterator[Finding]:
-    """The MPI library as mpi4py sees it."""
+    """Checks mpi4py and its MPI library."""
     probe = (
         "from mpi4py import MPI; import mpi4py;"
         "print(mpi4py.__version__, MPI.Query_thread() - MPI.THREAD_SERIALIZED, MPI.Get_library_version().split(', ')[0], sep='|')"
@@ -145,7 +145,7 @@ def mpi4py() -> Iterator[Finding]:
 
 
 def horovod() -> Iterator[Finding]:
-    """How Horovod was built, and for which torch."""
+    """Checks how Horovod was built, and for which torch."""
     import torch
 
     probe = (
@@ -176,7 +176,7 @@ def horovod() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    """What torch can compute on."""
+    """Lists the GPUs that torch can use."""
     import torch
 
     if torch.cuda.is_available():
@@ -194,7 +194,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def cores() -> Iterator[Finding]:
-    """Cores and threads, and Horovod's cycle."""
+    """Checks cores and threads, and Horovod's cycle time."""
     usable, total = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS")
     found = f"{usable} of {total} usable; OMP_NUM_THREADS={threads or '(unset: cores divided by ranks)'}"
@@ -216,7 +216,7 @@ def cores() -> Iterator[Finding]:
 
 
 def two_ranks() -> Iterator[Finding]:
-    """A real sum over two ranks, over each backend."""
+    """Computes a real sum on two ranks, over each backend."""
     if not shutil.which("mpirun"):
         yield Finding("note", "two ranks", "not tried: no mpirun", "try inside a job: srun -n 2 hvdlocal train …")
         return
@@ -249,7 +249,7 @@ def _level(backend: str) -> str:
 
 
 def _trial(backend: str) -> str | None:
-    """What went wrong in a sum over two ranks; None when nothing did."""
+    """Computes a sum on two ranks; returns what went wrong, or None."""
     program = (
         f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
         "c.sum_(t, 'hvdlocal.doctor'); print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
@@ -261,19 +261,23 @@ def _trial(backend: str) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return f"no answer within {TRIAL_SECONDS} s"
-    # Words, not lines, and one write: print() may send the end of a line by itself, and mpirun mixes the ranks' pieces.
+    # Words instead of lines, in one write: print() may send the line end separately, and mpirun mixes the ranks' pieces.
     answers = re.findall(r"hvdlocal-doctor (\d+) (\S+) (\S+) end", result.stdout)
     if result.returncode == 0 and answers == [("2", "3", "3")] * 2:
         return None
     if answers and answers[0][0] == "1":
-        return "each of the two ranks believes to be alone: mpirun and the library belong to different MPIs"
+        return "each of the two ranks is alone: mpirun and the library belong to different MPIs"
     if refused_root(result.stderr):
         return REFUSES_ROOT
     return f"mpirun ended with code {result.returncode}: {_last_words(result.stderr or result.stdout)}"
 
 
 def _python(program: str) -> list[str] | str:
-    """The lines that a program prints, or, as one string, why it failed. A process of its own: MPI can start only once."""
+    """Runs a program in its own process, since MPI can be initialised only once.
+
+    Returns:
+        The lines that it prints or, if it failed, the reason as one string.
+    """
     command = [sys.executable, "-c", f"import sys; {program}"]
     try:
         result = subprocess.run(

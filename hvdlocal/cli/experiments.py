@@ -1,4 +1,4 @@
-"""`hvdlocal reproduce bounds|valley|fig7`: experiments in one process, seconds or minutes long."""
+"""`hvdlocal reproduce bounds|valley|fig7`: experiments in one process, which take seconds or minutes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,21 @@ EXPERIMENTS = {
     "bounds": "divergence and gradient error within a round, and their bounds (Lemma C.1, Prop. 4.2)",
     "valley": "the drift towards flat minima that QSR's theory predicts, in two dimensions",
 }
-
+"""The experiments and what they show."""
 
 FIG7_SETTINGS = ("data.", "model.name", "model.channels_last", "optimizer.", "schedule.", "epochs")
-"""What fig7 reads of a configuration, but for the names in `_NOT_READ`."""
+"""The settings that fig7 uses, as prefixes of their names. It refuses others, which would silently have no effect."""
 
-_NOT_READ = ("optimizer.max_norm",)
+FIG7_IGNORES = ("optimizer.max_norm",)
+"""Exceptions to `FIG7_SETTINGS`."""
 
 
 def require_scipy(name: str) -> None:
-    """Raises ValueError without SciPy: before the minutes that it is needed after."""
+    """Checks that SciPy is installed, before the computations whose results need it.
+
+    Raises:
+        ValueError: it is not.
+    """
     if find_spec("scipy") is None:
         raise ValueError(f"{name} needs SciPy: pip install hvdlocal[reproduce]")
 
@@ -39,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
 
     Raises:
         ValueError: an option or a setting is wrong, or data are missing.
-        OSError: the report cannot be written, which is tried beforehand.
+        OSError: the output directory cannot be created.
     """
     name = arguments[0]
     options, train = _parser(name).parse_known_args(arguments)
@@ -47,7 +52,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"{name} has no option {train[0]}: only --seed and --output")
     for word in train:
         key = word.removeprefix("--").partition("=")[0]
-        if word.startswith("--") and (not key.startswith(FIG7_SETTINGS) or key in _NOT_READ):
+        if word.startswith("--") and (not key.startswith(FIG7_SETTINGS) or key in FIG7_IGNORES):
             raise ValueError(f"fig7 is plain SGD on one worker, to which {key} means nothing: leave it out")
     options.output.mkdir(parents=True, exist_ok=True)
     finding = _fig7(options, train) if name == "fig7" else _simulation(options)
@@ -107,7 +112,7 @@ def _parser(name: str) -> argparse.ArgumentParser:
         "--scale",
         choices=("small", "paper"),
         default="small",
-        help="a small network on CIFAR-10, or the paper's ResNet-9 on CIFAR-10, which wants a GPU (default: small)",
+        help="a small network on CIFAR-10, or the paper's ResNet-9 on CIFAR-10, which needs a GPU (default: small)",
     )
     parser.add_argument("--data", metavar="DIR", help="the data set; default: as in experiments/")
     return parser

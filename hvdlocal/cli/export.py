@@ -1,4 +1,4 @@
-"""`hvdlocal export RUN [--output FILE]`: the model of a run that has not finished."""
+"""`hvdlocal export RUN [--output FILE]`: writes the model of a run that has not finished."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hvdlocal.training.saved_model import write_state
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Averages the replicas of a checkpoint and writes the plain `state_dict` that the same model loads without hvdlocal.
+    """Averages the replicas of a checkpoint and writes a plain `state_dict`, which the model loads without hvdlocal.
 
     Raises:
         ValueError: there is no checkpoint, or it cannot be read.

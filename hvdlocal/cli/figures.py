@@ -1,4 +1,4 @@
-"""`hvdlocal figures [--output DIR] [--format svg]`."""
+"""`hvdlocal figures [--output DIR] [--format svg]`: draws the paper's figures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hvdlocal.exit_codes import ExitCode
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Draws the paper's figures that follow from formulas and published tables, and prints the crossovers of Eq. 16."""
+    """Draws the figures of Balles et al. that follow from formulas and published tables, and prints the crossovers of Eq. 16."""
     parser = argparse.ArgumentParser(
         prog="hvdlocal figures",
         description="Draw the figures of Balles et al. (TMLR 2024) that follow from its formulas and tables (2 to 6 and 11), and "

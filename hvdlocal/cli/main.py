@@ -1,4 +1,4 @@
-"""`hvdlocal COMMAND …`: finds the command and turns its errors into one sentence and an exit code."""
+"""`hvdlocal COMMAND …`: runs a command, and turns its errors into one sentence and an exit code."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from hvdlocal.version import __version__
 
 COMMANDS = {
     "train": "train a model: mpirun -np N hvdlocal train CONFIG.yaml",
-    "plan": "what a run will do and cost: hvdlocal plan CONFIG.yaml --workers K",
-    "advise": "whether local steps pay here, and with which H: mpirun -np N hvdlocal advise CONFIG.yaml",
-    "export": "the model of a run that has not finished, from its newest checkpoint",
+    "plan": "show what a run will do and cost: hvdlocal plan CONFIG.yaml --workers K",
+    "advise": "measure whether local steps pay here, and with which H: mpirun -np N hvdlocal advise CONFIG.yaml",
+    "export": "write the model of an unfinished run, from its newest checkpoint",
     "doctor": "check this installation",
-    "report": "one HTML page about runs: hvdlocal report RUN…",
-    "figures": "the figures of Balles et al. from their formulas and tables",
-    "reproduce": "run the tables and figures of Balles et al. again",
+    "report": "write an HTML page about runs: hvdlocal report RUN…",
+    "figures": "draw the figures of Balles et al. that follow from their formulas and tables",
+    "reproduce": "run the experiments of Balles et al. and of Gu et al. (QSR) again",
     "slurm": "make a batch script for Slurm, or submit one",
 }
 
 LASTING = ("train", "advise", "reproduce")
-"""Commands that go on when nobody can read what they print any more; what the others print is their purpose."""
+"""Commands that continue when their output can no longer be written; the output of the others is their purpose."""
 
-HEARING_SECONDS = 0.5
-"""mpirun ends all ranks as soon as one leaves with an error. Ranks that have not met yet wait so long before they leave, so that
-each can say what is wrong."""
+REPORTING_SECONDS = 0.5
+"""How long a rank with an error waits before it exits: mpirun ends all ranks as soon as one of them exits with an error, and each
+rank should be able to report its own."""
 
 NOTICING_SECONDS = 10.0
-"""The same when the others are still training: they come to a collective within a few seconds, and see a little later that it has
-failed."""
+"""The same while the other ranks are training: they reach a collective within a few seconds, and notice its failure a little
+later."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _lasts(arguments: Sequence[str]) -> bool:
-    """Whether the command goes on when it cannot print; told to print something, no command does."""
-    told_to_print = any(word in ("-h", "--help") or word.startswith("--print_config") for word in arguments)
-    return bool(arguments) and arguments[0] in LASTING and not told_to_print
+    """Returns whether the command continues when it cannot print; with an option that asks for output, no command does."""
+    prints = any(word in ("-h", "--help") or word.startswith("--print_config") for word in arguments)
+    return bool(arguments) and arguments[0] in LASTING and not prints
 
 
 def _run(arguments: Sequence[str]) -> int:
@@ -76,9 +76,11 @@ def _run(arguments: Sequence[str]) -> int:
     if command not in COMMANDS:
         _complain(f"no command {command!r}: choose one of {', '.join(COMMANDS)}")
         return ExitCode.MISTAKE
-    if command == "train":  # before torch is imported, which may take minutes: a signal would end the process
+    if (
+        command == "train"
+    ):  # before the import of torch, which may take minutes and during which a signal would end the process
         interruption.install_handlers()
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # losing the terminal costs its lines, not the run
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal must not end the run
     try:
         return importlib.import_module(f"hvdlocal.cli.{command}").run(rest)
     except terminal.OutputError:
@@ -111,7 +113,7 @@ def _explain(error: Exception) -> int:
         return ExitCode.MISTAKE
     if isinstance(error, CommunicationError):
         _complain(str(error))
-        # The other ranks cannot be reached: an orderly end would wait for them, or end MPI beside a collective under way.
+        # The other ranks cannot be reached: an orderly end would wait for them, or finalise MPI during a collective.
         current().abort(ExitCode.PEER_FAILED)
     if isinstance(error, DivergedError | SetupError | DisagreementError):  # raised on all ranks
         _complain(str(error))
@@ -124,10 +126,10 @@ def _explain(error: Exception) -> int:
     if isinstance(error, ValueError | OSError | ImportError | LaunchError):
         _complain((terminal.plain(error) if isinstance(error, OSError) else str(error)) or type(error).__name__)
         if launched_rank() is not None:
-            time.sleep(HEARING_SECONDS)
+            time.sleep(REPORTING_SECONDS)
         return ExitCode.MISTAKE
     if isinstance(error, LostRankError):
-        if isinstance(error.__cause__, ValueError):  # damaged data or a bug: who knows
+        if isinstance(error.__cause__, ValueError):  # damaged data or a bug: the traceback helps
             traceback.print_exception(error.__cause__)
         _complain(str(error))
     elif shortage := out_of_memory(error):
@@ -145,7 +147,7 @@ def _explain(error: Exception) -> int:
 
 
 def _leave_without_meeting(code: int) -> None:
-    """Ends this rank when the others are still to notice, by a collective that fails, and to say why."""
+    """Ends this rank so that the others notice it by a failing collective and can report the reason."""
     from hvdlocal.communicator import current
 
     communicator = current()
@@ -162,4 +164,4 @@ def _complain(message: str) -> None:
 
 def _help() -> str:
     lines = [f"  {name:9} {text}" for name, text in COMMANDS.items()]
-    return "\n".join(["usage: hvdlocal COMMAND …", "", *lines, "", "hvdlocal COMMAND --help says more."])
+    return "\n".join(["usage: hvdlocal COMMAND …", "", *lines, "", "hvdlocal COMMAND --help describes a command."])

@@ -1,4 +1,4 @@
-"""`hvdlocal report RUN… [--output report.html] [--png DIR]`."""
+"""`hvdlocal report RUN… [--output report.html] [--png DIR]`: writes a page about runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hvdlocal.terminal import warn
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Writes one page about one run or many.
+    """Writes a page about one run or many.
 
     Returns:
         FINISHED; MISTAKE when a directory is not a readable run, in which case the page is about the others.

@@ -1,4 +1,4 @@
-"""`hvdlocal reproduce STUDY [--scale small|paper] …`: the papers' grids, run and put beside what was published."""
+"""`hvdlocal reproduce STUDY [--scale small|paper] …`: runs the papers' grids and compares the results with published ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ OWN_OPTIONS = {
     "--seed": "--seeds",
     "--data.path": "--data",
 }
-"""Settings of a run that the grid decides."""
+"""Settings of a run that the grid decides, and the options for them."""
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Runs a study, or what is missing of it, and writes its report after every run.
+    """Runs a study, or its missing runs, and writes the report after every run.
 
     Returns:
         FINISHED when all runs are done; FAILED when one failed; INTERRUPTED when the command was asked to stop: the same
@@ -44,17 +44,13 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError(f"the experiment's name comes first: hvdlocal reproduce {named[0]} …")
     options, train = _parser().parse_known_args(arguments)
     study, grid = _study(options)
-    chosen = list(_points(options, study, grid))
-    if not grid.periods and (wrong := [word for word in train if word.startswith("--method.")]):
-        raise ValueError(f"{study.name} decides the method: leave out {wrong[0]}, and choose with --methods")
-    if meant := [OWN_OPTIONS[name] for word in train if (name := word.partition("=")[0]) in OWN_OPTIONS]:
-        raise ValueError(f"the grid decides this setting: use {meant[0]}")
+    points = list(_points(options, study, grid))
+    _check_settings(study, grid, train)
 
     from hvdlocal.papers.launcher import train_command
-    from hvdlocal.papers.runs import run_all  # torch takes seconds to load
 
     output = options.output or Path("runs") / f"reproduce_{grid.setting.file}"
-    runs = list(_runs(grid, chosen, output, ([f"--data.path={options.data}"] if options.data else []) + train))
+    runs = list(_runs(grid, points, output, ([f"--data.path={options.data}"] if options.data else []) + train))
     launcher = [] if options.report else launcher_words(options.launcher)
     if options.dry_run:
         for run in runs:
@@ -66,17 +62,7 @@ def run(arguments: Sequence[str]) -> int:
     done = _report(study, grid, runs).done
     count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
     print(f"{study.title}\n{grid.setting.title}: {count}, {done} done, in {output}", flush=True)
-
-    def after(run: GridRun) -> None:
-        report = _report(study, grid, runs)
-        report.write(output / study.name)
-        print(f"  {report.line(run.point)}", flush=True)
-
-    code: int = (
-        ExitCode.FINISHED if options.report else run_all(runs, launcher, lambda text: print(text, flush=True), after)
-    )
-    if not (grid.periods or options.report or code == ExitCode.INTERRUPTED):
-        code |= _measure(runs)
+    code = ExitCode.FINISHED if options.report else _run_missing(study, grid, runs, launcher, output)
     report = _report(study, grid, runs)
     for claim in report.claims():
         print(f"K = {claim['workers']}: {claim['claim']}: {report.answer(claim)}")
@@ -84,8 +70,35 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
+def _check_settings(study: Study, grid: Grid, settings: Sequence[str]) -> None:
+    """Checks that none of the settings for `hvdlocal train` is one that the study or the grid decides.
+
+    Raises:
+        ValueError: a setting is.
+    """
+    if not grid.periods and (wrong := [word for word in settings if word.startswith("--method.")]):
+        raise ValueError(f"{study.name} decides the method: leave out {wrong[0]}, and choose with --methods")
+    if meant := [OWN_OPTIONS[name] for word in settings if (name := word.partition("=")[0]) in OWN_OPTIONS]:
+        raise ValueError(f"the grid decides this setting: use {meant[0]}")
+
+
+def _run_missing(study: Study, grid: Grid, runs: Sequence[GridRun], launcher: Sequence[str], output: Path) -> int:
+    """Runs what is missing, and measures the sharpness if the study is about rules for H; returns the exit code."""
+    from hvdlocal.papers.runs import run_all
+
+    def after(run: GridRun) -> None:
+        report = _report(study, grid, runs)
+        report.write(output / study.name)
+        print(f"  {report.line(run.point)}", flush=True)
+
+    code = run_all(runs, launcher, lambda text: print(text, flush=True), after)
+    if grid.periods or code == ExitCode.INTERRUPTED:
+        return code
+    return code | _measure(runs)
+
+
 def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
-    """What is to be run, and where."""
+    """Returns the study and the grid that the options select."""
     if options.study not in STUDIES:
         raise ValueError(f"no study {options.study!r}: choose one of {', '.join((*STUDIES, *EXPERIMENTS))}")
     study = STUDIES[options.study]
@@ -98,7 +111,7 @@ def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
 
 
 def _points(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[GridPoint]:
-    """The runs that are asked for."""
+    """Returns the points of the grid that the options select."""
     known = {method.name: method for method in (study.baseline, *study.methods) if method}
     if unknown := [name for name in options.methods or () if name not in known]:
         raise ValueError(f"--methods {unknown[0]}: {study.name} has {', '.join(known)}")
@@ -113,7 +126,7 @@ def _points(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[G
 
 
 def _runs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Sequence[str]) -> Iterator[GridRun]:
-    """The runs with their configurations, all of them checked."""
+    """Yields the runs with their configurations, after checking them."""
     from hvdlocal.cli.configuration import parse
     from hvdlocal.papers.runs import GridRun
     from hvdlocal.training.config_checks import check_ranges
@@ -133,20 +146,20 @@ def _runs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Seque
 
 
 def _prepare(runs: Sequence[GridRun], grid: Grid) -> None:
-    """Looks for the data, and removes earlier runs if that is asked for."""
+    """Checks that the data are there, and removes earlier runs if the settings ask for it."""
     from hvdlocal.training.attempts import restart_count
 
     if not grid.periods:
         require_scipy("qsr")
     data = runs[0].config.data
     grid.setting.require_data(data.path, (data.train_split, data.test_split))
-    if runs[0].config.overwrite and restart_count() == 0:  # a job that a batch system starts again goes on
+    if runs[0].config.overwrite and restart_count() == 0:  # a job that a batch system starts again continues
         for run in runs:
             run.clear()
 
 
 def _measure(runs: Sequence[GridRun]) -> int:
-    """The sharpness of what the runs found, where it is not known.
+    """Measures the sharpness of finished runs for which it is not known yet.
 
     Returns:
         FINISHED, or FAILED where it could not be measured.
@@ -171,7 +184,7 @@ def _measure(runs: Sequence[GridRun]) -> int:
 
 
 def _report(study: Study, grid: Grid, runs: Sequence[GridRun]) -> GridReport | RuleReport:
-    """What is known so far."""
+    """Builds the report of the results so far."""
     from hvdlocal.papers import run_sharpness
     from hvdlocal.papers.grid_report import GridReport
     from hvdlocal.papers.rule_report import RuleReport
@@ -188,9 +201,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hvdlocal reproduce",
         usage="hvdlocal reproduce STUDY [options] [--section.key value …]",
-        description="Run a table or figure of Balles et al. (TMLR 2024) again, for every K, H and method, and write it beside "
-        "the published one. A run is a directory; the same command goes on where it was interrupted. Options that are not "
-        "listed here go to hvdlocal train, such as --epochs 1.",
+        description="Run a table or figure of Balles et al. (TMLR 2024), or the rules for H of Gu et al. (ICLR 2024), again, for "
+        "every K, H and method, and compare the results with published ones. A run is a directory; the same command continues "
+        "where it was interrupted. Options that are not listed here are passed to hvdlocal train, such as --epochs 1.",
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -206,16 +219,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=int, nargs="+", metavar="K", help="numbers of ranks")
     parser.add_argument("--periods", type=int, nargs="+", metavar="H", help="local steps, or accumulated batches")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="some of the study's, and baseline (one rank)")
+    parser.add_argument(
+        "--methods", nargs="+", metavar="NAME", help="some of the study's methods, and baseline (one rank)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
     parser.add_argument("--data", metavar="DIR", help="the data set; default: as in experiments/")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="of the runs; default: runs/reproduce_<setting>")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="directory of the runs; default: runs/reproduce_<setting>"
+    )
     parser.add_argument(
         "--launcher",
         metavar="WORDS",
-        help="what starts ranks, before their number; default: mpirun -np, with ranks that may outnumber the cores",
+        help="the command that starts ranks, up to their number; default: mpirun -np, with more ranks than cores allowed",
     )
     only = parser.add_mutually_exclusive_group()
-    only.add_argument("--dry-run", action="store_true", help="print the commands of the runs and leave")
-    only.add_argument("--report", action="store_true", help="write the report of the runs that are done and leave")
+    only.add_argument("--dry-run", action="store_true", help="print the commands of the runs and exit")
+    only.add_argument("--report", action="store_true", help="write the report of the finished runs and exit")
     return parser

@@ -1,4 +1,4 @@
-"""`hvdlocal slurm --template NAME … CONFIG.yaml …`: a script for sbatch, checked before it waits in a queue."""
+"""`hvdlocal slurm --template NAME … CONFIG.yaml …`: makes a script for sbatch and checks it before it waits in a queue."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
     return ExitCode.FINISHED
 
 
-# -- what was asked for ----------------------------------------------------------------------------------------------
+# -- options and arguments ----------------------------------------------------------------------------------------------
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(given: argparse.Namespace, template: Template) -> dict[str, str | None]:
-    """The options of sbatch that differ from the template's."""
+    """Returns the options of sbatch that differ from the template's."""
     others: dict[str, str | None] = {}
     for text in given.sbatch:
         name, value = check.more(text, (*COUNTS, "time", *WORDS))
@@ -139,7 +139,7 @@ def _one_rank_per_gpu(options: dict[str, str | None]) -> None:
 
 
 def _numbers(given: argparse.Namespace, template: Template, options: dict[str, str | None]) -> dict[str, list[int]]:
-    """K and H of a sweep."""
+    """Returns K and H of a sweep."""
     asked = {"ranks": given.ranks, "periods": given.periods}
     if template.name != "sweep":
         for name, text in asked.items():
@@ -161,7 +161,7 @@ def _numbers(given: argparse.Namespace, template: Template, options: dict[str, s
 
 
 def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
-    """The arguments of the job after the name of its template; everything in them is checked as far as it can be here."""
+    """Returns the arguments of the job after the name of its template, checked as far as possible on this machine."""
     if given.image is not None and template != "container":
         raise ValueError("--image is an option of template container")
     if template == "prepare":
@@ -198,7 +198,7 @@ def _place(site: str | None) -> Place:
     return Place(os.getcwd(), os.path.dirname(sys.executable), str(directory()), site)
 
 
-# -- what becomes of the script --------------------------------------------------------------------------------------
+# -- output and submission --------------------------------------------------------------------------------------
 
 
 def _write(path: Path, script: str) -> None:
@@ -209,7 +209,7 @@ def _write(path: Path, script: str) -> None:
 
 
 def _submit(script: str, path: Path | None) -> str:
-    """Hands the script to sbatch; returns the job's id."""
+    """Submits the script and returns the job's id."""
     if shutil.which("sbatch") is None:
         raise ValueError("no sbatch here: submit from a login node, or write the script with --output FILE")
     # For sbatch, variables count more than the script.

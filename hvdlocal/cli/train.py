@@ -1,4 +1,4 @@
-"""`hvdlocal train CONFIG.yaml [--section.key value …]`."""
+"""`hvdlocal train CONFIG.yaml [--section.key value …]`: trains a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from hvdlocal.training import AlreadyFinished, Interrupted, Summary, TrainConfig
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Trains on all ranks; rank 0 prints the summary."""
+    """Trains on all ranks; rank 0 prints the summary.
+
+    Returns:
+        FINISHED, or INTERRUPTED if the run was asked to stop.
+    """
     config = parse(arguments)
     communicator = init()
     try:
@@ -30,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
-    """The summary, for a person."""
+    """Formats the summary as text."""
     evaluation, seconds = summary.evaluation, summary.seconds
     top5 = "" if evaluation.top5 is None else f", top-5 {100 * evaluation.top5:.2f} %"
     if config.method.is_local:

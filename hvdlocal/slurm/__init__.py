@@ -1,1 +1,1 @@
-"""sbatch scripts made from the templates of slurm/, which are installed with the package."""
+"""Makes sbatch scripts from the templates in slurm/, which are installed with the package."""

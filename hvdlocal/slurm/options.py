@@ -1,4 +1,4 @@
-"""Options of sbatch, checked before a job waits in a queue because of one."""
+"""Checks options of sbatch, so that mistakes are found before a job waits in a queue."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ NOTICE_SECONDS = 180
 """How long before the end of the job the templates ask for a checkpoint (`#SBATCH --signal`)."""
 
 WORKING_SECONDS = 180
-"""A job that has less before it is asked to stop is refused. Slurm may ask up to a minute early."""
+"""Shortest time of a job before it is asked to stop. Slurm may ask up to a minute early."""
 
 LARGEST_NOTICE_SECONDS = 65535
-"""Slurm's limit."""
+"""The longest notice that Slurm supports."""
 
 _TIME = re.compile(
     r"(?:(?P<days>[0-9]{1,6})-(?P<hours>[0-9]+)(?::(?P<minutes>[0-9]+)(?::(?P<seconds>[0-9]+))?)?"
@@ -33,21 +33,24 @@ _DECIDED = {
 """Options that would undo a template, and why."""
 
 _CHECKED = ("signal", "requeue", "open-mode", "time-min", "array")
-"""Options that may be given with some values; sbatch takes beginnings of their names, which are refused for that reason."""
+"""Options that are allowed with some values. sbatch accepts abbreviations of their names, which are therefore refused."""
 
 _WORD = re.compile(r"[\w.,:;@%+=/*()\[\]&|~-]+", re.ASCII)
 
 
 def time_limit(text: str, notice_seconds: int = NOTICE_SECONDS, name: str = "time") -> str:
-    """A time in one of sbatch's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on; 0 for no limit.
+    """Checks a time in one of sbatch's forms: minutes, minutes:seconds, hours:minutes:seconds, days-hours and so on.
 
     Args:
-        text: to be checked.
+        text: the time; 0 stands for no limit.
         notice_seconds: how long before its end the job is asked for a checkpoint.
-        name: of the option.
+        name: name of the option.
+
+    Returns:
+        The text.
 
     Raises:
-        ValueError: another form, or too short for a checkpoint before the end.
+        ValueError: the text has another form, or the time is too short for a checkpoint before the end.
     """
     match = _TIME.fullmatch(text)
     if match is None:
@@ -74,10 +77,10 @@ def time_limit(text: str, notice_seconds: int = NOTICE_SECONDS, name: str = "tim
 
 
 def count(name: str, text: str) -> str:
-    """A whole number of at least one.
+    """Checks a whole number of at least one, and returns it without leading zeros.
 
     Raises:
-        ValueError: anything else.
+        ValueError: the text is something else.
     """
     if not re.fullmatch(r"[0-9]{1,6}", text) or int(text) == 0:
         raise ValueError(f"--{name} {text}: a whole number of at least 1")
@@ -85,10 +88,10 @@ def count(name: str, text: str) -> str:
 
 
 def word(name: str, text: str) -> str:
-    """A value without spaces, quotes, # or control characters: #SBATCH lines have quoting rules of their own.
+    """Checks that a value has no spaces, quotes, # or control characters: #SBATCH lines have their own quoting rules.
 
     Raises:
-        ValueError: a value that has one.
+        ValueError: it has one of them.
     """
     if not _WORD.fullmatch(text):
         raise ValueError(f"--{name} {text!r}: letters, digits and .,:;@%+=/*()[]&|~_- only")
@@ -96,14 +99,17 @@ def word(name: str, text: str) -> str:
 
 
 def more(text: str, own: Collection[str] = ()) -> tuple[str, str | None]:
-    """An option of sbatch that has no option here: `qos=long`, or `exclusive`.
+    """Checks an option of sbatch that `hvdlocal slurm` does not have itself, such as `qos=long` or `exclusive`.
 
     Args:
-        text: to be checked.
-        own: the names of those that have one.
+        text: the option.
+        own: the names of the options of `hvdlocal slurm`.
+
+    Returns:
+        The name and the value of the option.
 
     Raises:
-        ValueError: not of this form, or it would undo what the templates do.
+        ValueError: the text has another form, or the option would undo what the templates do.
     """
     name, equals, value = text.partition("=")
     if not re.fullmatch(r"[a-z][a-z-]+", name):
@@ -129,15 +135,15 @@ def more(text: str, own: Collection[str] = ()) -> tuple[str, str | None]:
 
 
 def notice(signal: str) -> int:
-    """How many seconds before the end of the job a value of sbatch's `--signal` asks for a checkpoint."""
+    """Returns the seconds before the end of the job at which a value of sbatch's `--signal` asks for a checkpoint."""
     return int(signal.rpartition("@")[2])
 
 
 def largest_task(array: str) -> int:
-    """The largest number in a value of sbatch's `--array`, such as `0-11%4` or `1,3,5-9:2`.
+    """Returns the largest number in a value of sbatch's `--array`, such as `0-11%4` or `1,3,5-9:2`.
 
     Raises:
-        ValueError: another form.
+        ValueError: the text has another form.
     """
     tasks, _, at_a_time = array.partition("%")
     match = re.fullmatch(r"[0-9]{1,6}(-[0-9]{1,6}(:[0-9]{1,6})?)?(,[0-9]{1,6}(-[0-9]{1,6}(:[0-9]{1,6})?)?)*", tasks)
@@ -147,7 +153,7 @@ def largest_task(array: str) -> int:
 
 
 def overriding_variables(names: Collection[str]) -> set[str]:
-    """The environment variables by which sbatch would override a script that sets these options, or undo its template."""
+    """Returns the environment variables with which sbatch would override these options of a script, or undo its template."""
     unlike = {"time": "TIMELIMIT", "array": "ARRAY_INX"}
     options = {*names, *_DECIDED, "array"}
     return {f"SBATCH_{unlike.get(name, name.upper().replace('-', '_'))}" for name in options}

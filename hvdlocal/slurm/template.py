@@ -1,4 +1,4 @@
-"""The templates: scripts that sbatch takes as they are, and that can be made ready for one job."""
+"""The templates: scripts that sbatch accepts unchanged, and that can be adapted to one job."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ source slurm/common.sh
 
 
 NAMES = ("cpu", "gpu", "gpu-nodes", "gpu-nodes-srun", "staging", "prepare", "sweep", "container")
-"""The simplest first."""
+"""The names of the templates, the simplest first."""
 
 
 def directory() -> Path:
-    """Where the templates and common.sh are.
+    """Returns the directory of the templates and common.sh.
 
     Raises:
         FileNotFoundError: the package was installed without them.
@@ -35,7 +35,7 @@ def directory() -> Path:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job works: absolute paths on the cluster.
+    """The absolute paths on the cluster that a job uses.
 
     Attributes:
         directory: the working directory, to which relative paths of the run refer.
@@ -50,7 +50,7 @@ class Place:
     site: str | None = None
 
     def commands(self, arguments: Sequence[str]) -> str:
-        """The lines that replace those by which an unchanged template finds its place and arguments."""
+        """Returns the lines that replace those with which an unchanged template finds its directory and arguments."""
         given = {"HVDLOCAL_SITE": self.site, "HVDLOCAL_BIN": self.executables}
         lines = [f"cd {shlex.quote(self.directory)}"]
         lines += [f"export {name}={shlex.quote(path)}" for name, path in given.items() if path is not None]
@@ -68,7 +68,7 @@ class Template:
 
     @classmethod
     def load(cls, name: str) -> Template:
-        """Reads one.
+        """Reads a template.
 
         Raises:
             ValueError: no template has this name.
@@ -79,17 +79,17 @@ class Template:
 
     @property
     def summary(self) -> str:
-        """What it is for, in one sentence."""
+        """Its purpose, in one sentence."""
         return self.text.splitlines()[1].removeprefix("# ")
 
     @property
     def options(self) -> dict[str, str]:
-        """The options of sbatch that it sets."""
+        """The options of sbatch that the template sets."""
         found = (_DIRECTIVE.fullmatch(line) for line in self.text.splitlines())
         return {match["name"]: match["value"] or "" for match in found if match}
 
     def numbers(self, variable: str) -> list[int]:
-        """A list of numbers in it, such as `ranks=(1 2 4)`; empty when it has none of this name."""
+        """Returns a list of numbers in the template, such as `ranks=(1 2 4)`; empty if there is no such list."""
         match = re.search(rf"^{variable}=\((.*)\)$", self.text, re.MULTILINE)
         return [int(number) for number in match[1].split()] if match else []
 
@@ -101,17 +101,18 @@ class Template:
         made_by: str,
         numbers: Mapping[str, Iterable[int]] | None = None,
     ) -> str:
-        """A script that sbatch takes from any directory.
+        """Makes a script that can be submitted from any directory.
 
         Args:
-            options: of sbatch, checked; None for one without a value. They replace those of the template or come in addition.
-            arguments: of the job: what an unchanged template gets after its name.
-            place: where the job works.
-            made_by: the command that asked for it, for the reader of the script.
+            options: checked options of sbatch; None stands for an option without a value. They replace those of the template or
+                are added to them.
+            arguments: arguments of the job, which an unchanged template would get after its name.
+            place: the paths that the job uses.
+            made_by: the command that made the script, for its reader.
             numbers: lists of numbers that replace those of the template.
 
         Raises:
-            ValueError: a control character in anything that becomes part of the script.
+            ValueError: a part of the script contains a control character.
         """
         paths = (place.directory, place.executables, place.templates, place.site or "")
         for part in (*arguments, *paths, made_by):
@@ -128,7 +129,7 @@ class Template:
 
 
 def _with_directives(lines: Sequence[str], options: Mapping[str, str | None]) -> list[str]:
-    """The lines with these options of sbatch: in the place of the template's own, others after its last one."""
+    """Returns the lines with these options of sbatch: instead of the template's own, or after the template's last one."""
     remaining = {name: f"#SBATCH --{name}" + ("" if value is None else f"={value}") for name, value in options.items()}
     merged, end = [], 0
     for line in lines:
