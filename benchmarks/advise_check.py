@@ -1,10 +1,10 @@
-"""What `hvdlocal advise` predicts of a round, beside what training then takes: the same configuration, ranks and link.
+"""Compares the time of a round that `hvdlocal advise` predicts with the time in training, on the same ranks and link.
 
 benchmarks/slow_link.sh 1gbit python benchmarks/advise_check.py experiments/cifar10_small.yaml [--section.key value …]
 
-Several passes, each first the measurements of `advise`, then some rounds of training with every method and period, each with a
-replica of its own: load and network change, and both must see the same of it. Predictions are made from the measurements of
-all passes together. Evaluations, checkpoints and the log are not in either.
+There are several passes, since load and network vary: each makes the measurements of `advise`, and then some rounds of training
+with every method and period, each with its own replica. Predictions use the measurements of all passes together. Neither side
+includes evaluations, checkpoints and the log.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Training:
             training.round()
 
     def trial(self, advice: Advice, seconds: float) -> dict[tuple[str, int], float]:
-        """Seconds of a round on the slowest rank, by method and period; each trains for about so many seconds."""
+        """Trains with each method and period for about this time; returns the seconds of a round on the slowest rank."""
         taken = {}
         for run, training in self._runs.items():
             rounds = max(1, round(seconds / advice.table[run].round))
@@ -70,7 +70,7 @@ def load() -> float:
 
 
 def advice_from(measurements: list[Measurements], config: TrainConfig) -> Advice:
-    """From several measurements as if from one."""
+    """Returns the advice from several measurements, as if they were one."""
     blocks = tuple(block for one in measurements for block in one.blocks)
     together = replace(measurements[0], blocks=blocks, seconds=sum(one.seconds for one in measurements))
     return advise(together, config.method.c, config.method.statistics)

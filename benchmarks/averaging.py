@@ -1,10 +1,10 @@
-"""What one averaging costs: hvdlocal beside one bare allreduce of the same bytes, and beside what others do.
+"""The cost of one averaging: hvdlocal compared with a bare allreduce of the same bytes, and with other libraries.
 
 mpirun -np 2 --bind-to none python benchmarks/averaging.py [--models resnet18_cifar resnet50 vit_b_16] [--json FILE]
 
 All candidates alternate in the same processes, with a barrier before each and the slowest rank's time counting, so that
-ratios within a trial are worth something on a noisy machine. No network is in the way: ranks on one node average through shared
-memory, which is where the work beside the collective shows most.
+ratios within a trial are meaningful on a noisy machine. No network is involved: ranks on one node average through shared
+memory, where the work in addition to the collective is most visible.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class Weights(torch.nn.Module):
             self.register_buffer(f"buffer{i}", buffer.clone())
 
     def forward(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """A loss whose gradient is `gradients`: a backward pass that costs next to nothing."""
+        """Returns a loss whose gradient is `gradients`, so that the backward pass costs almost nothing."""
         return torch.stack([(p * g).sum() for p, g in zip(self.weights, gradients, strict=True)]).sum()
 
 
 @dataclass
 class Candidate:
-    """Something that is timed: `run`, after `prepare`."""
+    """Work that is timed: `run`, after `prepare`, which is not timed."""
 
     name: str
     run: Callable[[], object]
@@ -130,11 +130,11 @@ def averagings(
 def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Callable[[], object], Callable[[], object]]:
     def prepare() -> None:
         optimizer.communicator = communicator
-        optimizer.step()  # the first of a round that would not end
+        optimizer.step()  # the first step of a round that would not end
 
     def run() -> None:
         if optimizer._flat_replica.statistics_scalars is not None:
-            optimizer._take_statistics(valid=True)  # once a round, by its first step: part of the price
+            optimizer._take_statistics(valid=True)  # the first step of a round does this: part of the cost
         optimizer.synchronize()
 
     return run, prepare

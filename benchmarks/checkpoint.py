@@ -1,9 +1,10 @@
-"""What a checkpoint costs the training: the copy that it waits for, against the writing that goes on beside it.
+"""The cost of a checkpoint: the copy for which training waits, and the writing in the background.
 
     mpirun -np 2 python benchmarks/checkpoint.py
 
-A ResNet-50-sized replica with momentum on every rank. "Held up" is the time until training goes on; "on disk" the time until
-every rank's file is written and the manifest is. Both beside one averaging of the same model. Medians.
+Every rank has a replica of the size of a ResNet-50, with momentum. "Held up" is the time until training continues; "on disk" is
+the time until every rank's file and the manifest are written. Both are compared with one averaging of the same model. All
+numbers are medians.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hvdlocal.training.checkpoint.writer import CheckpointWriter
 
 
 def main() -> None:
-    """Runs on every rank; rank 0 prints."""
+    """Runs the benchmark on every rank; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--directory", help="where to write (default: the directory for temporary files)")

@@ -68,7 +68,7 @@ def sizes(batches: Iterable[Any]) -> Iterator[int]:
 
 
 def write_python_version(dataset: ShardedDataset, directory: Path) -> None:
-    """The training images as torchvision wants to find them."""
+    """Writes the training images in the layout that torchvision expects."""
     folder = directory / "cifar-10-batches-py"
     folder.mkdir(parents=True)
     for number, samples in enumerate(np.arange(len(dataset)).reshape(5, -1), start=1):

@@ -21,7 +21,7 @@ BATCH = 256
 
 
 def batches(num_samples: int) -> Iterator[np.ndarray]:
-    """Index arrays (BATCH,): random permutations, one after the other."""
+    """Yields index arrays (BATCH,) from consecutive random permutations."""
     generator = np.random.default_rng(0)
     while True:
         order = generator.permutation(num_samples)

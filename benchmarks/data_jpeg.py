@@ -2,8 +2,8 @@
 
 python benchmarks/data_jpeg.py --data jpeg-sample      (a directory with train/<class>/*.jpg)
 
-webdataset and MosaicML streaming take part if they are installed; streaming may live with its many dependencies in a
-directory of its own, which --path adds to Python's.
+webdataset and MosaicML streaming take part if they are installed; streaming and its many dependencies may be in a separate
+directory, which --path adds to Python's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def hvdlocal_loader(directory: str, threads: int) -> Iterator[int]:
 
 
 def bare_loop(directory: str, threads: int) -> Iterator[int]:
-    """The same decoder, crops and transforms over a list of bytes: what there is to do, and nothing else."""
+    """Yields batches from the same decoder, crops and transforms over a list of bytes: the necessary work alone."""
     dataset = ShardedDataset(directory)
     files = [bytes(dataset.bytes_of(i)) for i in range(len(dataset))]
     dims, crop, transform = dataset.dims, RandomResizedCrop(SIZE), Compose([Flip(), Normalize(MEAN, STD)])
@@ -129,7 +129,7 @@ def sizes(batches: Iterable[Any]) -> Iterator[int]:
 
 
 def write_tars(source: Path, directory: Path, shards: int = 4) -> None:
-    """The tree as webdataset wants to find it."""
+    """Writes the images in the layout that webdataset expects."""
     import webdataset as wds
 
     directory.mkdir()
@@ -143,7 +143,7 @@ def write_tars(source: Path, directory: Path, shards: int = 4) -> None:
 
 
 def write_mds(source: Path, directory: Path) -> None:
-    """The tree as MosaicML streaming wants to find it."""
+    """Writes the images in the layout that MosaicML streaming expects."""
     import_torchvision()
     import streaming
 

@@ -1,18 +1,18 @@
-"""What hvdlocal costs on one GPU: python benchmarks/gpu.py PART [--device cpu] [--data DIR] [--small].
+"""The cost of hvdlocal on one GPU: python benchmarks/gpu.py PART [--device cpu] [--data DIR] [--small].
 
 Parts, each a table in Markdown on standard output:
 
     machine     memory bandwidth and matrix product, the ceilings of the card
     sketch      the gradient sketch against one read of the gradient
     step        host time of a local step beside the bare optimizer's
-    memory      what each option keeps on the device
+    memory      the memory of each option on the device
     averaging   an averaging against the bare collective of the same bytes; under mpirun: ranks share the GPU
     synthetic   a loop with LocalOptimizer against a bare loop: ResNet-50, one batch of 224 pixels again and again
     cifar10     the loop of `hvdlocal train` against a bare loop: ResNet-18, shards of CIFAR-10 (--data)
     jpeg        the same with ResNet-50 and shards of JPEGs (--data)
 
 Loops alternate in one process, and a ratio is the median over the trials. A bare loop is forward pass, backward pass and
-torch's SGD over a batch that lies on the device already: it loads nothing, augments nothing, averages nothing and writes
+torch's SGD over a batch that is already on the device: it loads nothing, augments nothing, averages nothing and writes
 nothing. Device times are measured with a full queue, so that launching is not counted; host times with an empty one.
 `--device cpu` and `--small` run the same code anywhere.
 """
@@ -46,7 +46,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Place:
-    """Where a part is measured, and with how much work."""
+    """The device of a measurement, and the amount of work."""
 
     device: torch.device
     small: bool
@@ -56,7 +56,7 @@ class Place:
         return self.device.type == "cuda"
 
     def models(self) -> dict[str, tuple[int, int, int]]:
-        """Models by name, with the shape of their images."""
+        """Returns models by name, with the shape of their images."""
         if self.small:
             return {"resnet9_narrow": (32, 32, 3)}
         return {"resnet50": (224, 224, 3), "vit_b_16": (224, 224, 3)}
@@ -67,7 +67,7 @@ class Place:
             torch.cuda.synchronize(self.device)
 
     def device_seconds(self, work: Work, repeats: int = 20) -> float:
-        """Median time that the device takes for `work`, launched while it is busy with something else."""
+        """Returns the median device time of `work`, which is launched while the device is busy with something else."""
         for _ in range(3):
             work()
         found = []
@@ -86,7 +86,7 @@ class Place:
         return statistics.median(found)
 
     def host_seconds(self, work: Work, before: Work = lambda: None, repeats: int = 30) -> float:
-        """Median time until `work` returns, the device having nothing to do."""
+        """Returns the median time until `work` returns, with an idle device."""
         found = []
         for trial in range(8 if self.small else repeats):
             before()
@@ -108,7 +108,7 @@ def seconds(work: Work) -> float:
 
 
 def row(*cells: object) -> None:
-    """A row of a Markdown table, at once."""
+    """Prints a row of a Markdown table and flushes it."""
     print(
         "| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |", flush=True
     )
@@ -125,7 +125,7 @@ def gradients_of(name: str, shape: tuple[int, int, int], device: torch.device) -
 
 
 def machine(place: Place) -> None:
-    """Ceilings: a copy, a read, and a bfloat16 matrix product."""
+    """Measures the ceilings: a copy, a read, and a bfloat16 matrix product."""
     numel, side = (1 << 18, 256) if place.small else (1 << 29, 8192)
     a, b = torch.randn(numel, device=place.device), torch.empty(numel, device=place.device)
     copied = place.device_seconds(lambda: b.copy_(a))
@@ -139,7 +139,7 @@ def machine(place: Place) -> None:
 
 
 def sketch(place: Place) -> None:
-    """Device time of a projection, in reads of the gradient."""
+    """Measures the device time of a projection, in reads of the gradient."""
     head("gradient of", "parameters", "sketch", "read, µs", "sketch, µs", "ratio", "host, µs")
     for name, shape in place.models().items():
         gradients = gradients_of(name, shape, place.device)
@@ -154,7 +154,7 @@ def sketch(place: Place) -> None:
 
 
 def step(place: Place) -> None:
-    """Host time of `step()` for the options, which alternate; one batch's gradients are used again and again."""
+    """Measures the host time of `step()` for the options, in turn, always with the gradients of one batch."""
     name, shape = next(iter(place.models().items()))
     gradients = gradients_of(name, shape, place.device)
     candidates: dict[str, tuple[Work, Work]] = {}  # what is timed, and what comes before
@@ -163,7 +163,7 @@ def step(place: Place) -> None:
             continue  # two calls are a step
         optimizer = optimizer_of(build_model(name, 1000, shape).to(place.device), settings)
         set_gradients(optimizer, gradients)
-        optimizer.step()  # the first of a round, with its statistics, that never ends
+        optimizer.step()  # the first step, with its statistics, of a round that never ends
         candidates[option] = optimizer.step, lambda: None
     for statistics_ in ("sketch", "exact"):
         settings = {"scaling": hvdlocal.LocalAdaScale(statistics=statistics_)}
@@ -186,7 +186,7 @@ def step(place: Place) -> None:
 
 
 def optimizer_of(model: torch.nn.Module, settings: dict | None, **more: object) -> torch.optim.Optimizer:
-    """SGD with momentum, bare or in a LocalOptimizer whose round does not end by itself."""
+    """Returns SGD with momentum, bare or in a LocalOptimizer whose round does not end by itself."""
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     if settings is None:
         return optimizer
@@ -201,13 +201,13 @@ def set_gradients(optimizer: torch.optim.Optimizer, gradients: list[torch.Tensor
 
 
 def memory(place: Place) -> None:
-    """What is allocated after some steps and an averaging, in multiples of the parameters; and the peak of the averaging."""
+    """Measures the memory after some steps and an averaging, in multiples of the parameters, and the averaging's peak."""
     if not place.on_gpu:
         print("\nMemory is counted on a GPU; for the CPU see benchmarks/local_step.py.")
         return
     name, shape = next(iter(place.models().items()))
     one = torch.ones(1, 1, 1, device=place.device)
-    torch.bmm(one, one)  # the libraries' own workspace is nobody's
+    torch.bmm(one, one)  # the libraries' workspace is not counted
     torch.dot(one.view(1), one.view(1))
     head(f"{name}, SGD with momentum", "allocated, × parameters", "more than bare", "an averaging needs more, MB")
     bare = 0.0
@@ -232,7 +232,7 @@ def memory(place: Place) -> None:
 
 
 def averaging(place: Place) -> None:
-    """Ranks that share the device over mpi4py, through host memory."""
+    """Measures an averaging of ranks that share the device, over mpi4py through host memory."""
     from averaging import Candidate, Weights, ratio, run_trials
 
     communicator = hvdlocal.init()
@@ -260,7 +260,7 @@ def averaging(place: Place) -> None:
 
 
 def waited(place: Place, work: Work) -> Work:
-    """`work`, with the device done when it returns."""
+    """Returns `work` followed by a wait for the device."""
 
     def run() -> None:
         work()
@@ -270,7 +270,7 @@ def waited(place: Place, work: Work) -> Work:
 
 
 class Bare:
-    """A bare training loop over one batch that is on the device already."""
+    """A bare training loop over one batch that is already on the device."""
 
     def __init__(self, place: Place, model: torch.nn.Module, batch: int, shape: tuple[int, int, int], classes: int):
         height, width, channels = shape
@@ -296,7 +296,7 @@ class Bare:
 
 
 def synthetic(place: Place) -> None:
-    """The library's part of a loop of the user's own."""
+    """Measures the cost of the library in a user's own loop."""
     name, shape = next(iter(place.models().items()))
     batch, steps, trials = (4, 2, 2) if place.small else (128, 25, 5)
     bare = Bare(place, build_model(name, 1000, shape), batch, shape, 1000)
@@ -328,11 +328,11 @@ def report_loops(title: str, images: int, times: dict[str, list[float]]) -> None
 
 
 class Enough(BaseException):
-    """Ends a run that has been measured."""
+    """Ends a run whose measurement is complete."""
 
 
 def train_loop(place: Place, title: str, config: object, batch: int, steps: int, trials: int) -> None:
-    """The loop of a real run, interrupted now and then for as many steps of a bare loop."""
+    """Measures the loop of a real run, which alternates with the same number of steps of a bare loop."""
     from hvdlocal.training import Trainer
 
     trainer = Trainer(config, hvdlocal.init())
@@ -348,7 +348,7 @@ def train_loop(place: Place, title: str, config: object, batch: int, steps: int,
         nonlocal done, began
         original()
         done += 1
-        if done == warm:  # after a pause the first batches were ready, so they do not count
+        if done == warm:  # the first batches after a pause were ready, so they do not count
             place.finish()
             began = time.perf_counter(), trainer.state.totals.waiting_for_data
         if done == warm + steps:
@@ -370,7 +370,7 @@ def train_loop(place: Place, title: str, config: object, batch: int, steps: int,
 
 
 def configuration(place: Place, data: Path, output: str, model: str, batch: int, **settings: object) -> object:
-    """A run that goes on until it is told that it was enough."""
+    """Returns the configuration of a run that continues until `Enough` ends it."""
     from hvdlocal.training.config import (
         DataConfig,
         MethodConfig,
@@ -394,7 +394,7 @@ def configuration(place: Place, data: Path, output: str, model: str, batch: int,
 
 
 def cifar10(place: Place, data: Path) -> None:
-    """Fixed-size images: crop and flip on the device."""
+    """Measures images of fixed size: crop and flip on the device."""
     model = "resnet9_narrow" if place.small else "resnet18_cifar"
     for batch, steps, trials in [(16, 3, 2)] if place.small else [(128, 80, 5), (512, 50, 5)]:
         with tempfile.TemporaryDirectory() as folder:
@@ -404,7 +404,7 @@ def cifar10(place: Place, data: Path) -> None:
 
 
 def jpeg(place: Place, data: Path) -> None:
-    """JPEGs decoded by the host's cores."""
+    """Measures JPEGs that the host's cores decode."""
     model, size = ("resnet9_narrow", 32) if place.small else ("resnet50", 224)
     batch, steps, trials = (8, 3, 2) if place.small else (128, 20, 4)
     with tempfile.TemporaryDirectory() as folder:

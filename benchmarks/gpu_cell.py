@@ -2,8 +2,8 @@
 
 Trains experiments/cifar10_resnet18.yaml (ResNet-18 at full width) with data parallelism and with LocalAdaScale, in
 bfloat16, by ranks that share the GPU over mpi4py. The paper trains for 200 scale-invariant epochs with 8 workers and more;
-here it is as many epochs as the minutes allow, found by a short run of each method first. Writes a page with the accuracy
-against the progress, the data and the time, beside the paper's end.
+here the number of epochs follows from the minutes and from a short run of each method. The script writes a page with the
+accuracy against progress, data and time, and the paper's result.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from hvdlocal.report.records import read_run
 METHODS = ("local-ada", "sync")
 CALIBRATION_EPOCHS = 0.5
 START_SECONDS = 25.0
-"""For a job of several ranks until its first step, to be kept free for each run."""
+"""Time to reserve for the start of each job of several ranks."""
 
 
 def train(arguments: argparse.Namespace, data: Path, output: Path, method: str, epochs: float) -> list[str]:
-    """The command of one run."""
+    """Returns the command of one run."""
     small = ["--model.name", "resnet9_narrow", "--data.batch_size", "16"] if arguments.device == "cpu" else []
     command = ["install/mpirun", "-np", str(arguments.ranks), sys.executable, "-m", "hvdlocal"]
     command += ["train", "experiments/cifar10_resnet18.yaml", "--data.path", str(data), "--device", arguments.device]
@@ -40,7 +40,7 @@ def train(arguments: argparse.Namespace, data: Path, output: Path, method: str, 
 
 
 def seconds_per_epoch(output: Path) -> float:
-    """Of one scale-invariant epoch of a finished run, evaluating left out."""
+    """Returns the seconds of a scale-invariant epoch of a finished run, without evaluations."""
     run = read_run(output)
     if run.end is None:
         raise RuntimeError(f"the short run in {output} did not come to its end: give --epochs, or more --minutes")
@@ -48,7 +48,7 @@ def seconds_per_epoch(output: Path) -> float:
 
 
 def accuracies(output: Path) -> list[str]:
-    """The evaluations of a run, as far as it came, as a table."""
+    """Returns the evaluations of a run so far, as a table."""
     try:
         run = read_run(output)
     except (ValueError, OSError) as error:
@@ -65,7 +65,7 @@ def accuracies(output: Path) -> list[str]:
 
 
 def published() -> list[str]:
-    """The nearest published cell."""
+    """Returns the nearest published result."""
     table = read_table("cifar10")
     cell = table.cells["local-ada", 8, 8]
     return [

@@ -1,10 +1,10 @@
-"""Everything that can be shown on one GPU, on one page: python benchmarks/gpu_report.py [--minutes 8] [--wheels DIR].
+"""Collects everything that can be shown on one GPU on one page: python benchmarks/gpu_report.py [--minutes 8] [--wheels DIR].
 
-Runs tests/gpu and benchmarks/gpu.py within a time limit and writes a page of figures with the card, the versions and the
-date. The page is written anew after every line, and every stage has a time limit of its own, so a run that is cut off, or
-a stage that fails, leaves the others' figures. Needed: Python with torch, torchvision, numpy, h5py and pytest with
-pytest-timeout. What else hvdlocal needs, an MPI and mpi4py included, may lie in DIR as wheels; it is installed in a
-temporary directory, without a network. `--device cpu` runs the same code with little work.
+The script runs tests/gpu and benchmarks/gpu.py within a time limit and writes a page of figures with the card, the versions and
+the date. The page is rewritten after every line, and every stage has its own time limit, so that a run which is cut off, or a
+stage that fails, leaves the other figures. It needs Python with torch, torchvision, numpy, h5py and pytest with pytest-timeout.
+Other requirements of hvdlocal, including an MPI and mpi4py, may be provided as wheels in DIR; they are installed in a temporary
+directory, without a network. `--device cpu` runs the same code with little work.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ MPIRUN = ["install/mpirun", "-np"]
 
 @dataclass
 class Stage:
-    """Commands that run one after the other.
+    """Commands that are run one after the other.
 
     Attributes:
-        name: the title of its section.
-        commands: arguments, for Python unless they begin with a program's path.
-        seconds: that it may take.
-        keep: the output lines that belong on the page.
-        result: more lines for the page, once the commands have ended, in whatever way.
+        name: title of the section on the page.
+        commands: arguments of Python, or a command that begins with a program's path.
+        seconds: time limit of the stage.
+        keep: selects the output lines for the page.
+        result: returns further lines for the page after the commands have ended or failed.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Stage:
 
 
 class Report:
-    """The page, its stages, and the time that is left.
+    """The page, its stages, and the remaining time.
 
     Args:
-        arguments: of the command line.
-        environment: for the stages.
-        name: at the end of the page's file name.
+        arguments: arguments of the command line.
+        environment: environment variables for the stages.
+        name: end of the page's file name.
     """
 
     def __init__(self, arguments: argparse.Namespace, environment: dict[str, str], name: str = "") -> None:
@@ -76,7 +76,7 @@ class Report:
         self._log = self.page.with_suffix(".log").open("w")
 
     def run(self, stages: list[Stage], at_once: bool = False) -> None:
-        """Runs the stages, and keeps what they print."""
+        """Runs the stages and keeps their output."""
         self._stages += stages
         self._write()
         with ThreadPoolExecutor(len(stages) if stages and at_once else 1) as pool:
@@ -108,7 +108,7 @@ class Report:
         self._write()
 
     def _execute(self, command: list[str], stage: Stage, deadline: float) -> int | None:
-        """The exit code; None when the time was over."""
+        """Runs a command and returns its exit code; None if its time was over."""
         program = command if command[0].startswith("install/") else [sys.executable, *command]
         process = subprocess.Popen(
             program,
@@ -151,7 +151,7 @@ class Report:
 
 
 def facts(device: str, environment: dict[str, str], revision: str | None) -> dict[str, str]:
-    """What the figures depend on."""
+    """Returns what the figures depend on."""
     code = (
         "import torch, importlib.metadata as m\n"
         "on = torch.cuda.is_available()\n"
@@ -190,7 +190,7 @@ def facts(device: str, environment: dict[str, str], revision: str | None) -> dic
 
 
 def output_of(*command: str) -> str:
-    """The first line that a program prints; empty when it cannot be run."""
+    """Returns the first line that a program prints; "" if it cannot be run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().partition("\n")[0]
     except OSError:
@@ -198,7 +198,7 @@ def output_of(*command: str) -> str:
 
 
 def environment(wheels: Path | None, place: Path, small: bool) -> dict[str, str]:
-    """For the stages; wheels are installed in `place`."""
+    """Returns environment variables for the stages, after installing the wheels in `place`."""
     paths = [str(ROOT)]
     made = {"OMP_NUM_THREADS": "1"} if small else {}  # one thread: others may be using the machine
     made |= {**os.environ, "HVDLOCAL_BACKEND": "mpi4py", "PYTHONUNBUFFERED": "1"}
@@ -218,7 +218,7 @@ def environment(wheels: Path | None, place: Path, small: bool) -> dict[str, str]
 
 
 def tests(device: str, small: bool) -> list[Stage]:
-    """tests/gpu in pieces that run at the same time."""
+    """Returns stages for tests/gpu, in parts that run at the same time."""
     pieces = {
         "one rank": "not ranks_share and not horovod",
         "two ranks": "ranks_share and 2",
@@ -239,7 +239,7 @@ def tests(device: str, small: bool) -> list[Stage]:
 
 
 def benchmarks(arguments: argparse.Namespace, place: Path) -> list[Stage]:
-    """benchmarks/gpu.py, the data sets that its parts need included."""
+    """Returns stages for benchmarks/gpu.py and the data sets that its parts need."""
     small = ["--small"] if arguments.device == "cpu" else []
     options = ["--device", arguments.device, *small]
     cifar, jpegs = str(place / "cifar10"), str(place / "jpegs")

@@ -1,11 +1,11 @@
-"""Does a run that is hurt at random moments come to the same bits? Random combinations of settings, random blows, one seed each.
+"""Checks that runs which are disturbed at random moments end with the same bits, for random settings and random faults.
 
     python benchmarks/kill_loop.py --kills 200 --seed 1
 
-Every combination is first run undisturbed. Then it is run again and hurt up to five times, at any moment between the start of
-mpirun and the end: a rank or everything is killed, mpirun gets TERM or INT, or the run is asked to stop (USR2 to mpirun). In the
-end it is left alone, and its model, its best model, its records and its summary must be those of the undisturbed run. A
-combination is repeated by its own seed: `--seed SEED --kills 1`.
+Every combination is first run undisturbed. Then it is run again with up to five faults, at any moment between the start of
+mpirun and the end: a rank or everything is killed, mpirun gets TERM or INT, or the run is asked to stop (USR2 to mpirun). Finally
+it runs to its end, and its model, its best model, its records and its summary must equal those of the undisturbed run. Each
+combination has its own seed, with which it can be repeated: `--seed SEED --kills 1`.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from hvdlocal.exit_codes import ExitCode
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE_SECONDS = 300.0
-"""Of one start."""
+"""Deadline of one start."""
 
 FINAL = (ExitCode.MISTAKE, ExitCode.DIVERGED)
-"""No blow leads to these."""
+"""Exit codes that no fault may cause."""
 
 PERIODS = (
     ["--method.period.period", "3"],
@@ -64,12 +64,12 @@ class Broken(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Combination:
-    """What is run.
+    """The settings of a run.
 
     Attributes:
-        ranks: how many.
+        ranks: number of ranks.
         backend: HVDLOCAL_BACKEND.
-        settings: for the command line.
+        settings: arguments of the command line.
     """
 
     ranks: int
@@ -78,7 +78,7 @@ class Combination:
 
     @classmethod
     def draw(cls, dice: random.Random) -> Combination:
-        """One at random."""
+        """Draws a combination at random."""
         preset, any_period = dice.choice(list(METHODS.items()))
         settings = ["--method.preset", preset, *dice.choice(PERIODS if any_period else PERIODS[:1])]
         settings += dice.choice([["--optimizer.lr", "0.02"], ["--optimizer.name", "adamw", "--optimizer.lr", "0.003"]])
@@ -98,13 +98,13 @@ class Combination:
 
 @dataclass(frozen=True)
 class Run:
-    """A combination with a directory, in which everything of it lies.
+    """A combination with a directory for all its files.
 
     Attributes:
-        combination: what is run.
-        config: what all combinations have in common.
-        directory: its own.
-        environment: of its processes.
+        combination: the settings.
+        config: the configuration that all combinations share.
+        directory: the run's directory.
+        environment: environment variables of its processes.
     """
 
     combination: Combination
@@ -114,12 +114,12 @@ class Run:
 
     @property
     def output(self) -> Path:
-        """What the run itself writes."""
+        """The output directory of the run."""
         return self.directory / "out"
 
     @contextmanager
     def started(self) -> Iterator[subprocess.Popen[bytes]]:
-        """The ranks' mpirun, in a session of its own, of which nothing is left; what they say is appended to `log`."""
+        """Starts the ranks in their own session, which is killed afterwards; the output is appended to `log`."""
         self.directory.mkdir(exist_ok=True)
         command = [str(ROOT / "install/mpirun"), "-np", str(self.combination.ranks), sys.executable, "-m", "hvdlocal"]
         command += ["train", str(self.config), "--output", str(self.output), *self.combination.settings]
@@ -140,7 +140,7 @@ class Run:
             process.wait()
 
     def outcome(self) -> dict[str, Any]:
-        """All that does not tell how long something took."""
+        """Returns everything that the run wrote, without durations."""
         records = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
         models = {name: torch.load(self.output / name, weights_only=True) for name in ("model.pt", "best.pt")}
         tensors = {f"{file}: {name}": value.tolist() for file, state in models.items() for name, value in state.items()}
@@ -149,7 +149,7 @@ class Run:
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what tells how long something took."""
+    """Returns a record without durations."""
     return {
         name: timeless(value) if isinstance(value, dict) else value
         for name, value in record.items()
@@ -157,11 +157,11 @@ def timeless(record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# -- blows ---------------------------------------------------------------------------------------------------------------
+# -- faults ---------------------------------------------------------------------------------------------------------------
 
 
 def session(leader: int) -> dict[int, str]:
-    """The processes of a session that have not ended, with their command lines."""
+    """Returns the running processes of a session, with their command lines."""
     found = {}
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -171,37 +171,37 @@ def session(leader: int) -> dict[int, str]:
     return found
 
 
-def strike(pid: int, number: signal.Signals) -> None:
+def send(pid: int, number: signal.Signals) -> None:
     """Sends a signal to a process, which may have ended."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
 
 def kill_session(process: subprocess.Popen[bytes]) -> None:
-    """All at once, like a node that loses power."""
+    """Kills all processes at once, like a node that loses power."""
     while left := session(process.pid):
         for pid in left:
-            strike(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         process.poll()
 
 
 def kill_a_rank(process: subprocess.Popen[bytes], dice: random.Random) -> None:
-    """One, if there is any yet."""
+    """Kills one rank, if any has been started."""
     ranks = [
         pid for pid, command in session(process.pid).items() if " -m hvdlocal train" in command and pid != process.pid
     ]
     if ranks:
-        strike(dice.choice(sorted(ranks)), signal.SIGKILL)
+        send(dice.choice(sorted(ranks)), signal.SIGKILL)
     else:
         kill_session(process)
 
 
 def to_mpirun(number: signal.Signals) -> Callable[[subprocess.Popen[bytes], random.Random], None]:
-    """Sends mpirun a signal."""
-    return lambda process, _: strike(process.pid, number)
+    """Returns a fault that sends a signal to mpirun."""
+    return lambda process, _: send(process.pid, number)
 
 
-BLOWS: dict[str, Callable[[subprocess.Popen[bytes], random.Random], None]] = {
+FAULTS: dict[str, Callable[[subprocess.Popen[bytes], random.Random], None]] = {
     "a rank killed": kill_a_rank,
     "all killed": lambda process, _: kill_session(process),
     "TERM": to_mpirun(signal.SIGTERM),
@@ -214,32 +214,32 @@ BLOWS: dict[str, Callable[[subprocess.Popen[bytes], random.Random], None]] = {
 
 
 def end_of(process: subprocess.Popen[bytes]) -> int:
-    """Waits for it; returns the exit code."""
+    """Waits for a process and returns its exit code."""
     try:
         return process.wait(DEADLINE_SECONDS)
     except subprocess.TimeoutExpired:
         raise Broken(f"no end within {DEADLINE_SECONDS:.0f} s") from None
 
 
-def leave_alone(run: Run) -> float:
-    """Runs it to its end; returns how many seconds that took."""
+def finish(run: Run) -> float:
+    """Runs a run to its end and returns the seconds that this took."""
     start = time.monotonic()
     with run.started() as process:
         if code := end_of(process):
-            raise Broken(f"code {code} when left alone")
+            raise Broken(f"code {code} without a fault")
     return time.monotonic() - start
 
 
-def hurt(run: Run, kills: int, duration: float, dice: random.Random) -> Iterator[str]:
-    """Starts a run again and again until it has been hurt so often or is finished; tells of each blow."""
+def disturb(run: Run, kills: int, duration: float, dice: random.Random) -> Iterator[str]:
+    """Restarts a run until it had this number of faults or is finished; yields the name of each fault."""
     for _ in range(kills):
-        name, seconds = dice.choice(list(BLOWS)), dice.uniform(0, duration)
+        name, seconds = dice.choice(list(FAULTS)), dice.uniform(0, duration)
         with run.started() as process:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(seconds)
             too_late = process.poll() is not None
             if not too_late:
-                BLOWS[name](process, dice)
+                FAULTS[name](process, dice)
             code = end_of(process)
         if code in FINAL or (too_late and code):
             raise Broken(f"code {code} after {'nothing' if too_late else name} at {seconds:.1f} s")
@@ -250,12 +250,12 @@ def hurt(run: Run, kills: int, duration: float, dice: random.Random) -> Iterator
 
 
 def first_difference(one: dict[str, Any], other: dict[str, Any]) -> str | None:
-    """The first name under which two outcomes differ."""
+    """Returns the first name under which two outcomes differ."""
     return next((name for name in {**one, **other} if one.get(name) != other.get(name)), None)
 
 
 def write_data(directory: Path) -> Path:
-    """Three classes of 8×8 images that differ in where they are bright, and a configuration; returns its path."""
+    """Writes three classes of 8×8 images that are bright at different places, and a configuration; returns its path."""
     generator = np.random.default_rng(0)
     for split, count in (("train", 97), ("test", 31)):
         labels = np.arange(count) % 3
@@ -272,9 +272,9 @@ def write_data(directory: Path) -> Path:
 
 
 def main() -> int:
-    """Returns 1 when a promise does not hold; the directory is left then."""
+    """Runs the loop; returns 1 if a promise does not hold, in which case the directory is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="blows in all")
+    parser.add_argument("--kills", type=int, default=10, help="number of faults in all")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first combination; the next one has the next number"
     )
@@ -287,20 +287,21 @@ def main() -> int:
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "TMPDIR": str(directory)}
     for name in ("OMPI_MCA_btl_vader_backing_directory", "OMPI_MCA_btl_sm_backing_directory"):
         environment[name] = str(memory)
-    blows: Counter[str] = Counter()
+    faults: Counter[str] = Counter()
     seed = options.seed
     try:
-        while blows.total() < options.kills:
+        while faults.total() < options.kills:
             dice = random.Random(seed)
             combination = Combination.draw(dice)
             print(f"seed {seed}: {combination}", flush=True)
             whole, broken = (
-                Run(combination, config, directory / f"{seed}-{name}", environment) for name in ("whole", "hurt")
+                Run(combination, config, directory / f"{seed}-{name}", environment)
+                for name in ("undisturbed", "disturbed")
             )
-            duration = leave_alone(whole)
-            for blow in hurt(broken, min(5, options.kills - blows.total()), duration, dice):
-                blows[blow] += 1
-            leave_alone(broken)
+            duration = finish(whole)
+            for fault in disturb(broken, min(5, options.kills - faults.total()), duration, dice):
+                faults[fault] += 1
+            finish(broken)
             if difference := first_difference(whole.outcome(), broken.outcome()):
                 raise Broken(f"not the same as undisturbed: {difference}")
             for run in (whole, broken):
@@ -314,7 +315,7 @@ def main() -> int:
     finally:
         shutil.rmtree(memory)
         shutil.rmtree(directory, ignore_errors=True)
-        print(f"{blows.total()} blows in {seed - options.seed} combinations: {dict(blows)}", flush=True)
+        print(f"{faults.total()} faults in {seed - options.seed} combinations: {dict(faults)}", flush=True)
     return 0
 
 

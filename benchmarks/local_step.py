@@ -1,10 +1,10 @@
-"""What a local step that does not average costs beside the bare optimizer's, and what memory each option takes.
+"""The cost of a local step without averaging compared with the bare optimizer's, and the memory of each option.
 
 python benchmarks/local_step.py
 
-The network is experiments/cifar10_small.yaml's (ResNet-9 a quarter as wide) with SGD and momentum, one process, one thread. The
-overhead is Python's, so its share falls with the size of the model. Memory is what is alive in the whole of a ResNet-18 with
-11.2 M parameters; two ranks are simulated, since one rank alone needs no statistics.
+The network is that of experiments/cifar10_small.yaml (ResNet-9 a quarter as wide) with SGD and momentum, in one process with one
+thread. The overhead is Python's, so its share falls with the size of the model. Memory is that of a ResNet-18 with 11.2 M
+parameters; two ranks are simulated, since a single rank needs no statistics.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def build(
 
 
 def training_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], float]:
-    """A whole iteration; returns the seconds of `optimizer.step()` in it."""
+    """Returns a function that runs a whole iteration and returns the seconds of `optimizer.step()` in it."""
     x, y = torch.randn(64, 3, 32, 32), torch.randint(10, (64,))
 
     def run() -> float:
@@ -88,7 +88,7 @@ def times() -> None:
 
 
 def allocated(settings: dict[str, object] | None) -> float:
-    """Floats per parameter that live after some steps and an averaging, parameters, gradients and momentum included."""
+    """Returns the floats per parameter in memory after some steps and an averaging, with gradients and momentum."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         model, optimizer = build(settings, "resnet18_cifar")
         x, y = torch.randn(2, 3, 32, 32), torch.randint(10, (2,))

@@ -1,10 +1,10 @@
-"""Does a long run stay as small as it began? Memory, file descriptors and threads of every rank over thousands of rounds.
+"""Checks that a long run does not grow: memory, file descriptors and threads of every rank over thousands of rounds.
 
     make data/digits/test/manifest.json
     mpirun -np 2 python benchmarks/long_run.py --rounds 20000
 
-Trains the digits with an averaging every second step, a checkpoint every 500 steps and an evaluation every 50 epochs, and
-samples /proc once a second. "Growth" is between the means of the second and of the last fifth of the samples.
+It trains the digits with an averaging every second step, a checkpoint every 500 steps and an evaluation every 50 epochs, and
+samples /proc once a second. "Growth" is the difference between the means of the second and of the last fifth of the samples.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from hvdlocal.training.config import (
 
 
 class Sample(NamedTuple):
-    """Of one process at one moment."""
+    """The resources of a process at one moment."""
 
     step: int
     resident_mib: float
@@ -54,7 +54,7 @@ def sample(trainer: Trainer) -> Sample:
 
 
 def main() -> None:
-    """Runs on every rank; rank 0 prints."""
+    """Runs the benchmark on every rank; rank 0 prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/digits")
     parser.add_argument("--rounds", type=int, default=20_000)

@@ -3,7 +3,7 @@
 python benchmarks/scale.py --latency-microseconds 27 --gigabits 6.7 --parameters 25.6e6 --step-milliseconds 200
 
 Latency and bandwidth are those that benchmarks/slow_link.sh prints for a link, or your own (osu_latency and osu_bw measure them).
-One worker per link; hierarchies (several GPUs of a node first) make the inter-node part cheaper than this.
+The model has one worker per link; with hierarchies (the GPUs of a node first) the inter-node part is cheaper.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an averaging costs with many workers: the usual α–β model of an allreduce, and the wait for the slowest worker."""
+"""The cost of an averaging with many workers: the α–β model of an allreduce, and the wait for the slowest worker."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Link:
-    """What one worker can send.
+    """The network link of a worker.
 
     Attributes:
-        latency_seconds: α, from the start of a message to its arrival when it is empty.
-        bytes_per_second: β, of a long message, while as much arrives.
+        latency_seconds: α, the time from the start of an empty message to its arrival.
+        bytes_per_second: bandwidth of a long message, with the same amount arriving at the same time.
     """
 
     latency_seconds: float
@@ -26,21 +26,27 @@ class Link:
 
 
 def ring_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
-    """A ring allreduce: 2(K−1) messages of n/K bytes. Sends least, but its latency grows with K (Patarasuk and Yuan, 2009)."""
+    """Returns the time of a ring allreduce: 2(K−1) messages of n/K bytes (Patarasuk and Yuan, 2009).
+
+    It sends the fewest bytes, but its latency grows with K.
+    """
     _check(num_workers)
     return 2 * (num_workers - 1) * (link.latency_seconds + num_bytes / num_workers / link.bytes_per_second)
 
 
 def doubling_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
-    """Recursive doubling, a tree of ⌈log₂ K⌉ levels: everything goes over each. For short messages (Thakur et al., 2005)."""
+    """Returns the time of recursive doubling, which sends everything on each of ⌈log₂ K⌉ levels (Thakur et al., 2005).
+
+    It suits short messages.
+    """
     _check(num_workers)
     return math.ceil(math.log2(num_workers)) * (link.latency_seconds + num_bytes / link.bytes_per_second)
 
 
 def halving_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
-    """Rabenseifner's recursive halving, then doubling: 2 log₂ K messages, together as many bytes as a ring's.
+    """Returns the time of Rabenseifner's recursive halving and doubling: 2 log₂ K messages with the bytes of a ring.
 
-    With a K that is no power of two, those beyond the next lower one hand everything to a neighbour first and get it back.
+    If K is not a power of two, the workers beyond the next lower power first send everything to a neighbour and get it back.
     """
     _check(num_workers)
     levels = int(math.log2(num_workers))
@@ -51,27 +57,27 @@ def halving_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
 
 
 def allreduce_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
-    """The best of the three, as a tuned MPI or NCCL chooses."""
+    """Returns the time of the best of the three, which a tuned MPI or NCCL would choose."""
     return min(
         algorithm(num_bytes, num_workers, link) for algorithm in (ring_seconds, doubling_seconds, halving_seconds)
     )
 
 
 def straggler_factor(num_workers: int, period: int, variation: float, *, rounds: int = 200, seed: int = 0) -> float:
-    """How much longer a round takes because everyone waits for the slowest: mean over rounds of max_k Σ_h t_kh / H.
+    """Simulates how much longer a round takes because all wait for the slowest worker: the mean of max_k Σ_h t_kh / H.
 
-    Simulated, with step times that are independent and log-normal with mean 1: the hiccups of a node, not a node that is
-    always slow, which no period helps. Local steps average hiccups out, so the wait falls about as 1/√H.
+    Step times are independent and log-normal with mean 1. They stand for random delays, not for a node that is always slow, for
+    which no period helps. Local steps average random delays out, so that the wait falls about as 1/√H.
 
     Args:
         num_workers: K.
         period: H, steps between two averagings.
         variation: standard deviation of a step's time, relative to its mean.
-        rounds: how many to simulate.
-        seed: of the simulation.
+        rounds: number of simulated rounds.
+        seed: seed of the simulation.
 
     Returns:
-        1 when nobody waits.
+        The factor; 1 if no worker waits.
     """
     _check(num_workers)
     if period < 1 or variation < 0 or rounds < 1:

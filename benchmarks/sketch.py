@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def time_ratio(sketch: GradientSketch, gradients: list[torch.Tensor], flat: torch.Tensor, out: torch.Tensor) -> float:
-    """Median of 31 interleaved pairs: a slow moment of the machine hits both."""
+    """Returns the median ratio of 31 interleaved pairs, so that a slow moment of the machine affects both."""
     ratios = []
     for _ in range(31):
         projecting = milliseconds(lambda: sketch.project(gradients, out))

@@ -1,10 +1,10 @@
-"""Training over a slow link: seconds per step of each method, beside what Eq. 16 of Balles et al. predicts from m.
+"""Training over a slow link: seconds per step of each method, compared with the prediction of Eq. 16 of Balles et al. from m.
 
 benchmarks/slow_link.sh 1gbit          (runs this on two ranks that are joined by such a link)
 
-m is the time of a bare allreduce of what a method sends over the time of a step of plain SGD, both measured apart from the
-methods: 1 + m/H is a prediction. The methods train the same network (three linear layers, 2.6 M parameters: little to compute,
-much to send) on the same random images, in alternating trials.
+m is the time of a bare allreduce of a method's payload over the time of a step of plain SGD. Both are measured separately from
+the methods, so that 1 + m/H is a prediction. The methods train the same network (three linear layers, 2.6 M parameters: little to
+compute, much to send) on the same random images, in alternating trials.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ PEAK = 0.02
 
 
 class Run:
-    """One method with a replica of its own.
+    """A method with its own replica.
 
     Args:
-        name: what the table calls it.
+        name: label in the table.
         wrap: makes the optimizer from (inner optimizer, model).
         steps: length of a trial; the learning rate falls from its peak along a cosine in every trial.
     """
@@ -89,7 +89,7 @@ def local(period: hvdlocal.averaging.period.PeriodRule, **settings: object) -> C
 
 
 def methods(steps: int) -> list[Run]:
-    """The candidates; first plain SGD, which shows what a step costs by itself, then data parallelism."""
+    """Returns the candidates: plain SGD, which shows the cost of a step alone, then data parallelism, then local methods."""
     ada, constant = hvdlocal.LocalAdaScale, hvdlocal.ConstantPeriod
     wraps: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "plain SGD": lambda inner, model: inner,
@@ -105,7 +105,7 @@ def methods(steps: int) -> list[Run]:
 
 
 def bare_allreduce(communicator: hvdlocal.Communicator, numel: int) -> float:
-    """Median seconds of one allreduce of so many floats, and of nothing else."""
+    """Returns the median seconds of a bare allreduce of this number of floats."""
     flat, seconds = torch.zeros(numel), []
     for _ in range(9):
         communicator.barrier("bench.start")

@@ -1,4 +1,4 @@
-"""Ten blows of benchmarks/kill_loop.py, at moments that differ from run to run; two hundred by hand."""
+"""Ten faults of benchmarks/kill_loop.py, at moments that differ from run to run; two hundred by hand."""
 
 import sys
 
