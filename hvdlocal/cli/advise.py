@@ -8,12 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from hvdlocal.advise.advice import advise
-from hvdlocal.advise.measure import measure
-from hvdlocal.advise.text import ALONE, advice_text, as_dict, measured_text
 from hvdlocal.cli.arguments import positive
 from hvdlocal.cli.configuration import parse
-from hvdlocal.communicator import init, succeed_together
 from hvdlocal.directory import user_file
 from hvdlocal.exit_codes import ExitCode
 
@@ -24,6 +20,11 @@ def run(arguments: Sequence[str]) -> int:
     if not rest:
         raise ValueError("no configuration: mpirun -np N hvdlocal advise CONFIG.yaml (see experiments/)")
     config = parse(rest)
+    from hvdlocal.advise.advice import advise
+    from hvdlocal.advise.measure import measure  # loads torch
+    from hvdlocal.advise.text import ALONE, advice_text, as_dict, measured_text
+    from hvdlocal.communicator import init, succeed_together
+
     communicator = init()
 
     def prepare() -> None:

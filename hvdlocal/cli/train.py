@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hvdlocal.cli.configuration import parse
-from hvdlocal.communicator import init
 from hvdlocal.exit_codes import ExitCode
-from hvdlocal.training import AlreadyFinished, Interrupted, Summary, TrainConfig, Trainer, interruption
+from hvdlocal.training import interruption
+
+if TYPE_CHECKING:
+    from hvdlocal.training import Summary, TrainConfig
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -17,6 +20,9 @@ def run(arguments: Sequence[str]) -> int:
         FINISHED, or INTERRUPTED if the run was asked to stop.
     """
     config = parse(arguments)
+    from hvdlocal.communicator import init  # loads torch
+    from hvdlocal.training import AlreadyFinished, Interrupted, Trainer
+
     communicator = init()
     try:
         summary = Trainer(config, communicator).run()
