@@ -71,10 +71,13 @@ class ScalingContext:
 class Scaling:
     """A rule for the gain.
 
-    `uses_statistics` says whether the rule needs gradient statistics.
+    Attributes:
+        uses_statistics: whether the rule needs gradient statistics.
+        progress_varies: whether `progress` may differ between two steps of one round.
     """
 
     uses_statistics = False
+    progress_varies = True
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({vars(self)})"  # the same on every rank, unlike Python's own
@@ -96,6 +99,8 @@ class Scaling:
 class NoScaling(Scaling):
     """Gain 1: the learning rate is that of the whole step, K workers with a micro-batches each, as in Gu et al. (QSR)."""
 
+    progress_varies = False
+
     def gain(self, now: ScalingContext) -> float:
         return 1.0
 
@@ -114,6 +119,7 @@ class LinearScaling(Scaling):
     """
 
     warmup: float = 0.05
+    progress_varies = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < 1:
@@ -145,6 +151,7 @@ class AdaScale(Scaling):
 
     smoothing: float | None = None
     uses_statistics = True
+    progress_varies = False
 
     def __post_init__(self) -> None:
         _check_smoothing(self.smoothing)
@@ -178,6 +185,7 @@ class LocalAdaScale(Scaling):
     sketch_size: int | None = None
     smoothing: float | None = None
     uses_statistics = True
+    progress_varies = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.c < math.inf:

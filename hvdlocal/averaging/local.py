@@ -16,8 +16,9 @@ from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
 from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
-from hvdlocal.averaging.period import PeriodRule, RoundStart
+from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
+from hvdlocal.averaging.rounds import RoundPlanner
 from hvdlocal.averaging.setup import owner_of
 from hvdlocal.averaging.sketch import GradientSketch, default_size
 from hvdlocal.communicator import Communicator
@@ -117,10 +118,9 @@ class LocalOptimizer(ReplicaOptimizer):
             communicator=communicator,
         )
         if budget is None:
-            scaling.gain(self._scaling_context(1))  # refuses a rule that needs the budget now, not at the first step
-        self.period_rule = period
+            scaling.gain(self._progress.context(1))  # refuses a rule that needs the budget now, not at the first step
+        self._planner = RoundPlanner(period, self._progress, rate_for_period)
         self._momentum_policy = momentum
-        self._rate_for_period = rate_for_period
         self._moment_names = averaged_moments(optimizer) if momentum == "average" else ()
 
         averaged, aliases = split_aliases(self._buffers_to_average())
@@ -151,12 +151,8 @@ class LocalOptimizer(ReplicaOptimizer):
         self._round = 0
         self._steps_in_round = 0
         self._steps_since_statistics = 0
-        self._period = 1
         self._divergence: float | None = None
-        self._max_lr = 0.0
-        self._longest_period = 0
         self._short_rounds = 0
-        self._first_loss: float | None = None
         self._start_together(
             {"period": repr(period), "momentum": momentum, "rate_for_period": rate_for_period},
             self._flat_replica.replica,
@@ -192,9 +188,14 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
     @property
+    def period_rule(self) -> PeriodRule:
+        """The rule for H."""
+        return self._planner.rule
+
+    @property
     def period(self) -> int:
         """H of the round under way, or of the last one between two rounds; 1 before the first."""
-        return self._period
+        return self._planner.period
 
     @property
     def round(self) -> int:
@@ -243,11 +244,11 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _note_short_round(self) -> None:
         """Warns of a loop that averages after every step although its rounds are longer."""
-        if self._steps_in_round == 1 < self._period:
+        if self._steps_in_round == 1 < self.period:
             self._short_rounds += 1
             if self._short_rounds == 3:
                 self._warn(
-                    f"synchronize() has ended three rounds in succession after one of {self._period} steps, so every step is "
+                    f"synchronize() has ended three rounds in succession after one of {self.period} steps, so every step is "
                     "averaged. Call it only before an evaluation and before saving, not around step()."
                 )
 
@@ -277,62 +278,36 @@ class LocalOptimizer(ReplicaOptimizer):
             self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
             if self._flat_replica.statistics_scalars is not None:
                 self._take_statistics(valid=not (empty or self._overflowed) and bool(self._gradients()))
-            self._period = self._next_period()
-            self._longest_period = max(self._longest_period, self._period)
-            if self._progress == 0 and self._smoothed.grad_sqr is not None:
+            self._choose_period()
+            if self.progress == 0 and self._smoothed.grad_sqr is not None:
                 # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.
-                self._smoothed.weigh_first(self._theta(self.communicator.size * self._period * self.accumulate))
-        self._inner_step(self._scaling_context(self._period))
+                self._smoothed.weigh_first(self._theta(self.communicator.size * self.period * self.accumulate))
+        self._inner_step(self._progress.context(self.period))
         self._steps_in_round += 1
         self._steps_since_statistics += 1
         self._dropped_steps = 0
-        if self._steps_in_round >= self._period:
-            if self._period > 1:
+        if self._steps_in_round >= self.period:
+            if self.period > 1:
                 self._short_rounds = 0
             self._average()
 
-    def _next_period(self) -> int:
-        # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
-        gain = self.scaling.gain(self._scaling_context(self._period)) if self._rate_for_period == "scaled" else 1.0
+    def _choose_period(self) -> None:
+        """Chooses H of the round that begins."""
         rates = self._rates()
         trained = [
             rate
             for group, rate in zip(self.param_groups, rates, strict=True)
             if any(p.requires_grad for p in group["params"])  # the rate of a frozen or empty group moves nothing
         ]
-        lr = gain * max(trained or rates)
-        self._max_lr = max(self._max_lr, lr)
-        start = RoundStart(
-            lr=lr,
-            gain=gain,
-            progress=self._progress,
-            loss=self._loss,
-            max_lr=self._max_lr,
-            first_loss=self._first_loss,
-            longest=self._longest_period,
-        )
-        period = limited = self.period_rule(start)
-        while (within := self._steps_to_budget(period)) < period:
-            period = within  # and, as a shorter round may have a larger gain, look again
+        longest = self._planner.longest
+        period, lr, _, limited = self._planner.next_round(max(trained or rates), self._loss)
         # With a budget, the last round may well be cut short by it; the first one may not.
-        if limited == self.period_rule.limit(start) and (period == limited or not self._round):
+        if limited is not None and (period == limited or not self._round):
             self._warn(
                 f"at the learning rate {lr:.3g}, {self.period_rule} asks for {limited} local steps or more, where the longest "
-                f"round so far had {self._longest_period}: this one ends after {period}. If the learning rate is still warming "
-                "up, tell the rule (warmup=…, warmup_lr=…); max_period=… sets a limit of your own."
+                f"round so far had {longest}: this one ends after {period}. If the learning rate is still warming up, tell the "
+                "rule (warmup=…, warmup_lr=…); max_period=… sets a limit of your own."
             )
-        return period
-
-    def _steps_to_budget(self, period: int) -> int:
-        """Steps of a round of `period` steps until the budget is used up, at most `period`."""
-        if self.budget is None:
-            return period
-        progress = self._progress
-        for steps in range(1, period):
-            progress += self.scaling.progress(self._scaling_context(period, progress))
-            if self._ends_at(progress):
-                return steps
-        return period
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
@@ -431,7 +406,7 @@ class LocalOptimizer(ReplicaOptimizer):
             if not healthy:
                 buffers.fill_(math.nan)
             raise_nonfinite_buffers(
-                self.communicator, self._names_of_nonfinite(finite), healthy, f"at progress {self._progress:.1f}"
+                self.communicator, self._names_of_nonfinite(finite), healthy, f"at progress {self.progress:.1f}"
             )
 
     @property
@@ -477,9 +452,9 @@ class LocalOptimizer(ReplicaOptimizer):
         if self.communicator.size == 1:
             return
         values = {
-            Fact.STEPS: {"steps": self._steps_in_round, "period": self._period},
+            Fact.STEPS: {"steps": self._steps_in_round, "period": self.period},
             Fact.RATES: self._named_rates(),
-            Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self._progress)},
+            Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self.progress)},
         }
         origin = {} if self._renormalised else {"trained parameters": self._sample.origin}
         self._digest.write(self._flat_replica.digest, values, origin, everything=everything)
@@ -493,8 +468,8 @@ class LocalOptimizer(ReplicaOptimizer):
         count = scalars[Scalar.LOSS_COUNT]
         if count:
             self._loss = scalars[Scalar.LOSS_SUM] / count
-            if self._first_loss is None:
-                self._first_loss = self._loss
+            if self._planner.first_loss is None:
+                self._planner.first_loss = self._loss
         elif complete and self.period_rule.uses_loss:
             raise ValueError(
                 f"{type(self.period_rule).__name__} chooses the period from the training loss: call "
@@ -547,11 +522,11 @@ class LocalOptimizer(ReplicaOptimizer):
             "round": self._round,
             "steps_in_round": self._steps_in_round,
             "steps_since_statistics": self._steps_since_statistics,
-            "period": self._period,
+            "period": self._planner.period,
             "divergence": self._divergence,
-            "max_lr": self._max_lr,
-            "longest_period": self._longest_period,
-            "first_loss": self._first_loss,
+            "max_lr": self._planner.max_lr,
+            "longest_period": self._planner.longest,
+            "first_loss": self._planner.first_loss,
             "sample": self._sample.state(),
             "round_statistics": self._flat_replica.with_statistics_scalars.clone() if with_statistics else None,
         }
@@ -571,11 +546,11 @@ class LocalOptimizer(ReplicaOptimizer):
         self._round = own["round"]
         self._steps_in_round = own["steps_in_round"]
         self._steps_since_statistics = own["steps_since_statistics"]
-        self._period = own["period"]
+        self._planner.period = own["period"]
         self._divergence = own["divergence"]
-        self._max_lr = own["max_lr"]
-        self._longest_period = own.get("longest_period", own["period"])  # older states lack it
-        self._first_loss = own["first_loss"]
+        self._planner.max_lr = own["max_lr"]
+        self._planner.longest = own.get("longest_period", own["period"])  # older states lack it
+        self._planner.first_loss = own["first_loss"]
         if own["sample"] is None:
             self._sample.move_origin()
         else:

@@ -29,6 +29,7 @@ from hvdlocal.averaging.gain import Scaling, ScalingContext
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_data_parallelism, refuse_new_parameters, refuse_sparse_layers
 from hvdlocal.averaging.nonfinite import CheckedScale, raise_nonfinite
+from hvdlocal.averaging.rounds import Progress
 from hvdlocal.averaging.setup import check_arguments, constants, owner_of, start_together, trainable
 from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing, gradient_statistics
 from hvdlocal.averaging.wrapper import STATE_VERSION, WrappedOptimizer
@@ -63,9 +64,8 @@ class ReplicaOptimizer(WrappedOptimizer):
         refuse_data_parallelism(optimizer, model)
         self.communicator = communicator or current()
         self.model = model
-        self.scaling = scaling
-        self.accumulate = accumulate
-        self.budget = budget
+        self._smoothed = SmoothedStatistics()
+        self._progress = Progress(scaling, self.communicator.size, accumulate, budget, self._smoothed)
         self._max_norm = max_norm
         self._names, self._parameters = trainable(optimizer, model)
         self._owners = [owner_of(model, name) for name in self._names]
@@ -77,9 +77,6 @@ class ReplicaOptimizer(WrappedOptimizer):
         check_averaged(self._buffers_to_average(), self._parameters[0].device)
         super().__init__(optimizer)
 
-        self._progress = 0.0
-        self._gain = 1.0
-        self._smoothed = SmoothedStatistics()
         device = self._parameters[0].device
         self._digest = Digest(
             self.communicator,
@@ -100,19 +97,34 @@ class ReplicaOptimizer(WrappedOptimizer):
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
     @property
+    def scaling(self) -> Scaling:
+        """The rule for the gain."""
+        return self._progress.scaling
+
+    @property
+    def accumulate(self) -> int:
+        """a, micro-batches (calls of `step`) per optimizer step."""
+        return self._progress.accumulate
+
+    @property
+    def budget(self) -> float | None:
+        """S, the progress at which the run is finished; None for no end."""
+        return self._progress.budget
+
+    @property
     def progress(self) -> float:
         """s, scale-invariant iterations done: the sum of the gains of all steps (`Scaling.progress`)."""
-        return self._progress
+        return self._progress.done
 
     @property
     def finished(self) -> bool:
         """Whether the budget is used up; never without a budget."""
-        return self._ends_at(self._progress)
+        return self._progress.ended()
 
     @property
     def gain(self) -> float:
         """ρ of the last step: the factor that was put on the base learning rate."""
-        return self._gain
+        return self._progress.gain
 
     @property
     def grad_sqr(self) -> float | None:
@@ -245,8 +257,8 @@ class ReplicaOptimizer(WrappedOptimizer):
             "rank": self.communicator.rank,
             "optimizer": type(self.optimizer).__name__,
             "accumulate": self.accumulate,
-            "progress": self._progress,
-            "gain": self._gain,
+            "progress": self._progress.done,
+            "gain": self._progress.gain,
             "statistics": self._smoothed.state_dict(),
             "loss": self._loss,
             "loss_sum": self._loss_sum.clone(),
@@ -271,8 +283,8 @@ class ReplicaOptimizer(WrappedOptimizer):
             )
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
-        self._progress = own["progress"]
-        self._gain = own["gain"]
+        self._progress.done = own["progress"]
+        self._progress.gain = own["gain"]
         self._smoothed.load_state_dict(own["statistics"])
         self._loss = own["loss"]
         self._loss_sum.copy_(own["loss_sum"])
@@ -280,10 +292,6 @@ class ReplicaOptimizer(WrappedOptimizer):
         if self._accumulated:
             self._accumulated.load_state(own["accumulated"])
         self._overflowed = own["overflowed"]
-
-    def _ends_at(self, progress: float) -> bool:
-        """Whether the budget is used up there, rounding errors of the sum of gains aside."""
-        return self.budget is not None and progress >= self.budget * (1 - 1e-9)
 
     def _check_parameters(self) -> None:
         refuse_new_parameters(type(self).__name__, self.model, self._owners, self._parameters, self.param_groups)
@@ -295,17 +303,6 @@ class ReplicaOptimizer(WrappedOptimizer):
         if self._max_norm is not None:
             return f"max_norm={self._max_norm}"
         return type(self.scaling).__name__ if self.scaling.uses_statistics else None
-
-    def _scaling_context(self, period: int, progress: float | None = None) -> ScalingContext:
-        return ScalingContext(
-            num_workers=self.communicator.size,
-            accumulate=self.accumulate,
-            period=period,
-            progress=self._progress if progress is None else progress,
-            budget=self.budget,
-            grad_sqr=self.grad_sqr,
-            grad_var=self.grad_var,
-        )
 
     def _update_statistics(
         self, sum_sqr_norm: float, sqr_norm_of_sum: float, gradients: int, micro_batches: int, theta_batches: int
@@ -331,8 +328,7 @@ class ReplicaOptimizer(WrappedOptimizer):
         if self._max_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
         self._step_at(gain)
-        self._gain = gain
-        self._progress += self.scaling.progress(now)
+        self._progress.count(now, gain)
 
     def _note_dropped_step(self) -> None:
         """Counts calls of `synchronize` that take away micro-batches. A step in between starts the count anew.
@@ -354,7 +350,7 @@ class ReplicaOptimizer(WrappedOptimizer):
 
     def _average_buffers(self, buffers: Mapping[str, torch.Tensor], faulty: bool = False) -> int:
         """Averages buffers that lie outside of the flat buffer; see `average_buffers`."""
-        return average_buffers(self.communicator, buffers, self._timed_sum, f"at progress {self._progress:.1f}", faulty)
+        return average_buffers(self.communicator, buffers, self._timed_sum, f"at progress {self.progress:.1f}", faulty)
 
     def _start_together(self, settings: Mapping[str, Any], flat: torch.Tensor, in_flat: set[int]) -> None:
         """Refuses ranks with different settings, then makes rank 0's model everyone's; see `start_together`."""
@@ -375,4 +371,4 @@ class ReplicaOptimizer(WrappedOptimizer):
         self.seconds_averaging += time.perf_counter() - start
 
     def _raise_nonfinite(self, mine: bool, what: str) -> NoReturn:
-        raise_nonfinite(self.communicator, mine, f"at progress {self._progress:.1f} (gain {self._gain:.3g})", what)
+        raise_nonfinite(self.communicator, mine, f"at progress {self.progress:.1f} (gain {self.gain:.3g})", what)

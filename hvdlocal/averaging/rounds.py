@@ -1,18 +1,185 @@
-"""A run's steps and rounds without running it."""
+"""How the rounds of a run are chosen, for the optimizers that take them and for plans of runs that nobody has started."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from hvdlocal.averaging.gain import NoScaling, Scaling, ScalingContext
 from hvdlocal.averaging.period import PeriodRule, RoundStart
 
 
+class Estimates(Protocol):
+    """Estimates of the gradient statistics; None before the first."""
+
+    @property
+    def grad_sqr(self) -> float | None:
+        """G = ‖∇f‖²."""
+
+    @property
+    def grad_var(self) -> float | None:
+        """σ², the variance of one worker's gradient of one micro-batch."""
+
+
+class AssumedEstimates(NamedTuple):
+    """Estimates that a plan assumes."""
+
+    grad_sqr: float | None = None
+    grad_var: float | None = None
+
+
+class Progress:
+    """How far a run has come in scale-invariant iterations, and the gain of its steps.
+
+    Args:
+        scaling: the rule for the gain.
+        num_workers: K.
+        accumulate: a, micro-batches per step.
+        budget: S, the progress at which the run ends; None for no end.
+        estimates: from which the gain follows where it depends on gradient statistics.
+
+    Attributes:
+        done: s, scale-invariant iterations done.
+        gain: ρ of the last step.
+    """
+
+    def __init__(
+        self, scaling: Scaling, num_workers: int, accumulate: int, budget: float | None, estimates: Estimates
+    ) -> None:
+        self.scaling = scaling
+        self.num_workers = num_workers
+        self.accumulate = accumulate
+        self.budget = budget
+        self._end = math.inf if budget is None else budget * (1 - 1e-9)  # gains are summed with rounding errors
+        self.estimates = estimates
+        self.done = 0.0
+        self.gain = 1.0
+
+    def context(self, period: int, progress: float | None = None) -> ScalingContext:
+        """What the scaling rule sees before a step of a round of `period` steps.
+
+        Args:
+            period: H.
+            progress: of the step; None for the next one.
+        """
+        return ScalingContext(
+            num_workers=self.num_workers,
+            accumulate=self.accumulate,
+            period=period,
+            progress=self.done if progress is None else progress,
+            budget=self.budget,
+            grad_sqr=self.estimates.grad_sqr,
+            grad_var=self.estimates.grad_var,
+        )
+
+    def ended(self) -> bool:
+        """Whether the budget is used up; never without a budget."""
+        return self.done >= self._end
+
+    def walk(self, period: int, limit: int) -> tuple[int, float]:
+        """Counts steps of rounds of `period` steps until the budget is used up.
+
+        Args:
+            period: H.
+            limit: the most steps to count, at least 1.
+
+        Returns:
+            (steps, at least 1; the progress after them).
+        """
+        steps, progress = 0, self.done
+        one = self.scaling.progress(self.context(period))
+        while True:
+            progress += one
+            steps += 1
+            if steps >= limit or progress >= self._end:
+                return steps, progress
+            if self.scaling.progress_varies:
+                one = self.scaling.progress(self.context(period, progress))
+
+    def count(self, now: ScalingContext, gain: float) -> None:
+        """Counts a step that was taken with this gain."""
+        self.gain = gain
+        self.done += self.scaling.progress(now)
+
+
+class NextRound(NamedTuple):
+    """A round as it is chosen before its first step.
+
+    Attributes:
+        period: H, its steps.
+        lr: η, the learning rate that the rule for H saw.
+        end: the progress at its end; None without a budget.
+        limited: the limit of the rule for this round, if the rule asked for it or for more; else None.
+    """
+
+    period: int
+    lr: float
+    end: float | None
+    limited: int | None
+
+
+class RoundPlanner:
+    """Chooses the period of one round after the other.
+
+    Args:
+        rule: for H.
+        progress: of the run.
+        rate: which η the rule sees: "scaled" (gain · base rate) or "base".
+
+    Attributes:
+        period: H of the round that was chosen last; 1 before the first.
+        max_lr: the largest η so far.
+        longest: steps of the longest round so far.
+        first_loss: the mean loss of the first round that has one.
+    """
+
+    def __init__(self, rule: PeriodRule, progress: Progress, rate: Literal["scaled", "base"]) -> None:
+        self.rule = rule
+        self.rate = rate
+        self.period = 1
+        self.max_lr = 0.0
+        self.longest = 0
+        self.first_loss: float | None = None
+        self._progress = progress
+
+    def next_round(self, base_lr: float, loss: float | None = None) -> NextRound:
+        """Chooses the round that starts now. With a budget, the last round ends on the step that uses it up.
+
+        Args:
+            base_lr: γ, the base learning rate.
+            loss: the mean training loss of the last round; None before there is one.
+        """
+        now = self._progress
+        # The gain depends on H and H on the gain: the rule sees the rate that the last H would give now.
+        gain = now.scaling.gain(now.context(self.period)) if self.rate == "scaled" else 1.0
+        lr = gain * base_lr
+        self.max_lr = max(self.max_lr, lr)
+        start = RoundStart(
+            lr=lr,
+            gain=gain,
+            progress=now.done,
+            loss=loss,
+            max_lr=self.max_lr,
+            first_loss=self.first_loss,
+            longest=self.longest,
+        )
+        period = asked = self.rule(start)
+        end = None
+        if now.budget is not None:
+            steps, end = now.walk(period, period)
+            while steps < period:  # a shorter round may have a larger gain
+                period = steps
+                steps, end = now.walk(period, period)
+        limited = asked if asked == self.rule.limit(start) else None
+        self.period = period
+        self.longest = max(self.longest, period)
+        return NextRound(period, lr, end, limited)
+
+
 class Round(NamedTuple):
-    """A round: where it starts, and what holds in it.
+    """A round of a plan.
 
     Attributes:
         start: the step it starts at, from 0.
@@ -63,20 +230,15 @@ def plan_rounds(
         raise ValueError(
             f"{type(rule).__name__} depends on the training loss, which nobody knows beforehand: its rounds cannot be planned"
         )
-    gains = _Gains(scaling or NoScaling(), num_workers, accumulate, budget, None if stale else statistics)
-    done, progress, period, longest = 0, 0.0, 1, 0
-    while not _ends(progress, budget):
-        # The gain depends on H and H on the gain: as in LocalOptimizer, the rule sees the gain of the last H.
-        seen = gains.gain(period, progress) if rate == "scaled" else 1.0
-        lr = seen * schedule(progress)
-        period = rule(RoundStart(lr=lr, gain=seen, progress=progress, longest=longest))
-        steps, after = _walk(gains, period, progress, period)
-        while steps < period:  # a shorter round may have a larger gain
-            period = steps
-            steps, after = _walk(gains, period, progress, period)
-        longest = max(longest, period)
-        yield Round(done, period, lr, gains.gain(period, progress), progress, after)
-        done, progress, gains.statistics = done + period, after, statistics
+    none, later = AssumedEstimates(), AssumedEstimates(*(statistics or ()))
+    progress = Progress(scaling or NoScaling(), num_workers, accumulate, budget, none if stale else later)
+    planner = RoundPlanner(rule, progress, rate)
+    start = 0
+    while not progress.ended():
+        period, lr, end, _ = planner.next_round(schedule(progress.done))
+        assert end is not None
+        yield Round(start, period, lr, progress.scaling.gain(progress.context(period)), progress.done, end)
+        start, progress.done, progress.estimates = start + period, end, later
 
 
 def plan_steps(
@@ -92,41 +254,5 @@ def plan_steps(
     Returns:
         (optimizer steps, progress at the end).
     """
-    gains = _Gains(scaling, num_workers, accumulate, budget, statistics)
-    return _walk(gains, 1, 0.0, sys.maxsize)
-
-
-@dataclass
-class _Gains:
-    """The gain, and the progress of a step, as functions of H; `statistics` are (G, σ²), None before the first estimate."""
-
-    scaling: Scaling
-    num_workers: int
-    accumulate: int
-    budget: float
-    statistics: tuple[float, float] | None = None
-
-    def gain(self, period: int, progress: float) -> float:
-        return self.scaling.gain(self._scaling_context(period, progress))
-
-    def progress(self, period: int) -> float:
-        """The same for all steps of a round: what changes during a run is only the gain of a warm-up."""
-        return self.scaling.progress(self._scaling_context(period, 0.0))
-
-    def _scaling_context(self, period: int, progress: float) -> ScalingContext:
-        grad_sqr, grad_var = self.statistics or (None, None)
-        return ScalingContext(self.num_workers, self.accumulate, period, progress, self.budget, grad_sqr, grad_var)
-
-
-def _walk(gains: _Gains, period: int, progress: float, limit: int) -> tuple[int, float]:
-    """(steps until the budget is used up, at most `limit`; the progress after them), summed as an optimizer does."""
-    steps = 0
-    one = gains.progress(period)
-    while steps < limit and not _ends(progress, gains.budget):
-        progress += one
-        steps += 1
-    return steps, progress
-
-
-def _ends(progress: float, budget: float) -> bool:
-    return progress >= budget * (1 - 1e-9)  # as ReplicaOptimizer does
+    estimates = AssumedEstimates(*(statistics or ()))
+    return Progress(scaling, num_workers, accumulate, budget, estimates).walk(1, sys.maxsize)

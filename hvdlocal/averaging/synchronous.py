@@ -73,7 +73,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
             max_norm=max_norm,
             communicator=communicator,
         )
-        scaling.gain(self._scaling_context(1))  # refuses a rule that needs a budget now, not at the first step
+        scaling.gain(self._progress.context(1))  # refuses a rule that needs a budget now, not at the first step
         for name in renormalised_weights(model, self._parameters):
             raise ValueError(
                 f"{name or 'the model'!r} has a max_norm, with which every rank rescales the rows that it looks up, "
@@ -142,7 +142,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def _write_digest(self, digest: torch.Tensor, *, everything: bool = False) -> None:
         values = {
             Fact.RATES: self._named_rates(),
-            Fact.PROGRESS: {"steps": self._steps, "progress": rounded(self._progress)},
+            Fact.PROGRESS: {"steps": self._steps, "progress": rounded(self.progress)},
         }
         self._digest.write(digest, values, self._sample.parts(everything), everything=everything)
 
@@ -223,7 +223,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
                 theta_batches=count,
             )
         self._accumulated.give_back()
-        self._inner_step(self._scaling_context(1))
+        self._inner_step(self._progress.context(1))
         self._steps += 1
         self._dropped_steps = 0
 

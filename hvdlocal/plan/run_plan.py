@@ -106,6 +106,7 @@ class AssumedGain(Scaling):
     """In place of a gain that only a run can know: a constant, from the first estimate on."""
 
     assumed: float = 1.0
+    progress_varies = False
 
     def __post_init__(self) -> None:
         if not self.assumed > 0:

@@ -64,8 +64,9 @@ def averages_now(optimizer) -> bool:
         return True
     first, stale = optimizer.steps_in_round == 0, getattr(optimizer.scaling, "stale", True)
     period = optimizer.period
-    while first and (within := optimizer._steps_to_budget(period)) < period:  # the last round may be shorter
-        period = within
+    if first and optimizer.budget is not None:  # the last round may be shorter
+        while (within := optimizer._progress.walk(period, period)[0]) < period:
+            period = within
     return (first and not stale) or optimizer.steps_in_round == period - 1
 
 

@@ -339,4 +339,4 @@ def test_the_longest_round_so_far_is_part_of_the_state(comm):
     optimizer.step()
     again = local(small_network(), hvdlocal.QSR(alpha=0.2, h_base=1))
     again.load_state_dict(optimizer.state_dict())
-    assert again._longest_period == 100
+    assert again._planner.longest == 100

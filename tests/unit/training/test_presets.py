@@ -74,7 +74,7 @@ def test_optimizer_gets_the_method():
         SingleProcess(),
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm) == (3, 70, 2.0)
-    assert (optimizer._momentum_policy, optimizer._buffers, optimizer._rate_for_period) == (
+    assert (optimizer._momentum_policy, optimizer._buffers, optimizer._planner.rate) == (
         "average",
         "local",
         "base",
