@@ -17,7 +17,7 @@ from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator
 from hvdlocal.training.config import MethodConfig, PeriodConfig, Preset, TrainConfig
-from hvdlocal.training.presets import build_optimizer
+from hvdlocal.training.optimizers import build_optimizer
 from hvdlocal.training.run_length import run_length
 from hvdlocal.training.session import Session
 from hvdlocal.training.step import TrainingStep

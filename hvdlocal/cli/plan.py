@@ -18,7 +18,7 @@ from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
 from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
 from hvdlocal.training.config_checks import unused_settings
-from hvdlocal.training.presets import RULE_SETTINGS
+from hvdlocal.training.rules import RULE_SETTINGS
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from hvdlocal.communicator import SingleProcess
 from hvdlocal.papers.experiment_report import ExperimentReport
 from hvdlocal.papers.fixed_subset import first_images
 from hvdlocal.training import TrainConfig
-from hvdlocal.training.presets import build_optimizer
+from hvdlocal.training.optimizers import build_optimizer
 from hvdlocal.training.schedules import build_schedule
 from hvdlocal.training.session import Session
 from hvdlocal.training.step import TrainingStep

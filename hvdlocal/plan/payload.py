@@ -14,7 +14,8 @@ from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
 from hvdlocal.models import build_model, check_images
 from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.presets import build_inner, build_scaling
+from hvdlocal.training.optimizers import build_inner
+from hvdlocal.training.rules import build_scaling
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from hvdlocal.averaging.rounds import Round, plan_rounds, plan_steps
 from hvdlocal.data.load.partition import Partition
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import check_ranges
-from hvdlocal.training.presets import build_period, build_scaling, micro_batches_per_step
+from hvdlocal.training.rules import build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.run_length import run_length
 from hvdlocal.training.schedules import Schedule
 

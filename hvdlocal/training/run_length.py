@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.presets import build_scaling, micro_batches_per_step
+from hvdlocal.training.rules import build_scaling, micro_batches_per_step
 from hvdlocal.training.schedules import Schedule, build_schedule
 
 

@@ -16,7 +16,7 @@ from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import check_ranges
 from hvdlocal.training.environment import choose_device, set_threads, versions
 from hvdlocal.training.preprocessing import Preprocessing, preprocessing_from_config
-from hvdlocal.training.presets import build_period
+from hvdlocal.training.rules import build_period
 from hvdlocal.training.run_length import RunLength, run_length
 
 

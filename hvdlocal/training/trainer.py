@@ -28,8 +28,8 @@ from hvdlocal.training.errors import DivergedError, LostRankError
 from hvdlocal.training.evaluation import Evaluation, Evaluator
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
+from hvdlocal.training.optimizers import build_optimizer, is_local
 from hvdlocal.training.output_directory import OutputDirectory
-from hvdlocal.training.presets import build_optimizer, is_local
 from hvdlocal.training.recorder import Recorder, Summary
 from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus
 from hvdlocal.training.run_state import RunState

@@ -15,7 +15,7 @@ from hvdlocal.training.config import (
     PeriodConfig,
     TrainConfig,
 )
-from hvdlocal.training.presets import build_optimizer
+from hvdlocal.training.optimizers import build_optimizer
 from hvdlocal.training.run_length import run_length
 
 H = 3

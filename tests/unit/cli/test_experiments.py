@@ -7,7 +7,7 @@ import pytest
 from hvdlocal.cli.configuration import parse
 from hvdlocal.models import MODELS
 from hvdlocal.training.config_checks import check_ranges, unused_settings
-from hvdlocal.training.presets import build_period, build_scaling, micro_batches_per_step
+from hvdlocal.training.rules import build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.schedules import build_schedule
 
 FILES = sorted((Path(__file__).parents[3] / "experiments").glob("*.yaml"))

@@ -19,7 +19,7 @@ from hvdlocal.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from hvdlocal.training.presets import build_optimizer
+from hvdlocal.training.optimizers import build_optimizer
 from hvdlocal.training.run_length import run_length
 
 SAMPLES, BATCH, RATIO = 1000, 10, 20.0

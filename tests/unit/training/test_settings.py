@@ -11,7 +11,7 @@ from hvdlocal.cli.configuration import _parser
 from hvdlocal.models import MODELS
 from hvdlocal.training.config import SETTINGS
 from hvdlocal.training.config_checks import BUFFER_POLICIES, flatten
-from hvdlocal.training.presets import RULE_SETTINGS
+from hvdlocal.training.rules import RULE_SETTINGS
 
 HELP = {action.dest: action.help for action in _parser()._actions}
 

@@ -8,7 +8,8 @@ from hvdlocal import AdaComm, AdaScale, ConstantPeriod, LinearScaling, LocalAdaS
 from hvdlocal.communicator import SingleProcess
 from hvdlocal.training.config import MethodConfig, OptimizerConfig, PeriodConfig
 from hvdlocal.training.config_checks import check_ranges, unused_settings
-from hvdlocal.training.presets import build_inner, build_optimizer, build_period, build_scaling, micro_batches_per_step
+from hvdlocal.training.optimizers import build_inner, build_optimizer
+from hvdlocal.training.rules import build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.run_length import RunLength
 
 

@@ -1,8 +1,6 @@
-"""Builds rules and optimizers from a configuration. Rules alone need no torch, which is imported where it is used."""
+"""Builds the rules for the period and the gain that a configuration names. Numbers only; needs no torch."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING, TypeGuard, cast
 
 from hvdlocal.averaging import (
     QSR,
@@ -17,16 +15,8 @@ from hvdlocal.averaging import (
     PowerRule,
     Scaling,
 )
-from hvdlocal.training.config import MethodConfig, OptimizerConfig, PeriodConfig, TrainConfig
+from hvdlocal.training.config import MethodConfig, PeriodConfig
 from hvdlocal.training.settings import settings_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
-    from hvdlocal.averaging.buffers import Buffers
-    from hvdlocal.communicator import Communicator
-    from hvdlocal.training.run_length import RunLength
 
 RULE_SETTINGS = {name: found.needed_by for name, found in settings_of(PeriodConfig).items() if found.needed_by}
 """The settings of `method.period` that some rules need and the others refuse, each with the rules that need it."""
@@ -101,62 +91,3 @@ def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: flo
     return PowerRule(
         config.alpha, config.h_base, config.exponent, warmup=warmup, warmup_lr=warmup_lr, max_period=config.max_period
     )
-
-
-def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Returns the torch optimizer that steps one replica."""
-    import torch
-
-    if config.name == "sgd":
-        return torch.optim.SGD(
-            model.parameters(),
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.nesterov,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-
-
-def build_optimizer(
-    config: TrainConfig, model: torch.nn.Module, length: RunLength, communicator: Communicator
-) -> LocalOptimizer | SynchronousOptimizer:
-    """Returns the optimizer of the configured method around the configured torch optimizer; all ranks call it together."""
-    from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
-
-    method = config.method
-    buffers = cast("Buffers", method.buffers)
-    inner = build_inner(config.optimizer, model)
-    scaling = build_scaling(method)
-    if method.is_local:
-        warmup = config.schedule.warmup_epochs * length.epoch
-        return LocalOptimizer(
-            inner,
-            model,
-            period=build_period(method.period, config.optimizer.lr, warmup, length.epoch),
-            scaling=scaling,
-            momentum=method.momentum,
-            buffers=buffers,
-            accumulate=micro_batches_per_step(method),
-            budget=length.budget,
-            max_norm=config.optimizer.max_norm,
-            rate_for_period=method.period.rate,
-            communicator=communicator,
-        )
-    return SynchronousOptimizer(
-        inner,
-        model,
-        accumulate=micro_batches_per_step(method),
-        scaling=scaling,
-        buffers=buffers,
-        budget=length.budget,
-        max_norm=config.optimizer.max_norm,
-        communicator=communicator,
-    )
-
-
-def is_local(optimizer: LocalOptimizer | SynchronousOptimizer) -> TypeGuard[LocalOptimizer]:
-    """Whether it takes local steps."""
-    from hvdlocal.averaging import LocalOptimizer
-
-    return isinstance(optimizer, LocalOptimizer)

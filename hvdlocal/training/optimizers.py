@@ -1,0 +1,69 @@
+"""Builds the optimizer that a configuration names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeGuard, cast
+
+import torch
+
+from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+from hvdlocal.communicator import Communicator
+from hvdlocal.training.config import OptimizerConfig, TrainConfig
+from hvdlocal.training.rules import build_period, build_scaling, micro_batches_per_step
+from hvdlocal.training.run_length import RunLength
+
+if TYPE_CHECKING:
+    from hvdlocal.averaging.buffers import Buffers
+
+
+def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """Returns the torch optimizer that steps one replica."""
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+            weight_decay=config.weight_decay,
+        )
+    return torch.optim.AdamW(model.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def build_optimizer(
+    config: TrainConfig, model: torch.nn.Module, length: RunLength, communicator: Communicator
+) -> LocalOptimizer | SynchronousOptimizer:
+    """Returns the optimizer of the configured method around the configured torch optimizer; all ranks call it together."""
+    method = config.method
+    buffers = cast("Buffers", method.buffers)
+    inner = build_inner(config.optimizer, model)
+    scaling = build_scaling(method)
+    if method.is_local:
+        warmup = config.schedule.warmup_epochs * length.epoch
+        return LocalOptimizer(
+            inner,
+            model,
+            period=build_period(method.period, config.optimizer.lr, warmup, length.epoch),
+            scaling=scaling,
+            momentum=method.momentum,
+            buffers=buffers,
+            accumulate=micro_batches_per_step(method),
+            budget=length.budget,
+            max_norm=config.optimizer.max_norm,
+            rate_for_period=method.period.rate,
+            communicator=communicator,
+        )
+    return SynchronousOptimizer(
+        inner,
+        model,
+        accumulate=micro_batches_per_step(method),
+        scaling=scaling,
+        buffers=buffers,
+        budget=length.budget,
+        max_norm=config.optimizer.max_norm,
+        communicator=communicator,
+    )
+
+
+def is_local(optimizer: LocalOptimizer | SynchronousOptimizer) -> TypeGuard[LocalOptimizer]:
+    """Whether it takes local steps."""
+    return isinstance(optimizer, LocalOptimizer)
