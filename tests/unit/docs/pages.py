@@ -9,7 +9,12 @@ ROOT = Path(__file__).parents[3]
 WRITTEN_BY_COMMANDS = ("docs/results/", "docs/gpu/2026")
 PAGES = [
     name
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "tests" / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
     if not (name := str(path.relative_to(ROOT))).startswith(WRITTEN_BY_COMMANDS) or path.name == "README.md"
 ]
 
