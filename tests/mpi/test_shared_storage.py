@@ -16,8 +16,9 @@ from support.shared_memory import names_of_data
 from hvdlocal import ShardedDataset, ShardWriter
 from hvdlocal.communicator import DisagreementError
 from hvdlocal.communicator.agreement import SetupError
+from hvdlocal.data.format import extent
 from hvdlocal.data.read import dataset as data_set
-from hvdlocal.data.read.storage import base, ram
+from hvdlocal.data.read.storage import ram
 from hvdlocal.data.read.user_hdf5 import open_hdf5
 
 N, SHAPE = 6000, (16, 16, 4)
@@ -51,13 +52,13 @@ def directory(comm):
 def reads(monkeypatch):
     """What this rank reads from shards: (file, first unit, last unit)."""
     found = []
-    read = base.FileReader.read
+    read = extent.FileReader.read
 
     def note(self, first, last, into):
         found.append((self._extent.path.name, first, last))
         read(self, first, last, into)
 
-    monkeypatch.setattr(base.FileReader, "read", note)
+    monkeypatch.setattr(extent.FileReader, "read", note)
     return found
 
 

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdlocal.data.augment.base import MIXUP, check_keys, uniforms
-from hvdlocal.data.load.buffer_pool import BufferPool
+from hvdlocal.data.buffer_pool import BufferPool
 
 
 class MixUp:

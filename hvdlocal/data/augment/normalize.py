@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hvdlocal.data.augment.base import on_device
-from hvdlocal.data.load.buffer_pool import BufferPool
+from hvdlocal.data.buffer_pool import BufferPool
 
 _CHUNK = 1 << 17  # elements that pass through all steps while they are in the cache
 

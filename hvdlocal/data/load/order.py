@@ -1,14 +1,19 @@
-"""Which sample when: the order of a run as a pure function of (seed, epoch) and the data set.
-
-NumPy promises that a bit generator's raw stream never changes, which it does not for Generator.permutation; so all orders are
-made of Philox's raw numbers, sorted with an index in their low bits. That makes every key unique, and the result does not
-depend on the sorting algorithm either.
-"""
+"""Which sample when: the order of a run as a pure function of (seed, epoch) and the data set."""
 
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hvdlocal.data.permutations import (
+    BLOCKS,
+    EPOCH_ORDER,
+    INSIDE_WINDOWS,
+    REPLACEMENT,
+    check_seed,
+    permutation,
+    raw_bits,
+)
 
 OrderMode = Literal["global", "block", "replacement"]
 
@@ -18,8 +23,6 @@ BLOCKS_PER_STREAM = (
 )
 WINDOW = 8  # blocks of each stream that are shuffled together
 
-_PRE_SHUFFLE, _EPOCH_ORDER, _BLOCKS, _INSIDE_WINDOWS, _REPLACEMENT = range(5)
-
 
 def epoch_permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """The order in which epoch ``epoch`` (from 0) visits samples 0..n-1: an int64 permutation of shape (n,).
@@ -27,15 +30,7 @@ def epoch_permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     It is the same on every machine and for every NumPy version. Raises ValueError for a seed outside 0..2**64-1 or n
     < 1.
     """
-    return _permutation(seed, epoch << 8 | _EPOCH_ORDER, n)
-
-
-def pre_shuffle(seed: int, n: int) -> NDArray[np.int64]:
-    """The order in which the writer lays n source samples on disk: int64 (n,), position -> source index.
-
-    Independent of every ``epoch_permutation`` of the same seed.
-    """
-    return _permutation(seed, _PRE_SHUFFLE, n)
+    return permutation(seed, epoch << 8 | EPOCH_ORDER, n)
 
 
 def block_permutation(
@@ -57,7 +52,7 @@ def block_permutation(
         int64 (n,).
     """
     lengths = np.diff(block_starts, append=n)
-    permuted = _permutation(seed, epoch << 8 | _BLOCKS, len(block_starts))
+    permuted = permutation(seed, epoch << 8 | BLOCKS, len(block_starts))
     laid = _concatenated_ranges(block_starts[permuted], lengths[permuted])
 
     # The low bits of a key are a sample's place in its window, the high bits the window: sorting shuffles inside them.
@@ -69,7 +64,7 @@ def block_permutation(
     number += np.repeat(np.arange(streams) * windows_per_stream, stream_lengths)
     place_bits = (window_length - 1).bit_length()
     number_bits = (streams * windows_per_stream - 1).bit_length()
-    raw = _raw(seed, epoch << 8 | _INSIDE_WINDOWS, n) >> np.uint64(number_bits + place_bits) << np.uint64(place_bits)
+    raw = raw_bits(seed, epoch << 8 | INSIDE_WINDOWS, n) >> np.uint64(number_bits + place_bits) << np.uint64(place_bits)
     keys = number.astype(np.uint64) << np.uint64(64 - number_bits) if number_bits else np.zeros(n, np.uint64)
     keys |= raw | place.astype(np.uint64)
     keys.sort()
@@ -85,7 +80,7 @@ def block_permutation(
 
 def replacement_draws(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """Independent uniform draws from 0..n-1, int64 (n,): the setting of the theory, where an epoch is only a length."""
-    raw = _raw(seed, epoch << 8 | _REPLACEMENT, n)
+    raw = raw_bits(seed, epoch << 8 | REPLACEMENT, n)
     # floor(raw * n / 2**64) without a 128-bit product, for n < 2**32.
     high, low = raw >> np.uint64(32), raw & np.uint64(2**32 - 1)
     return ((high * np.uint64(n) + (low * np.uint64(n) >> np.uint64(32))) >> np.uint64(32)).astype(np.int64)
@@ -119,7 +114,7 @@ class EpochOrder:
     ) -> None:
         if mode not in get_args(OrderMode):
             raise ValueError(f"order is {mode!r}; choose 'global', 'block' or 'replacement'")
-        _check(seed, num_samples)
+        check_seed(seed, num_samples)
         self.mode = mode
         self.seed = seed
         self.num_samples = num_samples
@@ -203,26 +198,6 @@ class SampleSequence:
         if cached[0] != epoch:
             self._cached = cached = (epoch, self.order(epoch))
         return cached[1]
-
-
-def _check(seed: int, n: int) -> None:
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed {seed} is out of range; choose an integer from 0 to 2**64 - 1")
-    if n < 1:
-        raise ValueError(f"an order of {n} samples was asked for; there must be at least one")
-
-
-def _raw(seed: int, stream: int, n: int) -> NDArray[np.uint64]:
-    _check(seed, n)
-    return np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(n)
-
-
-def _permutation(seed: int, stream: int, n: int) -> NDArray[np.int64]:
-    raw = _raw(seed, stream, n)
-    index_mask = np.uint64((1 << (n - 1).bit_length()) - 1)
-    keys = (raw & ~index_mask) | np.arange(n, dtype=np.uint64)
-    keys.sort()
-    return (keys & index_mask).astype(np.int64)
 
 
 def _concatenated_ranges(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:

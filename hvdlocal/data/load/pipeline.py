@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvdlocal.data.load.buffer_pool import BufferPool
+from hvdlocal.data.buffer_pool import BufferPool
 from hvdlocal.data.load.prefetch import Job, prefetch
 
 if TYPE_CHECKING:

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hvdlocal.communicator.agreement import require_agreement, succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.single import SingleProcess
-from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directory
-from hvdlocal.data.format.shard import Shard, open_shard
+from hvdlocal.data.format.manifest import Kind, split_directory
+from hvdlocal.data.format.shard import Shard
+from hvdlocal.data.read.opening import open_shards
 from hvdlocal.data.read.storage import ClosedStorage, Layout, Region, Storage, open_storage
-
-if TYPE_CHECKING:
-    from hvdlocal.data.augment import Crop
-
-S = TypeVar("S")
-T = TypeVar("T")
-Kind = Literal["images", "jpeg"]
 
 # Checks are made for every batch; comparing with a dtype is many times as fast as comparing with the type np.int64.
 _INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
@@ -141,7 +133,9 @@ class StoredSamples:
         """
         image_shape = self.shape
         if image_shape is None:
-            raise ValueError("these samples are JPEGs, which are not gathered but decoded: use decode() or bytes_of()")
+            raise ValueError(
+                "these samples are JPEGs, which are not gathered but decoded: use Loader with a crop, or bytes_of()"
+            )
         rows = self._checked(indices)
         shape = (len(rows), *image_shape)
         if out is None:
@@ -264,7 +258,7 @@ class ShardedDataset(StoredSamples):
 
     def _load(self, communicator: Communicator, storage: str, share: str, stream_bytes: int | None) -> None:
         directory, split = self._arguments
-        self._manifest, self._shards = _open_shards(split_directory(directory, split), communicator, (storage, share))
+        self._manifest, self._shards = open_shards(split_directory(directory, split), communicator, (storage, share))
         shards = self._shards
         self.kind = self._manifest.kind
         self.labels = np.concatenate([shard.labels for shard in shards])
@@ -297,36 +291,6 @@ class ShardedDataset(StoredSamples):
     def fingerprint(self) -> str:
         """Hex sha256 that identifies the data and their order."""
         return self._manifest.fingerprint
-
-    def decode(
-        self, indices: ArrayLike, keys: NDArray[np.uint64], crop: Crop, out: NDArray[np.uint8] | None = None
-    ) -> NDArray[np.uint8]:
-        """Decode JPEGs, cut out what ``crop`` says, and resize that.
-
-        Args:
-            indices: integers (n,) in 0..len(self)-1.
-            keys: uint64 (n,), the randomness of each sample.
-            crop: says where to cut and how large the result is.
-            out: C-contiguous uint8 (n, crop.size, crop.size, 3) to fill; allocated if not given.
-
-        Returns:
-            ``out``, RGB.
-
-        Raises:
-            ValueError: the arguments do not fit, or a JPEG is damaged or cannot be decoded.
-        """
-        from hvdlocal.data.read.decode import decode_crops  # a decoder is needed for JPEGs only
-
-        if self.dims is None:
-            raise ValueError("these samples are images of one shape, which need no decoding: use take()")
-        rows = self._checked(indices)
-        shape = (len(rows), crop.size, crop.size, 3)
-        if out is None:
-            out = np.empty(shape, np.uint8)
-        elif out.shape != shape or out.dtype != _UINT8 or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}; C-contiguous uint8 {shape} is needed")
-        decode_crops(self, rows, crop.boxes(self.dims[rows], keys), out)
-        return out
 
     def verify(self) -> None:
         """Read all files and compare every checksum. Raises ValueError naming the first damaged shard and samples."""
@@ -368,24 +332,3 @@ def _layout(shards: Sequence[Shard], shape: tuple[int, int, int] | None) -> Layo
         shard.offsets[:-1] + base for shard, base in zip(shards, bounds, strict=False) if shard.offsets is not None
     ]
     return Layout(shards, None, np.append(np.concatenate(parts), bounds[-1]), starts)
-
-
-def _open_shards(folder: Path, communicator: Communicator, settings: tuple[str, str]) -> tuple[Manifest, list[Shard]]:
-    path = folder / MANIFEST_NAME
-    manifest = succeed_together(communicator, lambda: Manifest.load(path), "hvdlocal.data.manifest")
-    facts = {"the data set's fingerprint": manifest.fingerprint, "storage": settings[0], "share": settings[1]}
-    require_agreement(communicator, facts, "hvdlocal.data.agreement")
-    shards = open_each(manifest.shards, lambda entry: open_shard(folder / entry.file, entry, manifest), communicator)
-    # Each node may have the data set in a folder of its own.
-    paths = [folder / entry.file for entry in manifest.shards]
-    return manifest, [dataclasses.replace(shard, path=path) for shard, path in zip(shards, paths, strict=True)]
-
-
-def open_each(items: Sequence[T], open_one: Callable[[T], S], communicator: Communicator) -> list[S]:
-    """What `open_one` finds in each item; a collective in which every item is opened by one rank."""
-    rank, size = communicator.rank, communicator.size
-    mine = succeed_together(
-        communicator, lambda: [open_one(item) for item in items[rank::size]], "hvdlocal.data.shards"
-    )
-    everyone = communicator.gather(mine, "hvdlocal.data.opened_shards")
-    return [everyone[number % size][number // size] for number in range(len(items))]

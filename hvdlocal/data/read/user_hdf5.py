@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from hvdlocal.communicator.agreement import require_agreement, succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.single import SingleProcess
+from hvdlocal.data.format.extent import READ_BYTES
 from hvdlocal.data.format.manifest import sha256_of_json
-from hvdlocal.data.read.dataset import StoredSamples, open_each, region_of, written_again
+from hvdlocal.data.read.dataset import StoredSamples, region_of, written_again
+from hvdlocal.data.read.opening import open_each
 from hvdlocal.data.read.storage import Layout
-from hvdlocal.data.read.storage.base import READ_BYTES
 from hvdlocal.data.read.user_hdf5_file import CHANNEL_AXES, ChannelAxis, Contiguous, ForeignFile, inspect_file
 
 _MOST_UNNAMED_CLASSES = 1 << 16  # more need names, or at least as many images

@@ -19,10 +19,10 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from hvdlocal.data.format.extent import READ_BYTES, Reader
 from hvdlocal.data.format.hdf5 import open_for_reading
 from hvdlocal.data.format.labels import class_numbers, no_class_numbers
-from hvdlocal.data.read.storage import Reader
-from hvdlocal.data.read.storage.base import BLOCK_BYTES, READ_BYTES
+from hvdlocal.data.read.storage.base import BLOCK_BYTES
 
 ChannelAxis = Literal["auto", "first", "last"]
 CHANNEL_AXES = ("auto", "first", "last")

@@ -25,7 +25,7 @@ from hvdlocal.data.format.manifest import (
 )
 from hvdlocal.data.format.pixel_statistics import mean_and_std
 from hvdlocal.data.format.shard import open_shard
-from hvdlocal.data.load.order import pre_shuffle
+from hvdlocal.data.permutations import pre_shuffle
 from hvdlocal.directory import Directory, LinkError, write_text
 from hvdlocal.lock import hold
 

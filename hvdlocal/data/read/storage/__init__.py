@@ -6,13 +6,14 @@ import contextlib
 
 from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
-from hvdlocal.data.read.storage.base import ClosedStorage, Extent, Layout, Reader, Storage, Unmappable
+from hvdlocal.data.format.extent import Unmappable
+from hvdlocal.data.read.storage.base import ClosedStorage, Layout, Storage
 from hvdlocal.data.read.storage.mapped import MappedStorage
 from hvdlocal.data.read.storage.ram import RamStorage, Region
 from hvdlocal.data.read.storage.select import choose
 from hvdlocal.data.read.storage.stream import StreamStorage
 
-__all__ = ["ClosedStorage", "Extent", "Layout", "Reader", "Region", "Storage", "Unmappable", "open_storage"]
+__all__ = ["ClosedStorage", "Layout", "Region", "Storage", "open_storage"]
 
 
 def open_storage(

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdlocal.data.read.storage.base import Extent, Layout, Storage, open_whole
+from hvdlocal.data.format.extent import Extent, open_whole
+from hvdlocal.data.read.storage.base import Layout, Storage
 
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0  # what Python's mmap module does not name
 _FAILED = ctypes.c_void_p(-1).value

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
-from hvdlocal.data.read.storage.base import Layout, Reader, Storage, open_reader
+from hvdlocal.data.format.extent import Reader, open_reader
+from hvdlocal.data.read.storage.base import Layout, Storage
 from hvdlocal.data.read.storage.select import Node, gibibytes, this_node
 
 _BROADCAST_BYTES = 64 << 20  # one piece on its way through the network

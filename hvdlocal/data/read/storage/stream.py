@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdlocal.data.errors import DamagedDataError
-from hvdlocal.data.read.storage.base import FileReader, Layout, Storage
+from hvdlocal.data.format.extent import FileReader
+from hvdlocal.data.read.storage.base import Layout, Storage
 
 NUM_THREADS = 4
 _READ_TIMEOUT_SECONDS = 600.0

@@ -261,11 +261,6 @@ def test_names_of_samples(make_dataset, shard_of, source):
             dataset.bytes_of(sample)
 
 
-def test_images_are_not_decoded(make_dataset):
-    with pytest.raises(ValueError, match=r"use take\(\)"):
-        make_dataset(10).decode([0], np.zeros(1, np.uint64), None)
-
-
 @pytest.mark.parametrize("storage", ["ram", "mmap"])
 def test_a_pickle_refuses_other_data(make_dataset, source, tmp_path, storage):
     dataset = make_dataset(40, storage=storage)

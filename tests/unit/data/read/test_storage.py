@@ -17,8 +17,8 @@ import pytest
 from PIL import Image
 
 from hvdlocal.data import ShardedDataset, ShardWriter
+from hvdlocal.data.format.extent import FileReader
 from hvdlocal.data.read.storage import Layout, Region
-from hvdlocal.data.read.storage.base import FileReader
 from hvdlocal.data.read.storage.mapped import MappedStorage, _arrange, _map
 from hvdlocal.data.read.storage.select import this_node
 from hvdlocal.data.read.storage.stream import StreamStorage

@@ -9,7 +9,7 @@ import pytest
 
 from hvdlocal.data.format.manifest import Manifest
 from hvdlocal.data.format.shard import open_shard
-from hvdlocal.data.load.order import pre_shuffle
+from hvdlocal.data.permutations import pre_shuffle
 from hvdlocal.data.write.writer import BadSamplesError, JpegSample, JpegShardWriter
 
 simplejpeg = pytest.importorskip("simplejpeg")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hvdlocal.data.format.manifest import Manifest
-from hvdlocal.data.load.order import pre_shuffle
+from hvdlocal.data.permutations import pre_shuffle
 from hvdlocal.data.write.writer import JpegShardWriter, ShardWriter, verify
 from hvdlocal.lock import hold
 

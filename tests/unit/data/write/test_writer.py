@@ -6,7 +6,7 @@ import pytest
 
 from hvdlocal.data import ShardedDataset, ShardWriter
 from hvdlocal.data.format.manifest import Manifest
-from hvdlocal.data.load.order import pre_shuffle
+from hvdlocal.data.permutations import pre_shuffle
 from hvdlocal.data.write.shard_writer import write_image_shard
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from hvdlocal.data.load.buffer_pool import BufferPool
+from hvdlocal.data.buffer_pool import BufferPool
 
 SHAPE = (64, 3, 32, 32)  # 786 KB as float32
 
