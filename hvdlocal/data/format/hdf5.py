@@ -1,4 +1,4 @@
-"""Opening an HDF5 file for reading, or saying why that cannot be done."""
+"""Opening an HDF5 file for reading, and whether its data were ever written."""
 
 from __future__ import annotations
 
@@ -49,6 +49,13 @@ def open_for_reading(path: Path, remedy: str) -> h5py.File:
                 "that it left with `h5clear -s`"
             ) from error
         raise ValueError(f"{path} cannot be opened as HDF5 ({said}); {remedy}") from error
+
+
+def is_stored(dataset: h5py.Dataset) -> bool:
+    """Whether the data of a contiguous data set were written and lie in its file."""
+    # The size is the test: with a user block, get_offset() of data never written is (user block - 1) instead of None.
+    size: int = dataset.id.get_storage_size()
+    return dataset.id.get_offset() is not None and size == dataset.size * dataset.dtype.itemsize
 
 
 def _handles_of_this_process(path: Path) -> Iterator[h5py.h5f.FileID]:

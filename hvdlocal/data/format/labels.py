@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,11 @@ def class_numbers(labels: NDArray[Any], count: int, things: str = "images") -> N
     if rows and np.isin(labels, (0, 1)).all() and (labels.sum(axis=1) == 1).all():
         return labels.argmax(axis=1)
     raise ValueError(no_class_numbers(labels.dtype, labels.shape, count, things))
+
+
+def labels_sha256(labels: NDArray[np.integer]) -> str:
+    """Hex sha256 of labels as little-endian int32."""
+    return hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest()
 
 
 def no_class_numbers(dtype: np.dtype[Any], shape: tuple[int, ...] | None, count: int, things: str = "images") -> str:

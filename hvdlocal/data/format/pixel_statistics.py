@@ -1,6 +1,7 @@
 """Mean and standard deviation of pixels from exact integer counts, so that no order of summation can change them."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +15,23 @@ def add_pixels(histogram: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
 
 def mean_and_std(histogram: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation of pixel / 255 per channel of a histogram (C, 256)."""
-    mean, std = [], []
-    for counts in histogram.tolist():
-        n = sum(counts)
-        total = sum(value * count for value, count in enumerate(counts))
-        squares = sum(value * value * count for value, count in enumerate(counts))
-        mean.append(total / (255 * n))
-        std.append(math.sqrt(n * squares - total * total) / (255 * n))
-    return tuple(mean), tuple(std)
+    sums = [
+        (
+            sum(value * count for value, count in enumerate(counts)),
+            sum(value**2 * count for value, count in enumerate(counts)),
+        )
+        for counts in histogram.tolist()
+    ]
+    return mean_and_std_of_sums(sums, sum(histogram[0].tolist()))
+
+
+def mean_and_std_of_sums(sums: Sequence[tuple[int, int]], count: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The same of the sum of the pixels and the sum of their squares per channel.
+
+    Args:
+        sums: of each channel.
+        count: number of pixels per channel.
+    """
+    mean = tuple(total / (255 * count) for total, _ in sums)
+    std = tuple(math.sqrt(count * squares - total * total) / (255 * count) for total, squares in sums)
+    return mean, std

@@ -1,9 +1,9 @@
-"""One shard file (format version 1, docs/data-format.md): opening it and checking it. Writing is shard_file.py's."""
+"""One shard file (format version 1, docs/data-format.md): opening it and checking it. `write/shard_writer.py` writes it."""
 
 import hashlib
-import os
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdlocal.data.errors import DamagedDataError
-from hvdlocal.data.format.hdf5 import open_for_reading
+from hvdlocal.data.format.extent import READ_BYTES, FileReader
+from hvdlocal.data.format.hdf5 import is_stored, open_for_reading
 from hvdlocal.data.format.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, classes_sha256
 
 CRC_BLOCK = 64  # images per checksum: small enough to name the damage, large enough to cost 0.02 % of the bytes
 
-_READ_BYTES = 8 << 20  # per read: large enough for any file system to stream
 _REWRITE = "write the data set again (python -m data_prep … --overwrite)"
 
 
@@ -86,31 +86,13 @@ class Shard:
             FileNotFoundError: the file is missing.
             ValueError: as ``check_unit``, for the first damaged unit; or the file is cut off.
         """
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            first = 0
+        bounds, first = self.unit_bounds, 0
+        with closing(FileReader(self)) as reader:
             while first < len(self.crc32):
-                start = int(self.unit_bounds[first])
-                last = int(np.searchsorted(self.unit_bounds, start + _READ_BYTES, side="right")) - 1
+                last = int(np.searchsorted(bounds, bounds[first] + READ_BYTES, side="right")) - 1
                 last = max(last, first + 1)
-                piece = memoryview(self._pread(descriptor, start, int(self.unit_bounds[last]) - start))
-                for unit in range(first, last):
-                    lower, upper = self.unit_bounds[unit : unit + 2] - start
-                    self.check_unit(unit, piece[lower:upper])
+                reader.read(first, last, memoryview(bytearray(int(bounds[last] - bounds[first]))))
                 first = last
-        finally:
-            os.close(descriptor)
-
-    def _pread(self, descriptor: int, start: int, length: int) -> bytes | bytearray:
-        content: bytes | bytearray = os.pread(descriptor, length, self.data_offset + start)
-        while len(content) < length:  # Linux hands out 2 GiB at most
-            more = os.pread(descriptor, length - len(content), self.data_offset + start + len(content))
-            if not more:
-                raise DamagedDataError(
-                    f"{self.path} ends in the middle of its data; copy the file again, or {_REWRITE}"
-                )
-            content = bytearray(content) + more
-        return content
 
 
 def content_sha256(
@@ -212,9 +194,7 @@ def _data_offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...])
             f"rewrite it with `h5repack -l {name}:CONTI`"
         )
     offset, num_bytes = data.id.get_offset(), int(np.prod(shape))
-    # The size is the test: with a user block, get_offset() of data never written is (user block - 1) instead of None.
-    unstored = offset is None or data.id.get_storage_size() != num_bytes
-    if unstored or path.stat().st_size < offset + num_bytes:
+    if not is_stored(data) or path.stat().st_size < offset + num_bytes:
         raise ValueError(
             f"{path} does not hold the {num_bytes} bytes of /{name} (never written, cut off, or "
             f"in another file); {_REWRITE}"

@@ -19,7 +19,9 @@ from hvdlocal.communicator.agreement import require_agreement, succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.data.format.extent import READ_BYTES
+from hvdlocal.data.format.labels import labels_sha256
 from hvdlocal.data.format.manifest import sha256_of_json
+from hvdlocal.data.format.pixel_statistics import mean_and_std_of_sums
 from hvdlocal.data.read.dataset import StoredSamples, region_of, written_again
 from hvdlocal.data.read.opening import open_each
 from hvdlocal.data.read.storage import Layout
@@ -184,7 +186,7 @@ class HDF5Dataset(StoredSamples):
             "settings": self._settings,
             "statistics": self._statistics,
             "stamps": self._stamps,
-            "labels": _sha256(self.labels),
+            "labels": labels_sha256(self.labels),
             "region": region_of(self._opened),
         }
 
@@ -194,7 +196,7 @@ class HDF5Dataset(StoredSamples):
         for path in [*mine, *theirs]:
             if path not in mine or path not in theirs or mine[path] != theirs[path]:
                 raise written_again(path)
-        if _sha256(self.labels) != state["labels"]:
+        if labels_sha256(self.labels) != state["labels"]:
             raise written_again(self._source.paths[0])
         self._statistics = state["statistics"]
         self._region = state["region"]  # the storage is opened when it is first read
@@ -272,21 +274,15 @@ def _statistics(dataset: HDF5Dataset, communicator: Communicator) -> _Statistics
     content = {
         "shape": dataset.shape,
         "classes": dataset.classes,
-        "labels": _sha256(dataset.labels),
+        "labels": labels_sha256(dataset.labels),
         "images": hashlib.sha256(b"".join(group.sha256 for group in groups)).hexdigest(),
     }
     n = math.prod(dataset.shape[:2]) * len(dataset)
-    mean, std = [], []
-    for channel in range(dataset.shape[2]):
-        total = sum(group.sums[channel][0] for group in groups)
-        squares = sum(group.sums[channel][1] for group in groups)
-        mean.append(total / (255 * n))
-        std.append(math.sqrt(n * squares - total * total) / (255 * n))
-    return _Statistics(sha256_of_json(content), tuple(mean), tuple(std))
-
-
-def _sha256(labels: NDArray[np.int32]) -> str:
-    return hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest()
+    sums = [
+        (sum(group.sums[channel][0] for group in groups), sum(group.sums[channel][1] for group in groups))
+        for channel in range(dataset.shape[2])
+    ]
+    return _Statistics(sha256_of_json(content), *mean_and_std_of_sums(sums, n))
 
 
 def _tell_of_blank_images(dataset: HDF5Dataset, blank: list[int], rank: int) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdlocal.data.format.extent import READ_BYTES, Reader
-from hvdlocal.data.format.hdf5 import open_for_reading
+from hvdlocal.data.format.hdf5 import is_stored, open_for_reading
 from hvdlocal.data.format.labels import class_numbers, no_class_numbers
 from hvdlocal.data.read.storage.base import BLOCK_BYTES
 
@@ -265,8 +265,7 @@ class _Inspection:
             self._require_covered(dataset)
         elif properties.get_external_count():
             self._require_raw_files(dataset)
-        # The size is the test: with a user block, get_offset() of data never written is (user block - 1), not None.
-        elif layout == h5py.h5d.CONTIGUOUS and dataset.id.get_storage_size() != dataset.size * dataset.dtype.itemsize:
+        elif layout == h5py.h5d.CONTIGUOUS and not is_stored(dataset):
             raise ValueError(f"{where} holds no data in {dataset.name}: they were never written")
 
     def _require_raw_files(self, dataset: h5py.Dataset) -> None:

@@ -1,6 +1,5 @@
 """What is common to writers of a split: who writes which shard, what an earlier run left, and when the manifest appears."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hvdlocal.communicator import Communicator, SingleProcess, on_rank_zero, require_agreement, succeed_together
-from hvdlocal.data.format.labels import class_numbers
+from hvdlocal.data.format.labels import class_numbers, labels_sha256
 from hvdlocal.data.format.manifest import (
     MANIFEST_NAME,
     OVERWRITE,
@@ -180,7 +179,7 @@ class SplitWriter:
                 "classes": self.classes,
                 "seed": self.seed,
                 "num_shards": self.num_shards,
-                "labels": hashlib.sha256(labels.astype("<i4").tobytes()).hexdigest(),
+                "labels": labels_sha256(labels),
                 "source": identity,
             }
         )

@@ -9,9 +9,9 @@ from hvdlocal.data.load.order import (
     block_permutation,
     default_streams,
     epoch_permutation,
-    pre_shuffle,
     replacement_draws,
 )
+from hvdlocal.data.permutations import pre_shuffle
 from hvdlocal.data.random_keys import sample_keys, splitmix64
 
 
