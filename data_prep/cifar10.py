@@ -4,6 +4,9 @@ Reads either of the two layouts of that page, unpacked: the binary version (data
 Python version (pickles data_batch_1 … test_batch). The source index counts through the batches in this order.
 """
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +14,31 @@ import numpy as np
 from data_prep.cifar import Batch, binary_batch, python_batch
 from data_prep.planar import PlanarImages
 from data_prep.pooling import PooledImages
-from data_prep.source import Source, image_split
+from data_prep.source import Source, add_source_argument, image_split, open_on_every_rank
+from hvdlocal.communicator import Communicator
+
+SUMMARY = "CIFAR-10, 32x32, from its unpacked archive, binary or Python version"
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 _BATCHES = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
 _SAMPLES = 10_000  # per batch
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this data set."""
+    add_source_argument(command, "directory with data_batch_1.bin (or data_batch_1) …")
+    command.add_argument(
+        "--pool", type=int, default=1, metavar="P", help="make each square of P x P pixels one, their mean"
+    )
+    command.add_argument(
+        "--limit", type=int, metavar="N", help="take only the first N training images (their order is random)"
+    )
+
+
+def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
+    """Opens the data set; a collective. Errors: see `load`."""
+    return open_on_every_rank(lambda: load(arguments.source, arguments.pool, arguments.limit), communicator)
 
 
 def load(source: Path, pool: int = 1, limit: int | None = None) -> Source:

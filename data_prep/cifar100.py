@@ -4,11 +4,17 @@ Reads either of the two layouts of that page, unpacked: the binary version (trai
 (pickles train, test). Every image has a fine label, of 100, and a coarse one, of 20.
 """
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 from data_prep.cifar import binary_batch, python_batch
 from data_prep.planar import PlanarImages
-from data_prep.source import Source, image_split
+from data_prep.source import Source, add_source_argument, image_split, open_on_every_rank
+from hvdlocal.communicator import Communicator
+
+SUMMARY = "CIFAR-100, 32x32, from its unpacked archive, binary or Python version"
 
 FINE = tuple(
     """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
@@ -26,6 +32,19 @@ COARSE = tuple(
 )
 
 _SAMPLES = {"train": 50_000, "test": 10_000}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this data set."""
+    add_source_argument(command, "directory with train.bin (or train) …")
+    command.add_argument(
+        "--labels", choices=("fine", "coarse"), default="fine", help="100 classes or 20 (default: %(default)s)"
+    )
+
+
+def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
+    """Opens the data set; a collective. Errors: see `load`."""
+    return open_on_every_rank(lambda: load(arguments.source, arguments.labels), communicator)
 
 
 def load(source: Path, labels: str = "fine") -> Source:

@@ -5,9 +5,25 @@ images, 29 or 30 of each class, against 1,501 for training. Writers contribute t
 wrote what.
 """
 
+from __future__ import annotations
+
+import argparse
+
 import numpy as np
 
-from data_prep.source import Source, image_split
+from data_prep.source import Source, image_split, open_on_every_rank
+from hvdlocal.communicator import Communicator
+
+SUMMARY = "scikit-learn's handwritten digits, 8x8"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """There are none."""
+
+
+def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
+    """Opens the data set; a collective. Errors: see `load`."""
+    return open_on_every_rank(load, communicator)
 
 
 def load() -> Source:

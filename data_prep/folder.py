@@ -5,6 +5,9 @@ is gray if all files are. Without ``--images`` a tree of PNG and BMP files of on
 by the rules of imagenet.py.
 """
 
+from __future__ import annotations
+
+import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +15,43 @@ from typing import Literal
 
 import numpy as np
 
-from data_prep.folder_tree import EXTENSIONS, Listing, list_tree
+from data_prep.folder_tree import EXTENSIONS, Listing, add_tree_arguments, list_tree
 from data_prep.imagenet import check_encoding, identity, jpeg_source, remarks_of
 from data_prep.raw_files import LOSSLESS, Header, RawFiles, read_file, read_header
 from data_prep.source import Source, image_split
 from hvdlocal.communicator import Communicator, on_rank_zero, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
 
+SUMMARY = (
+    "any tree of image files with a folder per class, as pixels without loss if they have one size, else as JPEG files"
+)
+
 Choice = Literal["auto", "raw", "jpeg"]
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this data set."""
+    command.add_argument(
+        "--images",
+        choices=("auto", "raw", "jpeg"),
+        default="auto",
+        help="raw: pixels, of files of one size; jpeg: JPEG files, as imagenet makes them; auto: raw if all are PNG or BMP files "
+        "of one size, unless --resize or --bad skip is given (default: %(default)s)",
+    )
+    add_tree_arguments(command)
+
+
+def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
+    """Opens the data set; a collective. Errors: see `load`."""
+    return load(
+        arguments.source,
+        arguments.splits,
+        arguments.images,
+        arguments.resize,
+        arguments.quality,
+        arguments.bad == "skip",
+        communicator,
+    )
 
 
 def load(

@@ -1,10 +1,15 @@
 """Listing a tree with one folder per class."""
 
+from __future__ import annotations
+
+import argparse
 import os
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from data_prep.source import add_source_argument
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 USUAL_SPLITS = ("train", "val", "test")
@@ -134,3 +139,32 @@ def _file_size(path: str) -> int:
     except OSError:  # reading it will tell why
         return -1
     return found.st_size if stat.S_ISREG(found.st_mode) else -1
+
+
+def add_tree_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of data sets that are trees of image files."""
+    add_source_argument(command, "directory that holds train/<class>/… and val/<class>/…, or just <class>/…")
+    command.add_argument(
+        "--splits",
+        nargs="+",
+        default=(),
+        metavar="NAME[=FOLDER]",
+        help="splits and the folders of the source that hold them (default: those of train, val and test that there are; "
+        "else the source itself is train)",
+    )
+    command.add_argument(
+        "--resize",
+        type=int,
+        metavar="PIXELS",
+        help="reduce the short side of larger images to this and encode them anew (default: keep the files as they are)",
+    )
+    command.add_argument(
+        "--quality", type=int, default=90, help="JPEG quality with --resize, 1 to 100 (default: %(default)s)"
+    )
+    command.add_argument(
+        "--bad",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="files that cannot be decoded: refuse the data set after all have been tried, or leave them out; "
+        "<output>/<split>/bad_files.txt lists them either way (default: %(default)s)",
+    )

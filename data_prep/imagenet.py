@@ -4,6 +4,9 @@ The files may be JPEG (baseline or progressive; RGB, grayscale or CMYK) or PNG, 
 folders in sorted order, as in torchvision's ImageFolder; the source index counts the files class by class, sorted by path.
 """
 
+from __future__ import annotations
+
+import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -12,13 +15,25 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.folder_tree import Listing, list_tree
+from data_prep.folder_tree import Listing, add_tree_arguments, list_tree
 from data_prep.jpeg_files import CONVERSION_QUALITY, JpegFiles
 from data_prep.source import Source, Split
 from hvdlocal.communicator import Communicator, on_rank_zero, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
 
+SUMMARY = "ImageNet, or any other tree of JPEG and PNG files with a folder per class, as JPEG files"
+
 _ENCODED_BYTES_PER_PIXEL = 0.4  # at quality 90; only the default number of shards depends on it
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this data set."""
+    add_tree_arguments(command)
+
+
+def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
+    """Opens the data set; a collective. Errors: see `load`."""
+    return load(arguments.source, arguments.splits, arguments.resize, arguments.quality, communicator)
 
 
 def load(source: Path, splits: Sequence[str], resize: int | None, quality: int, communicator: Communicator) -> Source:

@@ -6,6 +6,9 @@ labels are stored as 0..999 in the same order. The classes are named by the Word
 beside the pickles, else "1" … "1000".
 """
 
+from __future__ import annotations
+
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,24 @@ from numpy.typing import NDArray
 
 from data_prep.pickles import load_arrays
 from data_prep.planar import PlanarImages
-from data_prep.source import Source, image_split
+from data_prep.source import Source, add_source_argument, image_split, open_on_every_rank
+from hvdlocal.communicator import Communicator
+
+SUMMARY = "downsampled ImageNet (also 8x8, 16x16 and 64x64), from its unpacked pickles"
 
 _BATCHES = {"train": [f"train_data_batch_{number}" for number in range(1, 11)], "val": ["val_data"]}
 _CLASSES = 1000
 _SIDES = {3 * side * side: side for side in (8, 16, 32, 64)}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this data set."""
+    add_source_argument(command, "directory with train_data_batch_1 …, val_data and, for class names, map_clsloc.txt")
+
+
+def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
+    """Opens the data set; a collective. Errors: see `load`."""
+    return open_on_every_rank(lambda: load(arguments.source), communicator)
 
 
 def load(source: Path) -> Source:

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.raw_files import read_file
+from hvdlocal.data import JpegSample
 from hvdlocal.data.write.jpeg_check import decode_usual, is_usual, jpeg_libraries, open_with_pillow, to_rgb
-from hvdlocal.data.write.writer import JpegSample
 
 CONVERSION_QUALITY = 95
 """Of JPEG files made from PNG and CMYK files that are not resized."""

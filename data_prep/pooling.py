@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hvdlocal.data.write.writer import ImageSource
+from hvdlocal.data import ImageSource
 
 
 class PooledImages:

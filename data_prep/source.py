@@ -1,13 +1,18 @@
 """What a data set's module hands to the writers."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hvdlocal.data.write.writer import ImageSource, JpegSource
+from hvdlocal.communicator import Communicator, succeed_together
+from hvdlocal.data import ImageSource, JpegSource
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,13 @@ class Source:
 def image_split(images: ImageSource, labels: NDArray[np.integer], identity: str | None = None) -> Split:
     """A split of equally sized images."""
     return Split(images, labels, int(np.prod(images.shape)), identity=identity)
+
+
+def open_on_every_rank(load: Callable[[], Source], communicator: Communicator) -> Source:
+    """The source, which every rank opens for itself; a collective. If one cannot, none goes on."""
+    return succeed_together(communicator, load, "data.source")
+
+
+def add_source_argument(command: argparse.ArgumentParser, what: str) -> None:
+    """Adds `--source DIR`."""
+    command.add_argument("--source", type=Path, required=True, metavar="DIR", help=what)

@@ -3,18 +3,42 @@
 Equal arguments give equal pixels everywhere. A small network learns the classes in seconds; nothing else is in them.
 """
 
+from __future__ import annotations
+
+import argparse
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.source import Source, Split, image_split
+from data_prep.source import Source, Split, image_split, open_on_every_rank
+from hvdlocal.communicator import Communicator
+from hvdlocal.data import JpegSample
 from hvdlocal.data.write.jpeg_check import jpeg_libraries, jpeg_versions
-from hvdlocal.data.write.writer import JpegSample
+
+SUMMARY = "images made of numbers: a pattern per class under noise, for trying things out"
 
 _GRID = 4  # the pattern has this many cells per side
 _PATTERNS, _NOISE, _SIZES = 0, 1, 2
 _QUALITY = 90
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of this data set."""
+    command.add_argument(
+        "--samples", type=int, default=10_000, help="to train on (default: %(default)s); a fifth to test"
+    )
+    command.add_argument("--classes", type=int, default=10, help="number of classes (default: %(default)s)")
+    command.add_argument("--size", type=int, default=32, help="height and width in pixels (default: %(default)s)")
+    command.add_argument(
+        "--jpeg", action="store_true", help="write JPEG files of different sizes instead of raw pixels"
+    )
+
+
+def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
+    """Opens the data set; a collective. Errors: see `load`."""
+    given = (arguments.samples, arguments.classes, arguments.size, arguments.seed, arguments.jpeg)
+    return open_on_every_rank(lambda: load(*given), communicator)
 
 
 def load(samples: int, classes: int, size: int, seed: int, jpeg: bool = False) -> Source:

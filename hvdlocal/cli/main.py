@@ -16,6 +16,7 @@ from hvdlocal.training import interruption
 from hvdlocal.version import __version__
 
 COMMANDS = {
+    "prepare": "write a data set as shards: hvdlocal prepare DATA_SET --output DIR",
     "train": "train a model: mpirun -np N hvdlocal train CONFIG.yaml",
     "plan": "show what a run will do and cost: hvdlocal plan CONFIG.yaml --workers K",
     "advise": "measure whether local steps pay here, and with which H: mpirun -np N hvdlocal advise CONFIG.yaml",
@@ -27,7 +28,7 @@ COMMANDS = {
     "slurm": "make a batch script for Slurm, or submit one",
 }
 
-LASTING = ("train", "advise", "reproduce")
+LASTING = ("prepare", "train", "advise", "reproduce")
 """Commands that continue when their output can no longer be written; the output of the others is their purpose."""
 
 REPORTING_SECONDS = 0.5

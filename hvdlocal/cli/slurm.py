@@ -165,9 +165,9 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
     if given.image is not None and template != "container":
         raise ValueError("--image is an option of template container")
     if template == "prepare":
-        from data_prep.__main__ import _parser as data_prep_parser
+        from data_prep.arguments import build_parser
 
-        data_prep_parser(True).parse_args(given.run)  # leaves with a sentence of its own when it does not like them
+        build_parser().parse_args(given.run)  # leaves with a sentence of its own when it does not like them
         return given.run
     if not given.run:
         raise ValueError("no configuration: hvdlocal slurm --template NAME … CONFIG.yaml")

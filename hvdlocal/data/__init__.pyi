@@ -15,4 +15,12 @@ from .read.dataset import ShardedDataset as ShardedDataset
 from .read.user_hdf5 import open_hdf5 as open_hdf5
 from .load.loader import Loader as Loader, evaluation_batches as evaluation_batches
 from .load.torch_dataset import EpochSampler as EpochSampler, TorchDataset as TorchDataset
-from .write.writer import ShardWriter as ShardWriter
+from .write.writer import (
+    BadSamplesError as BadSamplesError,
+    ImageSource as ImageSource,
+    JpegSample as JpegSample,
+    JpegShardWriter as JpegShardWriter,
+    JpegSource as JpegSource,
+    ShardWriter as ShardWriter,
+    verify as verify,
+)
