@@ -216,8 +216,7 @@ def flipped(tmp_path):
     return config
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
-@pytest.mark.parametrize("storage", ["mmap", "stream"])
+@pytest.mark.parametrize(("storage", "backend"), [("mmap", "horovod"), ("stream", "mpi4py")])
 def test_damage_found_while_training_is_one_sentence_on_every_rank(flipped, tmp_path, backend, storage):
     command = [*HVDLOCAL, "train", str(flipped), "--data.storage", storage]
     for _ in range(2):  # the second start is told of nothing by what the first has left
