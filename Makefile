@@ -20,6 +20,7 @@ lint: setup
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports --no-cache --no-logo
 
 # The documents and an API reference from the docstrings, as pages in build/site; a link that leads nowhere is an error.
 docs: setup
