@@ -124,7 +124,8 @@ def settings_of(kind: type, prefix: str = "") -> dict[str, Setting]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             found |= settings_of(hint, f"{name}.")
         else:
-            found[name] = _setting(hint, field.default)
+            made = field.default_factory
+            found[name] = _setting(hint, field.default if made is dataclasses.MISSING else made())
     return found
 
 
