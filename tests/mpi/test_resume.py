@@ -197,13 +197,14 @@ def test_an_interruption_inside_a_round(comm, place, monkeypatch):
     whole = train(comm, config(place, "asked-whole", **kind), monkeypatch)
     settings = config(place, "asked", **kind)
     last = comm.size - 1
-    monkeypatch.setattr(interruption, "_received", interruption.SIGNALS[0] if comm.rank == last else None)
+    asked = interruption.SIGNALS[0] if comm.rank == last else None
+    monkeypatch.setattr(interruption, "received", lambda: asked)
     with pytest.raises(Interrupted, match=f"SIGUSR2 on rank {last}"):
         Trainer(settings, comm).run()
     root = place / "asked" / "checkpoints"
     (step,) = files.newest_first(root)
     assert files.read_manifest(files.directory(root, step))["in_sync"] is False
-    monkeypatch.setattr(interruption, "_received", None)
+    monkeypatch.setattr(interruption, "received", lambda: None)
     final = train(comm, settings, monkeypatch)
     assert final.resumed.step == step
     assert same(outcome(final.output.path), outcome(whole.output.path))
