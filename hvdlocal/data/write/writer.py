@@ -18,7 +18,8 @@ from hvdlocal.data.format.pixel_statistics import add_pixels
 from hvdlocal.data.format.shard import CRC_BLOCK, open_shard, shard_attributes
 from hvdlocal.data.write.jpeg_check import check_jpeg, jpeg_libraries, jpeg_versions
 from hvdlocal.data.write.shard_writer import write_image_shard, write_jpeg_shard
-from hvdlocal.data.write.split_writer import BadSamplesError, Receipt, SplitWriter
+from hvdlocal.data.write.split_writer import BadSamplesError, SplitWriter
+from hvdlocal.data.write.staging import Receipt
 
 __all__ = ["BadSamplesError", "ImageSource", "JpegSample", "JpegShardWriter", "JpegSource", "ShardWriter", "verify"]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hvdlocal import ShardWriter
-from hvdlocal.data.write.split_writer import LOCK
+from hvdlocal.data.write.staging import LOCK
 from hvdlocal.directory import Directory, LinkError, MovedError, replacing, user_file, write_text
 from hvdlocal.lock import hold
 from hvdlocal.training import output_directory, run_files

@@ -255,7 +255,7 @@ def test_a_full_disk(tmp_path, source):
 
 def test_one_writer_at_a_time(tmp_path, monkeypatch):
     """The second is told who the first is; the first leaves no trace of it."""
-    monkeypatch.setattr("hvdlocal.data.write.split_writer.hold", lambda *file: hold(*file, patience_seconds=0.1))
+    monkeypatch.setattr("hvdlocal.data.write.staging.hold", lambda *file: hold(*file, patience_seconds=0.1))
     inside = []
 
     class Images(np.ndarray):
