@@ -24,13 +24,13 @@ def plan_figure(plans: Sequence[tuple[str, RunPlan]]) -> Figure:
             color, dashes = COLORS[i % len(COLORS)], DASHES[i // len(COLORS) % len(DASHES)]
             width = 1.3 + 0.45 * (len(plans) - 1 - i)  # so that coinciding curves all remain visible
             look = {"color": color, "ls": dashes, "lw": width, "label": label}
-            starts = [stretch.epoch for stretch in plan.stretches]
+            starts = [phase.epoch for phase in plan.phases]
             edges = [*starts, plan.epochs]
-            periods.stairs([stretch.period for stretch in plan.stretches], edges, baseline=None, **look)
+            periods.stairs([phase.period for phase in plan.phases], edges, baseline=None, **look)
             epochs = [plan.epochs * j / 600 for j in range(600)]
             rates.plot(epochs, [plan.schedule(epoch) for epoch in epochs], **look)
             per_round = plan.collectives / plan.rounds
-            done = accumulate((stretch.rounds for stretch in plan.stretches), initial=0)
+            done = accumulate((phase.rounds for phase in plan.phases), initial=0)
             shares.plot(edges, [100 * per_round * rounds / plan.micro_batches for rounds in done], **look)
         periods.set_yscale("log")
         periods.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

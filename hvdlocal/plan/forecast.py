@@ -116,5 +116,5 @@ class Forecast:
             "computing_seconds": self.seconds(plan.steps),
             "checkpoint_seconds": self.checkpoints and self.checkpoints.seconds,
             "notes": list(self.notes),
-            "stretches": [stretch._asdict() for stretch in plan.stretches],
+            "stretches": [phase._asdict() for phase in plan.phases],
         }

@@ -1,4 +1,4 @@
-"""What a configured run will do and cost, before it is started. Built from the trainer's own rules; needs no torch."""
+"""Plans what a configured run will do and cost, from the trainer's own rules and without torch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Phase(NamedTuple):
     """Consecutive rounds of one length.
 
     Attributes:
-        step: the optimizer step at which the first begins, from 0.
+        step: the optimizer step at which the first round begins, from 0.
         epoch: the same in scale-invariant epochs.
-        end: where the last one ends, in scale-invariant epochs.
+        end: the end of the last round, in scale-invariant epochs.
         period: H.
-        rounds: how many.
+        rounds: number of rounds.
         lr: γ, the base learning rate at the beginning.
-        gain: ρ, the mean over its steps.
+        gain: mean of ρ over the steps.
     """
 
     step: int
@@ -45,18 +45,18 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run before it is started. Counts are those of one rank.
+    """The plan of a run. Counts are those of one rank.
 
     Attributes:
         num_workers: K.
         accumulate: a, micro-batches per optimizer step.
         steps: optimizer steps.
         rounds: averagings; for the synchronous presets, steps.
-        stretches: all rounds in order.
-        epochs: scale-invariant epochs at its end.
+        phases: all rounds in order.
+        epochs: scale-invariant epochs at the end of the run.
         data_epochs: passes over the data.
         mean_gain: mean ρ over the steps.
-        collectives: of training; none on one rank.
+        collectives: number of collectives of training; 0 on one rank.
         schedule: γ as a function of scale-invariant epochs.
     """
 
@@ -64,7 +64,7 @@ class RunPlan:
     accumulate: int
     steps: int
     rounds: int
-    stretches: tuple[Phase, ...]
+    phases: tuple[Phase, ...]
     epochs: float
     data_epochs: float
     mean_gain: float
@@ -73,18 +73,18 @@ class RunPlan:
 
     @property
     def micro_batches(self) -> int:
-        """Forward and backward passes, and so many collectives of data parallelism at the same work."""
+        """Number of forward and backward passes, which is the number of collectives that data parallelism would need."""
         return self.steps * self.accumulate
 
     @property
     def collective_share(self) -> float:
-        """Collectives over those of data parallelism, which averages the gradient of every micro-batch."""
+        """Collectives relative to data parallelism, which averages the gradient of every micro-batch."""
         return self.collectives / self.micro_batches
 
     @property
     def longest(self) -> Phase:
         """The first of the longest rounds."""
-        return max(self.stretches, key=lambda stretch: stretch.period)
+        return max(self.phases, key=lambda phase: phase.period)
 
     @property
     def mean_period(self) -> float:
@@ -93,17 +93,17 @@ class RunPlan:
 
     @property
     def data_epochs_per_step(self) -> float:
-        """What one optimizer step of all ranks consumes."""
+        """Epochs of data that one optimizer step of all ranks consumes."""
         return self.data_epochs / self.steps
 
-    def stretch_at(self, epoch: float) -> Phase:
-        """What is under way at a scale-invariant epoch ≥ 0."""
-        return self.stretches[bisect_right(self.stretches, epoch, key=lambda stretch: stretch.epoch) - 1]
+    def phase_at(self, epoch: float) -> Phase:
+        """Returns the phase at a scale-invariant epoch ≥ 0."""
+        return self.phases[bisect_right(self.phases, epoch, key=lambda phase: phase.epoch) - 1]
 
 
 @dataclass(frozen=True)
 class AssumedGain(Scaling):
-    """In place of a gain that only a run can know: a constant, from the first estimate on."""
+    """Assumes a constant gain from the first estimate on, since only a run can measure the gain."""
 
     assumed: float = 1.0
     progress_varies = False
@@ -117,7 +117,7 @@ class AssumedGain(Scaling):
 
 
 def adapts(config: TrainConfig) -> bool:
-    """Whether the gain comes from gradient statistics, so that a plan must assume something."""
+    """Returns whether the gain comes from gradient statistics, so that a plan must assume something."""
     return build_scaling(config.method).uses_statistics
 
 
@@ -129,29 +129,28 @@ def plan_run(
     gain: float | None = None,
     grad_var_over_sqr: float | None = None,
 ) -> RunPlan:
-    """The plan of a run, with the trainer's own schedule, rules and way of counting.
+    """Plans a run with the trainer's schedule, rules and counting.
 
     Args:
-        config: as for training; neither its data nor its output are looked at.
-        samples: N, training images.
+        config: the configuration of the run; its data and its output are not read.
+        samples: N, the number of training images.
         num_workers: K.
-        gain: ρ to assume when it comes from gradient statistics; by default 1.
-        grad_var_over_sqr: or σ²/G to assume, from which the gain follows for each H (Balles et al., Eq. 49).
+        gain: the assumed ρ if it comes from gradient statistics; by default 1.
+        grad_var_over_sqr: alternatively the assumed σ²/G, from which the gain follows for each H (Balles et al., Eq. 49).
 
     Raises:
-        ValueError: the run could not start, the period depends on the loss, or an assumption has no use or no meaning.
+        ValueError: the run could not start, the period depends on the loss, or an assumption has no effect or no meaning.
     """
     check_ranges(config)
     method, accumulate = config.method, micro_batches_per_step(config.method)
-    local = method.is_local
     steps_per_epoch = _steps_per_epoch(config, samples, num_workers)
     scaling, statistics = _assumptions(config, build_scaling(method), gain, grad_var_over_sqr)
-    if num_workers * (1 if local else accumulate) == 1:
-        statistics = None  # one gradient has no variance
+    if num_workers * (1 if method.is_local else accumulate) == 1:
+        statistics = None  # a single gradient has no variance
 
     length = run_length(config, steps_per_epoch, num_workers)
     epoch, budget, schedule = length.epoch, length.budget, length.schedule
-    if local:
+    if method.is_local:
         warmup = config.schedule.warmup_epochs * epoch
         rounds = plan_rounds(
             build_period(method.period, config.optimizer.lr, warmup, epoch),
@@ -164,22 +163,22 @@ def plan_run(
             stale=method.preset != "local-ada-nostale",
             rate=method.period.rate,
         )
-        stretches = tuple(_stretches(rounds, schedule, epoch))
+        phases = tuple(_phases(rounds, schedule, epoch))
     else:
         steps, end = plan_steps(budget, scaling, num_workers=num_workers, accumulate=accumulate, statistics=statistics)
-        stretches = (Phase(0, 0.0, end / epoch, 1, steps, schedule(0), end / steps),)
-    steps = sum(stretch.period * stretch.rounds for stretch in stretches)
-    averagings = sum(stretch.rounds for stretch in stretches)
+        phases = (Phase(0, 0.0, end / epoch, 1, steps, schedule(0), end / steps),)
+    steps = sum(phase.period * phase.rounds for phase in phases)
+    averagings = sum(phase.rounds for phase in phases)
     per_round = 0 if num_workers == 1 else 2 if method.preset == "local-ada-nostale" else 1
     return RunPlan(
         num_workers=num_workers,
         accumulate=accumulate,
         steps=steps,
         rounds=averagings,
-        stretches=stretches,
-        epochs=stretches[-1].end,
+        phases=phases,
+        epochs=phases[-1].end,
         data_epochs=steps * accumulate / steps_per_epoch,
-        mean_gain=stretches[-1].end * epoch / steps,
+        mean_gain=phases[-1].end * epoch / steps,
         collectives=averagings * per_round,
         schedule=lambda epochs: schedule(epochs * epoch),
     )
@@ -203,7 +202,7 @@ def _assumptions(
     return scaling, (1.0, grad_var_over_sqr)
 
 
-def _stretches(rounds: Iterable[Round], schedule: Schedule, epoch: float) -> Iterator[Phase]:
+def _phases(rounds: Iterable[Round], schedule: Schedule, epoch: float) -> Iterator[Phase]:
     """Joins consecutive rounds of one length."""
     for period, group in groupby(rounds, key=lambda one: one.period):
         joined = list(group)
@@ -216,7 +215,7 @@ def _stretches(rounds: Iterable[Round], schedule: Schedule, epoch: float) -> Ite
 
 @dataclass(frozen=True)
 class _Samples:
-    """As much of a data set as the counting of batches looks at."""
+    """The part of a data set that is needed to count batches."""
 
     count: int
     fingerprint: str = ""

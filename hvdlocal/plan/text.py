@@ -56,7 +56,7 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
     yield "epochs", epochs
     if not synchronous:
         if _varies(plan):
-            ends = f"{plan.stretches[0].period:,} in the first round, {plan.stretches[-1].period:,} in the last"
+            ends = f"{plan.phases[0].period:,} in the first round, {plan.phases[-1].period:,} in the last"
             yield "H", f"{ends}; mean {plan.mean_period:.1f}"
         else:
             yield "H", f"{longest.period:,}"
@@ -86,7 +86,7 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
 
 def _varies(plan: RunPlan) -> bool:
     """Returns whether H changes, except in a last round that is cut short."""
-    return len(plan.stretches) > 2 or plan.stretches[-1].period > plan.stretches[0].period
+    return len(plan.phases) > 2 or plan.phases[-1].period > plan.phases[0].period
 
 
 def _period_sketch(plan: RunPlan, rows: int = 5) -> list[str]:
@@ -94,7 +94,7 @@ def _period_sketch(plan: RunPlan, rows: int = 5) -> list[str]:
     if not _varies(plan):
         return []
     width = plan.epochs / COLUMNS
-    lines = sparkline([plan.stretch_at((column + 0.5) * width).period for column in range(COLUMNS)], rows)
+    lines = sparkline([plan.phase_at((column + 0.5) * width).period for column in range(COLUMNS)], rows)
     margin = lines[-1].index("┤") + 1
     axis = f"epoch 0{f'{plan.epochs:.0f}':>{COLUMNS - 7}}"
     return ["", *(f"  {line}" for line in lines), " " * (margin + 2) + axis]

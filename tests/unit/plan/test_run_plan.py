@@ -98,7 +98,7 @@ def test_a_plan_is_what_the_optimizer_does(name, workers, monkeypatch):
     rounds, optimizer, epoch, collectives, sent = run(case, workers, monkeypatch)
     ratio = RATIO if "-ada" in case.method.preset else None
     plan = plan_run(case, SAMPLES, workers, grad_var_over_sqr=ratio)
-    planned = [(s.step + i * s.period, s.period) for s in plan.stretches for i in range(s.rounds)]
+    planned = [(s.step + i * s.period, s.period) for s in plan.phases for i in range(s.rounds)]
     assert planned == rounds
     assert plan.steps == sum(period for _, period in rounds)
     assert plan.epochs * epoch == pytest.approx(optimizer.progress, rel=1e-12)
@@ -149,9 +149,9 @@ def test_epochs_of_data_with_every_tail():
 
 def test_longest_round():
     plan = plan_run(config("local", period=QSR), SAMPLES, 2)
-    assert plan.longest.period == max(stretch.period for stretch in plan.stretches)
-    assert plan.stretch_at(plan.longest.epoch) == plan.longest
-    assert plan.stretch_at(0) == plan.stretches[0]
+    assert plan.longest.period == max(phase.period for phase in plan.phases)
+    assert plan.phase_at(plan.longest.epoch) == plan.longest
+    assert plan.phase_at(0) == plan.phases[0]
 
 
 @pytest.mark.parametrize(
