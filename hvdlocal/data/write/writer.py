@@ -149,7 +149,8 @@ class JpegShardWriter(SplitWriter):
     now; the mean and standard deviation in the manifest are those of all decoded pixels, as RGB.
 
     Args:
-        directory, split, **options: ``SplitWriter``'s.
+        directory: as in `ShardWriter`, like all that is not named here.
+        split: name of the split.
         skip_bad: leave out files that cannot be used, instead of refusing the whole once all have been tried.
         threads: decoding threads; by default this rank's share of the cores.
     """

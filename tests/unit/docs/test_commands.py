@@ -5,7 +5,7 @@ import io
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pytest
 from pages import PAGES, ROOT, blocks, commands
 
 import hvdlocal.models
-from data_prep.__main__ import main as data_prep
+from data_prep.arguments import DATA_SETS
 from hvdlocal.cli import main
 from hvdlocal.cli.main import COMMANDS
 from hvdlocal.communicator import SingleProcess
@@ -31,19 +31,20 @@ def after(words: list[str], *names: str) -> list[str]:
     return words[places[0] + 1 :] if places else []
 
 
-def output_of(command: Callable[[list[str]], int], *arguments: str) -> tuple[int, str]:
+def output_of(*arguments: str) -> tuple[int, str]:
+    """The exit code of a command of hvdlocal's, and what it prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         try:
-            code = command([*arguments])
+            code = main([*arguments])
         except SystemExit as end:
             code = end.code
     return int(code or 0), printed.getvalue()
 
 
 @cache
-def help_of(command: Callable[[list[str]], int], *words: str) -> str:
-    code, text = output_of(command, *words, "--help")
+def help_of(*words: str) -> str:
+    code, text = output_of(*words, "--help")
     assert code == 0
     return text
 
@@ -53,6 +54,15 @@ def unknown(words: list[str], help_text: str) -> list[str]:
     return [option for option in options if not re.search(rf"{re.escape(option)}\b", help_text)]
 
 
+def help_for(command: str, *words: str) -> str:
+    """The options that a command line may have."""
+    if command == "prepare":
+        return help_of(command, words[0])
+    if command == "slurm" and "prepare" in words:  # the last arguments are those of a data set
+        return help_of(command) + help_of("prepare", next(word for word in words if word in DATA_SETS))
+    return help_of(command) + (help_of("train") if command in CONFIGURED else "")
+
+
 @pytest.mark.parametrize(
     ("page", "words"), LINES, ids=lambda value: value if isinstance(value, str) else shlex.join(value)
 )
@@ -60,14 +70,8 @@ def test_command(page, words):
     if words[0] == "conda":
         return
     if given := after(words, "hvdlocal", "$(hvdlocal"):
-        command = given[0]
-        assert command in COMMANDS
-        data = command == "slurm" and "prepare" in given  # its arguments are data_prep's
-        texts = [help_of(main, command)] + [help_of(main, "train")] * (command in CONFIGURED and not data)
-        texts += [help_of(data_prep, "imagenet")] * data
-        assert unknown(given[1:], "\n".join(texts)) == []
-    elif (given := after(words, "data_prep")) and "-m" in words:
-        assert unknown(given, help_of(data_prep, given[0])) == []
+        assert given[0] in COMMANDS
+        assert unknown(given, help_for(*given)) == []
     elif script := next((word for word in words if re.fullmatch(r"(benchmarks|examples)/\w+\.(py|sh)", word)), None):
         assert unknown(words[words.index(script) :], (ROOT / script).read_text()) == []
     elif words[0] == "make":
@@ -87,7 +91,7 @@ def examples(page: str) -> Iterator[tuple[list[str], str]]:
 def test_plan_prints_what_its_page_shows(words, printed, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     words = [str(tmp_path / word) if word == "plan.png" else word for word in words]
-    code, text = output_of(main, *words)
+    code, text = output_of(*words)
     assert code == 0
     assert re.fullmatch(".*".join(map(re.escape, printed.split("…\n"))), text, flags=re.DOTALL)
 
@@ -113,16 +117,14 @@ def test_the_first_hour(tmp_path, monkeypatch):
         given = after(words, "hvdlocal")
         if words[0] == "cp":
             shutil.copy(*words[1:])
-        elif "data_prep" in words:
-            assert data_prep(after(words, "data_prep")) == 0
         elif given and given[0] not in ("advise", "export"):  # takes 20 seconds; wants a run that has not finished
             given = given[: given.index(">")] if ">" in given else given
             given += ["--epochs", "1"] * (given[0] == "train")
             given[1:2] = map(str, Path("runs").iterdir()) if given[0] == "report" else given[1:2]
-            code, text = output_of(main, *given)
+            code, text = output_of(*given)
             assert code == 0, (given, text)
             run.append(given[0])
-    assert run == ["train", "plan", "train", "report", "slurm", "reproduce"]
+    assert run == ["prepare", "train", "plan", "train", "report", "slurm", "reproduce"]
     assert Path("report.html").stat().st_size > 100_000
     names = {"numpy": np}
     for page in ("docs/report.md", "docs/records.md"):
@@ -137,5 +139,5 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr("hvdlocal.models.registry.MODELS", hvdlocal.models.MODELS)
     exec(blocks("docs/train.md", "python")[0].text, {"__name__": "mine"})
     Path("run.yaml").write_text(blocks("docs/train.md", "yaml")[0].text)
-    assert data_prep(["digits", "--output", "data/digits"]) == 0
+    assert main(["prepare", "digits", "--output", "data/digits"]) == 0
     assert main(["train", "run.yaml", "--model.name", "tiny", "--epochs", "1"]) == 0
