@@ -17,7 +17,7 @@ from hvdlocal import ShardedDataset, ShardWriter
 from hvdlocal.communicator import DisagreementError
 from hvdlocal.communicator.agreement import SetupError
 from hvdlocal.data.format import extent
-from hvdlocal.data.read import dataset as data_set
+from hvdlocal.data.read import opening
 from hvdlocal.data.read.storage import ram
 from hvdlocal.data.read.user_hdf5 import open_hdf5
 
@@ -137,8 +137,8 @@ def test_staging_in_rounds(comm, directory, reads, monkeypatch):
 
 def test_shards_are_opened_by_one_rank_each(comm, directory, monkeypatch):
     opened = []
-    open_shard = data_set.open_shard
-    monkeypatch.setattr(data_set, "open_shard", lambda path, *more: (opened.append(path), open_shard(path, *more))[1])
+    open_shard = opening.open_shard
+    monkeypatch.setattr(opening, "open_shard", lambda path, *more: (opened.append(path), open_shard(path, *more))[1])
     with ShardedDataset(directory, storage="mmap", communicator=comm) as dataset:
         check(dataset)
     everyone = [name for theirs in comm.gather(opened, "test.opened") for name in theirs]
