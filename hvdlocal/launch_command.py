@@ -1,4 +1,8 @@
-"""The command that starts ranks on this machine, and what its output says when it fails."""
+"""The command that starts ranks on this machine, and the reason in its output if it fails.
+
+install/mpirun and slurm/common.sh apply the same rules in shell: the first is what `make` and CI call before any Python, the
+second runs as the batch script itself and adds what a cluster needs (ranks per node, variables for other nodes).
+"""
 
 from __future__ import annotations
 
@@ -54,7 +58,7 @@ def without_leftovers(command: Sequence[str]) -> list[str]:
 
 
 def refused_root(output: str) -> bool:
-    """Returns whether the last lines of a launcher's output say that Open MPI does not start ranks as root."""
+    """Returns whether a launcher's output ends with Open MPI's refusal to start ranks as root."""
     return any("run as root" in line or "as root is" in line for line in _lines(output)[-12:])
 
 
@@ -63,7 +67,7 @@ def last_words(output: str, telling: Callable[[str], bool]) -> str:
 
     Args:
         output: of the program.
-        telling: tells which lines to prefer; without any, the last line is taken.
+        telling: selects preferred lines; if there are none, the last line is taken.
     """
     lines = _lines(output)
     return ([line for line in lines if telling(line)] or lines or ["no output"])[-1][:400]
