@@ -1,1 +1,1 @@
-"""Turning data sets into hvdlocal's HDF5 shards: ``python -m data_prep --help``. One module per data set."""
+"""Turning data sets into hvdlocal's HDF5 shards: `python -m data_prep --help`. One module per data set."""

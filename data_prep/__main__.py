@@ -128,7 +128,7 @@ def _write(arguments: argparse.Namespace, communicator: Communicator, talks: boo
 
 
 def _check_outside(directory: Path, source: Path) -> None:
-    """Refuse to write into a tree of images, which would be another tree from then on."""
+    """Refuses to write into a tree of images, which would be another tree from then on."""
     if source.is_dir() and directory.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--output lies inside --source ({directory} in {source}); choose a directory outside of it")
 

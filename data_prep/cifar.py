@@ -1,5 +1,7 @@
 """What CIFAR-10 and CIFAR-100 have in common: batches of 32x32 images in a binary and a Python version."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ def binary_batch(path: Path, samples: int, label_bytes: int, which: int) -> Batc
 
 
 def python_batch(path: Path, samples: int, key: bytes, data_set: str) -> Batch:
-    """As ``binary_batch``, of the Python version; ``key`` names the labels. No code in the pickle is run."""
+    """As `binary_batch`, of the Python version; `key` names the labels. No code in the pickle is run."""
     try:
         batch = load_arrays(path)
         data, labels = batch[b"data"], np.array(batch[key], np.uint8)

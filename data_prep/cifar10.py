@@ -42,7 +42,7 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
 
 
 def load(source: Path, pool: int = 1, limit: int | None = None) -> Source:
-    """Open CIFAR-10 in the directory that holds its batches.
+    """Opens CIFAR-10 in the directory that holds its batches.
 
     Args:
         source: the directory.

@@ -48,7 +48,7 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
 
 
 def load(source: Path, labels: str = "fine") -> Source:
-    """Open CIFAR-100 in the directory that holds its files.
+    """Opens CIFAR-100 in the directory that holds its files.
 
     Args:
         source: the directory.

@@ -1,7 +1,7 @@
 """Any tree of image files with one folder per class: as pixels, without loss, or as JPEG files.
 
-Pixels are kept (``--images raw``) of PNG and BMP files, and of JPEG files as they are decoded, if all have one size. The data set
-is gray if all files are. Without ``--images`` a tree of PNG and BMP files of one size is stored so, and any other as JPEG files,
+Pixels are kept (`--images raw`) of PNG and BMP files, and of JPEG files as they are decoded, if all have one size. The data set
+is gray if all files are. Without `--images` a tree of PNG and BMP files of one size is stored so, and any other as JPEG files,
 by the rules of imagenet.py.
 """
 
@@ -63,18 +63,18 @@ def load(
     skip_bad: bool,
     communicator: Communicator,
 ) -> Source:
-    """List a tree of images; a collective, in which the ranks share out the looking at headers.
+    """Lists a tree of images; a collective, in which the ranks share out the looking at headers.
 
     Args:
         source: root of the tree.
-        splits: see ``list_tree``.
+        splits: see `list_tree`.
         images: how they are stored; "auto" is "raw" for files of a lossless format and of one size, else "jpeg".
-        resize, quality: see ``imagenet.load``; only for JPEG files.
+        resize, quality: see `imagenet.load`; only for JPEG files.
         skip_bad: whether files that cannot be used are to be left out; only for JPEG files.
         communicator: the ranks that will write the shards.
 
     Raises:
-        FileNotFoundError, ValueError: as ``list_tree``; or the files cannot be stored as wished; the message names one.
+        FileNotFoundError, ValueError: as `list_tree`; or the files cannot be stored as wished; the message names one.
     """
     check_encoding(resize, quality)
     if images == "raw" and (resize is not None or skip_bad):

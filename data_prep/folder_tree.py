@@ -35,11 +35,11 @@ class Listing:
 def list_tree(
     root: Path, splits: Sequence[str], extensions: tuple[str, ...] = EXTENSIONS
 ) -> tuple[tuple[str, ...], dict[str, Listing]]:
-    """List the images of a tree.
+    """Lists the images of a tree.
 
     Args:
-        root: holds ``train/<class>/…``, ``val/<class>/…``, or only ``<class>/…``.
-        splits: names of splits, which are folders of ``root``, or NAME=FOLDER; none: those of train, val and test that
+        root: holds `train/<class>/…`, `val/<class>/…`, or only `<class>/…`.
+        splits: names of splits, which are folders of `root`, or NAME=FOLDER; none: those of train, val and test that
             there are, and if there is none, the tree itself as "train".
         extensions: of the names of images, in lower case; other files are ignored.
 

@@ -37,17 +37,17 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
 
 
 def load(source: Path, splits: Sequence[str], resize: int | None, quality: int, communicator: Communicator) -> Source:
-    """List a tree of images; a collective, in which rank 0 alone walks the tree.
+    """Lists a tree of images; a collective, in which rank 0 alone walks the tree.
 
     Args:
         source: root of the tree.
-        splits: see ``list_tree``.
+        splits: see `list_tree`.
         resize: short side in pixels that larger images are reduced to; None keeps the files.
         quality: JPEG quality of the reduced images.
         communicator: the ranks that will write the shards.
 
     Raises:
-        FileNotFoundError, ValueError: as ``list_tree``; or an option is out of range, or a library is missing.
+        FileNotFoundError, ValueError: as `list_tree`; or an option is out of range, or a library is missing.
     """
     check_encoding(resize, quality)
     versions = succeed_together(communicator, jpeg_versions, "data.libraries")
@@ -76,8 +76,8 @@ def jpeg_source(
 
     Args:
         data_set: name of the data set, for the manifest.
-        source, resize, quality: see ``load``.
-        classes, listings: see ``list_tree``.
+        source, resize, quality: see `load`.
+        classes, listings: see `list_tree`.
         versions: of the libraries that decode and encode.
     """
     preparation: dict[str, Any] = {"data_set": data_set, "conversion_quality": CONVERSION_QUALITY}
@@ -103,7 +103,7 @@ def jpeg_source(
 
 
 def remarks_of(listings: Mapping[str, Listing]) -> list[str]:
-    """What the user should be told of files that are left out."""
+    """Sentences for the user about files that are left out."""
     remarks = []
     for name, listing in listings.items():
         if listing.ignored:

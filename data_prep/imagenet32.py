@@ -37,7 +37,7 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
 
 
 def load(source: Path) -> Source:
-    """Open downsampled ImageNet in the directory that holds its pickles. The pixels stay in the files.
+    """Opens downsampled ImageNet in the directory that holds its pickles. The pixels stay in the files.
 
     Raises:
         FileNotFoundError: there is no such directory, or a file is missing.
@@ -84,7 +84,7 @@ def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
-    """From lines such as `n02119789 1 kit_fox`."""
+    """The class names from lines such as `n02119789 1 kit_fox`."""
     if not path.is_file():
         return tuple(str(label) for label in range(1, _CLASSES + 1))
     names: dict[int, str] = {}

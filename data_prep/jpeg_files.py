@@ -1,5 +1,7 @@
 """Image files as JPEG: kept as they are, converted, or made smaller."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +17,7 @@ CONVERSION_QUALITY = 95
 
 
 class JpegFiles:
-    """Files of a tree as samples for ``JpegShardWriter``.
+    """Files of a tree as samples for `JpegShardWriter`.
 
     Grayscale and RGB JPEG files keep their bytes, unless they are resized. Others become RGB JPEG. EXIF orientation is
     ignored, as it is by the usual ways to train on ImageNet.
@@ -41,7 +43,7 @@ class JpegFiles:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> JpegSample:
-        """File ``index``. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read."""
+        """File `index`. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read."""
         content = read_file(self._root, self._paths[index], self._sizes[index])
         if self._resize is None:
             what = _foreign(content)

@@ -7,6 +7,8 @@ file asks for. A few bytes can nest a tuple so often within itself that hashing,
 so none of that is done to more than flat lists.
 """
 
+from __future__ import annotations
+
 import mmap
 import pickle
 import struct

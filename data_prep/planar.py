@@ -1,5 +1,7 @@
 """Images as CIFAR and downsampled ImageNet store them: rows of one colour plane after the other, in several files."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

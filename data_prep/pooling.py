@@ -1,5 +1,7 @@
 """Smaller images: each pixel the mean of a square of pixels."""
 
+from __future__ import annotations
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 

@@ -1,5 +1,7 @@
 """How far the writing is: a bar on a terminal, a line every few seconds elsewhere."""
 
+from __future__ import annotations
+
 import sys
 import time
 from types import TracebackType
@@ -25,7 +27,7 @@ class ProgressBar:
         self._bar = tqdm(total=total, desc=name, unit=" samples") if shown and sys.stderr.isatty() else None
 
     def __call__(self, samples: int) -> None:
-        """So many more are done."""
+        """Counts more samples as done."""
         self._done += samples
         now = time.monotonic()
         if self._bar is not None:
@@ -39,7 +41,7 @@ class ProgressBar:
                 flush=True,
             )
 
-    def __enter__(self) -> "ProgressBar":
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(

@@ -1,5 +1,7 @@
 """Image files of one size as pixels, without loss: what a file is, by its header, and its pixels."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +101,7 @@ def decode(content: bytes, channels: int) -> NDArray[np.uint8]:
 
 
 class RawFiles:
-    """Files of a tree as an ``ImageSource``: decoded when they are asked for.
+    """Files of a tree as an `ImageSource`: decoded when they are asked for.
 
     Args:
         root: directory that the paths are relative to.

@@ -24,7 +24,7 @@ class Split:
         labels: integers (N,).
         size: bytes that the samples will take, or a fair guess; decides the number of shards.
         names: what messages call the samples; only for JPEG files.
-        identity: see ``ShardWriter.write``.
+        identity: see `ShardWriter.write`.
     """
 
     samples: ImageSource | JpegSource
@@ -43,7 +43,7 @@ class Source:
         splits: by name.
         kind: of all splits, as in the manifest.
         preparation: facts that the manifests shall record.
-        remarks: what the user should be told, one sentence each.
+        remarks: sentences for the user.
     """
 
     classes: tuple[str, ...]

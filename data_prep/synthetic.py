@@ -42,12 +42,12 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
 
 
 def load(samples: int, classes: int, size: int, seed: int, jpeg: bool = False) -> Source:
-    """A train split of ``samples`` images and a test split of a fifth as many.
+    """A train split of `samples` images and a test split of a fifth as many.
 
     Args:
         samples: number of images to train on.
         classes: number of classes; sample i is of class i modulo this.
-        size: height and width in pixels; with ``jpeg`` the shorter, the other being up to half as long again.
+        size: height and width in pixels; with `jpeg` the shorter, the other being up to half as long again.
         seed: of the patterns and the noise.
         jpeg: encode the images as JPEG files.
 
@@ -78,7 +78,7 @@ class SyntheticImages:
 
     Args:
         first: number of the first; the noise of an image depends on its number.
-        count, classes, size, seed: see ``load``.
+        count, classes, size, seed: see `load`.
     """
 
     def __init__(self, first: int, count: int, classes: int, size: int, seed: int) -> None:
@@ -92,7 +92,7 @@ class SyntheticImages:
         return np.stack([self.draw(int(row), side, side) for row in rows])
 
     def draw(self, row: int, height: int, width: int) -> NDArray[np.uint8]:
-        """Image ``row``, stretched to the given size: uint8 (height, width, 3)."""
+        """Image `row`, stretched to the given size: uint8 (height, width, 3)."""
         number = self._first + row
         cells = self._bytes(_PATTERNS, number % self._classes, _GRID * _GRID * 3).reshape(_GRID, _GRID, 3)
         pattern = cells[np.arange(height) * _GRID // height][:, np.arange(width) * _GRID // width]
@@ -100,7 +100,7 @@ class SyntheticImages:
         return (pattern // 2 + noise // 2).astype(np.uint8)
 
     def dims(self, row: int) -> tuple[int, int]:
-        """Height and width of image ``row`` as a JPEG file."""
+        """Height and width of image `row` as a JPEG file."""
         size = self.shape[1]
         extra, across = (int(value) for value in self._bytes(_SIZES, self._first + row, 2))
         longer = size + extra * (size // 2) // 255
@@ -113,7 +113,7 @@ class SyntheticImages:
 
 
 class SyntheticFiles:
-    """The same as JPEG files of different sizes, for ``JpegShardWriter``."""
+    """The same as JPEG files of different sizes, for `JpegShardWriter`."""
 
     def __init__(self, images: SyntheticImages) -> None:
         self._images = images
@@ -122,6 +122,6 @@ class SyntheticFiles:
         return self._images.shape[0]
 
     def __getitem__(self, index: int) -> JpegSample:
-        """File ``index``."""
+        """File `index`."""
         pixels = self._images.draw(index, *self._images.dims(index))
         return JpegSample(jpeg_libraries()[0].encode_jpeg(pixels, _QUALITY, "RGB", "420"))

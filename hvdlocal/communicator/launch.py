@@ -1,4 +1,4 @@
-"""Which backend to use, and whether the launcher and the MPI library belong together."""
+"""Joins the ranks of a job: chooses the backend, and checks that launcher and MPI library belong together."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ DEPARTURE_GRACE_SECONDS = 3.0
 
 
 class _PeerLeftError(RuntimeError):
-    """A rank has told that it leaves the job."""
+    """Another rank has left the job."""
 
 
 class Mpi4pyCommunicator(Communicator):
@@ -81,7 +81,7 @@ class Mpi4pyCommunicator(Communicator):
         return not self._departed
 
     def _leave(self) -> None:
-        """At the end of the process, before mpi4py calls MPI_Finalize, which crashes or hangs beside a collective under way."""
+        """Leaves the job at the end of the process, before MPI_Finalize, which crashes or hangs beside a collective under way."""
         self.shutdown()
         self._thread.join(DEPARTURE_GRACE_SECONDS)
         if self._thread.is_alive():

@@ -1,5 +1,7 @@
 """Memory for batches, used again as soon as nobody holds the batch that lay in it."""
 
+from __future__ import annotations
+
 import math
 import weakref
 from collections import deque
@@ -68,5 +70,5 @@ class BufferPool:
             self._idle.appendleft(block)
         return torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
 
-    def __reduce__(self) -> tuple[type["BufferPool"], tuple[int | None]]:
+    def __reduce__(self) -> tuple[type[BufferPool], tuple[int | None]]:
         return BufferPool, (self._idle.maxlen,)

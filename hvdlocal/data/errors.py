@@ -1,5 +1,7 @@
-"""What goes wrong with data while they are read."""
+"""Errors of reading data."""
+
+from __future__ import annotations
 
 
 class DamagedDataError(ValueError):
-    """Bytes are not what was written; the message names the file and, where known, the samples, and the remedy."""
+    """The bytes differ from what was written; the message names the file and, where known, the samples, and the remedy."""

@@ -17,7 +17,7 @@ PRE_SHUFFLE, EPOCH_ORDER, BLOCKS, INSIDE_WINDOWS, REPLACEMENT = range(5)
 def pre_shuffle(seed: int, n: int) -> NDArray[np.int64]:
     """The order in which the writer lays n source samples on disk: int64 (n,), position -> source index.
 
-    Independent of every ``epoch_permutation`` of the same seed.
+    Independent of every `epoch_permutation` of the same seed.
     """
     return permutation(seed, PRE_SHUFFLE, n)
 

@@ -1,5 +1,7 @@
 """Per-sample random keys: counter-based, so that augmentation depends on nothing but (seed, epoch, sample)."""
 
+from __future__ import annotations
+
 import numpy as np
 from numpy.typing import NDArray
 

@@ -1,5 +1,7 @@
 """Batch transforms: uint8 NHWC images to normalised float32 NCHW, on whatever device the batch is on."""
 
+from __future__ import annotations
+
 from hvdlocal.data.augment.base import Compose, Crop, Mix, Transform
 from hvdlocal.data.augment.crop import CropFlip, Flip
 from hvdlocal.data.augment.mixup import MixUp

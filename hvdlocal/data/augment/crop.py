@@ -1,5 +1,7 @@
 """Shifting and mirroring images of a fixed size."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -15,13 +17,13 @@ from hvdlocal.data.augment.normalize import Normalize
 
 
 class CropFlip(Normalize):
-    """Random crop after zero padding, random horizontal flip, then ``Normalize``: the usual augmentation of CIFAR.
+    """Random crop after zero padding, random horizontal flip, then `Normalize`: the usual augmentation of CIFAR.
 
     Each image draws its own offsets in 0..2*padding (uniform) and its own flip (probability 1/2).
 
     Args:
-        mean: see ``Normalize``.
-        std: see ``Normalize``.
+        mean: see `Normalize`.
+        std: see `Normalize`.
         padding: pixels of black added on every side before an image of the original size is cut out.
         flip: whether half of the images are mirrored.
     """
@@ -34,7 +36,7 @@ class CropFlip(Normalize):
         self.flip = flip
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64] | None = None) -> Tensor:
-        """Crop, flip and normalise uint8 (n, H, W, C) images to float32 (n, C, H, W), as their ``keys`` (n,) say."""
+        """Crops, flips and normalises uint8 (n, H, W, C) images to float32 (n, C, H, W), as their `keys` (n,) say."""
         check_images(images)
         draw = self._draw(check_keys(keys, len(images)))
         if images.is_cuda and (kernel := _kernel(images.device)) is not None:
@@ -90,7 +92,7 @@ class CropFlip(Normalize):
 
 @lru_cache(maxsize=16)
 def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] | None:
-    """All of ``CropFlip`` in one launch; None where it cannot be compiled."""
+    """All of `CropFlip` in one launch; None where it cannot be compiled."""
     try:
         from hvdlocal.data.augment.crop_kernel import crop_flip_normalize
 
@@ -109,7 +111,7 @@ class Flip:
     """Mirrors half of the images, uint8 to uint8."""
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64]) -> Tensor:
-        """Mirror those of the uint8 (n, H, W, C) images whose ``keys`` (n,) say so."""
+        """Mirrors those of the uint8 (n, H, W, C) images whose `keys` (n,) say so."""
         check_images(images)
         mirrored = np.flatnonzero(uniforms(check_keys(keys, len(images)), FLIP, 1)[:, 0] < 0.5)
         out = images.clone()

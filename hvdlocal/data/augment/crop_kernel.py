@@ -12,7 +12,7 @@ PIXELS = 256
 
 
 def crop_flip_normalize(images: Tensor, places: Tensor, scale: Tensor, shift: Tensor, padding: int) -> Tensor:
-    """What ``CropFlip`` makes of a batch, bit for bit.
+    """What `CropFlip` makes of a batch, bit for bit.
 
     Args:
         images: uint8 (n, H, W, C), contiguous.

@@ -1,5 +1,7 @@
 """Mixing pairs of samples."""
 
+from __future__ import annotations
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,7 @@ class MixUp:
         self._buffers = BufferPool()
 
     def __call__(self, images: Tensor, labels: Tensor, keys: NDArray[np.uint64]) -> tuple[Tensor, Tensor]:
-        """Mix floating-point (n, C, H, W) images and int64 (n,) labels; returns new images of the same type, and
+        """Mixes floating-point (n, C, H, W) images and int64 (n,) labels; returns new images of the same type, and
         float32 (n, num_classes) labels.
         """
         if not images.is_floating_point():

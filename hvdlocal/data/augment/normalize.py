@@ -1,5 +1,7 @@
 """From bytes to the numbers that a network wants."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -18,8 +20,8 @@ class Normalize:
     """(pixel / 255 - mean) / std.
 
     Args:
-        mean: one number per channel, in units of pixel / 255; ``ShardedDataset.mean``.
-        std: likewise; ``ShardedDataset.std``.
+        mean: one number per channel, in units of pixel / 255; `ShardedDataset.mean`.
+        std: likewise; `ShardedDataset.std`.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -34,7 +36,7 @@ class Normalize:
         self._buffers = BufferPool()
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64] | None = None) -> Tensor:
-        """Normalise uint8 (n, H, W, C) images to contiguous float32 (n, C, H, W); ``keys`` are not used."""
+        """Normalises uint8 (n, H, W, C) images to contiguous float32 (n, C, H, W); `keys` are not used."""
         return self._normalize(images.permute(0, 3, 1, 2))
 
     def _normalize(self, images: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Three kinds suffice: a map moves pixels, a table replaces each value by another, a blend mixes two images.
 """
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
@@ -16,19 +18,19 @@ _BYTES = torch.arange(256, dtype=torch.float32, device="cpu")
 
 
 def shear_map(height: int, width: int, x: float, y: float) -> Tensor:
-    """``warp`` map of a shear about the top left corner: source x + ``x`` * y, y + ``y`` * x."""
+    """`warp` map of a shear about the top left corner: source x + `x` * y, y + `y` * x."""
     rows, columns = np.ogrid[0.5:height, 0.5:width]
     return _nearest(rows + y * columns, columns + x * rows, height, width)
 
 
 def translation_map(height: int, width: int, right: int, down: int) -> Tensor:
-    """``warp`` map of a shift by whole pixels."""
+    """`warp` map of a shift by whole pixels."""
     rows, columns = np.ogrid[0.5:height, 0.5:width]
     return _nearest(rows - down + 0 * columns, columns - right + 0 * rows, height, width)
 
 
 def rotation_map(height: int, width: int, degrees: float) -> Tensor:
-    """``warp`` map of a counter-clockwise rotation about the centre."""
+    """`warp` map of a counter-clockwise rotation about the centre."""
     rows, columns = np.ogrid[0.5 - height / 2 : height / 2, 0.5 - width / 2 : width / 2]
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     source_rows = sine * columns + cosine * rows + height / 2
@@ -37,7 +39,7 @@ def rotation_map(height: int, width: int, degrees: float) -> Tensor:
 
 
 def _nearest(rows: NDArray[np.float64], columns: NDArray[np.float64], height: int, width: int) -> Tensor:
-    """Of each result pixel: height * width for black, else which source pixel holds the point ``rows``, ``columns``."""
+    """Of each result pixel: height * width for black, else which source pixel holds the point `rows`, `columns`."""
     row, column = np.rint(rows - 0.5).astype(np.int64), np.rint(columns - 0.5).astype(np.int64)
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     return torch.from_numpy(np.where(inside, row * width + column, height * width).ravel())
@@ -55,7 +57,7 @@ def warp(images: Tensor, source: Tensor) -> Tensor:
 
 
 def lookup(images: Tensor, tables: Tensor) -> Tensor:
-    """Each value replaced by ``tables[image, channel, value]``; tables are uint8 (n, C, 256)."""
+    """Each value replaced by `tables[image, channel, value]`; tables are uint8 (n, C, 256)."""
     n, channels = len(images), images.shape[3]
     offsets = torch.arange(0, n * channels * 256, 256, dtype=torch.int32, device=images.device)
     index = images + offsets.view(n, 1, 1, channels)
@@ -63,17 +65,17 @@ def lookup(images: Tensor, tables: Tensor) -> Tensor:
 
 
 def brightness_table(factor: float) -> Tensor:
-    """Values times ``factor``: uint8 (256,)."""
+    """Values times `factor`: uint8 (256,)."""
     return _BYTES.mul(factor).clamp_(0, 255).to(torch.uint8)
 
 
 def posterize_table(bits: int) -> Tensor:
-    """Only the highest ``bits`` of each value: uint8 (256,)."""
+    """Only the highest `bits` of each value: uint8 (256,)."""
     return (_BYTES.to(torch.uint8) >> (8 - bits)) << (8 - bits) if bits < 8 else _BYTES.to(torch.uint8)
 
 
 def solarize_table(threshold: float) -> Tensor:
-    """Values from ``threshold`` on inverted: uint8 (256,)."""
+    """Values from `threshold` on inverted: uint8 (256,)."""
     return torch.where(_BYTES.ge(threshold), 255 - _BYTES, _BYTES).to(torch.uint8)
 
 
@@ -108,12 +110,12 @@ def equalize_tables(images: Tensor) -> Tensor:
 
 
 def adjust_color(images: Tensor, factor: float) -> Tensor:
-    """Each pixel drawn from its grey level; ``factor`` 0 is grey, 1 changes nothing."""
+    """Each pixel drawn from its grey level; `factor` 0 is grey, 1 changes nothing."""
     return images.clone() if images.shape[3] == 1 else _blend(images, grey(images), factor)
 
 
 def adjust_sharpness(images: Tensor, factor: float) -> Tensor:
-    """Each pixel drawn from its neighbourhood's average; ``factor`` 0 is smooth, 1 changes nothing, as do the edges."""
+    """Each pixel drawn from its neighbourhood's average; `factor` 0 is smooth, 1 changes nothing, as do the edges."""
     out = images.clone()
     if min(images.shape[1:3]) <= 2:
         return out

@@ -1,5 +1,7 @@
 """RandAugment (Cubuk et al., NeurIPS 2020)."""
 
+from __future__ import annotations
+
 from functools import partial
 
 import numpy as np
@@ -33,9 +35,9 @@ _SIGNED = range(1, 10)  # these go either way
 
 
 class RandAugment:
-    """Each image goes through ``num_ops`` operations that it draws from fourteen: uint8 to uint8.
+    """Each image goes through `num_ops` operations that it draws from fourteen: uint8 to uint8.
 
-    The operations, their strengths and their results are torchvision's (``torchvision.transforms.RandAugment`` with
+    The operations, their strengths and their results are torchvision's (`torchvision.transforms.RandAugment` with
     nearest-neighbour interpolation and black fill); images with the same operation go through it together.
 
     Args:
@@ -52,7 +54,7 @@ class RandAugment:
         self.magnitude = magnitude
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64]) -> Tensor:
-        """Augment uint8 (n, H, W, C) images with one or three channels, as their ``keys`` (n,) say."""
+        """Augments uint8 (n, H, W, C) images with one or three channels, as their `keys` (n,) say."""
         check_images(images, channels=(1, 3))
         draws = uniforms(check_keys(keys, len(images)), RAND_AUGMENT, 2 * self.num_ops)
         out = images.clone()
@@ -65,7 +67,7 @@ class RandAugment:
         return out
 
     def apply(self, name: str, sign: int, images: Tensor) -> Tensor:
-        """One of ``OPERATIONS`` on all uint8 (n, H, W, C) images, in the direction ``sign`` if it has one."""
+        """One of `OPERATIONS` on all uint8 (n, H, W, C) images, in the direction `sign` if it has one."""
         if name == "Identity" or images.numel() == 0:
             return images
         if name in _WARPS:
@@ -104,5 +106,5 @@ class RandAugment:
         return on_device(table, images.device).expand(len(images), images.shape[3], 256)
 
     def _strength(self, strongest: float) -> float:
-        """The strength on a scale that ends at ``strongest``, in torchvision's precision."""
+        """The strength on a scale that ends at `strongest`, in torchvision's precision."""
         return float(torch.linspace(0, strongest, _BINS, dtype=torch.float32, device="cpu")[self.magnitude])

@@ -1,5 +1,7 @@
 """Cutting out a part and resizing it: where JPEGs are cut before decoding, and the same for images of a fixed size."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np
@@ -15,11 +17,11 @@ _ATTEMPTS = 10
 class RandomResizedCrop:
     """A part of random area and aspect ratio, resized to a square: torchvision's algorithm (Szegedy et al., CVPR 2015).
 
-    Up to ten times an area (uniform in ``scale``) and an aspect ratio (log-uniform in ``ratio``) are drawn; the first
+    Up to ten times an area (uniform in `scale`) and an aspect ratio (log-uniform in `ratio`) are drawn; the first
     that fits into the image is put anywhere in it. If none fits, the part is the largest central one whose aspect
-    ratio lies in ``ratio``.
+    ratio lies in `ratio`.
 
-    As a ``Crop`` it gives the boxes to decode; as a ``Transform`` it cuts and resizes uint8 images of a fixed size, with
+    As a `Crop` it gives the boxes to decode; as a `Transform` it cuts and resizes uint8 images of a fixed size, with
     antialiased bilinear interpolation (the triangle filter of Pillow and torchvision).
 
     Args:
@@ -41,7 +43,7 @@ class RandomResizedCrop:
         self.ratio = ratio
 
     def boxes(self, dims: NDArray[np.uint16], keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Top, left, height, width (int64 (n, 4)) of the part of each image of height, width ``dims`` (n, 2)."""
+        """Top, left, height, width (int64 (n, 4)) of the part of each image of height, width `dims` (n, 2)."""
         height, width = dims.astype(np.int64).T
         draws = uniforms(check_keys(keys, len(dims)), RESIZED_CROP, 2 * _ATTEMPTS + 2)
         draw_area, draw_ratio = draws[:, :_ATTEMPTS], draws[:, _ATTEMPTS:-2]
@@ -66,7 +68,7 @@ class RandomResizedCrop:
         return np.where(fits.any(axis=1)[:, None], random, central)
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64]) -> Tensor:
-        """Cut and resize uint8 (n, H, W, C) images to uint8 (n, size, size, C), as their ``keys`` (n,) say."""
+        """Cuts and resizes uint8 (n, H, W, C) images to uint8 (n, size, size, C), as their `keys` (n,) say."""
         check_images(images)
         n, height, width, _ = images.shape
         top, left, part_height, part_width = self.boxes(np.tile([[height, width]], (n, 1)), keys).T
@@ -77,9 +79,9 @@ class RandomResizedCrop:
 
 
 class CenterCrop:
-    """The central square after resizing the shorter side to ``resize``: torchvision's Resize and CenterCrop.
+    """The central square after resizing the shorter side to `resize`: torchvision's Resize and CenterCrop.
 
-    As a ``Crop`` it gives the boxes to decode, to the nearest pixel of the original; as a ``Transform`` it does both
+    As a `Crop` it gives the boxes to decode, to the nearest pixel of the original; as a `Transform` it does both
     steps at once on uint8 images of a fixed size, with antialiased bilinear interpolation.
 
     Args:
@@ -95,7 +97,7 @@ class CenterCrop:
         self.resize = resize
 
     def boxes(self, dims: NDArray[np.uint16], keys: NDArray[np.uint64] | None = None) -> NDArray[np.int64]:
-        """Top, left, height, width (int64 (n, 4)) of the part of each image; ``keys`` are not used."""
+        """Top, left, height, width (int64 (n, 4)) of the part of each image; `keys` are not used."""
         sides = dims.astype(np.int64)
         resized, start = self._geometry(sides)
         part = np.rint(self.size * sides / resized).astype(np.int64).clip(1, sides)
@@ -103,7 +105,7 @@ class CenterCrop:
         return np.concatenate([corner, part], axis=1)
 
     def __call__(self, images: Tensor, keys: NDArray[np.uint64] | None = None) -> Tensor:
-        """Resize and cut uint8 (n, H, W, C) images to uint8 (n, size, size, C); ``keys`` are not used."""
+        """Resizes and cuts uint8 (n, H, W, C) images to uint8 (n, size, size, C); `keys` are not used."""
         check_images(images)
         dims = np.array([images.shape[1:3]], np.int64)
         resized, start = self._geometry(dims)
@@ -135,9 +137,9 @@ def _weights(
     stop: NDArray[np.int64],
     device: torch.device,
 ) -> Tensor:
-    """How much each of ``length`` source pixels counts in each of ``size`` result pixels: float32 (n, size, length).
+    """How much each of `length` source pixels counts in each of `size` result pixels: float32 (n, size, length).
 
-    Result pixel i covers ``step`` source pixels from ``start + i * step`` on, and sees a triangle of twice that width
+    Result pixel i covers `step` source pixels from `start + i * step` on, and sees a triangle of twice that width
     (at least two pixels), of which only the source pixels first..stop-1 exist.
     """
     centre = start[:, None] + (np.arange(size) + 0.5) * step[:, None] - 0.5

@@ -1,5 +1,7 @@
 """manifest.json: what a split of a data set consists of, and its fingerprint."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import math
@@ -30,7 +32,7 @@ class ShardEntry:
         file: file name, inside the split's directory.
         num_samples: number of samples it holds.
         bytes: size of the file.
-        sha256: ``Shard.sha256`` of its content (not of the file: another HDF5 release may lay the same content out
+        sha256: `Shard.sha256` of its content (not of the file: another HDF5 release may lay the same content out
         otherwise).
     """
 
@@ -51,7 +53,7 @@ class Manifest:
         seed: seed of the pre-shuffle.
         mean, std: per channel, of the pixel values divided by 255 (population standard deviation).
         shards: the shards, in order; sample 0 of the split is sample 0 of the first.
-        kind: how the samples are stored; "jpeg" exactly if ``shape`` is None.
+        kind: how the samples are stored; "jpeg" exactly if `shape` is None.
         preparation: how the data set came about, for people: options, library versions, how many files were left out.
         plan: hex sha256 of all that determined the content; a writer with the same plan has nothing left to do.
     """
@@ -83,7 +85,7 @@ class Manifest:
         return sha256_of_json(content)
 
     def save(self, path: Path) -> None:
-        """Write the manifest as JSON to ``path``, whole or not at all."""
+        """Writes the manifest as JSON to `path`, whole or not at all."""
         content = self._content() | {"num_samples": self.num_samples, "fingerprint": self.fingerprint}
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
@@ -91,8 +93,8 @@ class Manifest:
         return {"format": FORMAT, "version": VERSION, "split": self.split, "kind": self.kind} | asdict(self)
 
     @classmethod
-    def load(cls, path: Path) -> "Manifest":
-        """Read and check a manifest.
+    def load(cls, path: Path) -> Manifest:
+        """Reads and checks a manifest.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -189,11 +191,11 @@ def split_directory(directory: str | Path, split: str) -> Path:
 
 
 def shard_name(split: str, number: int, num_shards: int) -> str:
-    """File name of shard ``number`` (from 0)."""
+    """File name of shard `number` (from 0)."""
     return f"{split}-{number:05d}-of-{num_shards:05d}.h5"
 
 
 def sha256_of_json(content: Any) -> str:
-    """Hex sha256 of the canonical JSON of ``content``: sorted keys, no spaces, UTF-8."""
+    """Hex sha256 of the canonical JSON of `content`: sorted keys, no spaces, UTF-8."""
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,5 +1,7 @@
 """Mean and standard deviation of pixels from exact integer counts, so that no order of summation can change them."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 
@@ -8,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def add_pixels(histogram: NDArray[np.int64], images: NDArray[np.uint8]) -> None:
-    """Count the pixels of uint8 (…, C) images into the histogram, int64 (C, 256), in place."""
+    """Counts the pixels of uint8 (…, C) images into the histogram, int64 (C, 256), in place."""
     for channel, counts in enumerate(histogram):
         counts += np.bincount(images[..., channel].ravel(), minlength=256)
 

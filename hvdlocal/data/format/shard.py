@@ -1,5 +1,7 @@
 """One shard file (format version 1, docs/data-format.md): opening it and checking it. `write/shard_writer.py` writes it."""
 
+from __future__ import annotations
+
 import hashlib
 import zlib
 from collections.abc import Mapping, Sequence
@@ -56,7 +58,7 @@ class Shard:
         return content_sha256(self.labels, self.index, self.crc32, self.offsets, self.dims)
 
     def check_unit(self, unit: int, data: bytes | bytearray | memoryview) -> None:
-        """Compare the checksum of a unit's bytes.
+        """Compares the checksum of a unit's bytes.
 
         Args:
             unit: its number, in 0..len(crc32)-1.
@@ -80,11 +82,11 @@ class Shard:
             )
 
     def verify(self) -> None:
-        """Read all data, in pieces of some MiB, and compare every checksum.
+        """Reads all data, in pieces of some MiB, and compares every checksum.
 
         Raises:
             FileNotFoundError: the file is missing.
-            ValueError: as ``check_unit``, for the first damaged unit; or the file is cut off.
+            ValueError: as `check_unit`, for the first damaged unit; or the file is cut off.
         """
         bounds, first = self.unit_bounds, 0
         with closing(FileReader(self)) as reader:
@@ -122,7 +124,7 @@ def shard_attributes(split: str, seed: int, classes: Sequence[str]) -> dict[str,
 
 
 def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
-    """Open a shard and check everything that can be checked without reading its data.
+    """Opens a shard and checks everything that can be checked without reading its data.
 
     Args:
         path: the file.

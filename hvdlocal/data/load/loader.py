@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 class Loader:
     """Batches of one rank, walking along the endless sequence order_0 ++ order_1 ++ … of a data set.
 
-    Every global batch is the next ``num_workers * batch_size`` samples of that sequence, and rank r takes every
+    Every global batch is the next `num_workers * batch_size` samples of that sequence, and rank r takes every
     num_workers-th of them from the r-th on. So the global batches do not depend on the number of ranks, every rank
     makes the same number of steps, and any sample can meet any rank in any epoch.
 
-    ``for images, labels in loader`` is one epoch: it ends when the cursor has reached or crossed the next epoch edge,
-    and the next loop goes on from there. ``endless()`` never ends. Only the latest iteration is valid; they share one
+    `for images, labels in loader` is one epoch: it ends when the cursor has reached or crossed the next epoch edge,
+    and the next loop goes on from there. `endless()` never ends. Only the latest iteration is valid; they share one
     cursor.
 
-    A batch is ``(images, labels)``: what ``transform`` makes of the uint8 (batch_size, H, W, C) images (those
-    themselves without one), and int64 (batch_size,) labels, or what ``mix`` makes of both; on ``device``. The loader never
+    A batch is `(images, labels)`: what `transform` makes of the uint8 (batch_size, H, W, C) images (those
+    themselves without one), and int64 (batch_size,) labels, or what `mix` makes of both; on `device`. The loader never
     writes to tensors that somebody still holds.
 
     Args:
@@ -45,15 +45,15 @@ class Loader:
             processes, of which there are none; background threads work ahead.
         seed: seed of the order and of the augmentation; the same on every rank.
         order: "global": a random permutation every epoch. "block": a permutation that reads neighbouring samples together,
-            see ``hvdlocal.data.load.order.block_permutation``. "replacement": independent draws: an epoch is only a length.
+            see `hvdlocal.data.load.order.block_permutation`. "replacement": independent draws: an epoch is only a length.
             "auto": "block" for a data set that is streamed, else "global".
         tail: "carry": batches run across the epoch edge, every sample comes exactly once per epoch. "partial": so does it,
             but an epoch ends at its edge, with a last global batch that is split among the ranks to within one sample; what
             would not give every rank a sample joins the batch before, so no batch is empty.
             "drop": an epoch leaves out the samples (other ones each time) that do not fill a global batch.
         crop: which part of a JPEG is decoded, and at what size; needed for data sets of JPEGs, refused for others.
-        transform: see ``Transform``; on the CPU it runs in a background thread, on a GPU on the device.
-        mix: see ``Mix``; the labels become float (batch_size, num_classes).
+        transform: see `Transform`; on the CPU it runs in a background thread, on a GPU on the device.
+        mix: see `Mix`; the labels become float (batch_size, num_classes).
         device: where the batches are wanted.
         prefetch: number of batches prepared ahead, at least 1.
         threads: background threads that read, decode and (on the CPU) transform; by default this rank's cores, as its
@@ -136,9 +136,9 @@ class Loader:
     def stats(self) -> dict[str, float]:
         """Cumulative counters of this rank, of batches handed out.
 
-        ``wait_seconds`` that the consumer waited for the background threads, ``samples``, and ``bytes`` read; seconds that
-        the threads spent, added up over them: ``read_seconds`` for getting at the bytes (from a streamed data set that
-        includes waiting for the disk) and ``decode_seconds`` for decoding JPEGs; ``decode_rate``, in samples per second of
+        `wait_seconds` that the consumer waited for the background threads, `samples`, and `bytes` read; seconds that
+        the threads spent, added up over them: `read_seconds` for getting at the bytes (from a streamed data set that
+        includes waiting for the disk) and `decode_seconds` for decoding JPEGs; `decode_rate`, in samples per second of
         one thread.
         """
         return self._stats.as_dict()
@@ -152,7 +152,7 @@ class Loader:
         return self._plan.state(self._samples_consumed)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where ``state`` was taken; iterations begun before are over. The number of workers may differ: the
+        """Continues where `state` was taken; iterations begun before are over. The number of workers may differ: the
         sample sequence goes on all the same, and with the same global batch size so do the global batches.
 
         Raises:
@@ -216,7 +216,7 @@ def evaluation_batches(
     Rank r of K gets the samples r*N//K to (r+1)*N//K, so ranks differ by at most one sample and possibly by a batch:
     reduce sums and counts, not means. The last batch may be smaller.
 
-    Args, batches, errors: see ``Loader``.
+    Args, batches, errors: see `Loader`.
     """
     require_samples(dataset, "evaluation_batches")
     check_batch(batch_size, rank, num_workers)

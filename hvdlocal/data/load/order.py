@@ -1,5 +1,7 @@
 """Which sample when: the order of a run as a pure function of (seed, epoch) and the data set."""
 
+from __future__ import annotations
+
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -25,7 +27,7 @@ WINDOW = 8  # blocks of each stream that are shuffled together
 
 
 def epoch_permutation(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
-    """The order in which epoch ``epoch`` (from 0) visits samples 0..n-1: an int64 permutation of shape (n,).
+    """The order in which epoch `epoch` (from 0) visits samples 0..n-1: an int64 permutation of shape (n,).
 
     It is the same on every machine and for every NumPy version. Raises ValueError for a seed outside 0..2**64-1 or n
     < 1.
@@ -38,12 +40,12 @@ def block_permutation(
 ) -> NDArray[np.int64]:
     """A permutation that visits the samples of a block of neighbours closely together, so that it can be read at once.
 
-    All blocks are permuted and laid end to end. What results is cut into ``streams`` equal pieces (±1 sample), and each of
-    these is shuffled inside windows of ``window`` mean block lengths. The i-th sample of stream c comes at position
-    i * streams + c. So a reader of every K-th position touches only its own streams' blocks, if K divides ``streams``.
+    All blocks are permuted and laid end to end. What results is cut into `streams` equal pieces (±1 sample), and each of
+    these is shuffled inside windows of `window` mean block lengths. The i-th sample of stream c comes at position
+    i * streams + c. So a reader of every K-th position touches only its own streams' blocks, if K divides `streams`.
 
     Args:
-        seed, epoch, n: see ``epoch_permutation``.
+        seed, epoch, n: see `epoch_permutation`.
         block_starts: int64 (blocks,), the first sample of every block, ascending from 0.
         streams: C, 1..n.
         window: W, at least 1.
@@ -90,11 +92,11 @@ class EpochOrder:
     """The order of every epoch of a run: a pure function of its arguments and the epoch, whatever the number of ranks.
 
     Args:
-        mode: "global": a permutation of all samples. "block": ``block_permutation``, for storage that should be read in
-            large pieces. "replacement": ``replacement_draws``.
+        mode: "global": a permutation of all samples. "block": `block_permutation`, for storage that should be read in
+            large pieces. "replacement": `replacement_draws`.
         seed: 0..2**64-1.
         num_samples: N.
-        block_starts: int64 (blocks,), see ``block_permutation``, with or without a last entry of N; for "block" alone.
+        block_starts: int64 (blocks,), see `block_permutation`, with or without a last entry of N; for "block" alone.
         streams: C of "block"; by default 256, halved until a stream has ten blocks.
         window: W of "block".
 
@@ -146,7 +148,7 @@ class EpochOrder:
         return min(self.num_samples, self.streams * self.window * -(-self.num_samples // len(self.block_starts)))
 
     def __call__(self, epoch: int) -> NDArray[np.int64]:
-        """The samples of epoch ``epoch`` (from 0), int64 (N,)."""
+        """The samples of epoch `epoch` (from 0), int64 (N,)."""
         if self.mode == "block":
             return block_permutation(
                 self.seed, epoch, self.num_samples, self.block_starts, streams=self.streams, window=self.window
@@ -155,7 +157,7 @@ class EpochOrder:
 
 
 def default_streams(num_blocks: int) -> int:
-    """C for a data set of so many blocks: a power of two, so that it depends on the data alone and most K divide it."""
+    """The number of streams C for `num_blocks` blocks: a power of two, so that most K divide it; it depends on the data alone."""
     streams = MAX_STREAMS
     while streams > 1 and streams * BLOCKS_PER_STREAM > num_blocks:
         streams //= 2
@@ -165,7 +167,7 @@ def default_streams(num_blocks: int) -> int:
 class SampleSequence:
     """The endless sequence order_0 ++ order_1 ++ … that a run walks along.
 
-    Position p lies in epoch ``p // samples_per_epoch``. No number of workers enters: global batch t takes the positions
+    Position p lies in epoch `p // samples_per_epoch`. No number of workers enters: global batch t takes the positions
     [tG, (t+1)G), and how ranks divide these among themselves is their affair.
 
     Args:

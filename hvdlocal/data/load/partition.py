@@ -1,4 +1,4 @@
-"""What a rank does with the order: its share of every global batch, and the state from which any number of ranks goes on."""
+"""A rank's part in the order: its share of every global batch, and the resume state, valid for any number of ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Partition:
 
     A *cursor* is the number of samples that all ranks together have left behind; it fixes everything that comes.
 
-    Args, errors: see ``Loader``; ``order`` is never "auto" here.
+    Args, errors: see `Loader`; `order` is never "auto" here.
 
     Attributes:
         samples_per_epoch: how much of each epoch's order is used.

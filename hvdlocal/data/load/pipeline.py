@@ -63,7 +63,7 @@ class Pipeline:
 
     Attributes:
         dataset: where they come from.
-        crop, transform, mix, device, threads: see ``Loader``.
+        crop, transform, mix, device, threads: see `Loader`.
         depth: batches prepared ahead.
         read_ahead: samples that are announced to a storage of mode "stream" before they are read.
     """
@@ -93,7 +93,7 @@ class Pipeline:
             raise ValueError(f"threads is {self.threads}; choose at least 1, or None for this rank's cores less one")
 
     def batches(self, plan: Iterator[Selection], stats: Stats) -> Generator[Batch, None, None]:
-        """The batches of a plan, in its order whatever the threads, counted in ``stats`` as they are handed out."""
+        """The batches of a plan, in its order whatever the threads, counted in `stats` as they are handed out."""
         if self.dataset.storage == "stream":
             plan = _announced(plan, self.dataset.read_ahead, self.read_ahead)
         jobs = (self._job(*selection) for selection in plan)
@@ -187,7 +187,7 @@ class Pipeline:
 
 
 def default_threads() -> int:
-    """One less than the cores of this rank, at least 1: those that it may run on, or what torch was told to use if less."""
+    """One less than the cores of this rank, at least 1: its CPU affinity, or torch's number of threads if that is smaller."""
     return max(1, min(len(os.sched_getaffinity(0)), torch.get_num_threads()) - 1)
 
 
@@ -202,7 +202,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def _announced(
     plan: Iterator[Selection], announce: Callable[[NDArray[np.int64]], None], distance: int
 ) -> Iterator[Selection]:
-    """The plan, with everything announced when no more than ``distance`` samples come before it."""
+    """The plan, with everything announced when no more than `distance` samples come before it."""
     waiting: deque[Selection] = deque()
     samples = 0
     for selection in plan:

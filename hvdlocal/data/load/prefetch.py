@@ -1,5 +1,7 @@
 """Doing an iterator's work ahead of its consumer, in a few background threads."""
 
+from __future__ import annotations
+
 import atexit
 import threading
 import time
@@ -16,7 +18,7 @@ T = TypeVar("T")
 
 _POLL_SECONDS = 0.05
 _exiting = threading.Event()
-_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @atexit.register
@@ -31,7 +33,7 @@ def _finish_threads() -> None:
 
 @dataclass(frozen=True)
 class Job(Generic[T]):
-    """The work for one item: ``parts``, at least one, in any order and at the same time, then ``finish`` gives the item."""
+    """The work for one item: `parts`, at least one, in any order and at the same time, then `finish` gives the item."""
 
     parts: Sequence[Callable[[], object]]
     finish: Callable[[], T]
@@ -40,9 +42,9 @@ class Job(Generic[T]):
 def prefetch(
     jobs: Iterator[Job[T]], depth: int, *, threads: int = 1, initialize: Callable[[], object] | None = None
 ) -> Generator[T, None, None]:
-    """Yield what the jobs give, in their order, ``depth`` items ahead of the consumer.
+    """Yields what the jobs give, in their order, `depth` items ahead of the consumer.
 
-    An exception in ``jobs`` or in a job is raised here, after the items that came before it. Closing or dropping this
+    An exception in `jobs` or in a job is raised here, after the items that came before it. Closing or dropping this
     generator ends the threads after the part at hand; they never hold up the end of the program for more than a few
     seconds.
 

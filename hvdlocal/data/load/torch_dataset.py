@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class SampleIndex(int):
-    """The index of a sample, which also knows the 64 random bits of its augmentation in the epoch that it is drawn for."""
+    """The index of a sample, with the 64 random bits of its augmentation in the epoch that it is drawn for."""
 
     key: int
 
     def __new__(cls, sample: int, key: int) -> SampleIndex:
-        """The index of ``sample`` with ``key``."""
+        """The index of `sample` with `key`."""
         index = super().__new__(cls, sample)
         index.key = key
         return index
@@ -40,13 +40,13 @@ class TorchDataset(data.Dataset[tuple[Any, int]]):
 
     An image is a uint8 (H, W, C) tensor, or what one of the transforms makes of that; a label is an int. A pickle holds
     paths, not handles, so worker processes may be spawned; in an MPI program they must be
-    (``multiprocessing_context="spawn"``), as MPI and fork do not go together. ``Loader`` needs no processes and is faster.
+    (`multiprocessing_context="spawn"`), as MPI and fork do not go together. `Loader` needs no processes and is faster.
 
     Args:
-        dataset: a ``ShardedDataset``, or a user's own file. With workers open it with storage="mmap" or "ram".
+        dataset: a `ShardedDataset`, or a user's own file. With workers open it with storage="mmap" or "ram".
         crop: which part of a JPEG is decoded, and at what size; needed for data sets of JPEGs, refused for others.
-        batch_transform: a ``Transform`` such as ``CropFlip``, called with all images of a batch at once. Its randomness,
-            like that of ``crop``, is that of ``Loader`` if the indices come from an ``EpochSampler``, else torch's.
+        batch_transform: a `Transform` such as `CropFlip`, called with all images of a batch at once. Its randomness,
+            like that of `crop`, is that of `Loader` if the indices come from an `EpochSampler`, else torch's.
         transform: anything else, called with each image, a uint8 (H, W, C) tensor of its own.
 
     Raises:
@@ -104,19 +104,19 @@ class TorchDataset(data.Dataset[tuple[Any, int]]):
 
 
 class EpochSampler(data.Sampler[int]):
-    """The indices of one rank, epoch by epoch: exactly the samples that ``Loader`` with the same arguments gives.
+    """The indices of one rank, epoch by epoch: exactly the samples that `Loader` with the same arguments gives.
 
-    Every rank gets the same number of indices, a multiple of ``batch_size``, and no sample is repeated to get there. Use it
-    as ``DataLoader(TorchDataset(dataset), batch_size, sampler=sampler)``, and call ``set_epoch`` before every epoch.
+    Every rank gets the same number of indices, a multiple of `batch_size`, and no sample is repeated to get there. Use it
+    as `DataLoader(TorchDataset(dataset), batch_size, sampler=sampler)`, and call `set_epoch` before every epoch.
 
     Args:
-        dataset: what is sampled: a ``TorchDataset``, or what one is made of.
+        dataset: what is sampled: a `TorchDataset`, or what one is made of.
         batch_size: of this rank; the DataLoader's.
-        rank: see ``Loader``.
-        num_workers: see ``Loader``.
-        seed: see ``Loader``.
-        order: see ``Loader``.
-        tail: "carry" or "drop", see ``Loader``. With "carry" epochs end where ``Loader``'s do, so their lengths differ by up
+        rank: see `Loader`.
+        num_workers: see `Loader`.
+        seed: see `Loader`.
+        order: see `Loader`.
+        tail: "carry" or "drop", see `Loader`. With "carry" epochs end where `Loader`'s do, so their lengths differ by up
             to a global batch, and every sample comes once in each len(dataset) of the endless sequence.
 
     Raises:
@@ -159,7 +159,7 @@ class EpochSampler(data.Sampler[int]):
         self._offset = 0  # of the steps from multiples of the global batch: a run may have begun with another size
 
     def set_epoch(self, epoch: int) -> None:
-        """Makes the next iteration that of epoch ``epoch``, from 0; from its beginning, unless a state was loaded in it."""
+        """Makes the next iteration that of epoch `epoch`, from 0; from its beginning, unless a state was loaded in it."""
         if epoch != self._epoch:
             self._epoch, self._start = epoch, self._edge(epoch)
 
@@ -175,7 +175,7 @@ class EpochSampler(data.Sampler[int]):
                 yield SampleIndex(sample, key)
 
     def state_dict(self, batches: int = 0) -> dict[str, Any]:
-        """Where the run stands; the same on every rank, and ``Loader`` understands it.
+        """Where the run stands; the same on every rank, and `Loader` understands it.
 
         Args:
             batches: batches of the last iteration that were trained with, over and above what it began with. A DataLoader
@@ -184,7 +184,7 @@ class EpochSampler(data.Sampler[int]):
         return self._plan.state(self._start + batches * self._plan.global_batch_size)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration the rest of the epoch in which ``state`` was taken; set_epoch to it changes nothing.
+        """Makes the next iteration the rest of the epoch in which `state` was taken; set_epoch to it changes nothing.
 
         Raises:
             ValueError: the state belongs to other data, another seed, order or tail, or another length of an epoch.
@@ -194,7 +194,7 @@ class EpochSampler(data.Sampler[int]):
         self._offset = self._start % self._plan.global_batch_size
 
     def _edge(self, epoch: int) -> int:
-        """The cursor at which epoch ``epoch`` begins: at its edge or in the step beyond, as for ``Loader``."""
+        """The cursor at which epoch `epoch` begins: at its edge or in the step beyond, as for `Loader`."""
         step = self._plan.global_batch_size
         return self._offset + -(-(epoch * self._plan.samples_per_epoch - self._offset) // step) * step
 

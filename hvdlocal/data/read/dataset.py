@@ -118,14 +118,14 @@ class StoredSamples:
         return self._storage.describe()
 
     def take(self, indices: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Gather images.
+        """Gathers images.
 
         Args:
             indices: integers (n,) in 0..len(self)-1, in any order, repeats allowed.
             out: C-contiguous uint8 (n, H, W, C) to fill; allocated if not given.
 
         Returns:
-            ``out``, uint8 (n, H, W, C).
+            `out`, uint8 (n, H, W, C).
 
         Raises:
             ValueError: the arguments do not fit, or the bytes read are damaged (a `DamagedDataError`).
@@ -218,7 +218,7 @@ class StoredSamples:
 class ShardedDataset(StoredSamples):
     """One split of a data set, opened for reading.
 
-    Labels, index and checksums lie in memory, the samples where ``storage`` says; no HDF5 handle stays open.
+    Labels, index and checksums lie in memory, the samples where `storage` says; no HDF5 handle stays open.
 
     Args:
         directory: where the data set lives.
@@ -293,7 +293,7 @@ class ShardedDataset(StoredSamples):
         return self._manifest.fingerprint
 
     def verify(self) -> None:
-        """Read all files and compare every checksum. Raises ValueError naming the first damaged shard and samples."""
+        """Reads all files and compares every checksum. Raises ValueError naming the first damaged shard and samples."""
         for shard in self._shards:
             shard.verify()
 

@@ -1,8 +1,8 @@
 """Decoding the wanted part of a JPEG at the wanted size.
 
-simplejpeg decodes and OpenCV resizes where they are installed (``pip install hvdlocal[jpeg]``); Pillow does what they do not:
+simplejpeg decodes and OpenCV resizes where they are installed (`pip install hvdlocal[jpeg]`); Pillow does what they do not:
 CMYK, damaged but readable files, PNGs with a JPEG's name. All three release the GIL, so threads are enough. Pixel values differ
-between decoders by a few units, which is why ``decoder_description`` belongs into the record of a run.
+between decoders by a few units, which is why `decoder_description` belongs into the record of a run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def decoder_description() -> str:
 def decode_crops(
     dataset: StoredSamples, indices: ArrayLike, boxes: NDArray[np.int64], out: NDArray[np.uint8]
 ) -> tuple[int, float, float]:
-    """Decode boxes of JPEGs to one size.
+    """Decodes boxes of JPEGs to one size.
 
     Args:
         dataset: of kind "jpeg".
@@ -85,10 +85,10 @@ def decode_crops(
 
 
 def decode_crop(data: Any, dims: tuple[int, int], box: list[int], out: NDArray[np.uint8]) -> None:
-    """Decode one box of one image to ``out``.
+    """Decodes one box of one image to `out`.
 
     A large box is decoded at half of its size or less, by libjpeg's scaled inverse transform, as long as it stays at least
-    twice as large as ``out``; the rest of the way is a resize that averages over areas when it shrinks.
+    twice as large as `out`; the rest of the way is a resize that averages over areas when it shrinks.
 
     Args:
         data: the bytes of a JPEG (or of whatever Pillow opens), anything with a buffer.
@@ -118,7 +118,7 @@ def decode_crop(data: Any, dims: tuple[int, int], box: list[int], out: NDArray[n
 
 
 def _scaled(start: int, extent: int, ratio: float, side: int) -> tuple[int, int]:
-    """Where a range of pixels lies in an image that was decoded at ``ratio`` of its size."""
+    """Where a range of pixels lies in an image that was decoded at `ratio` of its size."""
     first = min(round(start * ratio), side - 1)
     return first, min(max(round((start + extent) * ratio), first + 1), side)
 

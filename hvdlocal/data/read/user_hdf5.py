@@ -42,7 +42,7 @@ def open_hdf5(
     share: Literal["node", "job"] = "node",
     stream_bytes: int | None = None,
 ) -> HDF5Dataset:
-    """Open images and labels in HDF5 files that somebody else wrote.
+    """Opens images and labels in HDF5 files that somebody else wrote.
 
     Contiguous images are mapped, staged or streamed as they lie; chunked or compressed ones are unpacked into memory once,
     a run of whole chunks at a time. Then all images are read once, by all ranks in turn, for the fingerprint, mean and
@@ -243,7 +243,7 @@ def _extents(source: _Source, files: Sequence[ForeignFile]) -> list[Contiguous]:
 
 
 def _place(path: Path, address: int) -> tuple[int, int, int]:
-    """By what a data set is known, whatever the name of its file."""
+    """What identifies a data set, whatever the name of its file: device and inode of the file, and an address in it."""
     found = path.stat()
     return found.st_dev, found.st_ino, address
 

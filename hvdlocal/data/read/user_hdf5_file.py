@@ -2,7 +2,7 @@
 
 A name in a file may stand for data that lie elsewhere: behind a link, in raw files, or put together from several data sets. So
 everything that is asked of a data set is asked of the file that holds it (`Dataset.file`), and what nobody wrote, which HDF5
-reads as zeros without a word, is refused.
+reads as zeros without an error, is refused.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Contiguous:
     unit_bounds: NDArray[np.int64]
 
     def check_unit(self, unit: int, data: Any) -> None:
-        """Knows nothing to check."""
+        """Does nothing, as there are no checksums."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,7 +248,7 @@ class _Inspection:
     # -- what was never written ---------------------------------------------------------------------------------------
 
     def _require_written(self, dataset: h5py.Dataset) -> None:
-        """Raises ValueError for data that were never written: HDF5 would read them as zeros and say nothing."""
+        """Raises ValueError for data that were never written: HDF5 would read them as zeros without an error."""
         self._elsewhere(dataset)
         where, properties = self._where(dataset), dataset.id.get_create_plist()
         layout = properties.get_layout()

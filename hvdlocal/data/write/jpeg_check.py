@@ -1,5 +1,7 @@
 """Decoding a JPEG file once, in full, before it enters a shard: what is unreadable is found here and not in training."""
 
+from __future__ import annotations
+
 import io
 from dataclasses import dataclass
 from types import ModuleType
@@ -16,7 +18,7 @@ _COUNTABLE = 1 << 24  # OpenCV counts in float32, which is exact up to here
 
 @dataclass(frozen=True, eq=False)
 class JpegFacts:
-    """What decoding a JPEG file told.
+    """Facts found by decoding a JPEG file.
 
     Attributes:
         height, width: in pixels.
@@ -53,10 +55,10 @@ def jpeg_versions() -> dict[str, str]:
 
 
 def check_jpeg(data: bytes) -> JpegFacts:
-    """Decode a grayscale or RGB JPEG file in full.
+    """Decodes a grayscale or RGB JPEG file in full.
 
     Raises:
-        ValueError: it is not such a file, is damaged or cut off, or is larger than ``MAX_PIXELS``; the message is the
+        ValueError: it is not such a file, is damaged or cut off, or is larger than `MAX_PIXELS`; the message is the
             reason. Or a library is missing.
     """
     pixels = decode_usual(data)
@@ -79,7 +81,7 @@ def is_usual(data: bytes) -> bool:
 
 
 def decode_usual(data: bytes) -> NDArray[np.uint8] | None:
-    """Decode a grayscale or RGB JPEG file strictly: uint8 (H, W, 3); None if it is no such file, or has any damage."""
+    """Decodes a grayscale or RGB JPEG file strictly: uint8 (H, W, 3); None if it is no such file, or has any damage."""
     simplejpeg = jpeg_libraries()[0]
     if not is_usual(data):
         return None
@@ -90,7 +92,7 @@ def decode_usual(data: bytes) -> NDArray[np.uint8] | None:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise ValueError for an image that is too large to be one."""
+    """Raises ValueError for an image that is too large to be one."""
     if width * height > MAX_PIXELS or max(width, height) > 65535:
         raise ValueError(f"claims {width}x{height} pixels, more than are believed")
 
@@ -109,7 +111,7 @@ def open_with_pillow(data: bytes) -> Any:
 
 
 def to_rgb(image: Any) -> NDArray[np.uint8]:
-    """Decode a PIL.Image in full: uint8 (H, W, 3). Raises ValueError with the reason if that fails."""
+    """Decodes a PIL.Image in full: uint8 (H, W, 3). Raises ValueError with the reason if that fails."""
     if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"):
         raise ValueError(f"has pixels of Pillow's mode {image.mode}; convert it to 8-bit RGB")
     try:

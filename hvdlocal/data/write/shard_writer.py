@@ -4,6 +4,8 @@ HDF5 lays the file out; the bytes are then written to their places directly. So 
 HDF5 would lose the file in its hands and, in the end, the process.
 """
 
+from __future__ import annotations
+
 import os
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +30,7 @@ def write_image_shard(
     index: NDArray[np.int64],
     attributes: Mapping[str, str | int],
 ) -> str:
-    """Write a shard of equally sized images and flush it to the disk.
+    """Writes a shard of equally sized images and flushes it to the disk.
 
     Args:
         path: the file; replaced if it exists.
@@ -36,10 +38,10 @@ def write_image_shard(
         shape: (n, H, W, C).
         labels: int32 (n,).
         index: int64 (n,), source index of each sample.
-        attributes: see ``shard_attributes``.
+        attributes: see `shard_attributes`.
 
     Returns:
-        The ``content_sha256`` of what was to be written; it has not been read back.
+        The `content_sha256` of what was to be written; it has not been read back.
     """
     n, units = len(labels), -(-len(labels) // CRC_BLOCK)
     layout = {"images": ("<u1", shape), "labels": ("<i4", (n,)), "index": ("<i8", (n,)), "crc32": ("<u4", (units,))}
@@ -59,15 +61,15 @@ def write_jpeg_shard(
     index: NDArray[np.int64],
     attributes: Mapping[str, str | int],
 ) -> str:
-    """Write a shard of JPEG files, one after the other, and flush it to the disk.
+    """Writes a shard of JPEG files, one after the other, and flushes it to the disk.
 
     Args:
         files: the content of the n JPEG files.
         dims: uint16 (n, 2), height and width of each.
-        path, labels, index, attributes: as in ``write_image_shard``.
+        path, labels, index, attributes: as in `write_image_shard`.
 
     Returns:
-        As ``write_image_shard``.
+        As `write_image_shard`.
     """
     n, offsets = len(files), np.cumsum([0] + [len(content) for content in files], dtype="<u8")
     layout = {
@@ -95,7 +97,7 @@ def write_jpeg_shard(
 def _lay_out(
     path: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], attributes: Mapping[str, str | int]
 ) -> dict[str, int]:
-    """Create the file with all its datasets, their bytes not yet written; returns where each begins."""
+    """Creates the file with all its datasets, their bytes not yet written; returns where each begins."""
     # Times would make every write differ. A page-aligned start suits direct I/O; the stripes of a parallel file system
     # are a MiB or more, worth the padding in a large file. Old HDF5 must be able to read it.
     creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -123,7 +125,7 @@ def _lay_out(
 
 
 def _write_units(file: BinaryIO, offset: int, units: Iterable[bytes | memoryview]) -> NDArray[np.uint32]:
-    """Write the units one after the other; returns their checksums."""
+    """Writes the units one after the other; returns their checksums."""
     checksums = []
     file.seek(offset)
     for unit in units:

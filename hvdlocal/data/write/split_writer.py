@@ -30,7 +30,7 @@ BAD_FILES = "bad_files.txt"
 """Report inside the split's directory: one line per sample that could not be used."""
 
 Progress = Callable[[int], None]
-"""Told of every few samples that are done, by their number."""
+"""Called every few samples with the number of samples done since the last call."""
 
 
 class BadSamplesError(ValueError):
@@ -52,7 +52,7 @@ class BadSamplesError(ValueError):
 
 
 class SplitWriter:
-    """The part of a writer that does not know what a sample is.
+    """The part of a writer that does not depend on what a sample is.
 
     Args:
         directory: where the data set lives; created if need be.
@@ -120,7 +120,7 @@ class SplitWriter:
         preparation: Mapping[str, Any],
         skip_bad: bool = False,
     ) -> Manifest:
-        """Write what is not there yet and publish the split; a collective.
+        """Writes what is not there yet and publishes the split; a collective.
 
         Args:
             identity: identifies the content of the source.
@@ -205,7 +205,7 @@ class SplitWriter:
     def _each(
         self, numbers: Sequence[int], work: Callable[[int], Any], samples: Sequence[int] | None = None
     ) -> list[Any]:
-        """The results of ``work`` for all numbers, in their order, on all ranks, which share it out; a collective.
+        """The results of `work` for all numbers, in their order, on all ranks, which share it out; a collective.
 
         One number per rank and round: no rank waits long for another, and a failure anywhere ends all soon.
 
@@ -232,7 +232,7 @@ class SplitWriter:
             self._progress(samples)
 
     def _report(self, lines: Sequence[str], n: int, skip_bad: bool) -> None:
-        """List the bad samples in a file, and refuse them unless they are to be left out; a collective."""
+        """Lists the bad samples in a file, and refuses them unless they are to be left out; a collective."""
         path = self.directory / BAD_FILES
 
         def write() -> None:

@@ -27,7 +27,7 @@ LOCK = ".lock"
 
 @dataclass
 class Receipt:
-    """What is known of a finished shard: kept beside it as JSON until the manifest is there.
+    """Facts of a finished shard, kept beside it as JSON until the manifest is there.
 
     Attributes:
         entry: the shard.

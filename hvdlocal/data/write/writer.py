@@ -1,5 +1,7 @@
 """Writing a split of equally sized images, or of JPEG files, as HDF5 shards."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os
@@ -31,11 +33,11 @@ class ImageSource(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, H, W, C)."""
+        """The shape, (N, H, W, C)."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Must be uint8."""
+        """The type, which must be uint8."""
 
     def __getitem__(self, rows: NDArray[np.int64], /) -> ArrayLike:
         """The images with the given, ascending indices."""
@@ -44,9 +46,9 @@ class ImageSource(Protocol):
 class ShardWriter(SplitWriter):
     """Writes one split of a data set of equally sized images as HDF5 shards.
 
-    The result is ``<directory>/<split>/manifest.json`` beside ``<split>-00000-of-00004.h5`` and so on. The samples are
+    The result is `<directory>/<split>/manifest.json` beside `<split>-00000-of-00004.h5` and so on. The samples are
     shuffled once, on disk, so that any run of neighbours is a fair sample of the classes. The arguments are
-    ``SplitWriter``'s.
+    `SplitWriter`'s.
     """
 
     def write(
@@ -57,7 +59,7 @@ class ShardWriter(SplitWriter):
         identity: str | None = None,
         preparation: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Write the split and return its manifest.
+        """Writes the split and returns its manifest.
 
         Every shard is written under a temporary name, flushed, read back and compared; only when all are good do they
         take their places, the manifest last. A data set without a manifest is thus an unfinished one; writing it again
@@ -66,13 +68,13 @@ class ShardWriter(SplitWriter):
         Args:
             images: uint8 (N, H, W, C), array-like; read lazily, 64 images at a time.
             labels: integers (N,) in 0..len(classes)-1.
-            identity: what identifies the content of ``images``; by default a hash of all of it, for which they are read
+            identity: what identifies the content of `images`; by default a hash of all of it, for which they are read
                 once more.
             preparation: facts that the manifest shall record.
 
         Raises:
             ValueError: images or labels do not fit that description, or N < num_shards.
-            FileExistsError: a different data set is there and ``overwrite`` is not set.
+            FileExistsError: a different data set is there and `overwrite` is not set.
         """
 
         def check() -> tuple[NDArray[np.int32], str]:
@@ -132,10 +134,10 @@ class JpegSource(Protocol):
     """N JPEG files, read one at a time, from several threads."""
 
     def __len__(self) -> int:
-        """N."""
+        """The number of files, N."""
 
     def __getitem__(self, index: int, /) -> JpegSample | bytes:
-        """File ``index``. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read.
+        """File `index`. Raises ValueError with the reason if it cannot be used, OSError if it cannot be read.
 
         An OSError that is about this file alone (missing, not permitted, unreadable) makes it a bad one; any other ends
         the writing.
@@ -143,7 +145,7 @@ class JpegSource(Protocol):
 
 
 class JpegShardWriter(SplitWriter):
-    """Writes one split of a data set of JPEG files as HDF5 shards, laid out as by ``ShardWriter``.
+    """Writes one split of a data set of JPEG files as HDF5 shards, laid out as by `ShardWriter`.
 
     The bytes of the files are stored as they are. Every file is decoded once, in full, so that a damaged one is found
     now; the mean and standard deviation in the manifest are those of all decoded pixels, as RGB.
@@ -179,20 +181,20 @@ class JpegShardWriter(SplitWriter):
         identity: str | None = None,
         preparation: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Write the split and return its manifest; as ``ShardWriter.write``, restartable in the same way.
+        """Writes the split and returns its manifest; as `ShardWriter.write`, restartable in the same way.
 
         Args:
             files: N JPEG files; those of one shard are in memory at a time.
             labels: integers (N,) in 0..len(classes)-1.
             names: N strings by which messages call the files.
-            identity: what identifies the content of ``files``; by default a hash of all of it, for which they are read
+            identity: what identifies the content of `files`; by default a hash of all of it, for which they are read
                 once more.
             preparation: facts that the manifest shall record; the versions of the decoders are added.
 
         Raises:
-            BadSamplesError: some files cannot be used, and ``skip_bad`` is not set. All have been tried, and
+            BadSamplesError: some files cannot be used, and `skip_bad` is not set. All have been tried, and
                 bad_files.txt lists them.
-            ValueError, FileExistsError: as ``ShardWriter.write``.
+            ValueError, FileExistsError: as `ShardWriter.write`.
         """
 
         def check() -> tuple[NDArray[np.int32], str]:
@@ -242,7 +244,7 @@ class JpegShardWriter(SplitWriter):
         return self._write_split(source, None, label_array, write_shard, facts, self.skip_bad)
 
     def _in_threads(self, work: Callable[[int], Any], rows: Sequence[int]) -> Iterator[Any]:
-        """The results of ``work`` for all rows, in their order."""
+        """The results of `work` for all rows, in their order."""
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="data-prep")
         try:
             yield from pool.map(work, rows)
@@ -253,7 +255,7 @@ class JpegShardWriter(SplitWriter):
 def verify(
     directory: str | Path, *, communicator: Communicator | None = None, splits: Sequence[str] | None = None
 ) -> dict[str, int]:
-    """Compare all checksums of finished splits in ``directory``; returns the number of samples of each.
+    """Compares all checksums of finished splits in `directory`; returns the number of samples of each.
 
     Args:
         directory: of the data set.

@@ -45,7 +45,7 @@ class Region:
     inode: int
 
     def open(self) -> int:
-        """A descriptor of one's own. Raises OSError when this process must not, or it is gone."""
+        """Opens a descriptor of this process. Raises OSError when this process must not, or it is gone."""
         if self.node != this_node():
             raise OSError("it is on another machine, or in another container")
         descriptor = os.open(f"/proc/{self.process}/fd/{self.descriptor}", os.O_RDWR | os.O_CLOEXEC)

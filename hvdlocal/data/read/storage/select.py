@@ -37,7 +37,7 @@ LOCAL_FILE_SYSTEMS = frozenset(
 
 @dataclass(frozen=True)
 class Node:
-    """What one process knows of the machine it runs on.
+    """The machine that a process runs on.
 
     Attributes:
         host: identifies the running machine.
