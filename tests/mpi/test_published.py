@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from support.models import everywhere_equal
-from test_resume import config, place  # noqa: F401
+from test_resume import config
 
 from hvdlocal.models import build_model
 from hvdlocal.training import Trainer, evaluation
@@ -28,7 +28,7 @@ class Extras(torch.nn.Module):
 
 @pytest.mark.parametrize("preset", ["local", "sync"])
 @pytest.mark.parametrize("buffers", ["local", "average", {"*.bank": "average", "*.running_*": "reestimate"}], ids=str)
-def test_the_model_that_is_evaluated_is_the_model_that_is_saved(comm, place, monkeypatch, capsys, preset, buffers):  # noqa: F811
+def test_the_model_that_is_evaluated_is_the_model_that_is_saved(comm, place, monkeypatch, capsys, preset, buffers):
     def build(name, num_classes, shape):
         return torch.nn.ModuleDict({"net": build_model(name, num_classes, shape), "extras": Extras()})
 
