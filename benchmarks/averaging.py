@@ -129,11 +129,11 @@ def averagings(
 
 def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Callable[[], object], Callable[[], object]]:
     def prepare() -> None:
-        optimizer.communicator = communicator
+        optimizer.communicator = optimizer._round_average.communicator = communicator
         optimizer.step()  # the first step of a round that would not end
 
     def run() -> None:
-        if optimizer._flat_replica.statistics_scalars is not None:
+        if optimizer._statistics is not None:
             optimizer._take_statistics(valid=True)  # the first step of a round does this: part of the cost
         optimizer.synchronize()
 

@@ -187,10 +187,10 @@ class StepTimer:
         micro_batch, waiting, update, collect = self._times
         closed, before = False, len(micro_batch)
         while not closed:
-            first = optimizer.in_sync
+            first = not optimizer.round_under_way
             waited, computed, stepped = self._micro_batch()
             complete = not optimizer.micro_batches
-            closed = complete and optimizer.in_sync
+            closed = complete and not optimizer.round_under_way
             micro_batch.append(waited + computed)
             waiting.append(waited)
             if not complete:

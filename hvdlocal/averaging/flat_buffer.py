@@ -1,6 +1,6 @@
 """One flat buffer for everything that the ranks average, so that an averaging is one collective and no copy.
 
-Layout of `FlatReplica.flat`, float32, every part beginning at a multiple of 64 bytes:
+Layout of `FlatBuffer.flat`, float32, every part beginning at a multiple of 64 bytes:
 
     [ parameters | averaged buffers | averaged moments | scalars, digest | statistics vector | statistics scalars ]
       `replica`, divided by a number of workers after the sum  ───┘
@@ -64,28 +64,26 @@ class FlatViews:
         ]
 
 
-class FlatReplica:
-    """The flat buffer of one replica, its parts, and the views that are the replica's parameters and buffers.
+class FlatBuffer:
+    """A flat buffer with a place for everything that the ranks average, and its parts.
 
     Args:
-        parameters: the tensors to average; moved into the arena.
-        buffers: module buffers to average; moved into the arena.
-        moments: how many optimizer moments per parameter to make room for.
+        layout: places of the parameters, and of each of their moments.
+        buffer_layout: places of the averaged module buffers.
+        moments: number of optimizer moments per parameter.
         statistics: length of the gradient statistics' vector; 0 for none, in which case its scalars are left out too.
+        device: where the buffer lies.
     """
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], moments: int, statistics: int
+        self, layout: FlatViews, buffer_layout: FlatViews, moments: int, statistics: int, device: torch.device
     ) -> None:
-        layout = FlatViews(parameters)
-        buffer_layout = FlatViews(buffers)
         lengths = [layout.numel, buffer_layout.numel, moments * layout.numel, len(Scalar) + DIGEST_SIZE]
         if statistics:
             lengths += [statistics, len(StatisticsScalar)]
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + _aligned(length))
-        device = parameters[0].device
         self.flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
 
         self.layout = layout
@@ -103,7 +101,22 @@ class FlatReplica:
         self.statistics_scalars = self.flat[starts[5] : starts[5] + len(StatisticsScalar)] if statistics else None
         self.with_statistics_scalars = self.flat[starts[4] :]
 
-        self.views = [*layout.of(self.parameters), *buffer_layout.of(self.buffers)]
+
+class FlatReplica(FlatBuffer):
+    """The flat buffer in which a replica lies: its parts are the replica's parameters and averaged buffers.
+
+    Args:
+        parameters: the tensors to average; they become views of the flat buffer.
+        buffers: module buffers to average; they become views too.
+        moments: see `FlatBuffer`.
+        statistics: see `FlatBuffer`.
+    """
+
+    def __init__(
+        self, parameters: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], moments: int, statistics: int
+    ) -> None:
+        super().__init__(FlatViews(parameters), FlatViews(buffers), moments, statistics, parameters[0].device)
+        self.views = [*self.layout.of(self.parameters), *self.buffer_layout.of(self.buffers)]
         with torch.no_grad():
             for tensor, view in zip([*parameters, *buffers], self.views, strict=True):
                 view.copy_(tensor)
@@ -133,9 +146,15 @@ class CoordinateSample:
         self._difference = torch.empty_like(self._origin)
         self.move_origin()
 
-    def distance(self) -> torch.Tensor:
-        """‖vector − origin‖² as a 0-dimensional tensor, estimated from the sample."""
-        torch.index_select(self._flat, 0, self._where, out=self._difference).sub_(self._origin)
+    def distance(self, flat: torch.Tensor | None = None) -> torch.Tensor:
+        """‖vector − origin‖² as a 0-dimensional tensor, estimated from the sample.
+
+        Args:
+            flat: another vector of the same length; None for the sample's own.
+        """
+        torch.index_select(self._flat if flat is None else flat, 0, self._where, out=self._difference).sub_(
+            self._origin
+        )
         return torch.dot(self._difference, self._difference) * self._scale
 
     def move_origin(self) -> None:

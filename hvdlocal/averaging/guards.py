@@ -175,6 +175,30 @@ def refuse_new_parameters(
                 )
 
 
+def refuse_moved_tensors(
+    owners: Iterable[tuple[torch.nn.Module, str]],
+    tensors: Iterable[torch.Tensor | None],
+    views: Iterable[torch.Tensor],
+) -> None:
+    """Refuses parameters and buffers that no longer lie in the flat buffer.
+
+    Args:
+        owners: the module that holds each, and its name there.
+        tensors: what is there now.
+        views: where each ought to lie.
+
+    Raises:
+        RuntimeError: naming the tensor.
+    """
+    for (module, name), tensor, view in zip(owners, tensors, views, strict=True):
+        if tensor is None or tensor.data_ptr() != view.data_ptr():
+            raise RuntimeError(
+                f"{name!r} of a {type(module).__name__} no longer lies in hvdlocal's buffer: something replaced it after the "
+                "optimizer was built (model.to(…), load_state_dict(assign=True), assigning a parameter, a buffer or .data). "
+                "Build the LocalOptimizer last, and change buffers in place."
+            )
+
+
 def guard_wrapped(optimizer: torch.optim.Optimizer, wrapper: Any) -> None:
     """Makes the wrapped optimizer refuse what belongs to its wrapper, as long as that lives.
 

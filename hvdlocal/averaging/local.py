@@ -9,22 +9,22 @@ from typing import Any, Literal
 
 import torch
 
+from hvdlocal.averaging.apply import ApplyMean, ReplaceByMean
 from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
 from hvdlocal.averaging.digest import Fact, rounded
-from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica, Scalar, StatisticsScalar
+from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
-from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.guards import refuse_moved_tensors, refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.moments import adopt_moments, averaged_moments, refuse_new_moments
 from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
+from hvdlocal.averaging.round_average import Averaged, RoundAverage
+from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
 from hvdlocal.averaging.setup import owner_of
-from hvdlocal.averaging.sketch import GradientSketch, default_size
 from hvdlocal.communicator import Communicator
-
-AVERAGE = "hvdlocal.average"
-"""The name of the averaging's collective."""
 
 _owners_of_buffers: weakref.WeakValueDictionary[int, LocalOptimizer] = weakref.WeakValueDictionary()
 
@@ -127,26 +127,25 @@ class LocalOptimizer(ReplicaOptimizer):
         check_averaged(averaged, self._parameters[0].device, torch.float32)
         moved = {**dict(zip(self._names, self._parameters, strict=True)), **averaged}
         refuse_shared_memory(model, moved, [alias for alias, _ in aliases])
-        numels = [p.numel() for p in self._parameters]
-        device = self._parameters[0].device
-        self._sketch: GradientSketch | None = None
-        vector = 0
+        self._statistics: RoundStatistics | None = None
         if isinstance(scaling, LocalAdaScale) and self.communicator.size > 1:
-            if scaling.statistics == "sketch":
-                self._sketch = GradientSketch(numels, scaling.sketch_size or default_size(sum(numels)), device)
-                vector = self._sketch.size
-            else:
-                vector = sum(numels)
+            self._statistics = RoundStatistics(scaling, self._parameters)
         self._claim(averaged)
-        self._flat_replica = FlatReplica(self._parameters, list(averaged.values()), len(self._moment_names), vector)
+        self._flat_replica = FlatReplica(
+            self._parameters,
+            list(averaged.values()),
+            len(self._moment_names),
+            self._statistics.size if self._statistics else 0,
+        )
         for alias, name in aliases:
             alias.data = averaged[name].data
         self._averaged_names = list(averaged)
         self._buffer_owners = [owner_of(model, name) for name in averaged]
         self._accumulated = None
         if accumulate > 1:
-            flat = torch.zeros(self._flat_replica.layout.numel, dtype=torch.float32, device=device)
-            self._accumulated = GradientBuffer(self._parameters, self._flat_replica.layout, flat)
+            layout = self._flat_replica.layout
+            flat = torch.zeros(layout.numel, dtype=torch.float32, device=self._parameters[0].device)
+            self._accumulated = GradientBuffer(self._parameters, layout, flat)
 
         self._round = 0
         self._steps_in_round = 0
@@ -159,8 +158,15 @@ class LocalOptimizer(ReplicaOptimizer):
             {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
         )
         self._sample = CoordinateSample(self._flat_replica.parameters)
-        # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
-        self._renormalised = bool(renormalised_weights(model, self._parameters))
+        self._round_average = RoundAverage(
+            self.communicator,
+            self._digest,
+            self._sample,
+            # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
+            compares_origin=not renormalised_weights(model, self._parameters),
+            with_statistics=self._statistics is not None and self._stale,
+        )
+        self._mean: ApplyMean = ReplaceByMean(self._flat_replica)
 
     def _warn(self, message: str) -> None:
         """Warns once for all ranks."""
@@ -209,8 +215,8 @@ class LocalOptimizer(ReplicaOptimizer):
 
     @property
     def in_sync(self) -> bool:
-        """Whether this rank's model is the average: only then evaluate or save it."""
-        return self._steps_in_round == 0
+        """Whether all ranks hold the same bits of the model: it is the average, and only then evaluate or save it."""
+        return not (self.round_under_way or self._round_average.pending)
 
     @property
     def divergence(self) -> float | None:
@@ -237,10 +243,11 @@ class LocalOptimizer(ReplicaOptimizer):
         if self._accumulated:
             self._accumulated.drop()
             self._overflowed = False
-        if not self.in_sync:
-            self._average()
+        if self.round_under_way:
+            self._end_round()
         elif self.communicator.size > 1:
-            self._compare()
+            self._sample.move_origin()
+            self._round_average.compare(self._flat_replica, self._facts())
 
     def _note_short_round(self) -> None:
         """Warns of a loop that averages after every step although its rounds are longer."""
@@ -251,14 +258,6 @@ class LocalOptimizer(ReplicaOptimizer):
                     f"synchronize() has ended three rounds in succession after one of {self.period} steps, so every step is "
                     "averaged. Call it only before an evaluation and before saving, not around step()."
                 )
-
-    def _compare(self) -> None:
-        """Compares all that must be equal between two rounds."""
-        self._sample.move_origin()
-        self._write_digest(everything=True)
-        # Under the averaging's name: a rank that is in the middle of a round meets this one there, and both get an error.
-        self.communicator.sum_(self._flat_replica.digest, AVERAGE)
-        self._digest.check(self._flat_replica.digest.tolist())
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -274,9 +273,11 @@ class LocalOptimizer(ReplicaOptimizer):
             empty = self._accumulated.empty
             self._accumulated.flat.div_(self.accumulate)
             self._accumulated.give_back()
-        if self._steps_in_round == 0:
-            self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
-            if self._flat_replica.statistics_scalars is not None:
+        if not self.round_under_way:
+            if self.in_sync:
+                self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
+            self._mean.begin_round()
+            if self._statistics:
                 self._take_statistics(valid=not (empty or self._overflowed) and bool(self._gradients()))
             self._choose_period()
             if self.progress == 0 and self._smoothed.grad_sqr is not None:
@@ -289,7 +290,7 @@ class LocalOptimizer(ReplicaOptimizer):
         if self._steps_in_round >= self.period:
             if self.period > 1:
                 self._short_rounds = 0
-            self._average()
+            self._end_round()
 
     def _choose_period(self) -> None:
         """Chooses H of the round that begins."""
@@ -311,37 +312,21 @@ class LocalOptimizer(ReplicaOptimizer):
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
+    @property
+    def _stale(self) -> bool:
+        return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
+
     def _take_statistics(self, valid: bool) -> None:
-        """Puts what this rank's first gradient of the round tells into the arena.
+        """Writes the statistics of this rank's first gradient of the round; unless they are stale, sends and uses them.
 
         Args:
-            valid: whether every micro-batch brought a gradient without overflow. Else there is no estimate on any rank: no
-                gradient is not a gradient of zero.
+            valid: see `RoundStatistics.write`.
         """
-        assert isinstance(self.scaling, LocalAdaScale)
-        assert self._flat_replica.statistics_scalars is not None
-        vector = self._flat_replica.statistics
-        gradients = [_dense_gradient(p) for p in self._parameters]
-        if self._sketch:
-            self._sketch.project(gradients, vector)
-        else:
-            torch.cat([gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients], out=vector)
-        sqr_norm = torch.dot(vector, vector)
-        scalars = self._flat_replica.statistics_scalars
-        scalars[StatisticsScalar.SQR_NORM].copy_(sqr_norm)
-        if valid:
-            scalars[StatisticsScalar.VALID].copy_(sqr_norm.isfinite())  # not read: a local step does not wait for a GPU
-        else:
-            scalars[StatisticsScalar.VALID].zero_()
-        if not self.scaling.stale:
+        assert self._statistics is not None
+        self._statistics.write(self._flat_replica, valid)
+        if not self._stale:
             self._timed_sum(self._flat_replica.with_statistics_scalars, "hvdlocal.statistics")
-            self._use_statistics(*self._summed_statistics().tolist())
-
-    def _summed_statistics(self) -> torch.Tensor:
-        """Σ ‖g‖², how many ranks' gradients are finite, and ‖Σ g‖², all of the summed statistics: float32 (3,)."""
-        assert self._flat_replica.statistics_scalars is not None
-        vector = self._flat_replica.statistics
-        return torch.cat([self._flat_replica.statistics_scalars, torch.dot(vector, vector).view(1)])
+            self._use_statistics(*summed_statistics(self._flat_replica).tolist())
 
     def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float) -> None:
         """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike, and so
@@ -358,165 +343,91 @@ class LocalOptimizer(ReplicaOptimizer):
             )
             self._steps_since_statistics = 0
 
-    # -- the averaging -----------------------------------------------------------------------------------------------
+    # -- the end of a round --------------------------------------------------------------------------------------------
 
-    def _average(self) -> None:
-        self._check_parameters()
-        self._check_views()
-        self._adopt_moments()
-        mine, finite = self._write_scalars()
-        with_statistics = self._flat_replica.statistics_scalars is not None and self._stale
-        if self.communicator.size > 1:
-            self._timed_sum(
-                self._flat_replica.flat if with_statistics else self._flat_replica.without_statistics, AVERAGE
-            )
-        workers = self.communicator.size
-        on_device = self._flat_replica.scalars
-        healthy_ranks = (workers - on_device[Scalar.NONFINITE]).clamp_(min=1)
-        nonfinite = self._scale(self._flat_replica.weights, healthy_ranks.reciprocal_())
-        buffers = self._flat_replica.buffers.div_((workers - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
-        # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
-        moved = self._sample.distance().view(1)
-        wanted = [on_device, nonfinite, mine.view(1), moved, buffers.isfinite().all().view(1)]
-        if with_statistics:
-            wanted.append(self._summed_statistics())
-        numbers = torch.cat(wanted).tolist()
-        scalars, (found, bad, moved, finite_sum, *statistics) = (
-            numbers[: on_device.numel()],
-            numbers[on_device.numel() :],
-        )
-        self._digest.check_all(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
-        healthy = workers - round(scalars[Scalar.NONFINITE])
-        lost = not healthy or found > 0
-        self._measure_divergence(scalars[Scalar.DISPLACEMENT], moved, healthy)
-        if with_statistics:
-            self._use_statistics(*statistics)
-        self._stop_requested = scalars[Scalar.STOP] > 0.5
-        if self._momentum_policy == "reset" or lost or (bad and self._momentum_policy == "local"):
-            self.state.clear()
+    def _end_round(self) -> None:
+        """Averages at once."""
+        self._begin_average()
+        averaged = self._round_average.finish()
         self._round += 1
         self._steps_in_round = 0
-        self._read_loss(scalars, complete=healthy == workers)
-        if lost:
-            self._raise_nonfinite(bool(bad), "no rank holds a usable model any more.")
-        if healthy < workers:
-            self._raise_nonfinite(bool(bad), "the model is now the average of the other ranks.")
-        if scalars[Scalar.NONFINITE_BUFFERS] or not finite_sum:
-            healthy = finite_sum and workers - round(scalars[Scalar.NONFINITE_BUFFERS])
-            if not healthy:
-                buffers.fill_(math.nan)
-            raise_nonfinite_buffers(
-                self.communicator, self._names_of_nonfinite(finite), healthy, f"at progress {self.progress:.1f}"
-            )
+        self._use_average(averaged)
 
-    @property
-    def _stale(self) -> bool:
-        return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
-
-    def _write_scalars(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fills in the numbers that ride along; a replica that is seen not to be finite takes its contribution back.
-
-        Seen by its losses, or at the sampled coordinates: NaN spreads through a network fast, and to look at every parameter
-        would cost a tenth of an averaging. What escapes is found in the sum.
-
-        Returns:
-            Whether this rank's replica is not finite: 0 or 1, on the device and of shape (). And which elements of its averaged
-            buffers are finite, a mask: they are few, so all are looked at, and taken back alone.
-        """
-        scalars = self._flat_replica.scalars
-        displacement = self._sample.distance()
-        scalars[Scalar.DISPLACEMENT].copy_(displacement)
-        scalars[Scalar.LOSS_SUM].copy_(self._loss_sum)
-        scalars[Scalar.LOSS_COUNT].fill_(self._loss_count)
-        bad = displacement.isfinite().logical_and_(self._loss_sum.isfinite()).logical_not_()
-        if bad.device.type != "cpu":
-            self._flat_replica.flat.masked_fill_(
-                bad, 0.0
-            )  # reads all of it, which costs a GPU less than to be waited for
-        elif bad:
-            self._flat_replica.flat.zero_()
-        finite = self._flat_replica.buffers.isfinite()
-        bad_buffers = finite.all().logical_not_()
-        self._flat_replica.buffers.masked_fill_(bad_buffers, 0.0)
-        scalars[Scalar.NONFINITE_BUFFERS].copy_(bad_buffers.logical_or_(bad))
-        scalars[Scalar.PRESENT].fill_(1)
-        scalars[Scalar.NONFINITE].copy_(bad)
-        scalars[Scalar.STOP].fill_(self._stop)
-        self._write_digest()
+    def _begin_average(self) -> None:
+        """Checks the replica and begins the average of the round."""
+        self._check_parameters()
+        buffers = [getattr(module, name, None) for module, name in self._buffer_owners]
+        refuse_moved_tensors(
+            [*self._owners, *self._buffer_owners], [*self._parameters, *buffers], self._flat_replica.views
+        )
+        if self._momentum_policy == "average":
+            refuse_new_moments(self.optimizer, self._moment_names)
+        adopt_moments(self.optimizer, self._moment_names, self._parameters, self._flat_replica)
+        self._round_average.begin(self._mean.message(), self._facts(), self._loss_sum, self._loss_count, self._stop)
         self._loss_sum.zero_()
         self._loss_count = 0
-        return bad.to(torch.float32), finite
 
-    def _write_digest(self, *, everything: bool = False) -> None:
-        """Fills in the digest of what must be equal on all ranks."""
-        if self.communicator.size == 1:
-            return
-        values = {
-            Fact.STEPS: {"steps": self._steps_in_round, "period": self.period},
-            Fact.RATES: self._named_rates(),
-            Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self.progress)},
-        }
-        origin = {} if self._renormalised else {"trained parameters": self._sample.origin}
-        self._digest.write(self._flat_replica.digest, values, origin, everything=everything)
+    def _use_average(self, averaged: Averaged) -> None:
+        """Applies the mean, and takes in what came with it.
 
-    def _measure_divergence(self, sum_displacement: float, moved: float, healthy: int) -> None:
-        """(1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began; the last is `moved`."""
-        if healthy:
-            self._divergence = max(sum_displacement / healthy - moved, 0.0)
+        Raises:
+            NonFiniteError: on all ranks, when a replica or averaged buffers were not finite.
+            ValueError: the period depends on the loss, and none was recorded.
+        """
+        if not averaged.lost:
+            self._mean.apply(averaged.mean, contributed=averaged.mine_is_finite)
+        self.seconds_averaging += averaged.seconds
+        if averaged.divergence is not None:
+            self._divergence = averaged.divergence
+        if averaged.statistics is not None:
+            self._use_statistics(*averaged.statistics)
+        self._stop_requested = averaged.stop
+        mine_is_bad = not averaged.mine_is_finite
+        if self._momentum_policy == "reset" or averaged.lost or (mine_is_bad and self._momentum_policy == "local"):
+            self.state.clear()
+        workers = self.communicator.size
+        self._use_loss(averaged.loss, needed=averaged.replicas == workers)
+        if averaged.lost:
+            self._raise_nonfinite(mine_is_bad, "no rank holds a usable model any more.")
+        if averaged.replicas < workers:
+            self._raise_nonfinite(mine_is_bad, "the model is now the average of the other ranks.")
+        if averaged.buffer_replicas < workers:
+            if not averaged.buffer_replicas:
+                self._flat_replica.buffers.fill_(math.nan)
+            raise_nonfinite_buffers(
+                self.communicator,
+                self._names_of_nonfinite(averaged.finite_buffers),
+                averaged.buffer_replicas,
+                f"at progress {self.progress:.1f}",
+            )
 
-    def _read_loss(self, scalars: list[float], complete: bool) -> None:
-        count = scalars[Scalar.LOSS_COUNT]
-        if count:
-            self._loss = scalars[Scalar.LOSS_SUM] / count
+    def _use_loss(self, loss: float | None, needed: bool) -> None:
+        if loss is not None:
+            self._loss = loss
             if self._planner.first_loss is None:
-                self._planner.first_loss = self._loss
-        elif complete and self.period_rule.uses_loss:
+                self._planner.first_loss = loss
+        elif needed and self.period_rule.uses_loss:
             raise ValueError(
                 f"{type(self.period_rule).__name__} chooses the period from the training loss: call "
                 "optimizer.record_loss(loss) at every step"
             )
 
-    def _adopt_moments(self) -> None:
-        """Moves the wrapped optimizer's moments into the arena; it updates them in place from then on."""
-        if self._momentum_policy == "average":
-            later = [name for name in averaged_moments(self.optimizer) if name not in self._moment_names]
-            if later:
-                raise RuntimeError(
-                    f"the {type(self.optimizer).__name__} keeps {', '.join(later)} now, but did not when the LocalOptimizer was "
-                    "built, so momentum='average' has no room for it: build the optimizer with that momentum or amsgrad (a tiny "
-                    "momentum will do), and change it afterwards"
-                )
-        for name, views in zip(self._moment_names, self._flat_replica.moments, strict=True):
-            for parameter, view in zip(self._parameters, views, strict=True):
-                moment = self.state[parameter].get(name) if parameter in self.state else None
-                if moment is None:
-                    view.zero_()
-                elif moment.data_ptr() != view.data_ptr():
-                    view.copy_(moment)
-                    self.state[parameter][name] = view
+    def _facts(self) -> dict[Fact, Any]:
+        """What must be equal on all ranks when they average."""
+        return {
+            Fact.STEPS: {"steps": self._steps_in_round, "period": self.period},
+            Fact.RATES: self._named_rates(),
+            Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self.progress)},
+        }
 
     def _names_of_nonfinite(self, finite: torch.Tensor) -> list[str]:
         """The averaged buffers in which the mask of finite elements has a hole."""
         masks = self._flat_replica.buffer_layout.of(finite)
         return [name for name, mask in zip(self._averaged_names, masks, strict=True) if not mask.all()]
 
-    def _check_views(self) -> None:
-        """Refuses a model whose parameters or buffers are no longer those in the arena."""
-        buffers = [getattr(module, name, None) for module, name in self._buffer_owners]
-        present = [*self._parameters, *buffers]
-        owners = [*self._owners, *self._buffer_owners]
-        for (module, name), tensor, view in zip(owners, present, self._flat_replica.views, strict=True):
-            if tensor is None or tensor.data_ptr() != view.data_ptr():
-                raise RuntimeError(
-                    f"{name!r} of a {type(module).__name__} no longer lies in hvdlocal's buffer: something replaced it after the "
-                    "optimizer was built (model.to(…), load_state_dict(assign=True), assigning a parameter, a buffer or .data). "
-                    "Build the LocalOptimizer last, and change buffers in place."
-                )
-
     # -- state -------------------------------------------------------------------------------------------------------
 
     def _own_state(self) -> dict[str, Any]:
-        with_statistics = self._flat_replica.statistics_scalars is not None
         return {
             **super()._own_state(),
             "round": self._round,
@@ -528,14 +439,24 @@ class LocalOptimizer(ReplicaOptimizer):
             "longest_period": self._planner.longest,
             "first_loss": self._planner.first_loss,
             "sample": self._sample.state(),
-            "round_statistics": self._flat_replica.with_statistics_scalars.clone() if with_statistics else None,
+            "round_statistics": self._flat_replica.with_statistics_scalars.clone() if self._statistics else None,
         }
+
+    def shared_state(self) -> dict[str, Any]:
+        """See `ReplicaOptimizer`."""
+        return self._mean.shared_state()
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """See `ReplicaOptimizer`."""
+        self._mean.load_shared_state(state)
 
     def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
         """See `ReplicaOptimizer`."""
         super().load_averaged_state_dict(state_dict, progress)
-        if self._momentum_policy == "reset" and state_dict["hvdlocal"]["steps_in_round"]:
-            self.state.clear()
+        if state_dict["hvdlocal"]["steps_in_round"]:
+            self._mean.apply(self._flat_replica, contributed=True)
+            if self._momentum_policy == "reset":
+                self.state.clear()
 
     def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
         ended = own["steps_in_round"] > 0
@@ -558,34 +479,3 @@ class LocalOptimizer(ReplicaOptimizer):
         statistics = own["round_statistics"]
         if statistics is not None and statistics.shape == self._flat_replica.with_statistics_scalars.shape:
             self._flat_replica.with_statistics_scalars.copy_(statistics)
-
-
-def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The names under which a torch optimizer keeps the moments that momentum="average" averages.
-
-    Raises:
-        ValueError: the optimizer is not one whose moments hvdlocal knows.
-    """
-    if isinstance(optimizer, torch.optim.SGD):
-        return ("momentum_buffer",) if any(group["momentum"] for group in optimizer.param_groups) else ()
-    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
-        amsgrad = any(group["amsgrad"] for group in optimizer.param_groups)
-        return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
-    raise ValueError(
-        f"momentum='average' knows the moments of SGD, Adam and AdamW, not of {type(optimizer).__name__}: "
-        "choose 'local' or 'reset'"
-    )
-
-
-def _dense_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The gradient in the parameter's memory order, itself when it has the parameter's strides."""
-    gradient = parameter.grad
-    if gradient is None:
-        return torch.zeros_like(parameter)
-    if gradient.is_sparse:
-        raise ValueError("sparse gradients are not supported: use Embedding(sparse=False)")
-    if gradient.stride() != parameter.stride():
-        gradient = torch.empty_strided(
-            parameter.shape, parameter.stride(), dtype=torch.float32, device=parameter.device
-        ).copy_(gradient)
-    return gradient

@@ -28,7 +28,7 @@ from hvdlocal.averaging.digest import Digest
 from hvdlocal.averaging.gain import Scaling, ScalingContext
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_data_parallelism, refuse_new_parameters, refuse_sparse_layers
-from hvdlocal.averaging.nonfinite import CheckedScale, raise_nonfinite
+from hvdlocal.averaging.nonfinite import raise_nonfinite
 from hvdlocal.averaging.rounds import Progress
 from hvdlocal.averaging.setup import check_arguments, constants, owner_of, start_together, trainable
 from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing, gradient_statistics
@@ -85,7 +85,6 @@ class ReplicaOptimizer(WrappedOptimizer):
             device,
             lasting=not self._averages_parameters,
         )
-        self._scale = CheckedScale(device)
         self._loss_sum = torch.zeros((), dtype=torch.float32, device=device)
         self._loss_count = 0
         self._loss: float | None = None
@@ -115,6 +114,21 @@ class ReplicaOptimizer(WrappedOptimizer):
     def progress(self) -> float:
         """s, scale-invariant iterations done: the sum of the gains of all steps (`Scaling.progress`)."""
         return self._progress.done
+
+    @property
+    def steps_in_round(self) -> int:
+        """Local steps taken since the round began; 0 between two rounds."""
+        raise NotImplementedError
+
+    @property
+    def round_under_way(self) -> bool:
+        """Whether a round was begun and is not over. Only between two rounds can the replicas be equal (`in_sync`)."""
+        return self.steps_in_round > 0
+
+    @property
+    def in_sync(self) -> bool:
+        """Whether all ranks hold the same bits of the parameters."""
+        raise NotImplementedError
 
     @property
     def finished(self) -> bool:
@@ -281,6 +295,22 @@ class ReplicaOptimizer(WrappedOptimizer):
                 f"this state was saved in the middle of an accumulation of {own['accumulate']} micro-batches and cannot be "
                 f"continued with accumulate={self.accumulate}"
             )
+
+    def shared_state(self) -> dict[str, Any]:
+        """What all ranks hold alike beside the model, and a `state_dict` leaves out: to be saved once, not on every rank.
+
+        It is empty as long as an averaging makes the mean everyone's model and keeps nothing.
+        """
+        return {}
+
+    def load_shared_state(self, state: dict[str, Any]) -> None:
+        """Continues from a `shared_state`, on any number of ranks; to be called before the state of the rank is loaded.
+
+        Raises:
+            ValueError: the state is not one of this optimizer.
+        """
+        if state:
+            raise ValueError(f"the shared state holds {', '.join(state)}, which a {type(self).__name__} does not use")
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._progress.done = own["progress"]

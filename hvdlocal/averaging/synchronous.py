@@ -13,6 +13,7 @@ from hvdlocal.averaging.flat_buffer import FlatViews
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.nonfinite import CheckedScale
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.communicator import Communicator
 
@@ -86,6 +87,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         gradients = self._flat[: layout.numel]
         self._accumulated: GradientBuffer = GradientBuffer(self._parameters, layout, gradients)
         self._sqr_norm = torch.zeros_like(self._loss_sum)
+        self._scale = CheckedScale(self._flat.device)
         self._steps = 0
 
         views = layout.of(gradients)  # the gradients' place carries the parameters once

@@ -8,8 +8,8 @@ from typing import cast
 import torch
 
 from hvdlocal.averaging.buffers import Buffers, averaged_buffers, choose_policies
-from hvdlocal.averaging.flat_buffer import FlatReplica, FlatViews
-from hvdlocal.averaging.local import averaged_moments
+from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatViews
+from hvdlocal.averaging.moments import averaged_moments
 from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
 from hvdlocal.models import build_model, check_images
@@ -62,6 +62,6 @@ def _local(config: TrainConfig, model: torch.nn.Module, parameters: list[torch.n
     if scaling.uses_statistics:
         sketch = min(method.sketch_size or default_size(numel), numel)
         vector = sketch if method.statistics == "sketch" else numel
-    return FlatReplica(
-        parameters, buffers, len(moments), vector
-    ).flat.numel()  # the statistics travel now or, not stale, before
+    # The statistics travel with the average or, when they are not stale, before it.
+    layouts = FlatViews(parameters), FlatViews(buffers)
+    return FlatBuffer(*layouts, len(moments), vector, torch.device("meta")).flat.numel()

@@ -65,12 +65,13 @@ class RunState:
         self.next_line = session.config.log_every_seconds
 
     def of_rank(self) -> dict[str, Any]:
-        """Returns what this rank needs to continue. Parameters that are the same on all ranks are left to rank 0."""
+        """Returns what this rank needs to continue. What is the same on all ranks is left to rank 0."""
         model, device = self._session.model, self._session.device
         replica = model.state_dict()
         if self._optimizer.in_sync and self._session.communicator.rank:
             same = {p.data_ptr() for p in model.parameters()}
             replica = {name: value for name, value in replica.items() if value.data_ptr() not in same}
+        shared = {} if self._session.communicator.rank else self._optimizer.shared_state()
         return {
             "model": replica,
             "optimizer": self._optimizer.state_dict(),
@@ -81,6 +82,7 @@ class RunState:
             "window": self.meter.state_dict(),
             "next_line": self.next_line,
             "loader_stats": self.loader.stats(),
+            **({"shared": shared} if shared else {}),
         }
 
     def of_all_ranks(self) -> dict[str, Any]:
@@ -95,6 +97,7 @@ class RunState:
             "settings": flatten(self._session.config),
             "fingerprints": self._session.fingerprints,
             "versions": versions(),
+            **({"shared": True} if self._optimizer.shared_state() else {}),
         }
 
     def mismatch(self, manifest: Mapping[str, Any]) -> str | None:
@@ -117,12 +120,12 @@ class RunState:
         self.position = Position(**manifest["position"])
         if self.position.evaluation is not None:
             self.position.evaluation = Evaluation(**manifest["position"]["evaluation"])
+        state = resumed.averaged if resumed.state is None else resumed.state
+        assert state is not None
+        self._optimizer.load_shared_state(state.get("shared", {}))
         if resumed.state is not None:
-            state = resumed.state
             self._restore_rank(state)
         else:
-            assert resumed.averaged is not None
-            state = resumed.averaged
             self._restore_average(state, manifest)
         self._scaler.load_state_dict(state["scaler"])
         self.totals.load_state_dict(state["ledger"])

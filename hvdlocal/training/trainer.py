@@ -223,7 +223,7 @@ class Trainer:
                     self.state.next_line = self.state.totals.elapsed + self.config.log_every_seconds
                     self.recorder.training(self.state.meter, position.steps)
                 console.progress(optimizer.progress, self.recorder.status(), due)
-                if optimizer.in_sync:
+                if not optimizer.round_under_way:
                     self._after_round(console)
                 if not optimizer.finished:
                     self.coordinator.after_step(position.steps)
@@ -240,7 +240,7 @@ class Trainer:
     def _after_round(self, console: Console) -> None:
         """Records a round and evaluates if that is due."""
         optimizer, position = self.optimizer, self.state.position
-        if self.last_good is not None:
+        if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
         if is_local(optimizer):
             self.recorder.round(position.steps)

@@ -119,8 +119,12 @@ def _read(communicator: Communicator, path: Path, run: str | None) -> tuple[dict
             mean.add(files.read_state(path, manifest, one))
         return manifest, mean
     own = files.read_state(path, manifest, rank)
-    if manifest["in_sync"] and rank:  # only rank 0 has written what is the same on all
-        own["model"] = {**files.read_state(path, manifest, 0)["model"], **own["model"]}
+    if rank and (manifest["in_sync"] or manifest.get("shared")):  # only rank 0 has written what is the same on all
+        first = files.read_state(path, manifest, 0)
+        if manifest["in_sync"]:
+            own["model"] = {**first["model"], **own["model"]}
+        if "shared" in first:
+            own["shared"] = first["shared"]
     return manifest, own
 
 

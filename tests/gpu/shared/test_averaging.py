@@ -86,7 +86,7 @@ def test_statistics(comm, device, statistics, stale):
         assert (optimizer.grad_sqr, optimizer.grad_var) == pytest.approx((max(truth[0], 0.0), truth[1]), rel=1e-3)
         return
     numels = [p.numel() for p in model.parameters()]
-    size = optimizer._sketch.size
+    size = optimizer._statistics.size
     sketch = GradientSketch(numels, size, torch.device("cpu"))
     rows = []
     for gradient in everyone.float():

@@ -280,3 +280,25 @@ def test_copies_keep_their_types():
     value.x += 1
     assert copied["a"][0].tolist() == [0, 0, 0]
     assert copied["b"] == (2.0, None)
+
+
+class OneOfTwo(SingleProcess):
+    """Rank 1 of a job of two, of which rank 0 finds a checkpoint of step 3."""
+
+    def __init__(self):
+        super().__init__(size=2)
+        self.rank = 1
+
+    def gather(self, value, name):
+        return [[3] if name == "hvdlocal.resume.steps" else value, value]
+
+
+def test_what_all_ranks_share_is_written_once_and_read_by_all(tmp_path):
+    shared = {"momentum": torch.tensor([1.0, 2.0])}
+    write(tmp_path, 3, [state(0, 2.0, shared=shared), state(1, 4.0)], shared=True)
+    other = resume(OneOfTwo(), tmp_path, lambda manifest: None).state
+    assert other["model"]["w"].tolist() == [4.0, 1.0]
+    assert other["shared"]["momentum"].tolist() == [1.0, 2.0]
+    averaged = resume(SingleProcess(), tmp_path, lambda manifest: None).averaged
+    assert averaged["model"]["w"].tolist() == [3.0, 1.0]
+    assert averaged["shared"]["momentum"].tolist() == [1.0, 2.0]

@@ -1,0 +1,221 @@
+"""The average of a round: one collective, which is begun, and finished at once or some steps later."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hvdlocal.averaging.digest import Digest, Fact
+from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer, Scalar
+from hvdlocal.averaging.nonfinite import CheckedScale
+from hvdlocal.averaging.round_statistics import summed_statistics
+from hvdlocal.communicator import Communicator
+
+AVERAGE = "hvdlocal.average"
+"""The name of the averaging's collective."""
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """What came of an average; the same on all ranks but for `mine_is_finite`, `finite_buffers` and `seconds`.
+
+    Attributes:
+        mean: the message, which now holds the mean.
+        replicas: number of replicas in the mean; those that are not finite are left out.
+        lost: whether no rank holds a finite mean.
+        buffer_replicas: number of ranks whose averaged buffers are in their mean; 0 when that mean is not finite.
+        mine_is_finite: whether this rank's replica was.
+        finite_buffers: which elements of this rank's averaged buffers were, a mask.
+        divergence: (1/K) Σ_k ‖w_k − w̄‖² (Eq. 22); None without a finite replica.
+        loss: mean of the losses that the ranks recorded; None without any.
+        statistics: Σ ‖g‖², the number of finite gradients, and ‖Σ g‖², of the round's first gradients; None if not sent.
+        stop: whether a rank asks all to stop.
+        seconds: that this rank spent on beginning the collective and on waiting for it.
+    """
+
+    mean: FlatBuffer
+    replicas: int
+    lost: bool
+    buffer_replicas: int
+    mine_is_finite: bool
+    finite_buffers: torch.Tensor
+    divergence: float | None
+    loss: float | None
+    statistics: tuple[float, float, float] | None
+    stop: bool
+    seconds: float
+
+
+@dataclass
+class _Pending:
+    """An average that was begun.
+
+    Attributes:
+        message: what is summed.
+        wait: returns when the sum is there.
+        nonfinite: whether this rank's replica is not finite: 0 or 1, on the device and of shape ().
+        finite_buffers: which elements of its averaged buffers are finite, a mask.
+        seconds: that it took to begin.
+    """
+
+    message: FlatBuffer
+    wait: Callable[[], None]
+    nonfinite: torch.Tensor
+    finite_buffers: torch.Tensor
+    seconds: float
+
+
+class RoundAverage:
+    """Averages a flat buffer over the ranks in place, with the scalars, the digest and the statistics that travel with it.
+
+    Args:
+        communicator: the ranks.
+        digest: what must be equal on all ranks.
+        sample: of the replica's parameters; its origin is where the round began.
+        compares_origin: whether that origin must be equal on all ranks.
+        with_statistics: whether the gradient statistics travel with the average.
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        digest: Digest,
+        sample: CoordinateSample,
+        *,
+        compares_origin: bool,
+        with_statistics: bool,
+    ) -> None:
+        self.communicator = communicator
+        self._digest = digest
+        self._sample = sample
+        self._compares_origin = compares_origin
+        self._with_statistics = with_statistics
+        self._scale = CheckedScale(sample.origin.device)
+        self._pending: _Pending | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether an average was begun and is not finished."""
+        return self._pending is not None
+
+    def begin(
+        self, message: FlatBuffer, facts: Mapping[Fact, Any], loss_sum: torch.Tensor, loss_count: int, stop: bool
+    ) -> None:
+        """Begins the average and does not wait for the other ranks. Until `finish`, `message` must be left alone.
+
+        Args:
+            message: what is summed in place. If this rank's replica is not finite, its contribution becomes zero.
+            facts: what must be equal on all ranks.
+            loss_sum: sum of the losses that this rank recorded, of shape ().
+            loss_count: their number.
+            stop: whether this rank asks all to stop.
+        """
+        assert self._pending is None
+        nonfinite, finite_buffers = self._write_scalars(message, loss_sum, loss_count, stop)
+        self._write_digest(message, facts)
+        start = time.perf_counter()
+        wait = self.communicator.start_sum_(
+            message.flat if self._with_statistics else message.without_statistics, AVERAGE
+        )
+        self._pending = _Pending(message, wait, nonfinite, finite_buffers, time.perf_counter() - start)
+
+    def finish(self) -> Averaged:
+        """Waits for the sum, and divides it by the number of replicas in it.
+
+        Raises:
+            CommunicationError: a rank ended, or took no part.
+            DisagreementError: on every rank: the ranks differ in what must be equal.
+        """
+        assert self._pending is not None
+        pending, self._pending = self._pending, None
+        start = time.perf_counter()
+        pending.wait()
+        seconds = pending.seconds + time.perf_counter() - start if self.communicator.size > 1 else 0.0
+        message, ranks = pending.message, self.communicator.size
+        on_device = message.scalars
+        healthy_ranks = (ranks - on_device[Scalar.NONFINITE]).clamp_(min=1)
+        nonfinite = self._scale(message.weights, healthy_ranks.reciprocal_())
+        buffers = message.buffers.div_((ranks - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
+        # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
+        moved = self._sample.distance(message.parameters).view(1)
+        wanted = [on_device, nonfinite, pending.nonfinite.view(1), moved, buffers.isfinite().all().view(1)]
+        if self._with_statistics:
+            wanted.append(summed_statistics(message))
+        numbers = torch.cat(wanted).tolist()
+        scalars, (found, bad, moved, finite_sum, *statistics) = (
+            numbers[: on_device.numel()],
+            numbers[on_device.numel() :],
+        )
+        self._digest.check_all(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
+        replicas = ranks - round(scalars[Scalar.NONFINITE])
+        # (1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began.
+        divergence = max(scalars[Scalar.DISPLACEMENT] / replicas - moved, 0.0) if replicas else None
+        count = scalars[Scalar.LOSS_COUNT]
+        return Averaged(
+            mean=message,
+            replicas=replicas,
+            lost=not replicas or found > 0,
+            buffer_replicas=ranks - round(scalars[Scalar.NONFINITE_BUFFERS]) if finite_sum else 0,
+            mine_is_finite=not bad,
+            finite_buffers=pending.finite_buffers,
+            divergence=divergence,
+            loss=scalars[Scalar.LOSS_SUM] / count if count else None,
+            statistics=(statistics[0], statistics[1], statistics[2]) if statistics else None,
+            stop=scalars[Scalar.STOP] > 0.5,
+            seconds=seconds,
+        )
+
+    def compare(self, message: FlatBuffer, facts: Mapping[Fact, Any]) -> None:
+        """Compares all that must be equal on the ranks between two rounds; a very small collective.
+
+        Args:
+            message: a buffer whose digest may be overwritten.
+            facts: as for `begin`.
+
+        Raises:
+            DisagreementError: on every rank.
+        """
+        self._write_digest(message, facts, everything=True)
+        # Under the averaging's name: a rank that is in the middle of a round meets this one there, and both get an error.
+        self.communicator.sum_(message.digest, AVERAGE)
+        self._digest.check(message.digest.tolist())
+
+    def _write_scalars(
+        self, message: FlatBuffer, loss_sum: torch.Tensor, loss_count: int, stop: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes the numbers that travel along; takes the contribution of a replica back that is found not to be finite.
+
+        It is looked for in the losses and at the sampled coordinates: NaN spreads through a network fast, and to look at every
+        parameter would cost a tenth of an averaging. What escapes is found in the sum.
+
+        Returns:
+            `nonfinite` and `finite_buffers` of `_Pending`. The buffers are few, so all elements are looked at, and the buffers
+            of a rank are taken back alone.
+        """
+        scalars = message.scalars
+        displacement = self._sample.distance(message.parameters)
+        scalars[Scalar.DISPLACEMENT].copy_(displacement)
+        scalars[Scalar.LOSS_SUM].copy_(loss_sum)
+        scalars[Scalar.LOSS_COUNT].fill_(loss_count)
+        bad = displacement.isfinite().logical_and_(loss_sum.isfinite()).logical_not_()
+        if bad.device.type != "cpu":
+            message.flat.masked_fill_(bad, 0.0)  # reads all of it, which costs a GPU less than to be waited for
+        elif bad:
+            message.flat.zero_()
+        finite = message.buffers.isfinite()
+        bad_buffers = finite.all().logical_not_()
+        message.buffers.masked_fill_(bad_buffers, 0.0)
+        scalars[Scalar.NONFINITE_BUFFERS].copy_(bad_buffers.logical_or_(bad))
+        scalars[Scalar.PRESENT].fill_(1)
+        scalars[Scalar.NONFINITE].copy_(bad)
+        scalars[Scalar.STOP].fill_(stop)
+        return bad.to(torch.float32), finite
+
+    def _write_digest(self, message: FlatBuffer, facts: Mapping[Fact, Any], *, everything: bool = False) -> None:
+        if self.communicator.size > 1:
+            origin = {"trained parameters": self._sample.origin} if self._compares_origin else {}
+            self._digest.write(message.digest, facts, origin, everything=everything)
