@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from typing import Any, Literal
 
 import torch
 
 from hvdlocal.averaging.apply import ApplyMean, ReplaceByMean
 from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
+from hvdlocal.averaging.claims import BufferClaims
 from hvdlocal.averaging.digest import Fact, rounded
 from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
@@ -25,8 +25,6 @@ from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statisti
 from hvdlocal.averaging.rounds import RoundPlanner
 from hvdlocal.averaging.setup import owner_of
 from hvdlocal.communicator import Communicator
-
-_owners_of_buffers: weakref.WeakValueDictionary[int, LocalOptimizer] = weakref.WeakValueDictionary()
 
 MOMENTUM_POLICIES = ("local", "average", "reset")
 
@@ -130,7 +128,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._statistics: RoundStatistics | None = None
         if isinstance(scaling, LocalAdaScale) and self.communicator.size > 1:
             self._statistics = RoundStatistics(scaling, self._parameters)
-        self._claim(averaged)
+        self._claims = BufferClaims(averaged, self._parameters)
         self._flat_replica = FlatReplica(
             self._parameters,
             list(averaged.values()),
@@ -173,23 +171,9 @@ class LocalOptimizer(ReplicaOptimizer):
         if self.communicator.rank == 0:
             warnings.warn(message, stacklevel=2)
 
-    def _claim(self, buffers: dict[str, torch.Tensor]) -> None:
-        """Refuses buffers that another optimizer with other parameters averages: they can lie in one arena only."""
-        mine = {id(p) for p in self._parameters}
-        for name, buffer in buffers.items():
-            owner = _owners_of_buffers.get(id(buffer))
-            if owner is not None and owner.averages(buffer) and mine.isdisjoint(map(id, owner._parameters)):
-                raise ValueError(
-                    f"buffer {name!r} is averaged by another LocalOptimizer already: give each optimizer the part of the model "
-                    "that it trains (LocalOptimizer(optimizer, model.part)), or one of the two buffers='local'"
-                )
-        self._averaged_buffers = list(buffers.values())
-        for buffer in self._averaged_buffers:
-            _owners_of_buffers[id(buffer)] = self
-
     def averages(self, buffer: torch.Tensor) -> bool:
         """Whether this buffer of the model is one that is averaged."""
-        return any(one is buffer for one in self._averaged_buffers)
+        return self._claims.hold(buffer)
 
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
@@ -317,7 +301,7 @@ class LocalOptimizer(ReplicaOptimizer):
         return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
 
     def _take_statistics(self, valid: bool) -> None:
-        """Writes the statistics of this rank's first gradient of the round; unless they are stale, sends and uses them.
+        """Writes the statistics of this rank's first gradient of the round; sends and uses them at once unless they are stale.
 
         Args:
             valid: see `RoundStatistics.write`.
@@ -329,8 +313,9 @@ class LocalOptimizer(ReplicaOptimizer):
             self._use_statistics(*summed_statistics(self._flat_replica).tolist())
 
     def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float) -> None:
-        """Makes an estimate of the summed statistics. An overflow, on any rank or of the sum, makes it void on all alike, and so
-        does a rank without a gradient.
+        """Makes an estimate of the summed statistics.
+
+        An overflow, on any rank or of the sum, makes it void on all ranks alike, and so does a rank without a gradient.
         """
         workers = self.communicator.size
         if valid > workers - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
@@ -346,7 +331,7 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- the end of a round --------------------------------------------------------------------------------------------
 
     def _end_round(self) -> None:
-        """Averages at once."""
+        """Averages the replicas, and waits for the average."""
         self._begin_average()
         averaged = self._round_average.finish()
         self._round += 1
@@ -454,7 +439,8 @@ class LocalOptimizer(ReplicaOptimizer):
         """See `ReplicaOptimizer`."""
         super().load_averaged_state_dict(state_dict, progress)
         if state_dict["hvdlocal"]["steps_in_round"]:
-            self._mean.apply(self._flat_replica, contributed=True)
+            with torch.no_grad():
+                self._mean.apply(self._flat_replica, contributed=True)
             if self._momentum_policy == "reset":
                 self.state.clear()
 

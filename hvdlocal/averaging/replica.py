@@ -201,7 +201,10 @@ class ReplicaOptimizer(WrappedOptimizer):
         self._loss_count += 1
 
     def request_stop(self) -> None:
-        """Asks all ranks to stop, for example from a signal handler; see `stop_requested`."""
+        """Asks all ranks to stop, for example from a signal handler.
+
+        The request travels with the next collective; then `stop_requested` is true on every rank, at the same step.
+        """
         self._stop = True
 
     def reestimate_buffers(self, batches: Iterable[Any]) -> None:

@@ -114,7 +114,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
 
     @property
     def in_sync(self) -> bool:
-        """True: the parameters are always equal. Batch-norm statistics are averaged by `synchronize`."""
+        """True: all ranks always hold the same bits of the parameters. `synchronize` averages batch-norm statistics."""
         return True
 
     @property
