@@ -1,7 +1,7 @@
-"""Training with a clock: real steps and real collectives of throw-away replicas, of which `measure` takes turns.
+"""Times real steps and real collectives of temporary replicas, which `measure` runs in alternation.
 
-What is timed is what training runs: the loader, the forward and backward pass, and `step` of the very optimizers, with their
-arenas and collectives. Nothing is written.
+The measured code is that of training: the loader, the forward and backward pass, and `step` of the same optimizers with their
+flat buffers and collectives. Nothing is written.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from hvdlocal.training.session import Session
 from hvdlocal.training.step import TrainingStep
 
 PERIOD = 4
-"""H of the short run: the steps within a round are timed between its first, which takes statistics, and its last."""
+"""H of the short run. The timed steps of a round lie between its first, which takes statistics, and its last."""
 
 
 class Benchmark:
-    """What all measurements share. Building it is a collective.
+    """The parts that all measurements share. Building it is a collective.
 
     Args:
         config: model, data, optimizer and method.
@@ -35,8 +35,8 @@ class Benchmark:
 
     Attributes:
         session: data, model and settings.
-        length: of a run of the methods that are timed, whose base learning rate is that of one worker.
-        reference_batches: by which the configured base learning rate is divided for them.
+        length: length of a run of the timed methods, whose base learning rate is that of one worker.
+        reference_batches: divisor of the configured base learning rate for these methods.
         batches: the training batches, without an end.
 
     Raises:
@@ -102,13 +102,13 @@ class Benchmark:
 
 
 class Candidate:
-    """Steps that end in a collective, with a replica of its own. Building it, and a turn, are collectives.
+    """Steps that end in a collective, with their own replica. Building it and running a trial are collectives.
 
     Args:
-        bench: what all share.
-        name: of what is measured.
+        bench: the shared parts.
+        name: name of the candidate.
         preset: the method.
-        statistics: of local-ada.
+        statistics: the statistics of local-ada.
     """
 
     def __init__(self, bench: Benchmark, name: str, preset: Preset, statistics: str) -> None:
@@ -116,17 +116,17 @@ class Candidate:
         self._bench = bench
         self._optimizer = bench.optimizer(preset, 2 if preset.startswith("acc") else 1, statistics)
         for group in self._optimizer.param_groups:
-            group["lr"] = 0.0  # the same work, but the model stays as it is
+            group["lr"] = 0.0  # the same work, but the model does not change
         parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
         self._gradients = [(p, torch.randn_like(p).mul_(1e-3)) for p in parameters]
-        # Horovod's cycle would start with every barrier; a random pause, the same on all ranks, lets it be anywhere.
+        # Every barrier would be in phase with Horovod's cycle; a random pause, equal on all ranks, prevents that.
         self._pauses = random.Random(0)
         self._samples: list[tuple[float, float]] = []
         self._collect: list[float] = []
         self._bytes = 0
 
-    def turn(self) -> None:
-        """One step, of two micro-batches with accumulation."""
+    def trial(self) -> None:
+        """Times one step; with accumulation, a step of two micro-batches."""
         optimizer, communicator = self._optimizer, self._bench.session.communicator
         for _ in range(optimizer.accumulate - 1):
             self._collect.append(self._step())
@@ -138,7 +138,7 @@ class Candidate:
         self._bytes = communicator.traffic.bytes - sent
 
     def take(self) -> SyncStepTimes:
-        """What was measured since the last call; a collective."""
+        """Returns the measurements since the last call; a collective."""
         communicator = self._bench.session.communicator
         everyone = communicator.gather((self._samples, SampleSummary.of(self._collect)), "hvdlocal.closing")
         slowest = [
@@ -160,14 +160,14 @@ class Candidate:
 
 
 class StepTimer:
-    """Training's inner loop with a clock, with LocalAdaScale. Building it, and a round, are collectives.
+    """Times training's inner loop, by default with LocalAdaScale. Building it and running a round are collectives.
 
     Args:
-        bench: loader, schedule and settings.
-        preset, period: another method, for which there are no statistics.
+        bench: the shared parts.
+        preset, period: another method; it has no statistics.
 
     Attributes:
-        optimizer: that trains.
+        optimizer: the optimizer that trains.
         averages: moving averages of (G, σ²) after each round that gave an estimate.
         rounds: this rank's seconds of computing in each round.
     """
@@ -182,7 +182,7 @@ class StepTimer:
         self._times: tuple[list[float], ...] = ([], [], [], [])
 
     def round(self) -> None:
-        """Up to the next averaging."""
+        """Trains up to and including the next averaging."""
         optimizer = self.optimizer
         micro_batch, waiting, update, collect = self._times
         closed, before = False, len(micro_batch)
@@ -204,14 +204,14 @@ class StepTimer:
                 self.averages.append(now)
 
     def take(self) -> StepTimes:
-        """What this rank's clock showed since the last call."""
+        """Returns this rank's times since the last call."""
         pace = StepTimes(*map(SampleSummary.of, self._times))
         for times in self._times:
             times.clear()
         return pace
 
     def estimates(self) -> tuple[list[float], list[float]]:
-        """Single estimates of G and of σ², of which `averages` are the moving averages."""
+        """Returns the single estimates of G and of σ², of which `averages` are the moving averages."""
         theta = self._bench.smoothing
         return (
             undo_moving_average([grad_sqr for grad_sqr, _ in self.averages], theta),

@@ -54,13 +54,13 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         for _ in range(count):
             run.round()
 
-    def turns(count: int) -> None:
+    def trials(count: int) -> None:
         for _ in range(count):
             for candidate in candidates:
-                candidate.turn()
+                candidate.trial()
 
     for _ in range(2):  # warm-up; the second pass gives a first estimate
-        of_round, of_turn = _per_item(rounds, 1), _per_item(turns, 1)
+        of_round, of_trial = _per_item(rounds, 1), _per_item(trials, 1)
     run.take()
     for candidate in candidates:
         candidate.take()
@@ -71,7 +71,7 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         share = RUN_SHARE if candidates else 1.0
         begun = len(run.rounds)
         of_round = _per_item(rounds, _agreed(communicator, left * share / of_round))
-        of_turn = _per_item(turns, _agreed(communicator, left * (1 - share) / of_turn))
+        of_trial = _per_item(trials, _agreed(communicator, left * (1 - share) / of_trial))
         paces.append(tuple(communicator.gather(run.take(), "hvdlocal.paces")))
         apart.append(rank_jitter(communicator.gather(run.rounds[begun:], "hvdlocal.rounds"), micro_batches))
         closings.append({candidate.name: candidate.take() for candidate in candidates})

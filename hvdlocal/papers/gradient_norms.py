@@ -1,7 +1,8 @@
-"""Fig. 7 of Balles et al. (TMLR 2024): how much the norm of the full gradient varies within H steps.
+"""Fig. 7 of Balles et al. (TMLR 2024): the variation of the full gradient's norm within H steps.
 
-LocalAdaScale takes ‖∇f‖ for constant over a round (Eq. 40). Here one worker trains with SGD, as in the paper; at some moments of
-the run the full gradient is taken before each of the next steps, and its norm's standard deviation is divided by its mean.
+LocalAdaScale assumes that ‖∇f‖ is constant over a round (Eq. 40). Here one worker trains with SGD, as in the paper. At some
+points of the run, the full gradient is computed before each of the next steps; the standard deviation of its norm is divided by
+the mean.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ if TYPE_CHECKING:
 
 PERIODS = (2, 8, 32)
 MOMENTS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.95)
-"""When the full gradients are taken, as shares of the run."""
+"""The points at which full gradients are computed, as shares of the run."""
 WELL_BELOW_1 = 0.5
 IMAGES = 5_000
-"""The first training images, over which f is taken; without augmentation."""
+"""Number of training images over which f is taken, without augmentation."""
 
 
 def coefficient_of_variation(norms: Sequence[float]) -> float:
-    """Standard deviation, of a sample, over mean."""
+    """Returns the sample standard deviation divided by the mean."""
     return statistics.stdev(norms) / statistics.fmean(norms)
 
 
 def full_gradient_norm(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """‖∇f‖ of the mean cross-entropy; the model, with its batch-norm statistics, stays as it is."""
+    """Returns ‖∇f‖ of the mean cross-entropy; the model and its batch-norm statistics do not change."""
     model = copy.deepcopy(model).train()
     model.zero_grad()
     total = sum(len(y) for _, y in batches)
@@ -55,10 +56,10 @@ def full_gradient_norm(model: nn.Module, batches: Sequence[tuple[Tensor, Tensor]
 
 
 def moments(budget: int) -> list[int]:
-    """The first steps of the windows in a run of so many, none of which overlap.
+    """Returns the first steps of the windows, which do not overlap, in a run of `budget` steps.
 
     Raises:
-        ValueError: there is no room for two.
+        ValueError: the run is too short for two windows.
     """
     length = max(PERIODS)
     if budget < 2 * length:
@@ -72,7 +73,7 @@ def moments(budget: int) -> list[int]:
 
 
 def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[float, list[float]]]:
-    """Trains on one worker; yields (epoch, the norms before the next steps) at each of the moments.
+    """Trains on one worker; yields (epoch, the norms before the next steps) at each of the points.
 
     Args:
         config: data, model, optimizer, schedule, epochs and seed; the method is sync.
@@ -111,7 +112,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[flo
 
 
 def run(config: TrainConfig, say: Callable[[str], None]) -> ExperimentReport:
-    """The experiment: minutes. See `train`."""
+    """Runs the experiment, which takes minutes; see `train`."""
     windows = list(train(config, say))
     rows = [
         (epoch, norms[0], [coefficient_of_variation(norms[:period]) for period in PERIODS]) for epoch, norms in windows
