@@ -14,7 +14,9 @@ train: setup data/digits/test/manifest.json
 data/digits/test/manifest.json:
 	python -m data_prep digits --output data/digits
 
-test: lint docs unit mpi launch gpu-code
+test: setup
+	$(MAKE) --jobs=2 --output-sync=target lint docs gpu-code  # each of them keeps one core busy
+	$(MAKE) unit mpi launch
 
 lint: setup
 	ruff check .
@@ -34,11 +36,13 @@ unit: setup
 	$(IN_PARALLEL) --dist worksteal tests/unit
 
 # Everything on one, two and three ranks (an odd number finds mistakes that powers of two hide) over plain MPI, and on two over
-# Horovod; what is near the engine on one and three ranks over Horovod too; what depends on the number of ranks also on eight.
+# Horovod; what is near the engine on one and three over Horovod too; what depends on the number of ranks also on eight.
 MPI_TEST = timeout 900 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
 NEAR_THE_ENGINE = tests/mpi/test_{communicator,local,resume,state,synchronous}.py
 mpi: setup
-	set -e; export HVDLOCAL_BACKEND=mpi4py; for ranks in 1 2 3; do \
+	@echo "== tests/mpi: mpi4py, 1 rank (no mpirun: two processes of one rank each)"
+	HVDLOCAL_BACKEND=mpi4py $(IN_PARALLEL) tests/mpi
+	set -e; export HVDLOCAL_BACKEND=mpi4py; for ranks in 2 3; do \
 	  echo "== tests/mpi: mpi4py, $$ranks ranks"; $(MPI_TEST) tests/mpi; done
 	@echo "== tests/mpi: horovod, 2 ranks"
 	ranks=2; $(MPI_TEST) tests/mpi
