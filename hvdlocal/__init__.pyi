@@ -32,6 +32,6 @@ from .communicator.base import (
 from .communicator.launch import init as init
 from .data.read.dataset import ShardedDataset as ShardedDataset
 from .data.load.loader import Loader as Loader
-from .data.write.writer import ShardWriter as ShardWriter
+from .data.write.image_writer import ShardWriter as ShardWriter
 from .plan.cost import pseudo_wall_clock as pseudo_wall_clock
 from .version import __version__ as __version__

@@ -15,12 +15,7 @@ from .read.dataset import ShardedDataset as ShardedDataset
 from .read.user_hdf5 import open_hdf5 as open_hdf5
 from .load.loader import Loader as Loader, evaluation_batches as evaluation_batches
 from .load.torch_dataset import EpochSampler as EpochSampler, TorchDataset as TorchDataset
-from .write.writer import (
-    BadSamplesError as BadSamplesError,
-    ImageSource as ImageSource,
-    JpegSample as JpegSample,
-    JpegShardWriter as JpegShardWriter,
-    JpegSource as JpegSource,
-    ShardWriter as ShardWriter,
-    verify as verify,
-)
+from .write.image_writer import ImageSource as ImageSource, ShardWriter as ShardWriter
+from .write.jpeg_writer import JpegSample as JpegSample, JpegShardWriter as JpegShardWriter, JpegSource as JpegSource
+from .write.split_writer import BadSamplesError as BadSamplesError
+from .write.verify import verify as verify

@@ -96,7 +96,7 @@ def test_a_failure_on_one_rank_ends_all(tmp_path):
 import sys
 import numpy as np
 from hvdlocal.communicator import init
-from hvdlocal.data.write.writer import ShardWriter
+from hvdlocal.data import ShardWriter
 
 communicator = init("mpi4py")
 

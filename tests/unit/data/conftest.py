@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hvdlocal.data import ShardedDataset, ShardWriter
-from hvdlocal.data.write.writer import JpegShardWriter
+from hvdlocal.data import JpegShardWriter, ShardedDataset, ShardWriter
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 

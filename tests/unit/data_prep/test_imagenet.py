@@ -11,8 +11,8 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.folder_tree import list_tree
+from hvdlocal.data import verify
 from hvdlocal.data.format.manifest import Manifest
-from hvdlocal.data.write.writer import verify
 
 simplejpeg = pytest.importorskip("simplejpeg")
 cv2 = pytest.importorskip("cv2")

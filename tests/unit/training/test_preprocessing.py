@@ -7,8 +7,15 @@ import numpy as np
 import pytest
 
 from hvdlocal.cli.configuration import parse
-from hvdlocal.data import CenterCrop, Compose, RandomResizedCrop, ShardedDataset, ShardWriter, evaluation_batches
-from hvdlocal.data.write.writer import JpegShardWriter
+from hvdlocal.data import (
+    CenterCrop,
+    Compose,
+    JpegShardWriter,
+    RandomResizedCrop,
+    ShardedDataset,
+    ShardWriter,
+    evaluation_batches,
+)
 from hvdlocal.training.config import DataConfig
 from hvdlocal.training.preprocessing import preprocessing_from_config
 

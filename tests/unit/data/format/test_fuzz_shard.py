@@ -13,8 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from hvdlocal.data import ShardedDataset, ShardWriter, open_hdf5
-from hvdlocal.data.write.writer import JpegShardWriter
+from hvdlocal.data import JpegShardWriter, ShardedDataset, ShardWriter, open_hdf5
 
 CRASHES = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE)
 N = 70

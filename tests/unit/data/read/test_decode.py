@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvdlocal.data import Loader, ShardedDataset
+from hvdlocal.data import JpegShardWriter, Loader, ShardedDataset
 from hvdlocal.data.augment import CenterCrop, RandomResizedCrop
 from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.data.random_keys import sample_keys
 from hvdlocal.data.read import decode
 from hvdlocal.data.read.decode import decode_crop, decode_crops, decoder_description
-from hvdlocal.data.write.writer import JpegShardWriter
 
 
 def picture(height, width):

@@ -16,13 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hvdlocal.data import ShardedDataset, ShardWriter
+from hvdlocal.data import JpegShardWriter, ShardedDataset, ShardWriter
 from hvdlocal.data.format.extent import FileReader
 from hvdlocal.data.read.storage import Layout, Region
 from hvdlocal.data.read.storage.mapped import MappedStorage, _arrange, _map
 from hvdlocal.data.read.storage.select import this_node
 from hvdlocal.data.read.storage.stream import StreamStorage
-from hvdlocal.data.write.writer import JpegShardWriter
 
 MODES = ["ram", "mmap", "stream"]
 MIB = 1 << 20

@@ -7,10 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
+from hvdlocal.data import BadSamplesError, JpegSample, JpegShardWriter
 from hvdlocal.data.format.manifest import Manifest
 from hvdlocal.data.format.shard import open_shard
 from hvdlocal.data.permutations import pre_shuffle
-from hvdlocal.data.write.writer import BadSamplesError, JpegSample, JpegShardWriter
 
 simplejpeg = pytest.importorskip("simplejpeg")
 Image = pytest.importorskip("PIL.Image")

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
+from hvdlocal.data import JpegShardWriter, ShardWriter, verify
 from hvdlocal.data.format.manifest import Manifest
 from hvdlocal.data.permutations import pre_shuffle
-from hvdlocal.data.write.writer import JpegShardWriter, ShardWriter, verify
 from hvdlocal.lock import hold
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")

@@ -287,7 +287,7 @@ def test_a_byte_that_changes_on_its_way_to_the_disk_is_noticed(tmp_path, source,
         path.write_bytes(raw)
         return sha256
 
-    monkeypatch.setattr("hvdlocal.data.write.writer.write_image_shard", flipping)
+    monkeypatch.setattr("hvdlocal.data.write.image_writer.write_image_shard", flipping)
     with pytest.raises(ValueError, match=r"is damaged in samples 64\.\.99 "):
         ShardWriter(tmp_path, "train", classes=CLASSES).write(*source(100))
     assert not files(tmp_path)
