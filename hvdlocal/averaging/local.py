@@ -99,7 +99,7 @@ class LocalOptimizer(ReplicaOptimizer):
             )
         if isinstance(scaling, AdaScale):
             raise ValueError(
-                "AdaScale knows no local steps: use LocalAdaScale(), or LocalAdaScale(c=0) for AdaScale's gain"
+                "AdaScale has no local steps: use LocalAdaScale(), or LocalAdaScale(c=0) for AdaScale's gain"
             )
         if momentum not in MOMENTUM_POLICIES:
             raise ValueError(f"momentum={momentum!r}: choose one of {', '.join(MOMENTUM_POLICIES)}")

@@ -13,7 +13,7 @@ def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
     """The names under which a torch optimizer keeps the moments that momentum="average" averages.
 
     Raises:
-        ValueError: the optimizer is not one whose moments hvdlocal knows.
+        ValueError: the optimizer is none of SGD, Adam and AdamW.
     """
     if isinstance(optimizer, torch.optim.SGD):
         return ("momentum_buffer",) if any(group["momentum"] for group in optimizer.param_groups) else ()
@@ -21,7 +21,7 @@ def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
         amsgrad = any(group["amsgrad"] for group in optimizer.param_groups)
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
     raise ValueError(
-        f"momentum='average' knows the moments of SGD, Adam and AdamW, not of {type(optimizer).__name__}: "
+        f"momentum='average' works for SGD, Adam and AdamW, not for {type(optimizer).__name__}: "
         "choose 'local' or 'reset'"
     )
 

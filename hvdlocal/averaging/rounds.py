@@ -213,7 +213,7 @@ def plan_rounds(
     """The rounds that `LocalOptimizer` makes of a run.
 
     Args:
-        rule: for H; must not depend on the loss, which nobody knows beforehand.
+        rule: for H; must not depend on the loss, which is not known beforehand.
         schedule: base learning rate as a function of progress.
         budget: S, the progress at which the run ends; with gain 1, its steps. The last round ends on the last step.
         scaling: the rule for the gain; None for gain 1.
@@ -228,7 +228,7 @@ def plan_rounds(
     """
     if rule.uses_loss:
         raise ValueError(
-            f"{type(rule).__name__} depends on the training loss, which nobody knows beforehand: its rounds cannot be planned"
+            f"{type(rule).__name__} depends on the training loss, which is not known beforehand: its rounds cannot be planned"
         )
     none, later = AssumedEstimates(), AssumedEstimates(*(statistics or ()))
     progress = Progress(scaling or NoScaling(), num_workers, accumulate, budget, none if stale else later)

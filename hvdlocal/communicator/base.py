@@ -1,6 +1,6 @@
 """What hvdlocal asks of a message-passing library: three collectives, and a wait that ends.
 
-Everything above this package talks to a `Communicator`; only the backends beside this file know Horovod or MPI.
+Everything above this package talks to a `Communicator`; only the backends beside this file import Horovod or MPI.
 """
 
 from __future__ import annotations
