@@ -56,7 +56,7 @@ mpi: setup
 	ranks=8; $(MPI_TEST) tests/mpi/test_{local,synchronous,large}.py
 
 launch: setup
-	$(IN_PARALLEL) --dist loadfile tests/launch --ignore tests/launch/faults
+	$(IN_PARALLEL) --timeout 480 --dist loadfile tests/launch --ignore tests/launch/faults
 
 # What runs on a GPU, with little work on the CPU, so that it is in order when there is one.
 gpu-code: setup
@@ -64,7 +64,7 @@ gpu-code: setup
 
 # Jobs that are killed, stopped and starved, and started again: minutes.
 test-faults: setup
-	$(IN_PARALLEL) --dist loadfile tests/launch/faults
+	$(IN_PARALLEL) --timeout 480 --dist loadfile tests/launch/faults
 
 # A real Slurm on this machine, started by the tests. Installed first where that is allowed; without one the tests are skipped.
 test-slurm: setup

@@ -92,7 +92,8 @@ class Report:
 
     def _run(self, stage: Stage) -> None:
         began = time.monotonic()
-        deadline = min(began + stage.seconds, self._end)
+        # Stages that share the cores are not held to the seconds that each of them takes alone.
+        deadline = self._end if getattr(self._arguments, "at_once", False) else min(began + stage.seconds, self._end)
         stage.state = "ok"
         for command in stage.commands:
             if deadline - time.monotonic() < 5:
