@@ -62,7 +62,7 @@ def test_adam_moments_are_averaged(comm, make, amsgrad):
 
 def test_moments_of_unknown_optimizers_are_refused(comm):
     model = Slope()
-    with pytest.raises(ValueError, match=r"not of RMSprop: choose 'local' or 'reset'"):
+    with pytest.raises(ValueError, match=r"not for RMSprop: choose 'local' or 'reset'"):
         local(model, optimizer=torch.optim.RMSprop(model.parameters()), momentum="average")
 
 
