@@ -105,6 +105,36 @@ def test_by_default_the_mean_takes_the_place_of_the_replica_in_one_collective_wi
         optimizer.load_shared_state({"begin": 1})
 
 
+class Halfway(ApplyMean):
+    """Goes half of the way from where the round began to the mean."""
+
+    def __init__(self, replica):
+        self._replica = replica
+        self._begin = torch.full_like(replica.parameters, torch.nan)
+
+    def begin_round(self):
+        self._begin.copy_(self._replica.parameters)
+
+    def message(self):
+        return self._replica
+
+    def apply(self, mean, *, contributed):
+        self._replica.parameters.lerp_(self._begin, 0.5)
+
+
+def test_a_round_begins_where_the_loop_has_put_the_model(comm):
+    """0 goes to −4 and half of the way is −2; from 10 it goes to 6, and half of the way is 8."""
+    model = Slope(start=0.0)
+    optimizer = local(model, 2)
+    optimizer._mean = Halfway(optimizer._flat_replica)
+    for start, end in ((0.0, -2.0), (10.0, 8.0)):
+        with torch.no_grad():
+            model.w.fill_(start)
+        for _ in range(2):
+            step(optimizer, model, slope_of(comm))
+        assert model.w.tolist() == pytest.approx([end] * 10)
+
+
 def test_what_is_done_with_the_mean_can_be_exchanged(comm):
     model = Slope(start=0.0)
     optimizer = local(model, 2)
