@@ -10,4 +10,4 @@ from support.launch import ROOT, launch
 def test_runs_that_are_hurt_come_to_the_same_bits():
     loop = launch(sys.executable, str(ROOT / "benchmarks/kill_loop.py"), "--kills", "10", "--seed", "1", timeout=1400)
     assert loop.code == 0, f"{loop.out}\n{loop.err}"
-    assert "10 blows in " in loop.out
+    assert "\n10 faults in " in loop.out
