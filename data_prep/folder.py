@@ -8,18 +8,16 @@ by the rules of imagenet.py.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from data_prep.folder_tree import EXTENSIONS, Listing, add_tree_arguments, list_tree
-from data_prep.imagenet import check_encoding, identity, jpeg_source, remarks_of
+from data_prep.folder_tree import EXTENSIONS, Tree, add_tree_arguments, open_tree
+from data_prep.imagenet import check_encoding, identity, jpeg_source
 from data_prep.raw_files import LOSSLESS, Header, RawFiles, read_file, read_header
 from data_prep.source import Source, image_split
-from hvdlocal.communicator import Communicator, on_rank_zero, succeed_together
+from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
 
 SUMMARY = (
@@ -42,55 +40,26 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
-    """Opens the data set; a collective. Errors: see `load`."""
-    return load(
-        arguments.source,
-        arguments.splits,
-        arguments.images,
-        arguments.resize,
-        arguments.quality,
-        arguments.bad == "skip",
-        communicator,
-    )
-
-
-def load(
-    source: Path,
-    splits: Sequence[str],
-    images: Choice,
-    resize: int | None,
-    quality: int,
-    skip_bad: bool,
-    communicator: Communicator,
-) -> Source:
-    """Lists a tree of images; a collective, in which the ranks share out the looking at headers.
-
-    Args:
-        source: root of the tree.
-        splits: see `list_tree`.
-        images: how they are stored; "auto" is "raw" for files of a lossless format and of one size, else "jpeg".
-        resize, quality: see `imagenet.load`; only for JPEG files.
-        skip_bad: whether files that cannot be used are to be left out; only for JPEG files.
-        communicator: the ranks that will write the shards.
+    """Opens the data set; a collective, in which the ranks share out the looking at headers.
 
     Raises:
-        FileNotFoundError, ValueError: as `list_tree`; or the files cannot be stored as wished; the message names one.
+        FileNotFoundError, ValueError: as `open_tree`; or the files cannot be stored as wished; the message names one.
     """
+    images: Choice = arguments.images
+    resize, quality, skip_bad = arguments.resize, arguments.quality, arguments.bad == "skip"
     check_encoding(resize, quality)
     if images == "raw" and (resize is not None or skip_bad):
         option = "--bad skip" if resize is None else f"--resize {resize}"
         raise ValueError(f"{option} is for JPEG files; leave it out, or use --images jpeg")
     versions = succeed_together(communicator, jpeg_versions, "data.libraries")
-    classes, listings = on_rank_zero(
-        communicator, lambda: list_tree(source, splits, (*EXTENSIONS, ".bmp")), "data.list"
-    )
+    tree = open_tree(arguments, communicator, (*EXTENSIONS, ".bmp"))
     if images == "jpeg" or resize is not None or skip_bad:
-        return jpeg_source("folder", source, classes, listings, resize, quality, versions)
-    headers, bad = _headers(source, listings, communicator, all_of_them=images == "raw")
+        return jpeg_source("folder", tree, resize, quality, versions)
+    headers, bad = _headers(tree, communicator, all_of_them=images == "raw")
     first = next(iter(headers.values()), None)
     if images == "auto" and (reason := _why_not_raw(headers)):
         remark = f"stored as JPEG files, since {reason}; --images raw stores pixels, of files of one size"
-        made = jpeg_source("folder", source, classes, listings, resize, quality, versions)
+        made = jpeg_source("folder", tree, resize, quality, versions)
         return replace(made, remarks=[remark, *made.remarks])
     if bad:
         raise ValueError(
@@ -101,44 +70,42 @@ def load(
     for name, header in headers.items():
         if header.size != first.size:
             raise ValueError(
-                f"{source / name} has {header.size}, {source / next(iter(headers))} has {first.size}; bring all to one size, or "
-                "store JPEG files (--images jpeg)"
+                f"{tree.root / name} has {header.size}, {tree.root / next(iter(headers))} has {first.size}; bring all to one "
+                "size, or store JPEG files (--images jpeg)"
             )
     channels = max(header.channels for header in headers.values())
     shape = (first.height, first.width, channels)
-    preparation = {"data_set": "folder", "images": "raw", "channels": channels}
+    preparation = {"data_set": "folder", "images": "raw", "channels": channels, **tree.preparation}
     if any(header.kind == "JPEG" for header in headers.values()):
         preparation |= versions
     kind = "gray" if channels == 1 else "colour"
     return Source(
-        classes,
+        tree.classes,
         {
             name: image_split(
-                RawFiles(source, listing.files, listing.sizes, shape),
+                RawFiles(tree.root, listing.files, listing.sizes, shape),
                 np.array(listing.labels, np.int64),
                 identity(listing, preparation),
             )
-            for name, listing in listings.items()
+            for name, listing in tree.listings.items()
         },
         preparation=preparation,
-        remarks=[f"stored as pixels, {first.size}, {kind}", *remarks_of(listings)],
+        remarks=[f"stored as pixels, {first.size}, {kind}", *tree.remarks],
     )
 
 
-def _headers(
-    source: Path, listings: dict[str, Listing], communicator: Communicator, all_of_them: bool
-) -> tuple[dict[str, Header], list[str]]:
+def _headers(tree: Tree, communicator: Communicator, all_of_them: bool) -> tuple[dict[str, Header], list[str]]:
     """The headers of the files by name, in their order, and what is wrong with files that have none; a collective.
 
     Without `all_of_them` each rank stops at the first JPEG file, of which one is enough to decide.
     """
-    files = [pair for listing in listings.values() for pair in zip(listing.files, listing.sizes, strict=True)]
+    files = [pair for listing in tree.listings.values() for pair in zip(listing.files, listing.sizes, strict=True)]
 
     def look() -> tuple[dict[str, Header], list[str]]:
         found, bad = {}, []
         for name, size in files[communicator.rank :: communicator.size]:
             try:
-                found[name] = read_header(read_file(source, name, size))
+                found[name] = read_header(read_file(tree.root, name, size))
             except ValueError as error:
                 bad.append(f"{name} {error}")
                 continue

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from data_prep.source import add_source_argument
+from hvdlocal.communicator import Communicator, on_rank_zero
+from hvdlocal.data.permutations import held_out
 
 EXTENSIONS = (".jpg", ".jpeg", ".png")
 USUAL_SPLITS = ("train", "val", "test")
@@ -31,10 +36,45 @@ class Listing:
     labels: list[int] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
+    def subset(self, rows: Sequence[int]) -> Listing:
+        """The files with the given places."""
+        return Listing(
+            [self.files[row] for row in rows], [self.sizes[row] for row in rows], [self.labels[row] for row in rows]
+        )
 
-def list_tree(
-    root: Path, splits: Sequence[str], extensions: tuple[str, ...] = EXTENSIONS
-) -> tuple[tuple[str, ...], dict[str, Listing]]:
+
+@dataclass(frozen=True)
+class Tree:
+    """A tree of image files.
+
+    Attributes:
+        root: directory that the paths of the files are relative to.
+        classes: class names; label i means classes[i].
+        listings: the files of each split.
+        preparation: facts that the manifests shall record.
+        remarks: sentences for the user.
+    """
+
+    root: Path
+    classes: tuple[str, ...]
+    listings: Mapping[str, Listing]
+    preparation: Mapping[str, Any] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
+
+
+def open_tree(
+    arguments: argparse.Namespace, communicator: Communicator, extensions: tuple[str, ...] = EXTENSIONS
+) -> Tree:
+    """The tree that the options name; a collective, in which rank 0 alone walks it. Errors: see `list_tree`, `hold_out`."""
+
+    def find() -> Tree:
+        tree = list_tree(arguments.source, arguments.splits, extensions)
+        return tree if arguments.holdout is None else hold_out(tree, arguments.holdout, arguments.seed)
+
+    return on_rank_zero(communicator, find, "data.list")
+
+
+def list_tree(root: Path, splits: Sequence[str], extensions: tuple[str, ...] = EXTENSIONS) -> Tree:
     """Lists the images of a tree.
 
     Args:
@@ -44,8 +84,8 @@ def list_tree(
         extensions: of the names of images, in lower case; other files are ignored.
 
     Returns:
-        The class names, sorted, and the files of each split. Class names are those of the first split; the others may lack
-        some, but have no further ones.
+        The tree, with its class names sorted. They are those of the first split; the others may lack some, but have no
+        further ones.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -71,7 +111,49 @@ def list_tree(
                 "make the folders agree"
             )
         listings[split] = _list_split(root, folder, found, classes, extensions)
-    return classes, listings
+    remarks = [_remark_of_ignored(name, listing.ignored) for name, listing in listings.items() if listing.ignored]
+    return Tree(root, classes, listings, remarks=remarks)
+
+
+def _remark_of_ignored(split: str, ignored: Sequence[str]) -> str:
+    files = f"{len(ignored)} file{'s' if len(ignored) > 1 else ''}"
+    return f"{split}: {files} of other kinds ignored, for instance {ignored[0]}"
+
+
+def hold_out(tree: Tree, share: float, seed: int) -> Tree:
+    """Makes a test split of a share of each class.
+
+    Args:
+        tree: with one split, which is not for testing.
+        share, seed: see `held_out`.
+
+    Returns:
+        A tree with the same files, in their order, in two splits: that of before, and "test".
+
+    Raises:
+        ValueError: there is a split to test on, the share is out of range, or no class has two images.
+    """
+    (name, listing), *others = tree.listings.items()
+    if others or name in USUAL_SPLITS[1:]:
+        raise ValueError(
+            f"--holdout {share:g} makes a test split of the training images, but {tree.root} has {', '.join(tree.listings)}: "
+            "leave it out, or name the training images alone (--splits train or --splits train=FOLDER)"
+        )
+    labels = np.array(listing.labels)
+    mask = held_out(seed, labels, share)
+    per_class = np.bincount(labels[mask], minlength=len(tree.classes))
+    if not mask.any():
+        raise ValueError(f"--holdout {share:g} finds no class of two images or more; leave it out")
+    kept, test = (listing.subset(np.flatnonzero(part).tolist()) for part in (~mask, mask))
+    kept.ignored = listing.ignored
+    alone = np.count_nonzero(per_class == 0)
+    remark = (
+        f"test: {len(test.files)} of {len(listing.files)} images, held out at random by seed {seed}, "
+        f"{per_class[per_class > 0].min()} to {per_class.max()} of each class"
+        + (f" but {alone} of one image" if alone else "")
+    )
+    facts = {"holdout": {"share": share, "seed": seed, "from": name}}
+    return replace(tree, listings={name: kept, "test": test}, preparation=facts, remarks=[*tree.remarks, remark])
 
 
 def _named(root: Path, split: str) -> tuple[str, str]:
@@ -151,6 +233,12 @@ def add_tree_arguments(command: argparse.ArgumentParser) -> None:
         metavar="NAME[=FOLDER]",
         help="splits and the folders of the source that hold them (default: those of train, val and test that there are; "
         "else the source itself is train)",
+    )
+    command.add_argument(
+        "--holdout",
+        type=float,
+        metavar="SHARE",
+        help="make a test split of this share of each class of a tree without one, chosen at random by --seed",
     )
     command.add_argument(
         "--resize",

@@ -9,16 +9,15 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from data_prep.folder_tree import Listing, add_tree_arguments, list_tree
+from data_prep.folder_tree import Listing, Tree, add_tree_arguments, open_tree
 from data_prep.jpeg_files import CONVERSION_QUALITY, JpegFiles
 from data_prep.source import Source, Split
-from hvdlocal.communicator import Communicator, on_rank_zero, succeed_together
+from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
 
 SUMMARY = "ImageNet, or any other tree of JPEG and PNG files with a folder per class, as JPEG files"
@@ -32,27 +31,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def open_source(arguments: argparse.Namespace, communicator: Communicator) -> Source:
-    """Opens the data set; a collective. Errors: see `load`."""
-    return load(arguments.source, arguments.splits, arguments.resize, arguments.quality, communicator)
-
-
-def load(source: Path, splits: Sequence[str], resize: int | None, quality: int, communicator: Communicator) -> Source:
-    """Lists a tree of images; a collective, in which rank 0 alone walks the tree.
-
-    Args:
-        source: root of the tree.
-        splits: see `list_tree`.
-        resize: short side in pixels that larger images are reduced to; None keeps the files.
-        quality: JPEG quality of the reduced images.
-        communicator: the ranks that will write the shards.
+    """Opens the data set; a collective, in which rank 0 alone walks the tree.
 
     Raises:
-        FileNotFoundError, ValueError: as `list_tree`; or an option is out of range, or a library is missing.
+        FileNotFoundError, ValueError: as `open_tree`; or an option is out of range, or a library is missing.
     """
-    check_encoding(resize, quality)
+    check_encoding(arguments.resize, arguments.quality)
     versions = succeed_together(communicator, jpeg_versions, "data.libraries")
-    classes, listings = on_rank_zero(communicator, lambda: list_tree(source, splits), "data.list")
-    return jpeg_source("imagenet", source, classes, listings, resize, quality, versions)
+    tree = open_tree(arguments, communicator)
+    return jpeg_source("imagenet", tree, arguments.resize, arguments.quality, versions)
 
 
 def check_encoding(resize: int | None, quality: int) -> None:
@@ -63,53 +50,40 @@ def check_encoding(resize: int | None, quality: int) -> None:
         raise ValueError(f"--quality {quality} is out of range; choose 1 to 100, for instance 90")
 
 
-def jpeg_source(
-    data_set: str,
-    source: Path,
-    classes: tuple[str, ...],
-    listings: Mapping[str, Listing],
-    resize: int | None,
-    quality: int,
-    versions: Mapping[str, str],
-) -> Source:
+def jpeg_source(data_set: str, tree: Tree, resize: int | None, quality: int, versions: Mapping[str, str]) -> Source:
     """The files of a tree as JPEG files.
 
     Args:
         data_set: name of the data set, for the manifest.
-        source, resize, quality: see `load`.
-        classes, listings: see `list_tree`.
+        tree: the files.
+        resize: short side in pixels that larger images are reduced to; None keeps the files.
+        quality: JPEG quality of the reduced images.
         versions: of the libraries that decode and encode.
     """
-    preparation: dict[str, Any] = {"data_set": data_set, "conversion_quality": CONVERSION_QUALITY}
+    preparation: dict[str, Any] = {
+        "data_set": data_set,
+        "conversion_quality": CONVERSION_QUALITY,
+        **tree.preparation,
+    }
     if resize is not None:
         preparation |= {"resize": resize, "quality": quality}
     return Source(
-        classes,
+        tree.classes,
         {
             name: Split(
-                JpegFiles(source, listing.files, listing.sizes, resize, quality),
+                JpegFiles(tree.root, listing.files, listing.sizes, resize, quality),
                 np.array(listing.labels, np.int64),
                 _size(listing, resize),
                 listing.files,
                 # What a file is turned into depends on the libraries only where pixels are encoded anew.
                 identity(listing, {**preparation, **versions} if resize is not None else preparation),
             )
-            for name, listing in listings.items()
+            for name, listing in tree.listings.items()
         },
         "jpeg",
         preparation,
-        remarks_of(listings),
+        tree.remarks,
     )
-
-
-def remarks_of(listings: Mapping[str, Listing]) -> list[str]:
-    """Sentences for the user about files that are left out."""
-    remarks = []
-    for name, listing in listings.items():
-        if listing.ignored:
-            others = f"{len(listing.ignored)} file{'s' if len(listing.ignored) > 1 else ''}"
-            remarks.append(f"{name}: {others} of other kinds ignored, for instance {listing.ignored[0]}")
-    return remarks
 
 
 def _size(listing: Listing, resize: int | None) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-PRE_SHUFFLE, EPOCH_ORDER, BLOCKS, INSIDE_WINDOWS, REPLACEMENT = range(5)
+PRE_SHUFFLE, EPOCH_ORDER, BLOCKS, INSIDE_WINDOWS, REPLACEMENT, HOLDOUT = range(6)
 """Numbers of independent streams of one seed. Those of an epoch are `epoch << 8 | number`."""
 
 
@@ -20,6 +20,33 @@ def pre_shuffle(seed: int, n: int) -> NDArray[np.int64]:
     Independent of every `epoch_permutation` of the same seed.
     """
     return permutation(seed, PRE_SHUFFLE, n)
+
+
+def held_out(seed: int, labels: NDArray[np.integer], share: float) -> NDArray[np.bool_]:
+    """Which samples are kept from training and tested on: a share of each class, chosen at random.
+
+    Args:
+        seed: 0..2**64-1.
+        labels: integers from 0 (n,), the class of each sample; all 0 where there are no classes.
+        share: of each class, between 0 and 1. A class of c samples gives ⌊share · c + 1/2⌋ of them, but at least one and
+            at most c - 1; a class of one sample gives none.
+
+    Returns:
+        bool (n,), True for samples that are held out.
+
+    Raises:
+        ValueError: the share or the seed is out of range, or there are no samples.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"a share of {share:g} cannot be held out; choose one between 0 and 1, for instance 0.1")
+    order = permutation(seed, HOLDOUT, len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    sizes = np.bincount(labels)
+    taken = np.clip(np.floor(share * sizes + 0.5), 1, np.maximum(sizes - 1, 0))
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
+    mask = np.zeros(len(labels), bool)
+    mask[by_class[place < np.repeat(taken, sizes)]] = True
+    return mask
 
 
 def check_seed(seed: int, n: int) -> None:

@@ -227,6 +227,82 @@ def test_it_holds_no_more_than_a_block_of_images(prepare, monkeypatch):
     assert most[0] == 64
 
 
+CLASS_SIZES = {"a": 1, "b": 2, "c": 4, "d": 26, "e": 100}
+HELD_OUT = {"a": 0, "b": 1, "c": 1, "d": 3, "e": 10}  # ⌊c / 10 + 1/2⌋, at least 1 of 2 or more: 2.6 gives 3
+
+
+def tree_of_classes(top=""):
+    pixels = iter(noise(sum(CLASS_SIZES.values()), 4, 4))
+    return {f"{top}{name}/{i:03}.png": encoded(next(pixels)) for name, n in CLASS_SIZES.items() for i in range(n)}
+
+
+def test_a_share_of_each_class_is_held_out(tmp_path, prepare):
+    files = tree_of_classes()
+    code, said = prepare(files, "--holdout", "0.1", "--seed", "3")
+    assert code == 0
+    assert "test: 15 of 133 images, held out at random by seed 3, 1 to 10 of each class but 1 of one image\n" in said
+    decoded = np.stack([np.asarray(Image.open(io.BytesIO(content))) for content in files.values()])[..., None]
+    whole = {pixels.tobytes(): number for number, pixels in enumerate(decoded)}
+    found = {}
+    for split, counts in (("test", HELD_OUT), ("train", {name: n - HELD_OUT[name] for name, n in CLASS_SIZES.items()})):
+        images, labels = images_of(tmp_path, split)
+        assert np.bincount(labels, minlength=5).tolist() == list(counts.values())
+        found[split] = [whole[image.tobytes()] for image in images]
+        manifest = json.loads((tmp_path / "out" / split / "manifest.json").read_text())
+        assert manifest["preparation"]["holdout"] == {"share": 0.1, "seed": 3, "from": "train"}
+    assert sorted(found["test"] + found["train"]) == list(range(133))
+    assert found["test"] == sorted(found["test"])
+    assert np.ptp(np.array(found["test"])[-10:]) > 10, "no run of neighbours"
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    next((tmp_path / "out" / "test").glob("*.h5")).unlink()
+    assert prepare({}, "--holdout", "0.1", "--seed", "3")[0] == 0
+    assert {path: path.read_bytes() for path in before} == before
+    code, said = prepare({}, "--holdout", "0.2", "--seed", "3")
+    assert code == 2
+    assert "already holds a different data set" in said
+
+
+def test_a_share_of_jpeg_files_is_held_out(tmp_path, prepare):
+    pytest.importorskip("simplejpeg")
+    files = {f"{name}/{i}.jpg": encoded(noise(16, 16, 3), "JPEG") for name in "ab" for i in range(5)}
+    code, said = prepare(files, "--holdout", "0.4")
+    assert code == 0
+    assert "test: 4 of 10 images, held out at random by seed 0, 2 to 2 of each class" in said
+    assert [np.bincount(images.labels).tolist() for images in map(jpegs(tmp_path), ("train", "test"))] == [
+        [3, 3],
+        [2, 2],
+    ]
+
+
+def jpegs(tmp_path):
+    return lambda split: ShardedDataset(tmp_path / "out", split)
+
+
+@pytest.mark.parametrize(
+    ("top", "options", "message"),
+    [
+        ("", ("--holdout", "0"), "a share of 0 cannot be held out; choose one between 0 and 1"),
+        ("", ("--holdout", "1"), "a share of 1 cannot be held out"),
+        ("", ("--holdout", "nan"), "a share of nan cannot be held out"),
+        ("", ("--holdout", "0.1", "--seed", "-1"), "seed -1 is out of range"),
+        ("test/", ("--holdout", "0.1"), "makes a test split of the training images, but"),
+        ("train/", ("--splits", "train", "val=train", "--holdout", "0.1"), "has train, val: leave it out"),
+    ],
+)
+def test_a_share_that_cannot_be_held_out(tmp_path, prepare, top, options, message):
+    code, said = prepare(tree_of_classes(top), *options)
+    assert code == 2
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_of_one_image_give_none_to_hold_out(prepare):
+    code, said = prepare({"a/0.png": encoded(noise(4, 4)), "b/0.png": encoded(noise(4, 4))}, "--holdout", "0.5")
+    assert code == 2
+    assert "--holdout 0.5 finds no class of two images or more; leave it out" in said
+
+
 def test_the_output_may_not_lie_in_the_tree(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "0.png").write_bytes(encoded(noise(4, 4)))
