@@ -27,15 +27,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         summary = Trainer(config, communicator).run()
     except (AlreadyFinished, Interrupted) as reason:
-        interruption.ignore()
-        if communicator.rank == 0:
-            print(reason, flush=True)
-        communicator.barrier("hvdlocal.end")
+        interruption.announce_end(communicator, str(reason))
         return ExitCode.INTERRUPTED if isinstance(reason, Interrupted) else ExitCode.FINISHED
-    interruption.ignore()
-    if communicator.rank == 0:
-        print(render(summary, config, communicator.size), flush=True)
-    communicator.barrier("hvdlocal.end")
+    interruption.announce_end(communicator, render(summary, config, communicator.size))
     return ExitCode.FINISHED
 
 

@@ -9,10 +9,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 from hvdlocal import terminal
 from hvdlocal.communicator.launched import launched_rank
 from hvdlocal.exit_codes import ExitCode
+
+if TYPE_CHECKING:  # which loads torch
+    from hvdlocal.communicator import Communicator
 
 SIGNALS = (signal.SIGUSR2, signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 """USR2 is what the templates send; NCCL may use USR1 for itself. Slurm sends TERM before it kills. INT is Ctrl-C."""
@@ -30,22 +34,45 @@ def _nothing_saved() -> str:
 _saved: Callable[[], str] = _nothing_saved
 
 
-class Interrupted(Exception):  # noqa: N818  (no error: the run goes on later)
-    """The run was asked to stop, and its checkpoint is on disk: the same command continues it. Raised on all ranks."""
+class Interrupted(SystemExit):
+    """The run was asked to stop, and its checkpoint is on disk: the same command continues it. Raised on all ranks.
+
+    A script that does not catch it ends with exit code 85, by which the batch templates start the job again.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = ExitCode.INTERRUPTED
+
+
+_replaced: dict[signal.Signals, Any] = {}
+"""The handlers that the signals had before."""
 
 
 def install_handlers() -> None:
-    """Makes the signals set a flag. Call it first of all: until then they end the process."""
+    """Makes the signals set a flag, unless they do so already. Call it first of all: until then they end the process."""
+    if _replaced:
+        return
     for number in SIGNALS:
         # A shell starts `hvdlocal train … &` with INT ignored, because Ctrl-C is not meant for it.
         if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _note)
+            _replaced[number] = signal.signal(number, _note)
     # A thread of its own reports signals: the main thread may be in a step or a collective for seconds, and mpirun leaves its
     # ranks a quarter of a second.
     arrivals, arrival = os.pipe()
     os.set_blocking(arrival, False)
     signal.set_wakeup_fd(arrival, warn_on_full_buffer=False)
     threading.Thread(target=_announce, args=(arrivals,), name="hvdlocal-signals", daemon=True).start()
+
+
+def restore_handlers() -> None:
+    """Gives the signals back the handlers that they had before: a program goes on after its run."""
+    if not _replaced:
+        return
+    os.close(signal.set_wakeup_fd(-1))  # ends the thread
+    for number, handler in _replaced.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    _replaced.clear()
 
 
 def received() -> signal.Signals | None:
@@ -63,6 +90,14 @@ def ignore() -> None:
     """Ignores signals from now on: the end of the run is decided, and a late signal must not turn it into a failure."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # stays so while Python itself ends; a handler of ours would not
+
+
+def announce_end(communicator: Communicator, text: str) -> None:
+    """Prints on rank 0 how the run has ended, and waits for the other ranks; a late signal changes nothing any more."""
+    ignore()
+    if communicator.rank == 0:
+        terminal.say(text)
+    communicator.barrier("hvdlocal.end")
 
 
 class Deadline:
@@ -105,13 +140,14 @@ def _announce(arrivals: int) -> None:
     )  # or `stty tostop` would stop a rank that writes to the terminal
     speaks = launched_rank() in (None, 0)
     interrupts = 0
-    while True:
-        for number in os.read(arrivals, 64):
+    while numbers := os.read(arrivals, 64):
+        for number in numbers:
             interrupts += number == signal.SIGINT
             if speaks and (text := _announcement(number, interrupts)) is not None:
                 _tell(text)
             if interrupts > 1:
                 os._exit(ExitCode.STOPPED)  # as safe as a kill, whatever the main thread waits for
+    os.close(arrivals)
 
 
 def _announcement(number: int, interrupts: int) -> str | None:

@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol
 import torch
 
 from hvdlocal.directory import NO_ROOM, Directory
+from hvdlocal.terminal import warn
 
 METRICS = "metrics.jsonl"
 
@@ -73,6 +74,8 @@ class JsonLines:
         self._waiting = bytearray()
         self._file = directory.open_to_append(METRICS)
         with self._named():
+            if (size := os.fstat(self._file.fileno()).st_size) < keep:
+                warn(f"{self._path} has lost {keep - size} bytes that were in it at the checkpoint")
             self._file.truncate(_end_of_records(self._file, keep))
 
     def write(self, kind: str, step: int, **values: Any) -> None:

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.directory import Directory
+from hvdlocal.exit_codes import ExitCode
 from hvdlocal.lock import PATIENCE_SECONDS, hold
 from hvdlocal.terminal import plain, warn
 from hvdlocal.training.attempts import note_attempt, restart_count
-from hvdlocal.training.checkpoint.resume import Resumed
+from hvdlocal.training.checkpoint.files import newest_first
+from hvdlocal.training.checkpoint.resume import Resumed, resume
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
-from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.config_checks import effective_settings
 from hvdlocal.training.damage import forget_damage
-from hvdlocal.training.metrics import METRICS
-from hvdlocal.training.run_files import CHECKPOINTS, TENSORBOARD, RunStatus, clear, describe, find_status, run_id
+from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus, run_id
 
 REQUEUED_LOCK_SECONDS = 120.0
 """How long a restart by a batch system waits for the lock of the start before: that of a node that died may live that long."""
 
 
-class AlreadyFinished(Exception):  # noqa: N818  (no error)
-    """The output directory holds this run, finished. Raised on all ranks."""
+class AlreadyFinished(SystemExit):
+    """The output directory holds this run, finished. Raised on all ranks.
+
+    A script that does not catch it ends with exit code 0.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = ExitCode.FINISHED
 
 
 class _Found(NamedTuple):
@@ -42,22 +47,25 @@ class OutputDirectory:
     """The output directory of a run, held open on every rank and locked by rank 0. Opening it is a collective.
 
     Args:
-        config: its settings decide whether what is there can be continued.
+        path: of the directory.
         communicator: the ranks.
+        find_status: returns what an earlier attempt left, and refuses another run with a ValueError; called on rank 0.
+        again: what to do in order to run a finished run again.
 
     Attributes:
-        path: of the directory, as configured.
+        path: of the directory.
         directory: the directory, held open.
         status: what an earlier attempt left; the same on every rank.
-        run_id: identifies the run that is to be continued; None for a new one, and for one begun by an old hvdlocal.
 
     Raises:
         SetupError: the directory cannot be used, or holds another run; on all ranks.
         AlreadyFinished: the run has ended; on all ranks.
     """
 
-    def __init__(self, config: TrainConfig, communicator: Communicator) -> None:
-        self.path = Path(config.output)
+    def __init__(
+        self, path: Path, communicator: Communicator, find_status: Callable[[], RunStatus], again: str
+    ) -> None:
+        self.path = path
         self._ranks = communicator.size
         with ExitStack() as opened:
 
@@ -65,7 +73,7 @@ class OutputDirectory:
                 if communicator.rank != 0:
                     return None
                 self.directory: Directory = opened.enter_context(lock(self.path))
-                status = find_status(self.path, effective_settings(config), config.overwrite)
+                status = find_status()
                 marker = f".probe-{secrets.token_hex(8)}"
                 opened.callback(self.directory.remove, marker)
                 self.directory.write_text(marker, "")
@@ -76,7 +84,7 @@ class OutputDirectory:
                     self.directory = opened.enter_context(Directory(self.path))
                 if not self.directory.exists(found.marker):
                     raise ValueError(
-                        f"output={self.path} is not the directory that rank 0 sees: it must be on a file system that all "
+                        f"{self.path} is not the directory that rank 0 sees: it must be on a file system that all "
                         "nodes share"
                     )
 
@@ -86,52 +94,60 @@ class OutputDirectory:
             if communicator.rank == 0:
                 self.directory.remove(found.marker)
             if found.status is RunStatus.FINISHED:
-                raise AlreadyFinished(
-                    f"{self.path} holds this run, finished: nothing to do. --overwrite true runs it again."
-                )
+                raise AlreadyFinished(f"{self.path} holds this run, finished: nothing to do. {again}.")
             self.status = found.status
-            self.run_id = found.run_id if found.status is RunStatus.STARTED else None
+            self._run_id = found.run_id if found.status is RunStatus.STARTED else None
             self._opened = opened.pop_all()
 
-    def begin_attempt(
-        self, config: TrainConfig, environment: Mapping[str, Any], resumed: Resumed | None, writer: CheckpointWriter
-    ) -> int:
+    def resume(
+        self, communicator: Communicator, writer: CheckpointWriter, check: Callable[[Mapping[str, Any]], str | None]
+    ) -> Resumed | None:
+        """Reads the newest usable checkpoint, if there is one; a collective.
+
+        Args:
+            communicator: the ranks.
+            writer: of the checkpoints; learns how long one took to write.
+            check: see `hvdlocal.training.checkpoint.resume.resume`.
+
+        Raises:
+            CheckpointError: see there.
+        """
+        if self.status is not RunStatus.STARTED:
+            return None
+        resumed = resume(communicator, self.path / CHECKPOINTS, check, self._run_id)
+        if resumed is not None:
+            writer.write_seconds = resumed.contents["write_seconds"]
+        return resumed
+
+    def identify(self, resumed: Resumed | None) -> str:
+        """Returns what distinguishes this run from all others; a run begun by an old hvdlocal gets its identifier now."""
+        earlier = None if resumed is None else resumed.contents.get("run")
+        return self._run_id or earlier or secrets.token_hex(8)
+
+    def what_is_saved(self) -> str:
+        """Says what is on disk, and how the run continues."""
+        if (self.path / SUMMARY).exists():
+            return f"the run in {self.path} is finished"
+        if steps := newest_first(self.path / CHECKPOINTS):
+            return f"the same command continues from the checkpoint of step {steps[0]} in {self.path / CHECKPOINTS}"
+        return f"{self.path} holds no checkpoint to continue from yet, so the same command begins anew"
+
+    def begin_attempt(self, resumed: Resumed | None, writer: CheckpointWriter) -> None:
         """Makes the directory ready for a start of the run; on rank 0.
 
         Args:
-            config: goes into config.yaml.
-            environment: goes into environment.json.
             resumed: the checkpoint from which the run continues; None when it begins.
             writer: discards checkpoints that cannot be used.
-
-        Returns:
-            Bytes of metrics.jsonl to keep.
 
         Raises:
             ValueError: a batch system has restarted the run from this step several times in a row.
         """
         forget_damage(self.directory)
-        kept = 0
-        if resumed is None and self.status is RunStatus.NEW:
-            clear(self.directory)
-        else:
-            writer.discard_all_but_good(None if resumed is None else resumed.step)
+        writer.discard_all_but_good(None if resumed is None else resumed.step)
         if resumed is not None:
-            kept = self._kept_bytes(resumed)
-        describe(self.directory, asdict(config), environment)
+            for problem in resumed.skipped:
+                warn(f"{problem}: going back to step {resumed.step}")
         note_attempt(self.directory, 0 if resumed is None else resumed.step, self._ranks)
-        return kept
-
-    def _kept_bytes(self, resumed: Resumed) -> int:
-        """Returns how much of metrics.jsonl was written by the checkpoint, with warnings about what is lost."""
-        for problem in resumed.skipped:
-            warn(f"{problem}: going back to step {resumed.step}")
-        kept = resumed.contents["metrics_bytes"]
-        path = self.path / METRICS
-        size = path.stat().st_size if path.exists() else 0
-        if size < kept:
-            warn(f"{path} has lost {kept - size} bytes that were in it at the checkpoint of step {resumed.step}")
-        return kept
 
     def close(self) -> None:
         """Closes the directory and releases its lock."""
@@ -177,9 +193,7 @@ def lock(path: Path) -> LockedDirectory:
         return LockedDirectory(path)
     except BlockingIOError as error:
         raise ValueError(
-            f"{path} is in use by another run ({error}): choose another --output, or end that one"
+            f"{path} is in use by another run ({error}): choose another directory, or end that one"
         ) from None
     except OSError as error:
-        raise ValueError(
-            f"output={path} cannot be used ({plain(error)}): name a directory that can be written"
-        ) from error
+        raise ValueError(f"{path} cannot be used ({plain(error)}): name a directory that can be written") from error

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.training.accounting import RunTotals
+from hvdlocal.training.checkpoint.replica_state import ReplicaState
 from hvdlocal.training.checkpoint.resume import Resumed
 from hvdlocal.training.config_checks import effective_settings, flatten
 from hvdlocal.training.environment import versions
@@ -56,7 +55,7 @@ class RunState:
 
     def __init__(self, session: Session, optimizer: LocalOptimizer | SynchronousOptimizer, step: TrainingStep) -> None:
         self._session = session
-        self._optimizer = optimizer
+        self._replica = ReplicaState(optimizer, session.device)
         self._scaler = step.scaler
         self.loader = session.loader
         self.totals = RunTotals(optimizer)
@@ -66,38 +65,25 @@ class RunState:
 
     def of_rank(self) -> dict[str, Any]:
         """Returns what this rank needs to continue. What is the same on all ranks is left to rank 0."""
-        model, device = self._session.model, self._session.device
-        replica = model.state_dict()
-        if self._optimizer.in_sync and self._session.communicator.rank:
-            same = {p.data_ptr() for p in model.parameters()}
-            replica = {name: value for name, value in replica.items() if value.data_ptr() not in same}
-        shared = {} if self._session.communicator.rank else self._optimizer.shared_state()
         return {
-            "model": replica,
-            "optimizer": self._optimizer.state_dict(),
+            **self._replica.of_rank(),
             "scaler": self._scaler.state_dict(),
-            "random": torch.get_rng_state(),
-            "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "ledger": self.totals.state_dict(),  # under the name that checkpoints have borne from the beginning
             "window": self.meter.state_dict(),
             "next_line": self.next_line,
             "loader_stats": self.loader.stats(),
-            **({"shared": shared} if shared else {}),
         }
 
     def of_all_ranks(self) -> dict[str, Any]:
         """Returns the numbers that are the same on all ranks, for the manifest."""
         return {
-            "num_workers": self._session.communicator.size,
-            "in_sync": self._optimizer.in_sync,
-            "progress": self._optimizer.progress,
+            **self._replica.of_all_ranks(),
             "progress_of_an_epoch": self._session.length.epoch,
             "position": asdict(self.position),
             "loader": self.loader.state_dict(),
             "settings": flatten(self._session.config),
             "fingerprints": self._session.fingerprints,
             "versions": versions(),
-            **({"shared": True} if self._optimizer.shared_state() else {}),
         }
 
     def mismatch(self, manifest: Mapping[str, Any]) -> str | None:
@@ -120,32 +106,15 @@ class RunState:
         self.position = Position(**manifest["position"])
         if self.position.evaluation is not None:
             self.position.evaluation = Evaluation(**manifest["position"]["evaluation"])
-        state = resumed.averaged if resumed.state is None else resumed.state
-        assert state is not None
-        self._optimizer.load_shared_state(state.get("shared", {}))
+        scale = self._session.length.epoch / manifest["progress_of_an_epoch"]
+        self._replica.restore(resumed, scale)
+        state = resumed.common
         if resumed.state is not None:
-            self._restore_rank(state)
-        else:
-            self._restore_average(state, manifest)
+            self.meter.load_state_dict(state["window"])
+            self.next_line = state["next_line"]
+            self.loader.count_from(state["loader_stats"])
+        else:  # whose progress has another unit
+            self.position.next_evaluation *= scale
+            self.position.evaluated_at *= scale
         self._scaler.load_state_dict(state["scaler"])
         self.totals.load_state_dict(state["ledger"])
-
-    def _restore_rank(self, state: Mapping[str, Any]) -> None:
-        """Restores this rank's own state, for a run with as many ranks as before."""
-        self._session.model.load_state_dict(state["model"])
-        self._optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if self._session.device.type == "cuda" and state["device_random"] is not None:
-            torch.cuda.set_rng_state(state["device_random"], self._session.device)
-        self.meter.load_state_dict(state["window"])
-        self.next_line = state["next_line"]
-        self.loader.count_from(state["loader_stats"])
-
-    def _restore_average(self, state: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-        """Restores the average of all replicas, for a run with another number of ranks, whose progress has another unit."""
-        scale = self._session.length.epoch / manifest["progress_of_an_epoch"]
-        self._session.model.load_state_dict(state["model"])
-        self._optimizer.load_averaged_state_dict(state["optimizer"], manifest["progress"] * scale)
-        self.position.next_evaluation *= scale
-        self.position.evaluated_at *= scale
-        torch.manual_seed((torch.initial_seed() + self.position.steps * 0x9E3779B97F4A7C15) % 2**63)

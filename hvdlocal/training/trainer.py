@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,13 +18,12 @@ from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.directory import MovedError
 from hvdlocal.training import interruption
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
-from hvdlocal.training.checkpoint.files import newest_first
-from hvdlocal.training.checkpoint.resume import Resumed, resume
+from hvdlocal.training.checkpoint.resume import Resumed
 from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.config_checks import unused_settings
+from hvdlocal.training.config_checks import effective_settings, unused_settings
 from hvdlocal.training.console import Console
 from hvdlocal.training.damage import damage_elsewhere, damage_found
-from hvdlocal.training.environment import describe_run, versions
+from hvdlocal.training.environment import describe_run
 from hvdlocal.training.errors import DivergedError, LostRankError
 from hvdlocal.training.evaluation import Evaluation, Evaluator
 from hvdlocal.training.memory import out_of_memory
@@ -31,7 +31,7 @@ from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.optimizers import build_optimizer, is_local
 from hvdlocal.training.output_directory import OutputDirectory
 from hvdlocal.training.recorder import Recorder, Summary
-from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus
+from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus, clear, describe, find_status
 from hvdlocal.training.run_state import RunState
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
 from hvdlocal.training.session import Session, check_settings
@@ -70,7 +70,7 @@ class Trainer:
         with ExitStack() as held:
             # Before the directory is made, and before data are read, which may take minutes.
             succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
-            self.output = held.enter_context(closing(OutputDirectory(config, communicator)))
+            self.output = held.enter_context(closing(self._open_directory()))
             self.session = session = held.enter_context(closing(Session(config, communicator)))
             self.unused = unused_settings(config)
             self.optimizer = build_optimizer(config, session.model, session.length, communicator)
@@ -95,10 +95,10 @@ class Trainer:
             # Before the directory is closed: the thread may still be writing there.
             held.callback(self.coordinator.writer.close)
             self.resumed = self._resume()
-            self.run_id = self._identify()
+            self.run_id = self.output.identify(self.resumed)
             environment = self._describe()
             self.metrics = succeed_together(communicator, lambda: self._open_metrics(environment), "hvdlocal.records")
-            interruption.remember(self._what_is_saved)
+            interruption.remember(self.output.what_is_saved)
             gradient_bytes = 4 * session.parameters if communicator.size > 1 else 0
             self.recorder = Recorder(
                 self.metrics,
@@ -112,21 +112,21 @@ class Trainer:
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
+    def _open_directory(self) -> OutputDirectory:
+        config, path = self.config, Path(self.config.output)
+        return OutputDirectory(
+            path,
+            self.communicator,
+            lambda: find_status(path, effective_settings(config), config.overwrite),
+            "--overwrite true runs it again",
+        )
+
     def _resume(self) -> Resumed | None:
         """Restores the newest usable checkpoint, if there is one; a collective."""
-        if self.output.status is not RunStatus.STARTED:
-            return None
-        checkpoints = self.output.path / CHECKPOINTS
-        resumed = resume(self.communicator, checkpoints, self.state.mismatch, self.output.run_id)
+        resumed = self.output.resume(self.communicator, self.coordinator.writer, self.state.mismatch)
         if resumed is not None:
             succeed_together(self.communicator, lambda: self.state.restore(resumed), "hvdlocal.restore")
-            self.coordinator.writer.write_seconds = resumed.contents["write_seconds"]
         return resumed
-
-    def _identify(self) -> str:
-        """Returns what distinguishes this run from all others; a run begun by an old hvdlocal gets its identifier now."""
-        earlier = None if self.resumed is None else self.resumed.contents.get("run")
-        return self.output.run_id or earlier or secrets.token_hex(8)
 
     def _describe(self) -> dict[str, Any]:
         """Returns the contents of environment.json; a collective."""
@@ -147,9 +147,13 @@ class Trainer:
         """Makes the output directory ready and opens metrics.jsonl where the run continues; on rank 0."""
         if self.communicator.rank != 0:
             return NoMetrics()
-        writer, resumed = self.coordinator.writer, self.resumed
-        kept = self.output.begin_attempt(self.config, environment, resumed, writer)
-        metrics: Metrics = JsonLines(self.output.directory, kept, lambda: writer.takes_room)
+        writer, resumed, directory = self.coordinator.writer, self.resumed, self.output.directory
+        if resumed is None and self.output.status is RunStatus.NEW:
+            clear(directory)
+        describe(directory, asdict(self.config), environment)
+        self.output.begin_attempt(resumed, writer)
+        kept = 0 if resumed is None else resumed.contents["metrics_bytes"]
+        metrics: Metrics = JsonLines(directory, kept, lambda: writer.takes_room)
         if self.config.tensorboard:
             first = 0 if resumed is None else resumed.step + 1
             metrics = TensorBoard(self.output.path / TENSORBOARD, metrics, first)
@@ -303,24 +307,9 @@ class Trainer:
                 f"note: buffers that are each rank's own (the saved model has rank 0's): {', '.join(kept[:8])}"
                 + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
             )
-        if self.resumed is None:
-            return
-        ranks, how = self.resumed.contents["num_workers"], ""
-        if self.resumed.state is None:
-            how = f", averaged over the {ranks} rank{'s' if ranks > 1 else ''} that wrote it"
-        console.say(f"continuing from the checkpoint of step {self.resumed.step}{how}")
-        before, now = self.resumed.contents["versions"], versions()
-        if changed := [f"{name} {before.get(name)} → {now.get(name)}" for name in now if before.get(name) != now[name]]:
-            console.say(f"note: other versions than before, so not bit for bit the same: {', '.join(changed)}")
-
-    def _what_is_saved(self) -> str:
-        """Says what is on disk, and how the run continues."""
-        directory = self.output.path
-        if (directory / SUMMARY).exists():
-            return f"the run in {directory} is finished"
-        if steps := newest_first(directory / CHECKPOINTS):
-            return f"the same command continues from the checkpoint of step {steps[0]} in {directory / CHECKPOINTS}"
-        return f"{directory} holds no checkpoint to continue from yet, so the same command begins anew"
+        if self.resumed is not None:
+            for line in self.resumed.describe():
+                console.say(line)
 
     def _remedy(self, problem: str) -> str:
         """Says why this rank cannot go on, and what to do."""
@@ -331,7 +320,7 @@ class Trainer:
                 f"{moved}. Move it back and start the same command to continue from the last checkpoint, or start anew."
             )
         try:
-            saved = self._what_is_saved()
+            saved = self.output.what_is_saved()
         except OSError:  # the problem may be a file server that does not answer
             saved = "the same command continues from the last checkpoint"
         return f"{problem}. Once that is mended: {saved}."

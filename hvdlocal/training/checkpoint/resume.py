@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from hvdlocal.communicator import Communicator
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.checkpoint.files import CheckpointError
+from hvdlocal.training.environment import versions
 
 State = dict[str, Any]
 
@@ -27,6 +28,7 @@ class Resumed:
         averaged: the common state of all ranks when their number has changed: tensors averaged over the old ranks, everything
             else from old rank 0.
         skipped: newer checkpoints that cannot be used, and why.
+        differing: the names under "states" whose values differ between the ranks when their number has changed.
     """
 
     step: int
@@ -34,6 +36,24 @@ class Resumed:
     state: State | None
     averaged: State | None
     skipped: list[str]
+    differing: frozenset[str] = frozenset()
+
+    @property
+    def common(self) -> State:
+        """The state of this rank, or the common one of all ranks."""
+        found = self.averaged if self.state is None else self.state
+        assert found is not None
+        return found
+
+    def describe(self) -> Iterator[str]:
+        """Yields what a person should read about it, each a line."""
+        ranks, how = self.contents["num_workers"], ""
+        if self.state is None:
+            how = f", averaged over the {ranks} rank{'s' if ranks > 1 else ''} that wrote it"
+        yield f"continuing from the checkpoint of step {self.step}{how}"
+        before, now = self.contents["versions"], versions()
+        if changed := [f"{name} {before.get(name)} → {now.get(name)}" for name in now if before.get(name) != now[name]]:
+            yield f"note: other versions than before, so not bit for bit the same: {', '.join(changed)}"
 
 
 def resume(
@@ -81,12 +101,13 @@ def resume(
             raise CheckpointError(f"{files.directory(root, step)} {foreign}")
         if isinstance(state, _Mean):
             state.reduce(communicator)
-            return Resumed(step, manifest, None, state.result(), skipped)
+            differing = frozenset().union(*communicator.gather(state.differing, "hvdlocal.resume.differing"))
+            return Resumed(step, manifest, None, state.result(), skipped, differing)
         return Resumed(step, manifest, state, None, skipped)
     if skipped:
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {root} can be used: {skipped[0]}. "
-            "Start anew with --overwrite true, or with another --output"
+            "Remove them to start anew, or choose another directory"
         )
     return None
 
@@ -140,9 +161,12 @@ class _Mean:
         self._first = first
         self._sums = {name: tensor.double() * include for name, tensor in _averaged_tensors(first).items()}
         self._counts = dict.fromkeys(self._sums, int(include))
+        self.differing: set[str] = set()
 
     def add(self, state: State) -> None:
         """Adds the state of another rank."""
+        first = self._first.get("states", {})
+        self.differing |= {name for name, value in state.get("states", {}).items() if not _equal(value, first[name])}
         for name, tensor in _averaged_tensors(state).items():
             if name in self._sums:
                 self._sums[name] += tensor
@@ -161,6 +185,17 @@ class _Mean:
         for name, tensor in _averaged_tensors(self._first).items():
             tensor.copy_(self._sums[name] / self._counts[name])
         return self._first
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two plain values with tensors in them are equal."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[name]) for name, value in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return type(one) is type(other) and bool(one == other)
 
 
 def _without_moments(state: State) -> State:

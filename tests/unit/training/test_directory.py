@@ -264,7 +264,7 @@ def test_files_that_are_opened_and_are_not_ours(tmp_path, victim, name, kind):
     else:
         os.mkfifo(run / name)
     if name == ".lock":
-        with pytest.raises(ValueError, match=rf"output={run} cannot be used \({run}/\.lock: .*remove it\)"):
+        with pytest.raises(ValueError, match=rf"{run} cannot be used \({run}/\.lock: .*remove it\)"):
             output_directory.lock(run)
     else:
         with pytest.raises(LinkError, match=rf"remove it: '{run}/metrics\.jsonl'"):
