@@ -236,7 +236,7 @@ def test_a_file_that_one_rank_names_twice_is_one_sentence_on_every_rank(comm, di
         other.symlink_to(own)
     else:
         shutil.copy(own, other)
-    with pytest.raises(SetupError, match="are the same images, so each of them would come twice") as caught:
+    with pytest.raises(SetupError, match="are the same samples, so each of them would come twice") as caught:
         open_hdf5([own, other], communicator=comm)
     assert len(set(comm.gather(str(caught.value), "test.messages"))) == 1
 

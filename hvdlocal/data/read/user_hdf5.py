@@ -23,9 +23,11 @@ from hvdlocal.data.format.labels import labels_sha256
 from hvdlocal.data.format.manifest import sha256_of_json
 from hvdlocal.data.format.pixel_statistics import mean_and_std_of_sums
 from hvdlocal.data.read.dataset import StoredSamples, region_of, written_again
+from hvdlocal.data.read.foreign_extents import Contiguous
+from hvdlocal.data.read.hdf5_inspection import holder_of, refuse_twice
 from hvdlocal.data.read.opening import open_each
 from hvdlocal.data.read.storage import Layout
-from hvdlocal.data.read.user_hdf5_file import CHANNEL_AXES, ChannelAxis, Contiguous, ForeignFile, inspect_file
+from hvdlocal.data.read.user_hdf5_file import CHANNEL_AXES, ChannelAxis, ForeignFile, inspect_file
 
 _MOST_UNNAMED_CLASSES = 1 << 16  # more need names, or at least as many images
 
@@ -134,7 +136,9 @@ class HDF5Dataset(StoredSamples):
         others = {path.parent / name for path, file in zip(source.paths, files, strict=True) for name in file.sources}
         self._stamps |= {path: _stamp(path) for path in sorted(others)}
         self._shape = files[0].shape
-        self._fill = np.repeat(np.array([file.fill for file in files], np.uint8), [len(file.labels) for file in files])
+        self._fill = np.repeat(
+            np.array([file.images.fill for file in files], np.uint8), [len(file.labels) for file in files]
+        )
         self.labels = np.concatenate([file.labels for file in files])
         self.index = np.arange(len(self.labels))
         self.dims = None
@@ -226,31 +230,12 @@ def _extents(source: _Source, files: Sequence[ForeignFile]) -> list[Contiguous]:
             f"{' and others' if len(files) - len(odd) > 1 else ''}, and images in {', '.join(odd[:3])}"
             f"{f' and {len(odd) - 3} more files' if len(odd) > 3 else ''}"
         )
-    seen: dict[tuple[int, int, int], Path] = {}
-    extents = []
-    for path, file in zip(source.paths, files, strict=True):
-        holder = path if file.holder is None else path.parent / file.holder
-        extents.append(dataclasses.replace(file.extent, path=holder))
-        first = seen.setdefault(_place(holder, file.address), path)
-        if first is not path:
-            raise _twice(first, path)
-    for path, file in zip(source.paths, files, strict=True):  # of a virtual data set, which may be of these very files
-        for name, address in file.parts:
-            first = seen.get(_place(path.parent / name, address), path)
-            if first is not path:
-                raise _twice(first, path)
-    return extents
-
-
-def _place(path: Path, address: int) -> tuple[int, int, int]:
-    """What identifies a data set, whatever the name of its file: device and inode of the file, and an address in it."""
-    found = path.stat()
-    return found.st_dev, found.st_ino, address
-
-
-def _twice(first: Path, second: Path) -> ValueError:
-    names = f"{first} is named twice" if first == second else f"{first} and {second} are the same images"
-    return ValueError(f"{names}, so each of them would come twice in an epoch; name every file once")
+    images = [file.images for file in files]
+    refuse_twice(source.paths, images)
+    return [
+        dataclasses.replace(found.extent, path=holder_of(path, found))
+        for path, found in zip(source.paths, images, strict=True)
+    ]
 
 
 def _statistics(dataset: HDF5Dataset, communicator: Communicator) -> _Statistics:

@@ -191,7 +191,7 @@ def test_a_damaged_chunk_is_named(tmp_path):
         byte = file.read(1)[0]
         file.seek(offset + 17)
         file.write(bytes([byte ^ 1]))
-    with pytest.raises(ValueError, match=r"a\.h5: images 0\.\.999 of /images cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.h5: samples 0\.\.999 of /images cannot be read"):
         open_hdf5(path)
 
 

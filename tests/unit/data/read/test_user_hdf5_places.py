@@ -247,7 +247,7 @@ def test_the_same_file_twice(here):
     with pytest.raises(ValueError, match=r"a\.h5 is named twice, .*name every file once"):
         open_hdf5([path, other, path])
     for again in ("a.h5", here / "hard.h5", here / "symbolic.h5", here / "link.h5"):
-        with pytest.raises(ValueError, match=r"a\.h5 and .*\.h5 are the same images, .*name every file once"):
+        with pytest.raises(ValueError, match=r"a\.h5 and .*\.h5 are the same samples, .*name every file once"):
             open_hdf5([path, other, again])
     assert len(open_hdf5([path, other])) == 2 * N  # equal content is not the same file
 
@@ -257,7 +257,7 @@ def test_a_virtual_data_set_beside_its_source(here):
     virtual(here / "v.h5", [(ALL, "s.h5", "images", FULL, ALL)])
     virtual(here / "w.h5", [(ALL, "v.h5", "images", FULL, ALL)])
     for names in (["s.h5", "v.h5"], ["v.h5", "s.h5"], ["w.h5", "s.h5"], ["v.h5", "w.h5"]):
-        with pytest.raises(ValueError, match=r"are the same images, .*name every file once"):
+        with pytest.raises(ValueError, match=r"are the same samples, .*name every file once"):
             open_hdf5(names)
     half = {"shape": (500, *SHAPE)}
     for name, part in (("1.h5", np.s_[:500]), ("2.h5", np.s_[500:])):
