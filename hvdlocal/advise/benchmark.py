@@ -230,10 +230,10 @@ class StepTimer:
         """
         bench = self._bench
         start = time.perf_counter()
-        x, y = next(bench.batches)
+        batch = next(bench.batches)
         bench.synchronize_device()
         loaded = time.perf_counter()
-        self._step.compute(x, y)
+        self._step.compute(batch)
         bench.synchronize_device()
         computed = time.perf_counter()
         self._step.update()

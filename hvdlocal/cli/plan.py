@@ -9,16 +9,21 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvdlocal.cli.arguments import positive
 from hvdlocal.cli.configuration import parse
 from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directory
+from hvdlocal.import_path import OwnCodeError
 from hvdlocal.plan.forecast import Checkpoints, Forecast
 from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
 from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
 from hvdlocal.training.config_checks import unused_settings
 from hvdlocal.training.rules import RULE_SETTINGS
+
+if TYPE_CHECKING:
+    from hvdlocal.training.tasks import DataDescription
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -96,12 +101,20 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @dataclass(frozen=True)
+class _Images:
+    """Images that are described, but not here; see `DataDescription`."""
+
+    shape: tuple[int, int, int]
+    classes: tuple[str, ...]
+    kind: str = "images"
+
+
+@dataclass(frozen=True)
 class _Data:
-    """The facts about the data that a plan uses; `classes` and `shape` (height, width, channels) may be missing."""
+    """The facts about the data that a plan uses; without a description there are no bytes."""
 
     samples: int
-    classes: int | None
-    shape: tuple[int, int, int] | None
+    description: DataDescription | None
 
 
 def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
@@ -112,11 +125,12 @@ def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
             manifest = Manifest.load(path)
         except FileNotFoundError as error:
             raise ValueError(f"{error}; or say how many training images there will be: --samples N") from error
-    classes = options.classes
-    if manifest is None:
-        return _Data(options.samples, classes, None)
-    samples = manifest.num_samples if options.samples is None else options.samples
-    return _Data(samples, classes or len(manifest.classes), manifest.shape)
+    if manifest is not None:
+        return _Data(manifest.num_samples if options.samples is None else options.samples, manifest)
+    size, classes = config.data.image_size, options.classes
+    if size is None or classes is None:
+        return _Data(options.samples, None)
+    return _Data(options.samples, _Images((size, size, 3), tuple(map(str, range(classes)))))
 
 
 def _alternatives(
@@ -156,13 +170,13 @@ def _forecast(label: str, config: TrainConfig, data: _Data, options: argparse.Na
         notes.append(_assumed(options))
     payload = None
     if options.bytes:
-        size = config.data.image_size
-        channels = data.shape[2] if data.shape else 3
-        shape = data.shape if size is None else (size, size, channels)
-        if data.classes and shape:
+        if data.description is not None:
             from hvdlocal.plan.payload import measure_payload  # loads torch
 
-            payload = measure_payload(config, data.classes, shape)
+            try:
+                payload = measure_payload(config, data.description)
+            except OwnCodeError as error:  # a model of the user's own may not be possible without data
+                notes.append(f"no bytes, as the model cannot be built on torch's meta device: {error}")
         else:
             notes.append(
                 "no bytes, as the model's size is not known without the data: give --classes and --data.image_size"

@@ -19,6 +19,9 @@ from hvdlocal.training.settings import Setting
 
 MOST_BYTES = 1 << 16  # all settings, with comments, take a tenth of it
 
+MOST_LEVELS = 10
+"""Levels of lists and mappings in one value."""
+
 _NULL = ("", "~", "null", "Null", "NULL")
 
 
@@ -113,6 +116,8 @@ class _Reader:
                 )
 
     def _value(self, key: str, event: yaml.Event) -> str:
+        if self._known[key].takes_any and not isinstance(event, yaml.ScalarEvent):
+            return self._nested(key, event, MOST_LEVELS)
         if isinstance(event, yaml.SequenceStartEvent):
             return f"[{', '.join(self._items(f'{key!r} takes a list of plain values', yaml.SequenceEndEvent))}]"
         if isinstance(event, yaml.MappingStartEvent) and self._known[key].takes_mapping:
@@ -128,6 +133,34 @@ class _Reader:
         if not self._known[key].nullable:
             raise _MistakeError(event, f"{key!r} has no value; give it one, or leave the key out")
         return "null"
+
+    def _nested(self, key: str, event: yaml.Event, levels: int) -> str:
+        """Returns a value that may hold lists and mappings, in YAML's flow style."""
+        if levels == 0:
+            raise _MistakeError(event, f"{key!r} is nested more than {MOST_LEVELS} levels deep")
+        if isinstance(event, yaml.SequenceStartEvent):
+            parts = []
+            while not isinstance(inner := self._next(), yaml.SequenceEndEvent):
+                parts.append(self._nested(key, inner, levels - 1))
+            return f"[{', '.join(parts)}]"
+        if isinstance(event, yaml.MappingStartEvent):
+            found: dict[str, str] = {}
+            while not isinstance(name := self._next(), yaml.MappingEndEvent):
+                if not isinstance(name, yaml.ScalarEvent):
+                    raise _MistakeError(name, f"a name in {key!r} must be one word")
+                if name.value in found:
+                    raise _MistakeError(name, f"{key!r} has {name.value} twice; keep one of them")
+                found[name.value] = self._nested(key, self._next(), levels - 1)
+            return (
+                f"{{{', '.join(f'{json.dumps(name, ensure_ascii=False)}: {value}' for name, value in found.items())}}}"
+            )
+        assert isinstance(event, yaml.ScalarEvent)
+        if _is_null(event):
+            return "null"
+        plain = event.implicit[0] and re.fullmatch(
+            r"[\w.+-]+", event.value
+        )  # YAML may read a number or a truth value in it
+        return event.value if plain else json.dumps(event.value, ensure_ascii=False)
 
     def _items(self, expected: str, end: type[yaml.Event]) -> Iterator[str]:
         """Yields the plain values up to an event, quoted where YAML would read signs in them."""

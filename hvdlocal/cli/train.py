@@ -11,6 +11,7 @@ from hvdlocal.training import interruption
 
 if TYPE_CHECKING:
     from hvdlocal.training import Summary, TrainConfig
+    from hvdlocal.training.tasks import Task
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -25,18 +26,20 @@ def run(arguments: Sequence[str]) -> int:
 
     communicator = init()
     try:
-        summary = Trainer(config, communicator).run()
+        trainer = Trainer(config, communicator)
+        summary = trainer.run()
     except (AlreadyFinished, Interrupted) as reason:
         interruption.announce_end(communicator, str(reason))
         return ExitCode.INTERRUPTED if isinstance(reason, Interrupted) else ExitCode.FINISHED
-    interruption.announce_end(communicator, render(summary, config, communicator.size))
+    interruption.announce_end(communicator, render(summary, config, trainer.session.task, communicator.size))
     return ExitCode.FINISHED
 
 
-def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
+def render(summary: Summary, config: TrainConfig, task: Task, ranks: int) -> str:
     """Formats the summary as text."""
+    from hvdlocal.training.evaluation import described
+
     evaluation, seconds = summary.evaluation, summary.seconds
-    top5 = "" if evaluation.top5 is None else f", top-5 {100 * evaluation.top5:.2f} %"
     if config.method.is_local:
         taken = f"{summary.steps} local steps in {summary.rounds} rounds"
     else:
@@ -44,7 +47,7 @@ def render(summary: Summary, config: TrainConfig, ranks: int) -> str:
     lines = [
         "",
         f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}",
-        f"  test accuracy   {100 * evaluation.accuracy:.2f} %{top5} of {evaluation.samples} images, loss {evaluation.loss:.4f}",
+        f"  test            {described(evaluation, task)}  ({evaluation.samples} samples)",
         f"  training        {taken}; {summary.data_epochs:.1f} epochs of data for "
         f"{summary.scale_invariant_epochs:.1f} scale-invariant epochs (mean gain {summary.progress / summary.steps:.2f})",
     ]

@@ -104,7 +104,7 @@ def train(config: TrainConfig, say: Callable[[str], None]) -> Iterator[tuple[flo
                     norms = []
                     if not starts:
                         return
-            step.compute(*next(batches))
+            step.compute(next(batches))
             try:
                 step.update()
             except NonFiniteError as error:

@@ -18,6 +18,7 @@ from hvdlocal.papers.sharpness import sharpness
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.builders import model_from_config
 from hvdlocal.training.preprocessing import preprocessing_from_config
+from hvdlocal.training.tasks import build_task
 
 FILE = "curvature.json"
 """Name of the stored result in the run's directory."""
@@ -63,7 +64,7 @@ def measure(directory: Path, config: TrainConfig) -> RunSharpness:
     """
     with closing(ShardedDataset(config.data.path, config.data.train_split, storage="mmap")) as data:
         images = preprocessing_from_config(config.data, data)
-        model = model_from_config(config, data.num_classes, images).eval()
+        model = model_from_config(config, build_task(config), data).eval()
         model.load_state_dict(torch.load(directory / "model.pt", weights_only=True))
         batches = first_images(data, images, IMAGES)
     total = sum(len(y) for _, y in batches)

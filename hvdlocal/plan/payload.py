@@ -12,10 +12,12 @@ from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatViews
 from hvdlocal.averaging.moments import averaged_moments
 from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
-from hvdlocal.models import build_model, check_images
+from hvdlocal.import_path import is_import_path
+from hvdlocal.models import check_images
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.optimizers import build_inner
 from hvdlocal.training.rules import build_scaling
+from hvdlocal.training.tasks import DataDescription, ImageClassification, build_task
 
 
 @dataclass(frozen=True)
@@ -33,20 +35,22 @@ class Payload:
     round: int
 
 
-def measure_payload(config: TrainConfig, num_classes: int, shape: tuple[int, int, int]) -> Payload:
+def measure_payload(config: TrainConfig, data: DataDescription) -> Payload:
     """Returns the payload of a configured run of more than one rank.
 
     Args:
-        config: model, optimizer and method.
-        num_classes: number of classes of the data.
-        shape: (height, width, channels) of the model's input.
+        config: task, model, optimizer and method.
+        data: the training data, or a description of them.
 
     Raises:
         ValueError: the model cannot be built for such data.
     """
-    check_images(config.model.name, num_classes, shape, config.data.batch_size)
+    task = build_task(config)
+    if type(task) is ImageClassification and not is_import_path(config.model.name):
+        shape = task.input_shape(data)
+        check_images(config.model.name, len(data.classes), shape, config.data.batch_size, config.model.arguments)
     with torch.device("meta"):
-        model = build_model(config.model.name, num_classes, shape)
+        model = task.build_model(config.model, data)
     parameters = [p for p in model.parameters() if p.requires_grad]
     numel = sum(p.numel() for p in parameters)
     is_local = config.method.is_local

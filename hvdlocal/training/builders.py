@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,14 @@ from torch import nn
 
 from hvdlocal.data import Loader, ShardedDataset
 from hvdlocal.data.load.order import OrderMode
-from hvdlocal.models import build_model, check_images
+from hvdlocal.import_path import code_digests, is_import_path, own_code
+from hvdlocal.models import check_images
 from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
 from hvdlocal.training.config_checks import flatten
 from hvdlocal.training.environment import versions
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.preprocessing import Preprocessing
+from hvdlocal.training.tasks import DataDescription, ImageClassification, Task
 
 CPU = torch.device("cpu")
 
@@ -25,40 +28,58 @@ def memory_format(config: ModelConfig) -> torch.memory_format:
     return torch.channels_last if config.channels_last else torch.contiguous_format
 
 
-def model_from_config(
-    config: TrainConfig, num_classes: int, images: Preprocessing, device: torch.device = CPU
-) -> nn.Module:
+def model_from_config(config: TrainConfig, task: Task, data: DataDescription, device: torch.device = CPU) -> nn.Module:
     """Builds the model as it is before training; the same seed gives the same model.
 
     Args:
         config: model and seed.
-        num_classes: length of its output.
-        images: how its inputs are preprocessed.
+        task: builds the model.
+        data: the training data.
         device: the device of the model.
 
     Raises:
-        ValueError: there is no such model, it cannot take these images, or there is no memory for it.
+        ValueError: there is no such model, it cannot take these data, or there is no memory for it.
     """
     torch.manual_seed(config.seed)
     try:
-        model = build_model(config.model.name, num_classes, images.shape).to(device)
+        with own_code(f"task={config.task}") if is_import_path(config.task) else nullcontext():
+            model = task.build_model(config.model, data)
+        model = model.to(device)
         return model.to(memory_format=memory_format(config.model))  # type: ignore[call-overload]
     except (RuntimeError, MemoryError) as error:
         if (shortage := out_of_memory(error)) is None:
             raise
-        raise ValueError(
-            f"model.name={config.model.name} on {images.shape[0]}×{images.shape[1]} pixels: {shortage}"
-        ) from error
+        raise ValueError(f"model.name={config.model.name}{_input_size(task, data)}: {shortage}") from error
 
 
-def check_model(config: TrainConfig, data: ShardedDataset, images: Preprocessing, num_workers: int = 1) -> None:
-    """Checks that a model can be trained on these images in batches of the configured size.
+def check_model(config: TrainConfig, task: Task, data: ShardedDataset, num_workers: int = 1) -> None:
+    """Checks that one of hvdlocal's models of images can be trained on these data in batches of the configured size.
 
     Raises:
         ValueError: there is no such model, or it cannot take these images or batches.
     """
-    smallest = smallest_batch(config.data, len(data), num_workers)
-    check_images(config.model.name, data.num_classes, images.shape, smallest)
+    if type(task) is ImageClassification and not is_import_path(config.model.name):
+        smallest = smallest_batch(config.data, len(data), num_workers)
+        check_images(config.model.name, len(data.classes), task.input_shape(data), smallest, config.model.arguments)
+
+
+def _input_size(task: Task, data: DataDescription) -> str:
+    if not isinstance(task, ImageClassification):
+        return ""
+    height, width, _ = task.input_shape(data)
+    return f" on {height}×{width} pixels"
+
+
+def import_paths(config: TrainConfig) -> dict[str, str]:
+    """Returns the import paths of a configuration by the settings that hold them."""
+    named = {
+        "task": config.task,
+        "model.name": config.model.name,
+        "optimizer.name": config.optimizer.name,
+        "schedule.name": config.schedule.name,
+        "data.transform": config.data.transform or "",
+    }
+    return {setting: path for setting, path in named.items() if is_import_path(path)}
 
 
 def smallest_batch(config: DataConfig, samples: int, num_workers: int) -> int:
@@ -110,5 +131,6 @@ def preflight_facts(config: TrainConfig, device: torch.device, fingerprints: Map
     found: dict[str, Any] = {f"config {key}": value for key, value in flatten(config).items()}
     found |= {f"version of {package}": version for package, version in versions().items()}
     found |= {f"{split} data (fingerprint)": print for split, print in fingerprints.items()}
+    found |= {f"code of {module}": digest for module, digest in code_digests(import_paths(config)).items()}
     found["kind of device"] = device.type
     return found

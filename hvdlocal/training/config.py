@@ -8,7 +8,7 @@
 from __future__ import annotations  # without it, jsonargparse would show the facts as parts of the types
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from hvdlocal.training.settings import LARGE, Affects, NeededBy, Range, UsedIf, settings_of
 
@@ -28,6 +28,11 @@ WITH_PERIOD = ("constant", "post-local", "adacomm")
 RESIZED = UsedIf(lambda run: run.data.image_size is not None)
 RANDAUGMENT = UsedIf(lambda run: run.data.randaugment > 0)
 IN_MEMORY = UsedIf(lambda run: run.data.storage in ("auto", "ram"))
+CLASSES = UsedIf(lambda run: run.task == "image-classification")
+OWN_OPTIMIZER = UsedIf(lambda run: ":" in run.optimizer.name)
+OWN_SCHEDULE = UsedIf(lambda run: ":" in run.schedule.name)
+OWN_TRANSFORM = UsedIf(lambda run: run.data.transform is not None)
+NAMED_OPTIMIZER = UsedIf(lambda run: ":" not in run.optimizer.name)
 SGD = UsedIf(lambda run: run.optimizer.name == "sgd")
 ADAMW = UsedIf(lambda run: run.optimizer.name == "adamw")
 STEP = UsedIf(lambda run: run.schedule.name == "step")
@@ -90,6 +95,10 @@ class DataConfig:
     """Batches prepared ahead."""
     threads: Annotated[int | None, THREADS, EXECUTION] = None
     """Background threads that read, decode and augment; by default the cores of a rank less one."""
+    transform: str | None = None
+    """Your own transform of the training inputs, by import path: package.module:Class."""
+    transform_arguments: Annotated[dict[str, Any], OWN_TRANSFORM] = field(default_factory=dict)
+    """The arguments of your own transform."""
 
 
 @dataclass
@@ -97,19 +106,23 @@ class ModelConfig:
     """The network."""
 
     name: str
-    """One of digits_cnn, small_cnn, resnet9, resnet9_narrow, resnet18_cifar, wrn_28_2, resnet50, resnet152, vit_b_16."""
+    """One of digits_cnn, small_cnn, resnet9, resnet9_narrow, resnet18_cifar, wrn_28_2, resnet50, resnet152, vit_b_16; or the
+    import path of a function or class that builds a torch.nn.Module: package.module:name."""
     channels_last: Annotated[bool, EXECUTION] = False
     """Keep convolutions in NHWC memory format."""
     compile: Annotated[bool, EXECUTION] = False
     """Compile the forward pass with torch.compile."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """The arguments that the model is built with."""
 
 
 @dataclass
 class OptimizerConfig:
     """What each rank steps with."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
-    """The optimizer, one of torch's."""
+    name: str = "sgd"
+    """The optimizer: sgd or adamw of torch, or the import path of a class or function that is called with the model's parameters
+    and lr, such as torch.optim:Adam."""
     lr: Annotated[float, POSITIVE] = 0.1
     """γ, the base learning rate at its peak."""
     momentum: Annotated[float, SHARE, SGD] = 0.9
@@ -118,18 +131,21 @@ class OptimizerConfig:
     """Whether SGD's momentum is Nesterov's."""
     betas: Annotated[tuple[float, float], SHARE, ADAMW] = (0.9, 0.999)
     """Decay of AdamW's two moving averages."""
-    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
+    weight_decay: Annotated[float, NOT_NEGATIVE, NAMED_OPTIMIZER] = 0.0
     """The optimizer's weight decay: SGD adds it to the gradient, AdamW decouples it."""
     max_norm: Annotated[float | None, POSITIVE] = None
     """Clip the gradient of every optimizer step to this norm."""
+    arguments: Annotated[dict[str, Any], OWN_OPTIMIZER] = field(default_factory=dict)
+    """The further arguments of an optimizer by import path."""
 
 
 @dataclass
 class ScheduleConfig:
     """The base learning rate γ(s) as a function of the run's progress s, measured in scale-invariant epochs."""
 
-    name: Literal["constant", "cosine", "linear", "step"] = "cosine"
-    """How γ goes on after the warm-up."""
+    name: str = "cosine"
+    """How γ goes on after the warm-up: constant, cosine, linear or step; or the import path of a function that returns γ and is
+    called with epoch, epochs and lr."""
     warmup_epochs: Annotated[float, NOT_NEGATIVE] = 0.0
     """Rise linearly from final_lr to lr first."""
     final_lr: Annotated[float, NOT_NEGATIVE, FINAL_LR] = 0.0
@@ -138,6 +154,8 @@ class ScheduleConfig:
     """With step: epochs between two multiplications of γ by step_factor."""
     step_factor: Annotated[float, POSITIVE_SHARE, STEP] = 0.1
     """With step: what γ is multiplied by."""
+    arguments: Annotated[dict[str, Any], OWN_SCHEDULE] = field(default_factory=dict)
+    """The further arguments of a schedule by import path."""
 
 
 @dataclass
@@ -240,7 +258,7 @@ class TrainConfig:
     method: MethodConfig = field(default_factory=MethodConfig)
     seed: Annotated[int, Range(0, 2**62, below=True)] = 0
     """Seed of the initial weights, the order of the images and their augmentation."""
-    label_smoothing: Annotated[float, SHARE] = 0.0
+    label_smoothing: Annotated[float, SHARE, CLASSES] = 0.0
     """Share of each label that is spread over all classes in the training loss."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the forward pass (autocast); parameters stay float32."""
@@ -262,6 +280,10 @@ class TrainConfig:
     """Also write event files for TensorBoard (pip install hvdlocal[tensorboard])."""
     overwrite: Annotated[bool, RECORDS] = False
     """Replace what an earlier run left in the output directory, instead of continuing it."""
+    task: str = "image-classification"
+    """What is learned: image-classification or regression, or your own subclass of hvdlocal.Task: package.module:Class."""
+    task_arguments: dict[str, Any] = field(default_factory=dict)
+    """The arguments of the task."""
 
 
 SETTINGS = settings_of(TrainConfig)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hvdlocal.import_path import is_import_path
 from hvdlocal.training.config import SETTINGS, TrainConfig
 
 BUFFER_POLICIES = ("average", "local", "reestimate")
+
+NAMES = {"optimizer.name": ("sgd", "adamw"), "schedule.name": ("constant", "cosine", "linear", "step")}
+"""What settings may name beside import paths."""
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -22,14 +27,27 @@ def check_ranges(config: TrainConfig) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if allowed is not None and value is not None and not all(map(allowed.holds, numbers)):
             raise ValueError(f"{name}={value}: must be {allowed}")
+    for name, choices in NAMES.items():
+        chosen = flatten(config)[name]
+        if chosen not in choices and not is_import_path(chosen):
+            near = difflib.get_close_matches(chosen, choices, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"{name}={chosen}: {hint}choose one of {', '.join(choices)}, or your own as package.module:name"
+            )
+    for name, value in flatten(config).items():
+        if name.endswith("arguments") and not all(isinstance(key, str) and key.isidentifier() for key in value):
+            raise ValueError(f"{name}={value}: the names of arguments must be words")
+    if config.data.transform is not None and not is_import_path(config.data.transform):
+        raise ValueError(f"data.transform={config.data.transform}: name your own transform as package.module:Class")
     for name, path in (("data.path", config.data.path), ("output", config.output)):
         if not path:
             raise ValueError(f"{name}={path!r}: name a directory")
         if "\0" in path:
             raise ValueError(f"{name}={path!r}: a path has no zero byte")
     if not set(config.method.buffer_policies) <= set(BUFFER_POLICIES):
-        choices = f"choose one of {', '.join(BUFFER_POLICIES)}, or a mapping of names to these"
-        raise ValueError(f"method.buffers={config.method.buffers}: {choices}")
+        remedy = f"choose one of {', '.join(BUFFER_POLICIES)}, or a mapping of names to these"
+        raise ValueError(f"method.buffers={config.method.buffers}: {remedy}")
     checkpoint = config.checkpoint
     if checkpoint.every_steps is not None and checkpoint.every_minutes is not None:
         raise ValueError(

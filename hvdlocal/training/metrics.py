@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -162,42 +162,60 @@ class TensorBoard:
 
 
 class TrainingMeter:
-    """Means of this rank's training losses and accuracies since the last line of the log.
+    """Means of this rank's training losses and metrics since the last line of the log.
 
     Args:
         device: of the losses.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._totals = torch.zeros(2, dtype=torch.float32, device=device)
-        self._images = 0
+        self._device = device
+        self._loss = torch.zeros((), dtype=torch.float32, device=device)
+        self._metrics: dict[str, tuple[torch.Tensor, torch.Tensor | float]] = {}
         self.micro_batches = 0
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds one micro-batch, without waiting for its device."""
-        if labels.is_floating_point():  # of MixUp: the class with the greater share counts
-            labels = labels.argmax(1)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self._totals += torch.stack([loss.detach().float(), correct.float()])
-        self._images += len(labels)
+    @torch.no_grad()
+    def add(self, loss: torch.Tensor, metrics: Mapping[str, tuple[torch.Tensor | float, torch.Tensor | float]]) -> None:
+        """Adds one micro-batch, without waiting for its device.
+
+        Args:
+            loss: the mean loss of the micro-batch.
+            metrics: sums and counts by name.
+        """
+        self._loss += loss.detach().float()
+        for name, (total, count) in metrics.items():
+            if name not in self._metrics:
+                self._metrics[name] = torch.zeros((), dtype=torch.float64, device=self._device), 0
+            so_far, counted = self._metrics[name]
+            so_far += total
+            self._metrics[name] = so_far, counted + count
         self.micro_batches += 1
 
-    def take(self) -> tuple[float, float]:
-        """Returns (mean loss, accuracy) and starts again."""
-        loss, correct = self._totals.tolist()
-        result = loss / self.micro_batches, correct / self._images
-        self._totals.zero_()
-        self._images = self.micro_batches = 0
-        return result
+    def take(self) -> dict[str, float | None]:
+        """Returns the mean loss and the metrics by name, and starts again; a metric that counted nothing is None."""
+        means: dict[str, float | None] = {"loss": self._loss.item() / self.micro_batches}
+        for name, (total, count) in self._metrics.items():
+            means[name] = total.item() / float(count) if count else None
+        self._loss.zero_()
+        self._metrics.clear()
+        self.micro_batches = 0
+        return means
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the sums since the last line."""
-        return {"totals": self._totals.clone(), "images": self._images, "micro_batches": self.micro_batches}
+        metrics = {name: (total.clone(), count) for name, (total, count) in self._metrics.items()}
+        return {"loss": self._loss.clone(), "metrics": metrics, "micro_batches": self.micro_batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`."""
-        self._totals.copy_(state["totals"])
-        self._images, self.micro_batches = state["images"], state["micro_batches"]
+        if "totals" in state:  # of a checkpoint from before tasks, which classified images
+            loss, correct = state["totals"]
+            state = {**state, "loss": loss, "metrics": {"accuracy": (correct.double(), state["images"])}}
+        self._loss.copy_(state["loss"])
+        self._metrics = {
+            name: (total.to(self._device, copy=True), count) for name, (total, count) in state["metrics"].items()
+        }
+        self.micro_batches = state["micro_batches"]
 
 
 def _end_of_records(file: IO[bytes], keep: int) -> int:

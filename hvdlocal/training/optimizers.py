@@ -8,6 +8,7 @@ import torch
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.communicator import Communicator
+from hvdlocal.import_path import call, is_import_path
 from hvdlocal.training.config import OptimizerConfig, TrainConfig
 from hvdlocal.training.rules import build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.run_length import RunLength
@@ -17,7 +18,20 @@ if TYPE_CHECKING:
 
 
 def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
-    """Returns the torch optimizer that steps one replica."""
+    """Returns the torch optimizer that steps one replica.
+
+    Raises:
+        ValueError: an optimizer by import path cannot be built; the message says why.
+    """
+    if is_import_path(config.name):
+        arguments = {"lr": config.lr, **config.arguments}
+        optimizer = call(config.name, "optimizer.name", model.parameters(), arguments=arguments)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError(
+                f"optimizer.name={config.name}: it returned {type(optimizer).__name__}, but an optimizer is a "
+                "torch.optim.Optimizer"
+            )
+        return optimizer
     if config.name == "sgd":
         return torch.optim.SGD(
             model.parameters(),

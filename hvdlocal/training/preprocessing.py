@@ -1,8 +1,8 @@
-"""From the configuration to the images that the model sees."""
+"""From the configuration to the inputs that the model sees."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from hvdlocal.data import (
     CenterCrop,
@@ -18,6 +18,7 @@ from hvdlocal.data import (
     ShardedDataset,
     Transform,
 )
+from hvdlocal.import_path import call, check_arguments
 from hvdlocal.training.config import DataConfig
 
 USUAL_TEST_CROP = 224 / 256
@@ -32,21 +33,21 @@ MIN_AREA_OF_SMALL_IMAGES = 0.25
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How training and test images are cut, augmented and normalised.
+    """How training and test images are cut, augmented and normalised. Other samples are left as they are.
 
     Attributes:
-        shape: (height, width, channels) of what the model sees.
-        crop, transform, mix: of the training images; see `Loader`.
-        test_crop, test_transform: of the test images; see `evaluation_batches`.
+        shape: (height, width, channels) of what the model sees; None if the samples are no images.
+        crop, transform, mix: of the training samples; see `Loader`.
+        test_crop, test_transform: of the test samples; see `evaluation_batches`.
         description: what is cut out of the images, for a log; empty if they are left as they are.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int] | None
     crop: Crop | None
-    transform: Transform
+    transform: Transform | None
     mix: Mix | None
     test_crop: Crop | None
-    test_transform: Transform
+    test_transform: Transform | None
     description: str = ""
 
 
@@ -63,6 +64,10 @@ def preprocessing_from_config(
     Raises:
         ValueError: settings that contradict each other or the data.
     """
+    own = _own_transform(config)
+    if data.kind not in ("images", "jpeg"):
+        _refuse_image_settings(config, data.kind)
+        return Preprocessing(None, None, own[0] if own else None, None, None, None)
     size = config.image_size
     if data.shape is None and size is None:
         raise ValueError(f"{config.path} holds JPEGs of many sizes: set data.image_size (224 for most ImageNet models)")
@@ -79,7 +84,7 @@ def preprocessing_from_config(
             augment.append(CropFlip(data.mean, data.std, padding=config.crop_padding, flip=config.flip))
         else:
             augment.append(normalize)
-        return Preprocessing(data.shape, None, Compose(augment), mix, None, normalize)
+        return Preprocessing(data.shape, None, Compose([*augment, *own]), mix, None, normalize)
     min_area, test_crop = config.min_area, config.test_crop
     if min_area is None:
         min_area = USUAL_MIN_AREA if _most_are_larger(data, size) else MIN_AREA_OF_SMALL_IMAGES
@@ -87,7 +92,7 @@ def preprocessing_from_config(
         test_crop = USUAL_TEST_CROP if _most_are_larger(test_data or data, size) else 1.0
     crop = RandomResizedCrop(size, scale=(min_area, 1.0))
     center = CenterCrop(size, max(size, round(size / test_crop)))
-    transform = Compose([*([Flip()] if config.flip else []), *augment, normalize])
+    transform = Compose([*([Flip()] if config.flip else []), *augment, normalize, *own])
     tested = (test_data or data).shape
     kept = f"the central {100 * test_crop:g} % of each side"
     if test_crop == 1:
@@ -100,6 +105,27 @@ def preprocessing_from_config(
         return Preprocessing((size, size, 3), crop, transform, mix, center, normalize, description)
     shape = (size, size, data.shape[2])
     return Preprocessing(shape, None, Compose([crop, transform]), mix, None, Compose([center, normalize]), description)
+
+
+IMAGE_SETTINGS = ("crop_padding", "flip", "image_size", "randaugment", "mixup")
+"""The settings that change images, and have no meaning for samples of another kind."""
+
+
+def _refuse_image_settings(config: DataConfig, kind: str) -> None:
+    defaults = {field.name: field.default for field in fields(DataConfig)}
+    for name in IMAGE_SETTINGS:
+        if (value := getattr(config, name)) != defaults[name]:
+            raise ValueError(f"data.{name}={value} changes images, but the data are {kind}: leave it out")
+
+
+def _own_transform(config: DataConfig) -> list[Transform]:
+    """Returns the user's transform, if the configuration names one."""
+    path, setting = config.transform, "data.transform"
+    if path is None:
+        return []
+    transform = call(path, setting, arguments=config.transform_arguments)
+    check_arguments(transform, path, setting, "inputs", "keys", arguments={})
+    return [transform]
 
 
 def _most_are_larger(data: ShardedDataset, size: int) -> bool:

@@ -5,7 +5,7 @@ The fields are those of docs/records.md: counts and seconds are totals since the
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
@@ -38,7 +38,8 @@ class Summary:
 
     def record(self) -> dict[str, Any]:
         """Returns the summary as it is written to disk."""
-        return {**asdict(self), "communication_saved": self.communication_saved}
+        fields = {name: value for name, value in vars(self).items() if name != "evaluation"}
+        return {"evaluation": self.evaluation.record(), **fields, "communication_saved": self.communication_saved}
 
 
 class Recorder:
@@ -95,13 +96,12 @@ class Recorder:
 
     def training(self, meter: TrainingMeter, steps: int) -> None:
         """Records the training losses since the last such record."""
-        loss, accuracy = meter.take()
+        means = meter.take()
         self.metrics.write(
             "steps",
             steps,
             **self._state(),
-            loss=loss,
-            accuracy=accuracy,
+            **means,
             divergence=self._optimizer.divergence,
             bytes_sent=self._totals.bytes_sent,
             data_parallel_bytes=self.data_parallel_bytes(steps),
@@ -121,7 +121,7 @@ class Recorder:
             data_epoch=self._loader.epoch,
             elapsed_seconds=self._totals.elapsed,
             bytes_sent=self._totals.bytes_sent,
-            **asdict(evaluation),
+            **evaluation.record(),
         )
         self.metrics.flush()
 

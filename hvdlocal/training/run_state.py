@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
@@ -27,14 +28,36 @@ class Position:
         next_evaluation: progress at which the next evaluation is due.
         steps: optimizer steps done.
         evaluation, evaluated_at: the last evaluation, and the progress at which it was made.
-        best: the best accuracy so far.
+        best: the best value so far of the task's metric; None before the first evaluation.
     """
 
     next_evaluation: float
     steps: int = 0
     evaluation: Evaluation | None = None
     evaluated_at: float = -1.0
-    best: float = -1.0
+    best: float | None = None
+
+    def is_better(self, value: float | None, direction: str) -> bool:
+        """Returns whether a value is better than the best so far; NaN never is.
+
+        Args:
+            value: of the task's metric.
+            direction: "max" if large values are good, else "min".
+        """
+        if value is None or math.isnan(value):
+            return False
+        return self.best is None or (value > self.best if direction == "max" else value < self.best)
+
+    def record(self) -> dict[str, Any]:
+        """Returns plain values for a manifest."""
+        evaluation = None if self.evaluation is None else self.evaluation.record()
+        return {**vars(self), "evaluation": evaluation}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Position:
+        """Returns what `record` described."""
+        evaluation = record["evaluation"]
+        return cls(**{**record, "evaluation": None if evaluation is None else Evaluation.from_record(evaluation)})
 
 
 class RunState:
@@ -79,7 +102,7 @@ class RunState:
         return {
             **self._replica.of_all_ranks(),
             "progress_of_an_epoch": self._session.length.epoch,
-            "position": asdict(self.position),
+            "position": self.position.record(),
             "loader": self.loader.state_dict(),
             "settings": flatten(self._session.config),
             "fingerprints": self._session.fingerprints,
@@ -103,9 +126,7 @@ class RunState:
             # This node stores the data in another way than that before, for which another order would be faster.
             self.loader = self._session.new_loader(order=order)
         self.loader.load_state_dict(manifest["loader"])
-        self.position = Position(**manifest["position"])
-        if self.position.evaluation is not None:
-            self.position.evaluation = Evaluation(**manifest["position"]["evaluation"])
+        self.position = Position.from_record(manifest["position"])
         scale = self._session.length.epoch / manifest["progress_of_an_epoch"]
         self._replica.restore(resumed, scale)
         state = resumed.common

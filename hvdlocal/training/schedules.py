@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from hvdlocal.import_path import OwnCodeError, check_arguments, is_import_path, load, own_code
 from hvdlocal.training.config import ScheduleConfig
 
 Schedule = Callable[[float], float]
@@ -37,6 +39,8 @@ def build_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: fl
     if config.step_epochs is not None and not config.step_epochs > 0:
         raise ValueError(f"schedule.step_epochs={config.step_epochs}: must be positive")
 
+    own = _own_schedule(config, peak, budget, epoch) if is_import_path(config.name) else None
+
     def after_warmup(s: float) -> float:
         """Returns the share of the way from `final_lr` to the peak."""
         done = min((s - warmup) / (budget - warmup), 1.0)
@@ -49,8 +53,35 @@ def build_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: fl
     def schedule(s: float) -> float:
         if s < warmup:
             return config.final_lr + (peak - config.final_lr) * s / warmup
+        if own is not None:
+            return own(s)
         if config.step_epochs is not None:
             return peak * config.step_factor ** math.floor(s / (config.step_epochs * epoch))
         return config.final_lr + (peak - config.final_lr) * after_warmup(s)
 
     return schedule
+
+
+def _own_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: float) -> Schedule:
+    """Returns the user's schedule as a function of progress, once it has been tried at both ends.
+
+    Raises:
+        ValueError: it cannot be called, or returns no rate.
+    """
+    path, setting = config.name, "schedule.name"
+    arguments = {"epochs": budget / epoch, "lr": peak, **config.arguments}
+    function: Callable[..., Any] = load(path, setting)
+    check_arguments(function, path, setting, 0.0, arguments=arguments)
+
+    def own(s: float) -> float:
+        with own_code(f"{setting}={path}"):
+            rate = function(s / epoch, **arguments)
+        if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+            raise OwnCodeError(
+                f"{setting}={path}: it returned {rate!r} at epoch {s / epoch:g}; a learning rate is a number of at least 0"
+            )
+        return float(rate)
+
+    for s in (config.warmup_epochs * epoch, budget):
+        own(s)
+    return own

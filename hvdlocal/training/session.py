@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import Any
 
@@ -9,15 +10,24 @@ import torch
 from torch import nn
 
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
-from hvdlocal.data import Loader, ShardedDataset
+from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
 from hvdlocal.data.load.order import OrderMode
-from hvdlocal.training.builders import check_model, configured_loader, memory_format, model_from_config, preflight_facts
+from hvdlocal.training.builders import (
+    check_model,
+    configured_loader,
+    import_paths,
+    memory_format,
+    model_from_config,
+    preflight_facts,
+)
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import check_ranges
 from hvdlocal.training.environment import choose_device, set_threads, versions
 from hvdlocal.training.preprocessing import Preprocessing, preprocessing_from_config
 from hvdlocal.training.rules import build_period
 from hvdlocal.training.run_length import RunLength, run_length
+from hvdlocal.training.tasks import Batch, ImageClassification, Task, build_task
+from hvdlocal.training.tasks.trial import try_task
 
 
 class Session:
@@ -32,8 +42,9 @@ class Session:
 
     Attributes:
         device: the device of this rank.
+        task: what is learned.
         train_data, test_data: the two splits of the data set; `test_data` is None without them.
-        preprocessing: how images are cut, augmented and normalised.
+        preprocessing: how samples are cut, augmented and normalised.
         loader: of this rank's training batches.
         length: epoch, budget and learning-rate schedule.
         model: as it is before training, the same on every rank.
@@ -62,7 +73,7 @@ class Session:
                 test_data = ShardedDataset(data.path, data.test_split, communicator=communicator)
                 self.test_data = opened.enter_context(closing(test_data))
             self.memory_format = memory_format(config.model)
-            self.preprocessing, self.loader, self.length, self.model = succeed_together(
+            self.task, self.preprocessing, self.loader, self.length, self.model = succeed_together(
                 communicator, self._build, "hvdlocal.prepare"
             )
             self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -85,7 +96,19 @@ class Session:
 
     def new_model(self) -> nn.Module:
         """Returns another copy of the model as it is before training."""
-        return self._model(self.preprocessing)
+        return self._model(self.task)
+
+    def formatted(self, batch: Batch) -> Batch:
+        """Returns a batch with images in the memory format of the model."""
+        inputs, targets = batch
+        if isinstance(inputs, torch.Tensor) and inputs.dim() == 4:
+            inputs = inputs.contiguous(memory_format=self.memory_format)
+        return inputs, targets
+
+    def test_batches(self) -> Iterator[Batch]:
+        """Returns this rank's batches of test samples, each once, on the device."""
+        assert self.test_data is not None
+        return self._test_batches(self.test_data, self.preprocessing)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Returns the context in which the model computes in the configured precision."""
@@ -93,19 +116,44 @@ class Session:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.config.precision))
 
-    def _build(self) -> tuple[Preprocessing, Loader, RunLength, nn.Module]:
+    def _build(self) -> tuple[Task, Preprocessing, Loader, RunLength, nn.Module]:
         """Builds what can fail because of user input and needs no communication."""
         config, train, test = self.config, self.train_data, self.test_data
-        if test is not None and (train.shape != test.shape or train.classes != test.classes):
-            raise ValueError(f"{config.data.path}: the training and the test images differ in shape or classes")
+        if test is not None and (train.kind, train.shape, train.classes) != (test.kind, test.shape, test.classes):
+            raise ValueError(f"{config.data.path}: the training and the test data differ in kind, shape or classes")
+        task = build_task(config)
         preprocessing = preprocessing_from_config(config.data, train, test)
         loader = self._loader(preprocessing)
         length = run_length(config, loader.steps_per_epoch, self.communicator.size)
         if config.method.is_local:  # a rule that cannot be built is reported now
             warmup = config.schedule.warmup_epochs * length.epoch
             build_period(config.method.period, config.optimizer.lr, warmup, length.epoch)
-        check_model(config, train, preprocessing, self.communicator.size)
-        return preprocessing, loader, length, self._model(preprocessing)
+        check_model(config, task, train, self.communicator.size)
+        model = self._model(task)
+        if import_paths(config) or type(task) is not ImageClassification:
+            self._try(task, preprocessing)
+        return task, preprocessing, loader, length, model
+
+    def _try(self, task: Task, preprocessing: Preprocessing) -> None:
+        """Trains a copy of the model for one step and evaluates it, so that mistakes in a user's code show before training."""
+        random = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+        with random, ExitStack() as opened:
+            training = opened.enter_context(closing(self._loader(preprocessing).endless()))
+            testing = iter(()) if self.test_data is None else self._test_batches(self.test_data, preprocessing)
+            batches = next(training), next(testing, None)
+            try_task(self.config, task, self._model(task), batches, self.autocast, self.formatted)
+
+    def _test_batches(self, data: ShardedDataset, preprocessing: Preprocessing) -> Iterator[Batch]:
+        return evaluation_batches(
+            data,
+            self.config.evaluation_batch_size,
+            rank=self.communicator.rank,
+            num_workers=self.communicator.size,
+            crop=preprocessing.test_crop,
+            transform=preprocessing.test_transform,
+            device=self.device,
+            threads=self.config.data.threads,
+        )
 
     def _loader(self, preprocessing: Preprocessing, seed: int | None = None, order: OrderMode | None = None) -> Loader:
         return configured_loader(
@@ -119,8 +167,8 @@ class Session:
             order=order,
         )
 
-    def _model(self, preprocessing: Preprocessing) -> nn.Module:
-        return model_from_config(self.config, self.train_data.num_classes, preprocessing, self.device)
+    def _model(self, task: Task) -> nn.Module:
+        return model_from_config(self.config, task, self.train_data, self.device)
 
 
 def check_settings(config: TrainConfig, communicator: Communicator) -> torch.device:

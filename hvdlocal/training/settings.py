@@ -96,6 +96,11 @@ class Setting:
         return any(get_origin(kind) is dict for kind in (self.type, *get_args(self.type)))
 
     @property
+    def takes_any(self) -> bool:
+        """Whether its lists and mappings may hold further lists and mappings, such as arguments of a user's function."""
+        return _holds_any(self.type)
+
+    @property
     def resumable(self) -> bool:
         """Whether it may change when a run is continued."""
         return self.affects is not Affects.RESULT
@@ -127,6 +132,10 @@ def settings_of(kind: type, prefix: str = "") -> dict[str, Setting]:
             made = field.default_factory
             found[name] = _setting(hint, field.default if made is dataclasses.MISSING else made())
     return found
+
+
+def _holds_any(kind: Any) -> bool:
+    return kind is Any or any(map(_holds_any, get_args(kind)))
 
 
 _Fact = TypeVar("_Fact")

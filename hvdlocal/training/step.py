@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.training.schedules import Schedule
 from hvdlocal.training.session import Session
+from hvdlocal.training.tasks import Batch
 
 
 class TrainingStep:
@@ -32,19 +35,17 @@ class TrainingStep:
         self._session = session
         self._optimizer = optimizer
         self._schedule = schedule or session.length.schedule
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
         self.forward: nn.Module = torch.compile(model) if config.model.compile else model  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "float16")
 
-    def compute(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def compute(self, batch: Batch) -> tuple[Tensor, Any]:
         """Computes the gradient of a micro-batch.
 
         Args:
-            x: inputs, on the session's device.
-            y: integer labels, or the shares of the classes in each input.
+            batch: inputs and targets, on the session's device.
 
         Returns:
-            The loss and the logits.
+            The loss, and what the task's metrics need.
         """
         optimizer = self._optimizer
         if not optimizer.micro_batches:
@@ -52,12 +53,11 @@ class TrainingStep:
             for group in optimizer.param_groups:
                 group["lr"] = lr
         with self._session.autocast():
-            logits = self.forward(x.contiguous(memory_format=self._session.memory_format))
-            loss = self._criterion(logits, y)
+            loss, output = self._session.task.loss(self.forward, self._session.formatted(batch))
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         optimizer.record_loss(loss)
-        return loss, logits
+        return loss, output
 
     def update(self) -> None:
         """Hands the gradient to the optimizer, which steps after its last micro-batch; may be a collective."""

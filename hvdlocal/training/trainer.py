@@ -25,7 +25,7 @@ from hvdlocal.training.console import Console
 from hvdlocal.training.damage import damage_elsewhere, damage_found
 from hvdlocal.training.environment import describe_run
 from hvdlocal.training.errors import DivergedError, LostRankError
-from hvdlocal.training.evaluation import Evaluation, Evaluator
+from hvdlocal.training.evaluation import Evaluation, Evaluator, described
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.optimizers import build_optimizer, is_local
@@ -36,8 +36,7 @@ from hvdlocal.training.run_state import RunState
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
 from hvdlocal.training.session import Session, check_settings
 from hvdlocal.training.step import TrainingStep
-
-Batch = tuple[torch.Tensor, torch.Tensor]
+from hvdlocal.training.tasks import Batch
 
 
 class Trainer:
@@ -235,10 +234,10 @@ class Trainer:
 
     def _micro_batch(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
-        x, y = next(batches)
+        batch = next(batches)
         self.state.totals.waiting_for_data += time.perf_counter() - start
-        loss, logits = self.step.compute(x, y)
-        self.state.meter.add(loss, logits, y)
+        loss, output = self.step.compute(batch)
+        self.state.meter.add(loss, self.session.task.metrics(output, batch))
         self.step.update()
 
     def _after_round(self, console: Console) -> None:
@@ -262,14 +261,14 @@ class Trainer:
         position, progress = self.state.position, self.optimizer.progress
         position.evaluation, position.evaluated_at = evaluation, progress
         self.recorder.evaluation(evaluation, position.steps)
-        if evaluation.accuracy > position.best:
-            position.best = evaluation.accuracy
+        name, direction = self.session.task.best
+        if position.is_better(value := evaluation.metrics.get(name), direction):
+            position.best = value
             if self.communicator.rank == 0:
                 self.best_model.take(copy_of(self.session.model))
                 self.coordinator.writer.submit(self.best_model.write)
         console.say(
-            f"epoch {progress / self.session.length.epoch:7.2f}  test accuracy {100 * evaluation.accuracy:.2f} %  "
-            f"loss {evaluation.loss:.4f}"
+            f"epoch {progress / self.session.length.epoch:7.2f}  test {described(evaluation, self.session.task)}"
         )
         return evaluation
 

@@ -1,6 +1,7 @@
 """`hvdlocal advise` on ranks that really measure."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.launch import HVDLOCAL, launch, mpirun
@@ -18,10 +19,11 @@ def test_two_ranks(config, tmp_path):
     assert set(advice["m"]) == {"sync", "acc-lin", "acc-ada", "local-lin", "local-ada"}
     assert all(one["epoch"] > 0 and one["epoch_error"] >= 0 for one in advice["predictions"])
     assert advice["contest"]["verdict"] in ("local", "data-parallel", "undecided")
+    images = SimpleNamespace(kind="images", shape=(8, 8, 1), classes=("a", "b", "c"))
     closings = advice["measured"]["blocks"][0]["closings"]
     for name, preset in (("acc-lin", "sync"), ("local-lin", "local"), ("local-ada sketch", "local-ada")):
         configured = parse([str(config), "--method.preset", preset])
-        assert closings[name]["bytes"] == measure_payload(configured, 3, (8, 8, 1)).round
+        assert closings[name]["bytes"] == measure_payload(configured, images).round
 
 
 def test_one_rank(config):

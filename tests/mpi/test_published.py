@@ -29,19 +29,19 @@ class Extras(torch.nn.Module):
 @pytest.mark.parametrize("preset", ["local", "sync"])
 @pytest.mark.parametrize("buffers", ["local", "average", {"*.bank": "average", "*.running_*": "reestimate"}], ids=str)
 def test_the_model_that_is_evaluated_is_the_model_that_is_saved(comm, place, monkeypatch, capsys, preset, buffers):
-    def build(name, num_classes, shape):
+    def build(name, num_classes, shape, arguments):
         return torch.nn.ModuleDict({"net": build_model(name, num_classes, shape), "extras": Extras()})
 
     class Chain(torch.nn.ModuleDict):
         def forward(self, x):
             return self["extras"](self["net"](x))
 
-    monkeypatch.setattr("hvdlocal.training.builders.build_model", lambda *args: Chain(build(*args)))
+    monkeypatch.setattr("hvdlocal.training.tasks.image_classification.build_model", lambda *args: Chain(build(*args)))
     seen = []
 
-    def evaluate(model, *args):
+    def evaluate(task, model, *args):
         seen.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return original(model, *args)
+        return original(task, model, *args)
 
     original = evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate", evaluate)

@@ -61,10 +61,10 @@ class Killed(BaseException):
 def _dropout(monkeypatch):
     """A network whose steps depend on the random state."""
 
-    def build(name, num_classes, shape):
+    def build(name, num_classes, shape, arguments):
         return torch.nn.Sequential(torch.nn.Dropout(0.1), build_model(name, num_classes, shape))
 
-    monkeypatch.setattr("hvdlocal.training.builders.build_model", build)
+    monkeypatch.setattr("hvdlocal.training.tasks.image_classification.build_model", build)
 
 
 def config(place, output, every_steps=None, **settings):

@@ -98,7 +98,7 @@ def test_the_loop_does_not_wait_inside_a_round(comm, place, device, monkeypatch,
     original_compute, original_update = TrainingStep.compute, TrainingStep.update
     with ExitStack() as watch:
 
-        def compute(self, x, y):
+        def compute(self, batch):
             """Watches this micro-batch and all that the loop does until the next one."""
             nonlocal free
             watch.close()
@@ -106,7 +106,7 @@ def test_the_loop_does_not_wait_inside_a_round(comm, place, device, monkeypatch,
             if optimizer.round and not averages_now(optimizer):  # the first round starts the device's libraries
                 watch.enter_context(no_waits(device))
                 free += 1
-            return original_compute(self, x, y)
+            return original_compute(self, batch)
 
         def update(self):
             original_update(self)
@@ -129,10 +129,10 @@ class Killed(BaseException):
 def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device, monkeypatch, preset):
     """With AdamW's moments, bfloat16, and a network whose steps depend on the device's random state."""
 
-    def build(name, num_classes, shape):
+    def build(name, num_classes, shape, arguments):
         return torch.nn.Sequential(torch.nn.Dropout(0.1), build_model(name, num_classes, shape))
 
-    monkeypatch.setattr("hvdlocal.training.builders.build_model", build)
+    monkeypatch.setattr("hvdlocal.training.tasks.image_classification.build_model", build)
     method = MethodConfig(preset, period=PeriodConfig(period=3))
     settings = {"optimizer": OptimizerConfig("adamw", lr=0.01), "precision": "bfloat16"}
 

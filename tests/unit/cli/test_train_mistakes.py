@@ -109,7 +109,7 @@ def huge(num_classes, shape):
 def test_no_memory_in_training(run, tmp_path, monkeypatch, capsys):
     """It is a sentence, and no bug of hvdlocal: exit code 1, and the same command goes on."""
 
-    def compute(self, x, y):
+    def compute(self, batch):
         torch.empty(2**50)
 
     monkeypatch.setattr(TrainingStep, "compute", compute)

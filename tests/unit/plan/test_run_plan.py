@@ -1,6 +1,7 @@
 """A plan is what the optimizers do: the same steps, rounds, progress, collectives and bytes."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ from hvdlocal.training.optimizers import build_optimizer
 from hvdlocal.training.run_length import run_length
 
 SAMPLES, BATCH, RATIO = 1000, 10, 20.0
+
+
+def images(shape):
+    """Describes images of ten classes."""
+    return SimpleNamespace(kind="images", shape=shape, classes=tuple("0123456789"))
 
 
 def config(preset, epochs=3.0, schedule=None, model="digits_cnn", **method):
@@ -105,7 +111,7 @@ def test_a_plan_is_what_the_optimizer_does(name, workers, monkeypatch):
     assert plan.data_epochs == pytest.approx(plan.steps * optimizer.accumulate * workers * BATCH / SAMPLES)
     assert plan.collectives == collectives
     if workers > 1:
-        assert plan.rounds * measure_payload(case, 10, (8, 8, 1)).round == sent
+        assert plan.rounds * measure_payload(case, images((8, 8, 1))).round == sent
 
 
 def test_payload_counts_what_the_arena_holds():
@@ -116,7 +122,7 @@ def test_payload_counts_what_the_arena_holds():
     buffers = sum(b.numel() for b in model.buffers() if b.is_floating_point())
 
     def elements(preset, **method):
-        payload = measure_payload(config(preset, model="resnet18_cifar", **method), 10, shape)
+        payload = measure_payload(config(preset, model="resnet18_cifar", **method), images(shape))
         assert payload.parameters == parameters
         assert payload.gradient == 4 * parameters
         return payload.round / 4

@@ -23,12 +23,14 @@ EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 
 
 def fixed(height, width):
-    return SimpleNamespace(shape=(height, width, 3), dims=None, mean=(0.5,) * 3, std=(0.2,) * 3, num_classes=2)
+    return SimpleNamespace(
+        kind="images", shape=(height, width, 3), dims=None, mean=(0.5,) * 3, std=(0.2,) * 3, num_classes=2
+    )
 
 
 def jpegs(*sides):
     dims = np.array(sides, np.uint16)
-    return SimpleNamespace(shape=None, dims=dims, mean=(0.5,) * 3, std=(0.2,) * 3, num_classes=2)
+    return SimpleNamespace(kind="jpeg", shape=None, dims=dims, mean=(0.5,) * 3, std=(0.2,) * 3, num_classes=2)
 
 
 def cuts(config, data, test_data=None):

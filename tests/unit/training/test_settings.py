@@ -10,8 +10,21 @@ from hvdlocal.averaging import buffers
 from hvdlocal.cli.configuration import _parser
 from hvdlocal.models import MODELS
 from hvdlocal.training.config import SETTINGS
-from hvdlocal.training.config_checks import BUFFER_POLICIES, flatten
+from hvdlocal.training.config_checks import BUFFER_POLICIES, NAMES, flatten
 from hvdlocal.training.rules import RULE_SETTINGS
+from hvdlocal.training.tasks import TASKS
+
+FREE = {
+    "data.path",
+    "data.train_split",
+    "data.test_split",
+    "data.transform",
+    "task",
+    "model.name",
+    "method.buffers",
+    "output",
+}
+"""Settings that are any text, which other places check."""
 
 HELP = {action.dest: action.help for action in _parser()._actions}
 
@@ -24,8 +37,10 @@ def test_every_setting_has_a_text_and_limits(name):
     kinds = {setting.type, *get_args(setting.type)}
     if kinds & {int, float}:
         assert f"Must be {setting.range}." in text
+    elif get_origin(setting.type) is dict:
+        assert name.endswith("arguments")
     elif str in kinds:
-        assert name in ("data.path", "data.train_split", "data.test_split", "model.name", "method.buffers", "output")
+        assert name in FREE or name in NAMES
     else:
         assert setting.type is bool or get_origin(setting.type) is Literal
 
@@ -59,7 +74,8 @@ def test_what_may_change_in_a_continued_run():
 
 def test_what_other_modules_list_too():
     assert buffers.BUFFER_POLICIES == BUFFER_POLICIES
-    assert HELP["model.name"] == f"One of {', '.join(MODELS)}."
+    assert " ".join(HELP["model.name"].split()).startswith(f"One of {', '.join(MODELS)}; or the import path of")
+    assert HELP["task"].startswith(f"What is learned: {' or '.join(TASKS)}, or your own")
 
 
 def test_flatten_reads_what_a_run_wrote():
