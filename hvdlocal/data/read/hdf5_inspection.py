@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,35 +18,12 @@ import numpy as np
 
 from hvdlocal.data.format.extent import READ_BYTES
 from hvdlocal.data.format.hdf5 import is_stored, open_for_reading
-from hvdlocal.data.read.foreign_extents import Contiguous, Packed, unit_bounds
+from hvdlocal.data.read.foreign_extents import Contiguous, Found, Packed, unit_bounds
 from hvdlocal.data.read.storage.base import BLOCK_BYTES
 
 T = TypeVar("T")
 
 _COPY = "copy it again"
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """A data set that was found in a file.
-
-    Attributes:
-        extent: its samples; its path is the named file's, also where `holder` says otherwise.
-        dtype: type of its numbers as they are read; little-endian.
-        shape: its shape; the first axis counts the samples.
-        address: where it is in the file that holds it; by it a data set is known that is reached in two ways.
-        fill: the number that HDF5 gives where nothing was written.
-        holder: that file, if it is not the named one: an absolute path, or one from the directory of the named file.
-        parts: (file as `holder`, address) of the data sets that a virtual one is put together from.
-    """
-
-    extent: Contiguous
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    address: int
-    fill: Any
-    holder: str | None = None
-    parts: tuple[tuple[str, int], ...] = ()
 
 
 def inspect(path: Path, look: Callable[[Inspection], T], holding: str) -> T:
