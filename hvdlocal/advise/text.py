@@ -59,9 +59,10 @@ def measured_text(measured: Measurements) -> str:
 
 
 def advice_text(advice: Advice) -> str:
-    """Describes everything, from the measurements to the verdict."""
-    parts = [measured_text(advice.measured), *_averagings(advice), *_statistics(advice), *_table(advice)]
-    return "\n".join([*parts, "", *_scenarios(advice), "", *_verdict(advice)])
+    """Describes everything: the verdict, the measurements and predictions behind it, and what else follows from them."""
+    parts = [_verdict(advice), "", measured_text(advice.measured)]
+    parts += [*_averagings(advice), *_statistics(advice), *_table(advice)]
+    return "\n".join([*parts, "", *_scenarios(advice), "", *_remarks(advice)])
 
 
 def as_dict(advice: Advice) -> dict[str, Any]:
@@ -122,14 +123,14 @@ def _table(advice: Advice) -> Iterator[str]:
     yield ""
     yield "Seconds for a scale-invariant epoch (± one standard error), and the gain; with fixed rules seconds for an epoch"
     yield "of data, and how many times larger their rate is than the statistics justify"
-    heads = "".join(f"{name:>18}   gain" for name in adaptive) + "".join(f"{name:>13}{'':8}" for name in fixed)
+    heads = "".join(f"{name:>18}   gain" for name in adaptive) + "".join(f"{name:>13}{'':10}" for name in fixed)
     yield f"     H{heads}".rstrip()
     for period in PERIODS:
         line = f"{period:6}"
         for one in (advice.table[name, period] for name in adaptive):
             line += f"{f'{_seconds(one.epoch)} ± {_seconds(_error(advice, one))}':>18}{one.gain:7.3g}"
         for one in (advice.table[name, period] for name in fixed):
-            line += f"{_seconds(one.own_epoch):>13}{_excess(one):>8}"
+            line += f"{_seconds(one.own_epoch):>13}{_excess(one):>10}"
         yield line.rstrip()
     yield (
         f"  sync takes {_seconds(sync.own_epoch)} s for an epoch of data, and {_seconds(sync.epoch)} s for the progress of a "
@@ -149,29 +150,32 @@ def _scenarios(advice: Advice) -> Iterator[str]:
         )
 
 
-def _verdict(advice: Advice) -> Iterator[str]:
+def _verdict(advice: Advice) -> str:
     now = advice.now
-    local, parallel = now.local, now.data_parallel
-    ours, theirs = f"{local.method}, H = {local.period}", _named(parallel)
+    ours, theirs = f"{now.local.method}, H = {now.local.period}", _named(now.data_parallel)
     if now.verdict == "local":
-        yield f"USE LOCAL SGD: {ours}. Data parallelism at its best, {theirs}, takes {_more(1 / now.ratio)} to the same progress."
-    elif now.verdict == "data-parallel":
-        yield f"USE DATA PARALLELISM: {theirs}. Local SGD at its best, {ours}, takes {_more(now.ratio)} to the same progress."
-    else:
-        yield (
-            f"NO DIFFERENCE BEYOND THE NOISE between {ours} and {theirs}: data parallelism is simpler. Measure for longer "
-            "(--seconds) to tell them apart."
-        )
+        longer = _more(1 / now.ratio)
+        return f"USE LOCAL SGD: {ours}. Data parallelism at its best, {theirs}, takes {longer} to the same progress."
+    if now.verdict == "data-parallel":
+        return f"USE DATA PARALLELISM: {theirs}. Local SGD at its best, {ours}, takes {_more(now.ratio)} to the same progress."
+    return (
+        f"NO DIFFERENCE BEYOND THE NOISE between {ours} and {theirs}: data parallelism is simpler. Measure for longer "
+        "(--seconds) to tell them apart."
+    )
+
+
+def _remarks(advice: Advice) -> Iterator[str]:
+    now = advice.now
     if now.error > SHAKY:
         yield "The measurements vary much: something else keeps these nodes or their network busy."
-    m = advice.m[local.method]
+    m = advice.m[now.local.method]
     if advice.crossover is None:
         yield f"By the formulas alone no m makes local steps pay with these statistics; here m = {m:.2f}."
     else:
         yield f"By the formulas alone local steps pay from m = {advice.crossover:.2g} with these statistics; here m = {m:.2f}."
     others = {one.comparison.verdict for one in advice.scenarios} - {now.verdict, "undecided"}
     if others:
-        yield "It changes with the noise, which grows while the loss falls: see the lines above."
+        yield "The answer changes with the noise, which grows while the loss falls: see the lines above."
     sync = advice.table["sync", 1]
     fixed = ", ".join(
         f"{advice.table['local-lin', period].own_epoch / sync.own_epoch:.2f} with H = {period}"
@@ -195,7 +199,9 @@ def _error(advice: Advice, one: Prediction) -> float:
 
 def _excess(one: Prediction) -> str:
     times = one.gain / one.justified
-    return "" if times * TRUSTED <= 1 else f"({times:.2g}×)"
+    if times * TRUSTED <= 1:
+        return ""
+    return f"({times:.1f}×)" if times < 9.95 else f"({min(times, 9999):.0f}×)"
 
 
 def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
@@ -217,7 +223,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _number(value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:.3g}"
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
 
 
 def _finite(value: float) -> float | None:

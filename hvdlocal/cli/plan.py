@@ -138,7 +138,7 @@ def _alternatives(
 ) -> Iterator[tuple[str, TrainConfig]]:
     """Yields the configurations of --compare, each with its label. A new rule does not inherit the old one's settings."""
     for text in texts:
-        words = shlex.split(re.sub(r",(?=[\w.]+=)", " ", text))  # a comma separates settings as well as a space does
+        words = shlex.split(re.sub(r",\s*(?=[\w.]+=)", " ", text))  # a comma separates settings as well as a space does
         settings = dict(_setting(word) for word in words)
         rule = settings.get("method.period.rule", config.method.period.rule)
         if rule != config.method.period.rule:

@@ -86,20 +86,22 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def data_uri(figure: Figure) -> str:
-    """Encodes a figure as an SVG data URI, for a page that needs no other file."""
+    """Encodes a figure without its background as an SVG data URI, for a page that needs no other file."""
     buffer = io.BytesIO()
     with style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-MOST_CHARACTERS = 60
-"""Length at which `verbatim` shortens a text."""
+def verbatim(text: str, most_characters: int = 60) -> str:
+    """Escapes text for a figure: a $ would start a formula, and control characters are not valid in SVG.
 
-
-def verbatim(text: str) -> str:
-    """Escapes text for a figure: a $ would start a formula, and control characters are not valid in SVG."""
-    shown = text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS // 2]}…{text[-MOST_CHARACTERS // 2 :]}"
+    Args:
+        text: for example, a name.
+        most_characters: length from which the middle is left out.
+    """
+    half = most_characters // 2
+    shown = text if len(text) <= most_characters else f"{text[:half]}…{text[-half:]}"
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown).replace(
         "$", r"\$"
     )

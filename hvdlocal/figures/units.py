@@ -25,3 +25,10 @@ def bytes_text(count: float) -> str:
     """Formats a number of bytes: 22.4 MB."""
     name, size = unit([count], BYTES)
     return f"{count / size:.1f} {name}"
+
+
+def metric_text(value: float, percent: bool = False) -> str:
+    """Formats the value of a metric: 0.0312, 1.880, 24.5, 3.1e-07; a share in percent: 98.66 %."""
+    if percent:
+        return f"{100 * value:.2f} %"
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 10 or value == 0 else f"{value:.4g}"

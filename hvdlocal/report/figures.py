@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.lines import Line2D
 
-from hvdlocal.figures.style import COLORS, Figure, fit_scale, new_figure, powers_axis, style, verbatim
+from hvdlocal.figures.style import COLORS, fit_scale, powers_axis, verbatim
 from hvdlocal.figures.units import BYTES, TIME, seconds_text, unit
+from hvdlocal.report.drawing import Drawing, LegendEntry, Panel
 from hvdlocal.report.lines import RunStyle
 from hvdlocal.report.records import Column, Run
 
@@ -22,22 +22,14 @@ POINTS = 300
 
 PROGRESS = "Progress [scale-invariant epochs]"
 
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure with its title and caption; `name` is the name of its file."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
+PARTS = {"computing": COLORS[0], "averaging": COLORS[1], "waiting_for_data": COLORS[4], "evaluating": "#A8A8A8"}
+"""What the time of a run is spent on, and the colours for it."""
 
 
 def draw(lines: Sequence[RunStyle]) -> list[Drawing]:
     """Draws all figures for which there are records."""
     makers = (_test, _training, _statistics, _gain_grid, _time)
-    with style():
-        return [drawing for make in makers if (drawing := make(lines)) is not None]
+    return [drawing for make in makers if (drawing := make(lines)) is not None]
 
 
 def thin(x: Column, y: Column, points: int = POINTS) -> tuple[Column, Column]:
@@ -72,7 +64,8 @@ def plateaus(x: Column, y: Column) -> tuple[Column, Column]:
 
 def _test(lines: Sequence[RunStyle]) -> Drawing | None:
     seen = [line for line in lines if len(line.run.evaluations)]
-    if not seen:
+    names = _metrics(seen)
+    if not names:
         return None
     time_unit = unit([float(line.run.evaluations["elapsed_seconds"][-1]) for line in seen], TIME, 3)
     sent = [line.run.bytes_at(line.run.evaluations["step"]) for line in seen]
@@ -86,31 +79,50 @@ def _test(lines: Sequence[RunStyle]) -> Drawing | None:
         across.append(
             (f"Sent by a rank [{bytes_unit[0]}]", lambda run: run.bytes_at(run.evaluations["step"]) / bytes_unit[1])
         )
-    figure, axes = new_figure(2, len(across), sharey="row", sharex="col", height=2.7)
-    for column, (label, x) in enumerate(across):
-        for line in seen:
-            marker = "o" if len(line.run.evaluations) <= 40 and len(lines) <= 14 else ""
-            for row, name, factor in ((0, "accuracy", 100), (1, "loss", 1)):
-                y = factor * line.run.evaluations[name]
-                axes[row][column].plot(x(line.run), y, marker=marker, **line.style)
-                axes[row][column].plot(x(line.run)[-1:], y[-1:], "o", color=line.color)
-        axes[1][column].set_xlabel(label)
-        ends = np.array([x(line.run)[-1] for line in seen])
-        if (
-            column > 1 and (ends > 0).all() and ends.max() > 10 * ends.min()
-        ):  # otherwise the cheap runs would shrink to a dot
-            fit_scale(axes[1][column], "x", np.concatenate([[x(line.run)[0] for line in seen], ends]))
-    axes[0][0].set_ylabel("Test accuracy [%]")
-    axes[1][0].set_ylabel("Test loss")
-    axes[0][0].set_ylim(*_accuracy_limits([100 * line.run.evaluations["accuracy"] for line in seen]))
-    fit_scale(axes[1][0], "y", np.concatenate([line.run.evaluations["loss"] for line in seen]), ratio=8)
-    _legend(figure, seen)
+    # What chooses the best model, and the loss, are shown against every cost, other metrics against progress alone.
+    costly = [name for name in names if name == "loss" or any(name == line.run.task.best for line in seen)]
+    panels = [
+        Panel(f"Test {_label(seen, name)}", label, partial(_plot_metric, seen, name, x, costs=column > 1))
+        for name in names
+        for column, (label, x) in enumerate(across if name in costly else across[:1])
+    ]
     caption = (
-        "The average of all ranks on the test images, against what it cost. A scale-invariant epoch is the progress "
-        "that a pass over the data makes at gain 1; elapsed time includes evaluations; bytes are those of one rank for "
-        "training."
+        "The average of all ranks on the test data, against what it cost. A scale-invariant epoch is the progress that a "
+        "pass over the data makes at gain 1; elapsed time includes evaluations; bytes are those of one rank for training."
     )
-    return Drawing("test", "Test accuracy and loss", caption, figure)
+    title = f"Test {names[0]}" if len(names) == 1 else f"Test {', '.join(names[:-1])} and {names[-1]}"
+    return Drawing("test", title, caption, panels, len(across), _legend(seen))
+
+
+def _metrics(lines: Sequence[RunStyle]) -> list[str]:
+    """Returns the metrics to draw: those by which the best models are chosen, then the loss, then all others."""
+    recorded = [name for line in lines for name in line.run.metrics]
+    first = [line.run.task.best for line in lines]
+    return [name for name in dict.fromkeys([*first, "loss", *recorded]) if name in recorded]
+
+
+def _label(lines: Sequence[RunStyle], name: str) -> str:
+    return next(line.run.task.label(name) for line in lines if name in line.run.metrics)
+
+
+def _plot_metric(
+    lines: Sequence[RunStyle], name: str, x: Callable[[Run], Column], axes: Axes, *, costs: bool = False
+) -> None:
+    """Plots a metric of all evaluations against one of their costs."""
+    shown = [line for line in lines if name in line.run.metrics]
+    curves = [line.run.task.factor(name) * line.run.evaluations[name] for line in shown]
+    for line, y in zip(shown, curves, strict=True):
+        marker = "o" if len(y) <= 40 and len(lines) <= 14 else ""
+        axes.plot(x(line.run), y, marker=marker, **line.style)
+        axes.plot(x(line.run)[-1:], y[-1:], "o", color=line.color)
+    ends = np.array([x(line.run)[-1] for line in shown])
+    if costs and (ends > 0).all() and ends.max() > 10 * ends.min():  # otherwise the cheap runs would shrink to a dot
+        fit_scale(axes, "x", np.concatenate([[x(line.run)[0] for line in shown], ends]))
+    best = [line.run.task for line in shown if line.run.task.best == name]
+    if best and best[0].largest:
+        axes.set_ylim(*_limits(curves, best[0].factor(name)))
+    else:
+        fit_scale(axes, "y", np.concatenate(curves), ratio=8)
 
 
 def _training(lines: Sequence[RunStyle]) -> Drawing | None:
@@ -156,68 +168,66 @@ def _gain_grid(lines: Sequence[RunStyle]) -> Drawing | None:
     if len(periods) < 2 or len(presets) < 2:
         return None
     down, across = (periods, workers) if len(workers) > 1 else (workers, periods)
-    columns = len(across)
-    figure, axes = new_figure(
-        len(down), columns, height=2.3, sharex=True, sharey="row", width=min(12.8, 2 + 3.6 * columns)
-    )
-    for i, first in enumerate(down):
-        for j, second in enumerate(across):
-            panel, (period, k) = axes[i][j], (first, second) if down is periods else (second, first)
-            for line in cells.get((period, k), []):
-                color = COLORS[presets.index(line.run.preset)]
-                panel.plot(
-                    *thin(line.run.history["epoch"], _effective_gain(line.run)), color=color, label=line.run.preset
-                )
-            panel.set_title(f"K = {k}, H = {period}")
-            if i == len(down) - 1:
-                panel.set_xlabel(PROGRESS if columns < 5 else "Progress [epochs]")
-        axes[i][0].set_ylabel("Gain ρ, or r/H")
-        axes[i][0].set_ylim(0)
-    found = {label: h for panel in axes.flat for h, label in zip(*panel.get_legend_handles_labels(), strict=True)}
-    handles, labels = [found[preset] for preset in presets], [verbatim(preset) for preset in presets]
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(presets))
+    colors = {preset: COLORS[i] for i, preset in enumerate(presets)}
+    panels = []
+    for first in down:
+        row = [(first, second) if down is periods else (second, first) for second in across]
+        top = _largest_gain([line for cell in row for line in cells.get(cell, [])])
+        panels += [
+            Panel(f"K = {k}, H = {h}: ρ or r/H", PROGRESS, partial(_plot_gain, cells.get((h, k), []), colors, top))
+            for h, k in row
+        ]
     caption = (
         "As in Figs. 12 and 13 of Balles et al.: ρ of LocalAdaScale beside the effective gain r/H of AdaScale with H "
         "accumulated micro-batches. At most K."
     )
-    return Drawing("gain", "Gain by workers and period", caption, figure)
+    legend = [LegendEntry(preset, color) for preset, color in colors.items()]
+    return Drawing("gain", "Gain by workers and period", caption, panels, len(across), legend)
+
+
+def _largest_gain(lines: Sequence[RunStyle]) -> float:
+    gains = [gain for line in lines for gain in thin(line.run.history["epoch"], _effective_gain(line.run))[1]]
+    return max(gains, default=1.0)
+
+
+def _plot_gain(lines: Sequence[RunStyle], colors: Mapping[str, str], top: float, axes: Axes) -> None:
+    for line in lines:
+        x, y = thin(line.run.history["epoch"], _effective_gain(line.run))
+        axes.plot(x, y, color=colors[line.run.preset])
+    axes.set_ylim(0, 1.05 * top if top > 0 else 1)
 
 
 def _time(lines: Sequence[RunStyle]) -> Drawing | None:
-    parts = [
-        ("computing", COLORS[0]),
-        ("averaging", COLORS[1]),
-        ("waiting_for_data", COLORS[4]),
-        ("evaluating", "#A8A8A8"),
-    ]
-    seen = [line for line in lines if len(line.run.seconds) > len(parts) and line.run.seconds["elapsed"] > 0]
+    seen = [line for line in lines if len(line.run.seconds) > len(PARTS) and line.run.seconds["elapsed"] > 0]
     if not seen:
         return None
-    figure, axes = new_figure(1, 1, height=0.9 + 0.26 * len(seen))
-    panel = axes[0][0]
-    at = np.arange(len(seen))[::-1]
-    left = np.zeros(len(seen))
-    for name, color in parts:
-        share = np.array([100 * line.run.seconds[name] / line.run.seconds["elapsed"] for line in seen])
-        panel.barh(at, share, left=left, color=color, height=0.72, edgecolor="white", label=name.replace("_", " "))
-        for y, start, width in zip(at, left, share, strict=True):
-            if width >= 4:
-                ink = "black" if name in ("waiting_for_data", "evaluating") else "white"
-                panel.annotate(f"{width:.0f}", (start + width / 2, y), ha="center", va="center", color=ink, fontsize=8)
-        left += share
-    for y, line in zip(at, seen, strict=True):
-        panel.annotate(
-            seconds_text(line.run.seconds["elapsed"]), (101, y), va="center", fontsize=8, annotation_clip=False
-        )
-    panel.set_yticks(at, [verbatim(line.name) for line in seen])
-    panel.set(xlim=(0, 100), ylim=(-0.6, len(seen) - 0.4), xlabel="Share of the elapsed time [%]")
-    panel.grid(False)
-    figure.legend(loc="outside upper left", ncols=len(parts))
     caption = (
         "Times of rank 0. Averaging includes the wait for the slowest rank; computing is the remainder, including augmentation "
         "and record keeping."
     )
-    return Drawing("time", "Where the time went", caption, figure)
+    panel = Panel("Share of the elapsed time [%]", "", partial(_plot_time, seen))
+    legend = [LegendEntry(name.replace("_", " "), color) for name, color in PARTS.items()]
+    return Drawing("time", "Where the time went", caption, [panel], 1, legend, width=5.0, height=0.8 + 0.26 * len(seen))
+
+
+def _plot_time(lines: Sequence[RunStyle], axes: Axes) -> None:
+    at = np.arange(len(lines))[::-1]
+    left = np.zeros(len(lines))
+    for name, color in PARTS.items():
+        share = np.array([100 * line.run.seconds[name] / line.run.seconds["elapsed"] for line in lines])
+        axes.barh(at, share, left=left, color=color, height=0.72, edgecolor="white")
+        for y, start, width in zip(at, left, share, strict=True):
+            if width >= 4:
+                ink = "black" if name in ("waiting_for_data", "evaluating") else "white"
+                axes.annotate(f"{width:.0f}", (start + width / 2, y), ha="center", va="center", color=ink, fontsize=8)
+        left += share
+    for y, line in zip(at, lines, strict=True):
+        axes.annotate(
+            seconds_text(line.run.seconds["elapsed"]), (101, y), va="center", fontsize=8, annotation_clip=False
+        )
+    axes.set_yticks(at, [verbatim(line.name, 28) for line in lines])
+    axes.set(xlim=(0, 100), ylim=(-0.6, len(lines) - 0.4))
+    axes.grid(False)
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
@@ -228,17 +238,17 @@ def _against_progress(
     title: str,
     caption: str,
     lines: Sequence[RunStyle],
-    panels: Sequence[tuple[str, Callable[[Run], Column], float]],
+    quantities: Sequence[tuple[str, Callable[[Run], Column], float]],
 ) -> Drawing | None:
     """Draws a panel for each quantity that some run has recorded.
 
     Args:
         name, title, caption: of the drawing.
         lines: the runs.
-        panels: for each quantity its label, its values, and the ratio above which its axis is logarithmic.
+        quantities: for each its label, its values, and the ratio above which its axis is logarithmic.
     """
     drawn = []
-    for label, values, ratio in panels:
+    for label, values, ratio in quantities:
         curves = []
         for line in lines:
             if label.startswith("Period"):
@@ -251,40 +261,40 @@ def _against_progress(
             drawn.append((label, curves, ratio))
     if not drawn:
         return None
-    figure, axes = new_figure(1, len(drawn), height=3.1, width=3.2 * len(drawn), sharex=True)
-    for panel, (label, curves, ratio) in zip(axes[0], drawn, strict=True):
-        for line, x, y in curves:
-            stepped = "steps-pre" if label.startswith("Period") else "default"
-            marker = "o" if len(x) == 1 else ""
-            panel.plot(x, y, lw=1.1, drawstyle=stepped, marker=marker, **line.style)
-        panel.set(title=label, xlabel=PROGRESS)
-        everything = np.concatenate([y for _, _, y in curves])
-        # The upper decades of every curve remain visible, even beside a curve far above the others.
-        lowest = min(y.max() for _, _, y in curves) / everything.max() if everything.max() > 0 else 1.0
-        fit_scale(panel, "y", everything, ratio=ratio, floor=lowest * (1e-4 if label.startswith("Learning") else 1e-6))
-        if label.startswith("Period"):
-            _period_axis(panel, everything)
-    shown = {id(line): line for _, curves, _ in drawn for line, _, _ in curves}
-    _legend(figure, [line for line in lines if id(line) in shown])
-    return Drawing(name, title, caption, figure)
+    panels = [Panel(label, PROGRESS, partial(_plot_history, label, curves, ratio)) for label, curves, ratio in drawn]
+    shown = {id(line) for _, curves, _ in drawn for line, _, _ in curves}
+    return Drawing(name, title, caption, panels, len(panels), _legend([line for line in lines if id(line) in shown]))
+
+
+def _plot_history(label: str, curves: Sequence[tuple[RunStyle, Column, Column]], ratio: float, axes: Axes) -> None:
+    for line, x, y in curves:
+        stepped = "steps-pre" if label.startswith("Period") else "default"
+        marker = "o" if len(x) == 1 else ""
+        axes.plot(x, y, lw=1.1, drawstyle=stepped, marker=marker, **line.style)
+    everything = np.concatenate([y for _, _, y in curves])
+    # The upper decades of every curve remain visible, even beside a curve far above the others.
+    lowest = min(y.max() for _, _, y in curves) / everything.max() if everything.max() > 0 else 1.0
+    fit_scale(axes, "y", everything, ratio=ratio, floor=lowest * (1e-4 if label.startswith("Learning") else 1e-6))
+    if label.startswith("Period"):
+        _period_axis(axes, everything)
 
 
 def _period_axis(panel: Axes, periods: Column) -> None:
-    """Labels an axis with whole numbers, or with powers of two if it is logarithmic."""
+    """Labels an axis with whole numbers, or with powers of two if it is logarithmic and they are short."""
     if panel.get_yscale() == "log":
+        if periods.max() >= 1e7:
+            return
         top = int(np.ceil(np.log2(periods.max())))
         powers_axis(panel, "y", [2**i for i in range(0, top + 1, 1 + top // 8)])
     else:
         panel.set_ylim(0, periods.max() + 1)
 
 
-def _legend(figure: Figure, lines: Sequence[RunStyle]) -> None:
+def _legend(lines: Sequence[RunStyle]) -> list[LegendEntry]:
     if len(lines) == 1:
-        return
-    looks = {verbatim(line.legend): line.legend_style for line in lines}
-    handles = [Line2D([], [], **look) for look in looks.values()]
-    columns = max(1, int(11 * figure.get_figwidth()) // (8 + max(map(len, looks))))
-    figure.legend(handles, list(looks), loc="outside upper left", ncols=columns)
+        return []
+    entries = {line.legend: LegendEntry(line.legend, line.legend_color or line.color, line.dashes) for line in lines}
+    return list(entries.values())
 
 
 def _column(name: str) -> Callable[[Run], Column]:
@@ -304,11 +314,11 @@ def _noise_to_signal(run: Run) -> Column:
         return np.where(grad_sqr > 0, grad_var / grad_sqr, np.nan)
 
 
-def _accuracy_limits(curves: Sequence[Column]) -> tuple[float, float]:
+def _limits(curves: Sequence[Column], most: float) -> tuple[float, float]:
     """Returns limits that include all but the first quarter of each curve, so that differences at the end are visible."""
     late = np.concatenate([curve[len(curve) // 4 :] for curve in curves])
     if not np.isfinite(late).any():
-        return 0.0, 100.0
+        return 0.0, most
     low, high = float(np.nanmin(late)), float(np.nanmax(late))
-    room = max(0.05 * (high - low), 0.2)
-    return max(0.0, low - room), high + room
+    room = max(0.05 * (high - low), 2e-3 * max(abs(low), abs(high)), 1e-9)
+    return low - room, high + room

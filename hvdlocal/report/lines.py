@@ -34,11 +34,6 @@ class RunStyle:
         """Arguments for Matplotlib's `plot`."""
         return {"color": self.color, "ls": self.dashes}
 
-    @property
-    def legend_style(self) -> dict[str, Any]:
-        """Arguments for the legend's entry, which stands for all lines with this legend."""
-        return {"color": self.legend_color or self.color, "ls": self.dashes}
-
 
 def draw_as(runs: Sequence[Run]) -> list[RunStyle]:
     """Chooses names, colours and dashes, in the order of the runs.

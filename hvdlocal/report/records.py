@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from hvdlocal.report.task_metrics import TaskMetrics
 from hvdlocal.terminal import plain
 from hvdlocal.untrusted_files import from_json, from_yaml, read_lines, read_text
 
@@ -38,9 +39,12 @@ MOST_BYTES_OF_A_RECORD = 1 << 20
 _NEEDED = {
     "steps": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent"),
     "round": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent", "round"),
-    "evaluation": ("progress", "epoch", "data_epoch", "elapsed_seconds", "loss", "accuracy"),
+    "evaluation": ("progress", "epoch", "data_epoch", "elapsed_seconds"),
     "end": ("steps", "micro_batches", "bytes_sent", "data_parallel_bytes", "seconds"),
 }
+_NO_METRICS = (*_NEEDED["steps"], "step", "samples")
+"""The numbers in the record of an evaluation that are not metrics."""
+
 _SPENT = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
 
 
@@ -59,7 +63,7 @@ class Series:
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         rows = list(records)
         self._length = len(rows)
-        names = {name for row in rows for name, value in row.items() if _is_number(value)}
+        names = dict.fromkeys(name for row in rows for name, value in row.items() if _is_number(value))
         self._columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
 
     def __len__(self) -> int:
@@ -68,6 +72,11 @@ class Series:
     def __getitem__(self, name: str) -> Column:
         """Returns a field's values; NaN where it is absent or null (NaN and infinity are recorded as null)."""
         return self._columns.get(name, np.full(self._length, np.nan))
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that hold a number in at least one record, in the order in which they were written."""
+        return list(self._columns)
 
     def last(self, name: str) -> float | None:
         """Returns a field's last value; None if there is none or it is NaN."""
@@ -85,7 +94,7 @@ class Run:
         environment: how the job was started.
         steps: means over a log interval.
         rounds: the state after each averaging of a local method; empty for other methods.
-        evaluations: evaluations of the averaged model on the test images.
+        evaluations: evaluations of the averaged model on the test data.
         end: the last record of a run that finished, otherwise None.
         state: finished, running, interrupted or diverged.
         notes: remarks for the reader about interruptions and incomplete files.
@@ -133,9 +142,23 @@ class Run:
         return int(self.rounds.last("round") or 0) if self.preset.startswith("local") else self.num_steps
 
     @property
-    def accuracy(self) -> float | None:
-        """Top-1 accuracy of the last evaluation, between 0 and 1."""
-        return self.evaluations.last("accuracy")
+    def task(self) -> TaskMetrics:
+        """What the task says about its metrics."""
+        return TaskMetrics.of(self.environment)
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics of which an evaluation has recorded a value."""
+        return [name for name in self.evaluations.names if name not in _NO_METRICS]
+
+    @property
+    def best(self) -> tuple[float, float] | None:
+        """The best value of the task's best metric, and the epoch of its evaluation; None if there is none yet."""
+        values = self.evaluations[self.task.best]
+        if not np.isfinite(values).any():
+            return None
+        at = int(np.nanargmax(values) if self.task.largest else np.nanargmin(values))
+        return float(values[at]), float(self.evaluations["epoch"][at])
 
     @property
     def data_parallel_share(self) -> float | None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 
 import numpy as np
@@ -169,10 +170,18 @@ def test_no_winner_within_the_noise():
 @pytest.mark.parametrize(
     ("averaging", "said"), [(0.0, "USE DATA PARALLELISM"), (50.0, "USE LOCAL SGD: local-ada, H = ")]
 )
-def test_the_verdict_is_said(averaging, said):
+def test_the_verdict_comes_first(averaging, said):
     text = advice_text(advise(measurements(averagings=(averaging,) * 3)))
-    assert said in text
+    assert text.startswith(said)
     assert "σ²/G = 10" in text
+
+
+def test_the_table_has_aligned_columns():
+    """Rates that are hundreds of times too large are written out, with a space before them."""
+    text = advice_text(advise(measurements(grad_sqr=1e6, averagings=(1e-5, 1e-5, 1e-5))))
+    table = text[text.index("     H ") :].splitlines()[1 : len(PERIODS) + 1]
+    assert re.fullmatch(r" +128( +[\d.]+ ± [\d.e-]+ +[\d.]+)+( +[\d.]+ +\([\d.]+×\)){2}", table[-1]), table[-1]
+    assert len({len(line) for line in table[-3:]}) == 1
 
 
 def test_gradients_that_are_nothing_but_noise():

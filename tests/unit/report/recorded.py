@@ -12,7 +12,7 @@ STEP_SECONDS = {"computing": 0.005, "averaging": 0.003, "waiting_for_data": 0.00
 
 
 def write_run(
-    directory: Path, preset="local-ada", *, workers=2, period=4, steps=800, finished=True, seed=0, **rule
+    directory: Path, preset="local-ada", *, workers=2, period=4, steps=800, finished=True, seed=0, task=None, **rule
 ) -> Path:
     """A run at gain 1 whose step takes 10 ms, half of it computing; an evaluation each 100 steps."""
     directory.mkdir(parents=True)
@@ -27,6 +27,8 @@ def write_run(
     config = {
         "data": {"path": "data/digits", "batch_size": 32},
         "model": {"name": "digits_cnn"},
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "schedule": {"name": "cosine"},
         "output": str(directory),
         "epochs": BUDGET_EPOCHS,
         "method": {
@@ -38,7 +40,7 @@ def write_run(
         "log_every_seconds": 1.0,
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (directory / "environment.json").write_text(json.dumps({"ranks": workers}))
+    (directory / "environment.json").write_text(json.dumps({"ranks": workers} | ({"task": task} if task else {})))
     local = preset.startswith("local")
     per_averaging = period if local else 1
     records = []

@@ -1,5 +1,7 @@
 """The page about runs: what stands on it, for few runs and for many."""
 
+import base64
+import json
 import re
 
 import numpy as np
@@ -16,12 +18,13 @@ from hvdlocal.report.records import read_run
 
 
 def table(html):
-    """The rows of the first table as lists of text."""
+    """The rows of the first table, each as a dict of cells by the heads of their columns and the notes below them."""
+    heads = [" ".join(re.sub("<[^>]*>", " ", cell).split()) for cell in re.findall("<th[ >].*?</th>", html)]
     body = html[html.index("<tbody>") : html.index("</tbody>")]
-    return [
-        [re.sub("<[^>]*>", "", cell).strip() for cell in re.findall("<td.*?</td>", row)]
-        for row in body.split("<tr>")[1:]
+    rows = [
+        [re.sub("<[^>]*>", "", cell).strip() for cell in re.findall("<td.*?</td>", row)] for row in body.split("<tr>")
     ]
+    return [dict(zip(heads, row, strict=False)) for row in rows[1:]]
 
 
 def test_one_run(tmp_path):
@@ -29,20 +32,83 @@ def test_one_run(tmp_path):
     html = report.html()
     assert [drawing.name for drawing in report.drawings] == ["test", "training", "statistics", "time"]
     (row,) = table(html)
-    assert row == [
-        *("digits", "local-ada", "2", "H = 4"),
-        *("98.75", "–", "0.0013"),
-        *("8.0", "16.0", "800", "200"),
-        *("200.0 kB", "25.0", "2.40", "8.0 s", "finished"),
-    ]
+    assert row == {
+        "Run": "digits",
+        "State": "finished",
+        "Best accuracy": "98.75 %",
+        "Test accuracy": "98.75 %",
+        "Test loss": "0.0013",
+        "Model": "digits_cnn",
+        "Data": "digits",
+        "Preset": "local-ada",
+        "K ranks": "2",
+        "H steps": "H = 4",
+        "Batch of a rank": "32",
+        "Optimizer and γ, its rate": "sgd 0.05, cosine",
+        "Progress epochs": "8.0",
+        "Data epochs": "16.0",
+        "Steps": "800",
+        "Averagings": "200",
+        "Sent per rank": "200.0 kB",
+        "Sent % of parallel": "25.0",
+        "m Eq. 16": "2.40",
+        "Time": "8.0 s",
+    }
+    assert "<title>digits – hvdlocal report</title>" in html
+    assert "digits_cnn on digits, local-ada on 2 ranks: finished, best test accuracy 98.75 % at epoch 8.0." in html
     assert "Settings that differ" not in html
     assert "preset: local-ada" in html, "the configuration"
+
+
+def test_the_best_value_is_not_the_last(tmp_path):
+    directory = write_run(tmp_path / "a")
+    edit_accuracies(directory, lambda step, accuracy: 0.25 if step == 800 else accuracy)
+    html = make_report([directory]).html()
+    (row,) = table(html)
+    assert (row["Best accuracy"], row["Test accuracy"]) == ("98.57 %", "25.00 %")
+    assert "best test accuracy 98.57 % at epoch 7.0." in html
+
+
+def test_metrics_of_any_name(tmp_path):
+    """A task's own metric, whose smallest value is the best, beside a run of image classification."""
+    ours = write_run(tmp_path / "fields", task={"best": "$rmse", "direction": "min", "percent": []})
+    edit_records(ours, lambda record: record | {"$rmse": 5 + abs(record["step"] - 300) / 100, "accuracy": None})
+    report = make_report([ours])
+    assert [panel.title for panel in report.drawings[0].panels][::4] == ["Test $rmse", "Test loss"]
+    (row,) = table(report.html())
+    assert (row["Best $rmse"], row["Test $rmse"]) == ("5.0000", "10")
+    both = make_report([ours, write_run(tmp_path / "digits")])
+    assert [row["Best of its metric"] for row in table(both.html())] == ["$rmse 5.0000", "accuracy 98.75 %"]
+    assert [row["Test $rmse"] for row in table(both.html())] == ["10", "–"]
+    titles = [panel.title for panel in both.drawings[0].panels]
+    assert titles == 4 * ["Test $rmse"] + 4 * ["Test accuracy [%]"] + 4 * ["Test loss"]
+
+
+def edit_records(directory, change):
+    """Changes the records of evaluations."""
+    path = directory / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    changed = [change(record) if record["kind"] == "evaluation" else record for record in records]
+    path.write_text("".join(json.dumps(record) + "\n" for record in changed))
+
+
+def edit_accuracies(directory, change):
+    edit_records(directory, lambda record: record | {"accuracy": change(record["step"], record["accuracy"])})
+
+
+def test_the_page_fits_small_and_dark_screens(tmp_path):
+    """Panels are pictures of their own, which a narrow page stacks; their background is that of the page."""
+    html = make_report([write_run(tmp_path / "a")]).html()
+    assert "prefers-color-scheme: dark" in html
+    assert re.findall("--wide: (.); --medium: (.)", html) == [("4", "2"), ("4", "2"), ("4", "2"), ("1", "1")]
+    svg = base64.b64decode(re.search('base64,([^"]*)', html)[1]).decode()
+    assert "fill: #ffffff" not in svg.lower()
 
 
 def test_nothing_from_outside(tmp_path):
     """The page and its figures name no address but those of SVG's own vocabulary."""
     html = make_report([write_run(tmp_path / "a")]).html()
-    assert html.count('src="data:image/svg+xml;base64,') == 4
+    assert html.count('src="data:image/svg+xml;base64,') == 8 + 4 + 4 + 1
     assert not re.search(r"(src|href)=\"(?!data:)|url\(|@import|<script|<link", html)
 
 
@@ -59,9 +125,9 @@ def test_running_beside_others(tmp_path):
         file.write('{"kind": "ro')
     started = write_run(tmp_path / "c", steps=0, finished=False)
     html = make_report([finished, running, started]).html()
-    states = [row[-1] for row in table(html)]
+    states = [row["State"] for row in table(html)]
     assert states == ["finished", "running at 25 %", "running"]
-    assert [row[4] for row in table(html)] == ["98.75", "95.00", "–"]
+    assert [row["Test accuracy"] for row in table(html)] == ["98.75 %", "95.00 %", "–"]
     assert "b: the last line of metrics.jsonl is incomplete" in html
 
 
@@ -79,8 +145,9 @@ def test_before_the_first_evaluation(tmp_path):
 
 def test_one_worker_and_no_statistics(tmp_path):
     report = make_report([write_run(tmp_path / "a", "sync", workers=1)])
-    assert len(report.drawings[0].figure.axes) == 6, "no panels of bytes"
-    assert table(report.html())[0][10:13] == ["–", "–", "–"]
+    assert report.drawings[0].columns == 3, "no panels of bytes"
+    (row,) = table(report.html())
+    assert [row[head] for head in ("Averagings", "Sent per rank", "Sent % of parallel", "m Eq. 16")] == 4 * ["–"]
 
 
 def test_numbers_that_are_not_finite(tmp_path):
@@ -88,7 +155,7 @@ def test_numbers_that_are_not_finite(tmp_path):
     directory = write_run(tmp_path / "a")
     text = (directory / "metrics.jsonl").read_text()
     (directory / "metrics.jsonl").write_text(re.sub(r'"(loss|grad_sqr)": [\d.e-]+', r'"\1": null', text))
-    assert table(make_report([directory]).html())[0][6] == "–"
+    assert "Test loss" not in table(make_report([directory]).html())[0]
 
 
 def test_given_twice_counts_once(tmp_path):
@@ -119,9 +186,9 @@ def test_many_runs_share_a_colour_by_preset(tmp_path):
     report = make_report(directories)
     assert {line.legend for line in report.lines} == {f"{p} (6 runs, darker for larger H)" for p in presets}
     assert len({line.color for line in report.lines}) == 6
-    gain = next(drawing for drawing in report.drawings if drawing.name == "gain").figure
+    gain = next(drawing for drawing in report.drawings if drawing.name == "gain").figure()
     titles = [panel.get_title(loc="left") for panel in gain.axes]
-    assert titles == [f"K = {k}, H = {h}" for h in (2, 8, 32) for k in (2, 4)], (
+    assert titles == [f"K = {k}, H = {h}: ρ or r/H" for h in (2, 8, 32) for k in (2, 4)], (
         "rows H, columns K, as in Figs. 12 and 13"
     )
     acc, local = (dict.fromkeys(np.unique(line.get_ydata())) for line in gain.axes[2].get_lines())

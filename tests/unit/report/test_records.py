@@ -20,7 +20,8 @@ def test_a_finished_run(tmp_path):
     assert len(run.steps) == 16
     assert len(run.evaluations) == 8
     assert run.history is run.rounds
-    assert run.accuracy == pytest.approx(1 - 10 / 800)
+    assert run.metrics == ["loss", "accuracy"]
+    assert run.best == (pytest.approx(1 - 10 / 800), 8.0)
     assert run.data_parallel_share == pytest.approx(1 / 4)
     assert run.seconds["elapsed"] == 8
     assert run.measured_m == pytest.approx((0.003 * 4) / 0.005)
