@@ -66,9 +66,9 @@ class Unmappable(Protocol):
         """Opens the file."""
 
 
-def open_reader(extent: Extent) -> Reader:
-    """Opens an extent for reading; one system call per file."""
-    return extent.open_reader() if isinstance(extent, Unmappable) else FileReader(extent)
+def open_reader(extent: Extent, *, sequential: bool = True) -> Reader:
+    """Opens an extent for reading; `sequential` as for `FileReader`."""
+    return extent.open_reader() if isinstance(extent, Unmappable) else FileReader(extent, sequential=sequential)
 
 
 class FileReader:

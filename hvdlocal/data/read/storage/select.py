@@ -103,14 +103,16 @@ def choose(storage: str, total_bytes: int, path: Path, obstacle: str | None, com
         raise ValueError(
             f"storage 'ram' needs {size}, more than {room}; choose 'mmap' or 'stream', or ask for more memory"
         )
-    if obstacle is not None:
-        if storage not in ("auto", "ram") or total_bytes > available:
-            wish = f"storage {storage!r} cannot read" if storage != "auto" else f"{room} cannot hold"
-            raise ValueError(
-                f"{wish} the {size} of images of which those in {path} are {obstacle}; write them as shards with ShardWriter, "
-                "or as uint8 (N, H, W, C) in one piece (`h5repack -f NONE -l CONTI` does that for chunked ones)"
-            )
-        return Choice("ram", f"{size}, {obstacle}, are unpacked once", stream_bytes)
+    if obstacle is not None and storage == "mmap":
+        raise ValueError(
+            f"storage 'mmap' cannot read the {size} of samples of which those in {path} are {obstacle}; write "
+            "them as shards (python -m data_prep arrays, or ShardWriter), or choose 'auto', which unpacks them"
+        )
+    if obstacle is not None and storage != "stream":
+        if total_bytes <= available:
+            return Choice("ram", f"{size}, {obstacle}, are unpacked once", stream_bytes)
+        reason = f"{size}, {obstacle}, exceed {room}, and are unpacked again in every epoch"
+        return Choice("stream", reason, stream_bytes)
     if storage != "auto":
         return Choice(storage, "as asked for", stream_bytes)
     if total_bytes <= available // 2:

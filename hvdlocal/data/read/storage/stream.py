@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hvdlocal.data.errors import DamagedDataError
-from hvdlocal.data.format.extent import FileReader
+from hvdlocal.data.format.extent import Reader, open_reader
 from hvdlocal.data.read.storage.base import Layout, Storage
 
 NUM_THREADS = 4
@@ -104,10 +104,10 @@ class _Cache:
     def __init__(self, layout: Layout, capacity: int) -> None:
         self._layout = layout
         self._capacity = capacity
-        self._readers: list[FileReader] = []
+        self._readers: list[Reader] = []
         try:
             for extent in layout.extents:
-                self._readers.append(FileReader(extent, sequential=False))
+                self._readers.append(open_reader(extent, sequential=False))
         except BaseException:
             self._close_files()
             raise

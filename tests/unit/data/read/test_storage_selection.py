@@ -1,5 +1,7 @@
 """Which storage is chosen, and by what."""
 
+import re
+
 import pytest
 
 from hvdlocal.communicator import SingleProcess
@@ -78,16 +80,27 @@ def test_a_wish_is_followed(machine, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("storage", "size", "mode"), [("auto", 7, "ram"), ("auto", 9, "stream"), ("stream", 1, "stream")]
+)
+def test_what_must_be_unpacked_is_unpacked_once_if_it_fits(machine, tmp_path, storage, size, mode):
+    machine(8 * GIB, "ext4")
+    found = choose(storage, size * GIB, tmp_path, "compressed", SingleProcess())
+    assert found.mode == mode
+    if storage == "auto":
+        said = "are unpacked once" if mode == "ram" else "exceed the 8 GiB .* and are unpacked again in every epoch"
+        assert re.search(f"{size} GiB, compressed, {said}", found.reason)
+
+
+@pytest.mark.parametrize(
     ("storage", "size", "obstacle", "message"),
     [
         ("ram", 9 * GIB, None, r"'ram' needs 9 GiB, more than the 8 GiB .* choose 'mmap' or 'stream'"),
         ("disk", 1, None, "storage is 'disk'; choose"),
-        ("mmap", 1, "chunked or compressed", r"storage 'mmap' cannot read .*chunked or compressed.*h5repack"),
         (
-            "auto",
-            9 * GIB,
+            "mmap",
+            1,
             "chunked or compressed",
-            r"the 8 GiB that the node can give cannot hold the 9 GiB of .*h5repack",
+            r"storage 'mmap' cannot read .*chunked or compressed; write them as shards",
         ),
     ],
 )

@@ -152,10 +152,8 @@ def test_a_virtual_data_set_that_is_whole(tmp_path, parts):
     write(tmp_path / "s.h5")
     path = virtual(tmp_path / "a.h5", parts)
     check(open_hdf5(path))
-    with pytest.raises(
-        ValueError, match=r"'stream' cannot read .*a\.h5 are virtual, put together from other data sets"
-    ):
-        open_hdf5(path, storage="stream")
+    with pytest.raises(ValueError, match=r"'mmap' cannot read .*a\.h5 are virtual, put together from other data sets"):
+        open_hdf5(path, storage="mmap")
     pickled = pickle.dumps(open_hdf5(path))
     write(tmp_path / "s.h5", content()[0][::-1])
     with pytest.raises(ValueError, match=r"s\.h5 was written again"):
