@@ -29,8 +29,8 @@ from PIL import Image
 from data_prep.__main__ import main as data_prep
 from hvdlocal.data import Loader, ShardedDataset
 from hvdlocal.data.augment import Compose, Flip, Normalize, RandomResizedCrop
+from hvdlocal.data.kinds.decode import decode_crop
 from hvdlocal.data.random_keys import sample_keys
-from hvdlocal.data.read.decode import decode_crop
 from hvdlocal.models.torchvision_import import import_torchvision
 
 BATCH, SIZE = 16, 224

@@ -7,13 +7,20 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor
 
 _SMALLEST = (
     1 << 17
 )  # malloc maps larger blocks from the kernel and unmaps them afterwards; smaller ones it keeps itself
 _PAGE = 1 << 12
+
+
+def torch_dtype(dtype: DTypeLike) -> torch.dtype:
+    """The torch type that corresponds to a NumPy type."""
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 class BufferPool:

@@ -137,7 +137,7 @@ class Trainer:
             "settings without effect": self.unused,
         }
         if session.train_data.kind == "jpeg":
-            from hvdlocal.data.read.decode import decoder_description  # loads OpenCV
+            from hvdlocal.data.kinds.decode import decoder_description  # loads OpenCV
 
             environment["decoder"] = decoder_description()
         return environment

@@ -112,7 +112,7 @@ import sys, time
 import hvdlocal
 communicator = hvdlocal.init(timeout_seconds=30)
 dataset = hvdlocal.ShardedDataset(sys.argv[1], storage="ram", communicator=communicator)
-assert (dataset._storage.region is not None) == (communicator.size > 1)
+assert (dataset._storages[0].region is not None) == (communicator.size > 1)
 print("staged\\n", end="", flush=True)  # one write, also where nothing is buffered
 time.sleep(60)
 """

@@ -91,7 +91,7 @@ def test_one_copy_per_node(comm, directory, share):
         resident, proportional = mapped_bytes()
         comm.barrier("test.measured")
         if comm.size > 1:
-            storage = dataset._storage
+            storage = dataset._storages[0]
             assert resident == TOTAL
             assert proportional == pytest.approx(TOTAL / comm.size, rel=0.02), "shared by all ranks"
             assert len(set(comm.gather(storage.region, "test.regions"))) == 1
@@ -226,7 +226,7 @@ def test_images_behind_a_link_where_every_node_has_a_folder_of_its_own(comm, dir
         file["images"], file["labels"] = h5py.ExternalLink("far/source.h5", "/images"), np.arange(N) % 3
     with open_hdf5(mine / "a.h5", storage=storage, communicator=comm) as dataset:
         assert np.array_equal(dataset.take(np.arange(N)), images_of(N))
-        assert dataset._layout.extents[0].path == mine / "far" / "source.h5"
+        assert dataset._layouts[0].extents[0].path == mine / "far" / "source.h5"
         assert len(set(comm.gather(dataset.fingerprint, "test.fingerprints"))) == 1
 
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.kinds.base import Facts, Kind, is_whole
 from hvdlocal.directory import write_text
 
 FORMAT = "hvdlocal-shards"
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 OVERWRITE = "--overwrite (from Python: overwrite=True)"  # for messages
-
-Kind = Literal["images", "jpeg"]
-"""How samples are stored: as equally sized uint8 images, or as JPEG files of any size."""
 
 
 @dataclass(frozen=True)
@@ -48,24 +46,21 @@ class Manifest:
 
     Attributes:
         split: name of the split, e.g. "train".
-        shape: (height, width, channels) of every image; None for JPEG, where every image has its own.
-        classes: class names; label i means classes[i].
+        kind: the name of the kind of its samples, a key of `KINDS`.
+        facts: what the kind says of all samples (for images, `shape` and `classes`).
         seed: seed of the pre-shuffle.
-        mean, std: per channel, of the pixel values divided by 255 (population standard deviation).
+        statistics: what the kind counts while samples are written (for images, `mean` and `std`); empty in a draft.
         shards: the shards, in order; sample 0 of the split is sample 0 of the first.
-        kind: how the samples are stored; "jpeg" exactly if `shape` is None.
         preparation: how the data set came about, for people: options, library versions, how many files were left out.
         plan: hex sha256 of all that determined the content; a writer with the same plan has nothing left to do.
     """
 
     split: str
-    shape: tuple[int, int, int] | None
-    classes: tuple[str, ...]
+    kind: str
+    facts: Facts
     seed: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    shards: tuple[ShardEntry, ...]
-    kind: Kind = "images"
+    statistics: Facts = field(default_factory=dict)
+    shards: tuple[ShardEntry, ...] = ()
     preparation: Mapping[str, Any] = field(default_factory=dict)
     plan: str = ""
 
@@ -74,11 +69,23 @@ class Manifest:
         """Number of samples over all shards."""
         return sum(shard.num_samples for shard in self.shards)
 
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """(height, width, channels) of every image; None for JPEGs and other kinds."""
+        return self.facts.get("shape")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; label i means classes[i]. Empty where samples have no classes."""
+        return self.facts.get("classes", ())
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 that identifies the data: the same wherever, whenever and by whatever HDF5 release written."""
         content = self._content()
-        for key in ("kind", "preparation", "plan"):  # the first is what `shape` says; the others are not content
+        if not KINDS[self.kind].named_in_fingerprint:
+            del content["kind"]
+        for key in ("preparation", "plan"):  # which are not content
             del content[key]
         for shard in content["shards"]:
             del shard["bytes"]
@@ -90,7 +97,18 @@ class Manifest:
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def _content(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, "split": self.split, "kind": self.kind} | asdict(self)
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "split": self.split,
+            "kind": self.kind,
+            **self.facts,
+            "seed": self.seed,
+            **self.statistics,
+            "shards": [asdict(shard) for shard in self.shards],
+            "preparation": self.preparation,
+            "plan": self.plan,
+        }
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
@@ -110,29 +128,39 @@ class Manifest:
             found = (content["format"], content["version"])
             if found != (FORMAT, VERSION):
                 raise ValueError(f"it is of format {found[0]!r} version {found[1]!r}, not {FORMAT!r} version {VERSION}")
+            kind = _kind(content.get("kind", "images"))
             manifest = cls(
                 split=content["split"],
-                shape=None if content["shape"] is None else tuple(content["shape"]),
-                classes=tuple(content["classes"]),
+                kind=kind.name,
+                facts={name: _frozen(content[name]) for name in kind.facts},
                 seed=content["seed"],
-                mean=tuple(content["mean"]),
-                std=tuple(content["std"]),
+                statistics={name: _frozen(content[name]) for name in kind.statistics},
                 shards=tuple(map(_entry, content["shards"])),
-                kind=content.get("kind", "images"),
                 preparation=content.get("preparation", {}),
                 plan=content.get("plan", ""),
             )
-            if manifest.kind != ("jpeg" if manifest.shape is None else "images"):
-                raise ValueError(f"its kind {manifest.kind!r} does not go with the shape {manifest.shape}")
             if manifest.fingerprint != content["fingerprint"]:
                 raise ValueError("its content does not match its fingerprint (edited by hand or damaged)")
-            _check_values(manifest)
+            _check_values(manifest, kind)
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else error
             raise ValueError(
                 f"{path} is not a usable manifest: {reason}; write the data set again with {OVERWRITE}"
             ) from error
         return manifest
+
+
+def _kind(name: Any) -> Kind:
+    if name not in KINDS:
+        raise ValueError(f"its kind {reprlib.repr(name)} is none of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def _frozen(value: Any) -> Any:
+    """The same with tuples for lists, in dicts too."""
+    if isinstance(value, dict):
+        return {key: _frozen(inner) for key, inner in value.items()}
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _entry(content: Mapping[str, Any]) -> ShardEntry:
@@ -143,44 +171,28 @@ def _entry(content: Mapping[str, Any]) -> ShardEntry:
     return ShardEntry(**content)
 
 
-def _check_values(manifest: Manifest) -> None:
+def _check_values(manifest: Manifest, kind: Kind) -> None:
     """Raises ValueError for what no writer writes: a fingerprint shows damage, not where the content came from."""
-    shape, shards = manifest.shape, manifest.shards
-    channels = (shape or (3,))[-1]
-    values = {
+    shards, facts = manifest.shards, {**manifest.facts, **manifest.statistics}
+    values = {"split": manifest.split, "seed": manifest.seed, "shards": shards, **facts}
+    sound = {
         "split": isinstance(manifest.split, str),
-        "shape": shape is None or (len(shape) == 3 and all(_is_whole(side, 1) for side in shape)),
-        "classes": len(manifest.classes) > 0 and all(isinstance(name, str) for name in manifest.classes),
-        "seed": _is_whole(manifest.seed, 0),
-        "mean": len(manifest.mean) == channels and all(map(_is_share, manifest.mean)),
-        "std": len(manifest.std) == channels and all(map(_is_share, manifest.std)),
+        "seed": is_whole(manifest.seed, 0),
         "shards": len(shards) > 0,
+        **kind.sound(facts),
     }
-    for name, sound in values.items():
-        if not sound:
-            raise ValueError(f"its {name} cannot be {reprlib.repr(getattr(manifest, name))}")
-    least_bytes = 1 if shape is None else math.prod(shape)  # of a sample
+    for name in sound:
+        if not sound[name]:
+            raise ValueError(f"its {name} cannot be {reprlib.repr(values[name])}")
+    least_bytes = kind.least_bytes(facts)
     for shard in shards:
         file = shard.file
         if not (isinstance(file, str) and re.fullmatch(r"[^/\0]+", file)) or file in (".", ".."):
             raise ValueError(f"a shard cannot be called {reprlib.repr(file)}: shards lie beside the manifest")
-        if not (_is_whole(shard.num_samples, 1) and _is_whole(shard.bytes, shard.num_samples * least_bytes)):
+        if not (is_whole(shard.num_samples, 1) and is_whole(shard.bytes, shard.num_samples * least_bytes)):
             raise ValueError(f"{file} cannot hold {shard.num_samples!r} samples in {shard.bytes!r} bytes")
     if len({shard.file for shard in shards}) < len(shards):
         raise ValueError("it names a shard twice")
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return type(value) is int and value >= least  # not bool, which is an int too
-
-
-def _is_share(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
-
-
-def classes_sha256(classes: Sequence[str]) -> str:
-    """Hex sha256 of the class list, which every shard carries so that it cannot be read with another list."""
-    return sha256_of_json(list(classes))
 
 
 def split_directory(directory: str | Path, split: str) -> Path:

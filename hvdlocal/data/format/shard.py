@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,46 +18,38 @@ from numpy.typing import NDArray
 from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.data.format.extent import READ_BYTES, FileReader
 from hvdlocal.data.format.hdf5 import is_stored, open_for_reading
-from hvdlocal.data.format.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, classes_sha256
-
-CRC_BLOCK = 64  # images per checksum: small enough to name the damage, large enough to cost 0.02 % of the bytes
+from hvdlocal.data.format.manifest import FORMAT, MANIFEST_NAME, VERSION, Manifest, ShardEntry, sha256_of_json
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.kinds.base import Column, Kind
 
 _REWRITE = "write the data set again (python -m data_prep … --overwrite)"
 
 
 @dataclass(frozen=True, eq=False)
-class Shard:
-    """A shard that was opened: its small arrays, and where its data lie. Nothing stays open or mapped.
-
-    The data are the bytes of /images or /jpeg. Each of the checksums covers one *unit* of them: a block of 64 images,
-    or one JPEG.
+class StoredColumn:
+    """A column of a shard that was opened: an `Extent`.
 
     Attributes:
         path: the file.
         data_offset: position of the data in the file, in bytes.
-        data_bytes: length of the data.
-        labels: int32 (n,).
-        index: int64 (n,), position of each sample in the source data set.
+        column: what the data are.
         crc32: uint32 (units,), checksum of each unit.
-        unit_bounds: int64 (units + 1,); unit u is made of the bytes unit_bounds[u]:unit_bounds[u + 1] of the data.
-        offsets: int64 (n + 1,), the same for samples; None for images, whose size is known.
-        dims: uint16 (n, 2), height and width of each JPEG; None for images.
     """
 
     path: Path
     data_offset: int
-    data_bytes: int
-    labels: NDArray[np.int32]
-    index: NDArray[np.int64]
+    column: Column
     crc32: NDArray[np.uint32]
-    unit_bounds: NDArray[np.int64]
-    offsets: NDArray[np.int64] | None = None
-    dims: NDArray[np.uint16] | None = None
 
     @property
-    def sha256(self) -> str:
-        """Digest of everything but the data, whose checksums it covers: identifies the content for a few bytes a sample."""
-        return content_sha256(self.labels, self.index, self.crc32, self.offsets, self.dims)
+    def data_bytes(self) -> int:
+        """Length of the data."""
+        return self.column.num_bytes
+
+    @cached_property
+    def unit_bounds(self) -> NDArray[np.int64]:
+        """int64 (units + 1,); unit u is made of the bytes unit_bounds[u]:unit_bounds[u + 1] of the data."""
+        return self.column.unit_bounds
 
     def check_unit(self, unit: int, data: bytes | bytearray | memoryview) -> None:
         """Compares the checksum of a unit's bytes.
@@ -71,11 +65,8 @@ class Shard:
         expected = int(self.crc32[unit])
         if found != expected:
             start, stop = (int(bound) + self.data_offset for bound in self.unit_bounds[unit : unit + 2])
-            if self.offsets is None:
-                first = unit * CRC_BLOCK
-                samples = f"samples {first}..{min(first + CRC_BLOCK, len(self.labels)) - 1}"
-            else:
-                samples = f"sample {unit}"
+            first, last = self.column.unit_starts[unit : unit + 2].tolist()
+            samples = f"sample {first}" if last == first + 1 else f"samples {first}..{last - 1}"
             raise DamagedDataError(
                 f"{self.path} is damaged in {samples} (bytes {start}..{stop - 1} of the file): their crc32 is "
                 f"{found:08x}, {expected:08x} was written; copy the file again, or {_REWRITE}"
@@ -97,29 +88,54 @@ class Shard:
                 first = last
 
 
-def content_sha256(
-    labels: NDArray[np.int32],
-    index: NDArray[np.int64],
-    crc32: NDArray[np.uint32],
-    offsets: NDArray[np.integer] | None = None,
-    dims: NDArray[np.uint16] | None = None,
-) -> str:
-    """Hex sha256 over the little-endian bytes of labels, index, crc32 and, if there are any, offsets and dims."""
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A shard that was opened: its tables, and where its data lie. Nothing stays open or mapped.
+
+    Attributes:
+        path: the file.
+        num_samples: how many samples it holds.
+        tables: the tables by their names.
+        columns: the data.
+    """
+
+    path: Path
+    num_samples: int
+    tables: Mapping[str, NDArray[Any]]
+    columns: tuple[StoredColumn, ...]
+
+    def at(self, path: Path) -> Shard:
+        """The same shard in a file of another name."""
+        return replace(self, path=path, columns=tuple(replace(column, path=path) for column in self.columns))
+
+    def verify(self) -> None:
+        """Reads all data and compares every checksum. Raises FileNotFoundError and ValueError as `StoredColumn.verify`."""
+        for column in self.columns:
+            column.verify()
+
+
+def content_sha256(kind: Kind, tables: Mapping[str, NDArray[Any]]) -> str:
+    """Hex sha256 over the tables: identifies the content for a few bytes a sample, since they hold the checksums.
+
+    Args:
+        kind: of the samples; it says in which order.
+        tables: the arrays as they lie in the file, little-endian.
+    """
     digest = hashlib.sha256()
-    for array, kind in ((labels, "<i4"), (index, "<i8"), (crc32, "<u4"), (offsets, "<u8"), (dims, "<u2")):
-        if array is not None:
-            digest.update(array.astype(kind).tobytes())
+    for name in kind.digested(tables):
+        digest.update(tables[name].tobytes())
     return digest.hexdigest()
 
 
-def shard_attributes(split: str, seed: int, classes: Sequence[str]) -> dict[str, str | int]:
+def shard_attributes(manifest: Manifest) -> dict[str, str | int]:
     """The attributes by which a shard file says what it is; a reader expects exactly these values."""
+    sealed = KINDS[manifest.kind].sealed(manifest.facts)
     return {
         "format": FORMAT,
         "version": VERSION,
-        "split": split,
-        "seed": seed,
-        "classes_sha256": classes_sha256(classes),
+        "split": manifest.split,
+        "seed": manifest.seed,
+        **{name: sha256_of_json(content) for name, content in sealed.items()},
     }
 
 
@@ -146,36 +162,33 @@ def open_shard(path: Path, entry: ShardEntry, manifest: Manifest) -> Shard:
     except (KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError, OSError) as error:
         # What h5py and NumPy make of an HDF5 header with wrong bits.
         raise ValueError(f"{path} is damaged ({error}); copy it again, or {_REWRITE}") from error
-    if shard.sha256 != entry.sha256:
+    kind = KINDS[manifest.kind]
+    if content_sha256(kind, shard.tables) != entry.sha256:
         raise ValueError(
             f"{path} is not the shard that {MANIFEST_NAME} describes (stale manifest or shard); copy both again"
         )
-    labels = shard.labels
-    if labels.min() < 0 or labels.max() >= len(manifest.classes):
-        raise ValueError(
-            f"{path} holds labels {labels.min()}..{labels.max()} but names {len(manifest.classes)} classes; {_REWRITE}"
-        )
+    try:
+        kind.check_tables(manifest.facts, shard.tables)
+    except ValueError as error:
+        raise ValueError(f"{path} holds {error}; {_REWRITE}") from None
     return shard
 
 
 def _read_shard(path: Path, file: h5py.File, entry: ShardEntry, manifest: Manifest) -> Shard:
-    _check_attributes(path, file, shard_attributes(manifest.split, manifest.seed, manifest.classes))
-    n = entry.num_samples
-    labels = _read(path, file, "labels", "<i4", (n,))
-    index = _read(path, file, "index", "<i8", (n,))
-    if manifest.shape is not None:
-        crc32 = _read(path, file, "crc32", "<u4", (-(-n // CRC_BLOCK),))
-        sample_bytes = int(np.prod(manifest.shape))
-        bounds = np.minimum(np.arange(len(crc32) + 1, dtype=np.int64) * CRC_BLOCK, n) * sample_bytes
-        offset = _data_offset(path, file, "images", (n, *manifest.shape))
-        return Shard(path, offset, n * sample_bytes, labels, index, crc32, bounds)
-    crc32 = _read(path, file, "crc32", "<u4", (n,))
-    offsets = _read(path, file, "offsets", "<u8", (n + 1,)).astype(np.int64)
-    dims = _read(path, file, "dims", "<u2", (n, 2))
-    if offsets[0] != 0 or not (np.diff(offsets) > 0).all():
-        raise ValueError(f"{path} holds /offsets that do not begin at 0 and ascend; {_REWRITE}")
-    offset = _data_offset(path, file, "jpeg", (int(offsets[-1]),))
-    return Shard(path, offset, int(offsets[-1]), labels, index, crc32, offsets, offsets, dims)
+    _check_attributes(path, file, shard_attributes(manifest))
+    kind, facts, n = KINDS[manifest.kind], manifest.facts, entry.num_samples
+    tables = {name: _read(path, file, name, *expected) for name, expected in kind.tables(facts, n).items()}
+    try:
+        columns = kind.columns(facts, n, tables)
+    except ValueError as error:
+        raise ValueError(f"{path} holds {error}; {_REWRITE}") from None
+    units = np.cumsum([len(column.unit_starts) - 1 for column in columns])
+    checksums = np.split(tables["crc32"].ravel(), units[:-1])
+    stored = [
+        StoredColumn(path, _data_offset(path, file, column), column, crc32)
+        for column, crc32 in zip(columns, checksums, strict=True)
+    ]
+    return Shard(path, n, tables, tuple(stored))
 
 
 def _check_attributes(path: Path, file: h5py.File, attributes: Mapping[str, str | int]) -> None:
@@ -187,15 +200,16 @@ def _check_attributes(path: Path, file: h5py.File, attributes: Mapping[str, str 
             )
 
 
-def _data_offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...]) -> int:
+def _data_offset(path: Path, file: h5py.File, column: Column) -> int:
     """Byte offset of the data in the file, after making sure that they do lie there raw and in one piece."""
-    data = _dataset(path, file, name, "u1", shape)
+    name = column.name
+    data = _dataset(path, file, name, column.dtype, column.shape)
     if data.id.get_create_plist().get_layout() != h5py.h5d.CONTIGUOUS:
         raise ValueError(
             f"{path} stores /{name} chunked, compact or virtual, which cannot be mapped; "
             f"rewrite it with `h5repack -l {name}:CONTI`"
         )
-    offset, num_bytes = data.id.get_offset(), int(np.prod(shape))
+    offset, num_bytes = data.id.get_offset(), column.num_bytes
     if not is_stored(data) or path.stat().st_size < offset + num_bytes:
         raise ValueError(
             f"{path} does not hold the {num_bytes} bytes of /{name} (never written, cut off, or "
@@ -204,17 +218,16 @@ def _data_offset(path: Path, file: h5py.File, name: str, shape: tuple[int, ...])
     return int(offset)
 
 
-def _read(path: Path, file: h5py.File, name: str, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    return np.asarray(_dataset(path, file, name, dtype, shape)[:]).astype(np.dtype(dtype).newbyteorder("="))
+def _read(path: Path, file: h5py.File, name: str, dtype: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    return np.asarray(_dataset(path, file, name, np.dtype(dtype), shape)[:])
 
 
-def _dataset(path: Path, file: h5py.File, name: str, dtype: str, shape: tuple[int, ...]) -> h5py.Dataset:
+def _dataset(path: Path, file: h5py.File, name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> h5py.Dataset:
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise ValueError(f"{path} has no dataset /{name}; {_REWRITE}")
-    if dataset.dtype != np.dtype(dtype) or dataset.shape != shape:
+    if dataset.dtype != dtype or dataset.shape != shape:
         raise ValueError(
-            f"{path} holds /{name} as {dataset.dtype} {dataset.shape} where {np.dtype(dtype)} {shape} is expected; "
-            f"{_REWRITE}"
+            f"{path} holds /{name} as {dataset.dtype} {dataset.shape} where {dtype} {shape} is expected; {_REWRITE}"
         )
     return dataset

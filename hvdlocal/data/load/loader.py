@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from hvdlocal.data.kinds.base import Batch, Selection
 from hvdlocal.data.load.order import OrderMode
 from hvdlocal.data.load.partition import Partition, Tail, check_batch, require_samples, resolve_order
-from hvdlocal.data.load.pipeline import Batch, Pipeline, Selection, Stats, resolve_device
+from hvdlocal.data.load.pipeline import Pipeline, Stats, resolve_device
 from hvdlocal.data.random_keys import sample_keys
 
 if TYPE_CHECKING:
@@ -180,7 +182,7 @@ class Loader:
     def _selections(self, cursor: int, stop: int | None) -> Iterator[Selection]:
         while stop is None or cursor < stop:
             samples, epochs = self._plan.selection(cursor)
-            yield samples, sample_keys(self.seed, epochs, samples)
+            yield Selection(samples, sample_keys(self.seed, epochs, samples), epochs, self.seed)
             cursor += self._plan.size(cursor)
 
 
@@ -224,8 +226,13 @@ def evaluation_batches(
     first, last = rank * n // num_workers, (rank + 1) * n // num_workers
     edges = itertools.pairwise([*range(first, last, batch_size), last])
     ranges = (np.arange(start, stop) for start, stop in edges)
-    plan = ((samples, sample_keys(0, np.zeros_like(samples), samples)) for samples in ranges)
+    plan = (_drawn_in_epoch_0(samples) for samples in ranges)
     pipeline = Pipeline(
         dataset, crop, transform, None, resolve_device(device), threads=threads, read_ahead=4 * batch_size
     )
     return pipeline.batches(plan, Stats())
+
+
+def _drawn_in_epoch_0(samples: NDArray[np.int64]) -> Selection:
+    epochs = np.zeros_like(samples)
+    return Selection(samples, sample_keys(0, epochs, samples), epochs, 0)

@@ -5,45 +5,43 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
-from hvdlocal.data.buffer_pool import BufferPool
+from hvdlocal.data.buffer_pool import BufferPool, torch_dtype
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.kinds.base import Batch, Effort, Selection
 from hvdlocal.data.load.prefetch import Job, prefetch
 
 if TYPE_CHECKING:
     from hvdlocal.data.augment import Crop, Mix, Transform
     from hvdlocal.data.read.dataset import StoredSamples
 
-Batch = tuple[Tensor, Tensor]
-Selection = tuple[NDArray[np.int64], NDArray[np.uint64]]
-"""Sample indices and random keys, (n,) each."""
-
-_JPEGS_PER_PART = 8  # several parts per batch, so that all threads work on the batch that is wanted next
-
 
 @dataclass
-class Effort:
-    """What it took to read samples: bytes, seconds to get at them, and seconds to decode them."""
+class Stats:
+    """Cumulative counters of batches handed out; see `Effort`."""
 
     bytes: int = 0
     read_seconds: float = 0.0
     decode_seconds: float = 0.0
-
-
-@dataclass
-class Stats(Effort):
-    """Cumulative counters of batches handed out."""
-
     wait_seconds: float = 0.0
     samples: int = 0
+
+    def add(self, efforts: Sequence[Effort], samples: int) -> None:
+        """Counts a batch."""
+        self.samples += samples
+        for effort in efforts:
+            self.bytes += effort.bytes
+            self.read_seconds += effort.read_seconds
+            self.decode_seconds += effort.decode_seconds
 
     def as_dict(self) -> dict[str, float]:
         """The counters, and the rate of decoding in samples per second and thread (0 where nothing is decoded)."""
@@ -79,14 +77,16 @@ class Pipeline:
     _recycler: BufferPool = field(default_factory=BufferPool, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        jpeg = self.dataset.kind == "jpeg"
-        if jpeg and self.crop is None:
+        takes_crop = KINDS[self.dataset.kind].takes_crop
+        if takes_crop and self.crop is None:
             raise ValueError(
                 "the data set holds JPEGs of many sizes, so crop is needed: RandomResizedCrop for training, CenterCrop for "
                 "evaluation"
             )
-        if not jpeg and self.crop is not None:
-            raise ValueError("crop is for JPEGs, but these images have one size; put the crop into transform")
+        if not takes_crop and self.crop is not None:
+            raise ValueError(
+                f"crop is for JPEGs, but these {self.dataset.kind} have one size; put the crop into transform"
+            )
         if self.depth < 1:
             raise ValueError(f"prefetch is {self.depth}; at least one batch must be prepared ahead")
         if self.threads is not None and self.threads < 1:
@@ -96,7 +96,7 @@ class Pipeline:
         """The batches of a plan, in its order whatever the threads, counted in `stats` as they are handed out."""
         if self.dataset.storage == "stream":
             plan = _announced(plan, self.dataset.read_ahead, self.read_ahead)
-        jobs = (self._job(*selection) for selection in plan)
+        jobs = map(self._job, plan)
         threads = self.threads or default_threads()
         if self.crop is None:
             # A batch is one part, and no more than these are under way: other threads would only be woken up, and every wake-up
@@ -115,19 +115,16 @@ class Pipeline:
                     first = False
                     # What the threads set for themselves, torch also hands to every thread that begins later; undo that.
                     torch.set_num_threads(torch.get_num_threads())
-                images, labels, keys, effort = item
+                batch, keys, efforts = item
                 del item
-                stats.samples += len(keys)
-                stats.bytes += effort.bytes
-                stats.read_seconds += effort.read_seconds
-                stats.decode_seconds += effort.decode_seconds
+                stats.add(efforts, len(keys))
                 if not on_cpu:
                     # Here and not in the thread: these must be enqueued on the stream that the consumer computes on.
-                    images = images.to(self.device, non_blocking=True)
-                    labels = labels.to(self.device, non_blocking=True)
-                    images, labels = self._augment(images, labels, keys)
-                yield images, labels
-                del images, labels
+                    inputs, targets = (_to(values, self.device) for values in batch)
+                    batch = self._augment((inputs, targets), keys)
+                    del inputs, targets
+                yield batch
+                del batch
 
     def _initialize(self) -> None:
         """Runs first in every background thread."""
@@ -135,55 +132,39 @@ class Pipeline:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # pinning would otherwise open a context on GPU 0 from every rank
 
-    def _augment(self, images: Tensor, labels: Tensor, keys: NDArray[np.uint64]) -> Batch:
+    def _augment(self, batch: Batch, keys: NDArray[np.uint64]) -> Batch:
+        inputs, targets = batch
         if self.transform is not None:
-            images = self.transform(images, keys)
+            inputs = self.transform(inputs, keys)
         if self.mix is not None:
-            images, labels = self.mix(images, labels, keys)
-        return images, labels
+            inputs, targets = self.mix(inputs, targets, keys)
+        return inputs, targets
 
-    def _job(
-        self, samples: NDArray[np.int64], keys: NDArray[np.uint64]
-    ) -> Job[tuple[Tensor, Tensor, NDArray[np.uint64], Effort]]:
-        dataset, crop, n = self.dataset, self.crop, len(samples)
+    def _job(self, selection: Selection) -> Job[tuple[Batch, NDArray[np.uint64], list[Effort]]]:
         pinned = self.device.type == "cuda"
-        shape = dataset.shape if crop is None else (crop.size, crop.size, 3)
-        assert shape is not None
-        images = self._recycler.empty((n, *shape), torch.uint8, pinned)
-        pixels = images.numpy()
+
+        def empty(shape: Sequence[int], dtype: DTypeLike) -> Tensor:
+            return self._recycler.empty(shape, torch_dtype(dtype), pinned)
+
+        assembly = KINDS[self.dataset.kind].batch(self.dataset, selection, self.crop, empty)
         efforts: list[Effort] = []
 
-        def gather() -> None:
-            began = time.perf_counter()
-            dataset.take(samples, out=pixels)
-            efforts.append(Effort(pixels.nbytes, time.perf_counter() - began))
+        def part(read: Callable[[], Effort]) -> Callable[[], None]:
+            return lambda: efforts.append(read())
 
-        if crop is None:
-            parts: list[Callable[[], None]] = [gather]
-        else:
-            from hvdlocal.data.read.decode import decode_crops  # and with it OpenCV, which nobody but JPEGs needs
-
-            def decode(part: slice) -> Callable[[], None]:
-                return lambda: efforts.append(Effort(*decode_crops(dataset, samples[part], boxes[part], pixels[part])))
-
-            assert dataset.dims is not None
-            boxes = crop.boxes(dataset.dims[samples], keys)
-            parts = [decode(slice(i, i + _JPEGS_PER_PART)) for i in range(0, max(n, 1), _JPEGS_PER_PART)]
-
-        def finish() -> tuple[Tensor, Tensor, NDArray[np.uint64], Effort]:
-            labels = torch.empty(n, dtype=torch.int64, device="cpu", pin_memory=pinned)
-            labels.numpy()[:] = dataset.labels[samples]
-            batch = images, labels
+        def finish() -> tuple[Batch, NDArray[np.uint64], list[Effort]]:
+            batch = assembly.finish()
             if self.device.type == "cpu":
-                batch = self._augment(images, labels, keys)
-            effort = Effort(
-                sum(effort.bytes for effort in efforts),
-                sum(effort.read_seconds for effort in efforts),
-                sum(effort.decode_seconds for effort in efforts),
-            )
-            return *batch, keys, effort
+                batch = self._augment(batch, selection.keys)
+            return batch, selection.keys, efforts
 
-        return Job(parts, finish)
+        return Job([part(read) for read in assembly.parts], finish)
+
+
+def _to(values: Any, device: torch.device) -> Any:
+    if isinstance(values, Tensor):
+        return values.to(device, non_blocking=True)
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in values.items()}
 
 
 def default_threads() -> int:
@@ -206,11 +187,11 @@ def _announced(
     waiting: deque[Selection] = deque()
     samples = 0
     for selection in plan:
-        announce(selection[0])
+        announce(selection.samples)
         waiting.append(selection)
-        samples += len(selection[0])
+        samples += len(selection.samples)
         while samples > distance:
             selection = waiting.popleft()
-            samples -= len(selection[0])
+            samples -= len(selection.samples)
             yield selection
     yield from waiting

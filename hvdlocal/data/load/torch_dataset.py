@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 from torch.utils import data
 
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.kinds.base import Selection
 from hvdlocal.data.load.order import OrderMode
 from hvdlocal.data.load.partition import Partition, require_samples, resolve_order
 from hvdlocal.data.random_keys import sample_keys
@@ -21,26 +23,29 @@ if TYPE_CHECKING:
 
 
 class SampleIndex(int):
-    """The index of a sample, with the 64 random bits of its augmentation in the epoch that it is drawn for."""
+    """The index of a sample, with the epoch that it is drawn for, the seed, and the 64 random bits of its augmentation."""
 
     key: int
+    epoch: int
+    seed: int
 
-    def __new__(cls, sample: int, key: int) -> SampleIndex:
-        """The index of `sample` with `key`."""
+    def __new__(cls, sample: int, key: int, epoch: int, seed: int) -> SampleIndex:
+        """The index of `sample` with `key`, in an epoch of a seed."""
         index = super().__new__(cls, sample)
-        index.key = key
+        index.key, index.epoch, index.seed = key, epoch, seed
         return index
 
-    def __reduce__(self) -> tuple[type[SampleIndex], tuple[int, int]]:
-        return SampleIndex, (int(self), self.key)
+    def __reduce__(self) -> tuple[type[SampleIndex], tuple[int, int, int, int]]:
+        return SampleIndex, (int(self), self.key, self.epoch, self.seed)
 
 
-class TorchDataset(data.Dataset[tuple[Any, int]]):
-    """A map-style dataset of (image, label), for `torch.utils.data.DataLoader`.
+class TorchDataset(data.Dataset[tuple[Any, Any]]):
+    """A map-style dataset of (inputs, targets) of each sample, for `torch.utils.data.DataLoader`.
 
-    An image is a uint8 (H, W, C) tensor, or what one of the transforms makes of that; a label is an int. A pickle holds
-    paths, not handles, so worker processes may be spawned; in an MPI program they must be
-    (`multiprocessing_context="spawn"`), as MPI and fork do not go together. `Loader` needs no processes and is faster.
+    Of images these are a uint8 (H, W, C) tensor, or what one of the transforms makes of that, and the label, an int; of
+    other kinds what `Loader` has in a batch, without its first axis. A pickle holds paths, not handles, so worker
+    processes may be spawned; in an MPI program they must be (`multiprocessing_context="spawn"`), as MPI and fork do not
+    go together. `Loader` needs no processes and is faster.
 
     Args:
         dataset: a `ShardedDataset`, or a user's own file. With workers open it with storage="mmap" or "ram".
@@ -62,7 +67,7 @@ class TorchDataset(data.Dataset[tuple[Any, int]]):
         transform: Callable[[Tensor], Any] | None = None,
     ) -> None:
         require_samples(dataset, "TorchDataset")
-        if (crop is None) == (dataset.kind == "jpeg"):
+        if (crop is None) == KINDS[dataset.kind].takes_crop:
             raise ValueError(
                 f"crop is {crop}; it is needed for JPEGs and only for them, and the samples are {dataset.kind}"
             )
@@ -76,31 +81,43 @@ class TorchDataset(data.Dataset[tuple[Any, int]]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} leaves the data set of {len(self)} samples")  # which ends an iteration
         return self.__getitems__([index if index >= 0 else index + len(self)])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, int]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, Any]]:
         """The items of a batch, fetched at once; DataLoader calls this."""
         rows = np.array([int(index) for index in indices], np.int64)
         keyed = self.crop is not None or self.batch_transform is not None
         keys = _keys(indices) if keyed else np.empty(0, np.uint64)  # nothing else shall use up torch's randomness
-        batch = torch.from_numpy(self.dataset.take(rows) if self.crop is None else self._decode(rows, keys, self.crop))
+        drawn = [index if isinstance(index, SampleIndex) else SampleIndex(index, 0, 0, 0) for index in indices]
+        epochs, seed = np.array([index.epoch for index in drawn], np.int64), drawn[0].seed if drawn else 0
+        selection = Selection(rows, keys, epochs, seed)
+        assembly = KINDS[self.dataset.kind].batch(self.dataset, selection, self.crop, _empty)
+        for part in assembly.parts:
+            part()
+        inputs, targets = assembly.finish()
         if self.batch_transform is not None:
-            batch = self.batch_transform(batch, keys)
-        images: Sequence[Any] = batch.unbind()
+            inputs = self.batch_transform(inputs, keys)
+        items = _items(inputs)
         if self.transform is not None:
-            images = [self.transform(image) for image in images]
-        return list(zip(images, self.dataset.labels[rows].tolist(), strict=True))
+            items = [self.transform(item) for item in items]
+        return list(zip(items, _items(targets), strict=True))
 
-    def _decode(self, rows: NDArray[np.int64], keys: NDArray[np.uint64], crop: Crop) -> NDArray[np.uint8]:
-        from hvdlocal.data.read.decode import decode_crops  # and with it OpenCV, which nobody but JPEGs needs
 
-        assert self.dataset.dims is not None
-        pixels = np.empty((len(rows), crop.size, crop.size, 3), np.uint8)
-        decode_crops(self.dataset, rows, crop.boxes(self.dataset.dims[rows], keys), pixels)
-        return pixels
+def _empty(shape: Sequence[int], dtype: DTypeLike) -> Tensor:
+    return torch.from_numpy(np.empty(shape, dtype))
+
+
+def _items(values: Any) -> list[Any]:
+    """The inputs or targets of each sample; labels as ints."""
+    if isinstance(values, dict):
+        names = list(values)
+        return [
+            dict(zip(names, item, strict=True)) for item in zip(*(_items(values[name]) for name in names), strict=True)
+        ]
+    return values.tolist() if values.dtype == torch.int64 and values.ndim == 1 else list(values.unbind())
 
 
 class EpochSampler(data.Sampler[int]):
@@ -171,8 +188,8 @@ class EpochSampler(data.Sampler[int]):
         for cursor in range(self._start, self._edge(self._epoch + 1), self._plan.global_batch_size):
             samples, epochs = self._plan.selection(cursor)
             keys = sample_keys(self.seed, epochs, samples)
-            for sample, key in zip(samples.tolist(), keys.tolist(), strict=True):
-                yield SampleIndex(sample, key)
+            for sample, key, epoch in zip(samples.tolist(), keys.tolist(), epochs.tolist(), strict=True):
+                yield SampleIndex(sample, key, epoch, self.seed)
 
     def state_dict(self, batches: int = 0) -> dict[str, Any]:
         """Where the run stands; the same on every rank, and `Loader` understands it.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,17 +12,18 @@ from numpy.typing import ArrayLike, NDArray
 
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.single import SingleProcess
-from hvdlocal.data.format.manifest import Kind, split_directory
-from hvdlocal.data.format.shard import Shard
+from hvdlocal.data.format.manifest import split_directory
+from hvdlocal.data.format.shard import Shard, StoredColumn
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.kinds.base import Facts
 from hvdlocal.data.read.opening import open_shards
-from hvdlocal.data.read.storage import ClosedStorage, Layout, Region, Storage, open_storage
+from hvdlocal.data.read.storage import ClosedStorage, Layout, Region, Storage, open_storages
 
-# Checks are made for every batch; comparing with a dtype is many times as fast as comparing with the type np.int64.
-_INT64, _UINT8 = np.dtype(np.int64), np.dtype(np.uint8)
+_INT64 = np.dtype(np.int64)  # comparing with it is many times as fast as comparing with the type np.int64
 
 
 class StoredSamples:
-    """Samples with labels behind a storage: what `ShardedDataset` and a user's own HDF5 files have in common.
+    """Samples behind a storage: what `ShardedDataset` and a user's own HDF5 files have in common.
 
     Reading is safe from any number of threads, and so is closing. A pickle holds paths and settings, no data and no
     handles. What a communicator of more than one rank holds in mode "ram" is shared, and a process that unpickles the data
@@ -30,28 +31,29 @@ class StoredSamples:
     process, a spawned worker for example, makes a copy of its own. Mode "mmap" needs none.
 
     Attributes:
-        kind: "images", all of one shape, or "jpeg".
-        labels: int32 (n,).
-        index: int64 (n,), position of each sample in the source data set.
-        dims: uint16 (n, 2), height and width of each JPEG; None for images.
-        shuffled: whether the samples lie in random order, so that neighbours are a fair sample of the classes.
+        kind: name of the kind of the samples: "images", all of one shape, or "jpeg".
+        facts: what is true of all samples, by the names that the kind gives it in the manifest.
+        tables: what is in memory of every sample, (n, …) by its name: for images "labels" and "index", int64 (n,), the
+            position of each sample in the source data set.
+        shuffled: whether the samples lie in random order, so that neighbours are a fair sample of all.
     """
 
-    kind: Kind
-    labels: NDArray[np.int32]
-    index: NDArray[np.int64]
-    dims: NDArray[np.uint16] | None
+    kind: str
+    facts: Facts
+    tables: Mapping[str, NDArray[Any]]
     shuffled: bool
 
-    def __init__(self, layout: Layout, storage: str, share: str, stream_bytes: int | None) -> None:
-        self._layout = layout
+    def __init__(self, layouts: Sequence[Layout], storage: str, share: str, stream_bytes: int | None) -> None:
+        self._layouts = layouts
         self._settings = (storage, share, stream_bytes)
+        stored = int(layouts[0].extent_starts[-1])
+        self._length = KINDS[self.kind].num_samples(self.facts, stored)
         self._open_lock = threading.Lock()
-        self._opened: Storage | None = None
-        self._region: Region | None = None
+        self._opened: list[Storage] | None = None
+        self._regions: Sequence[Region] = ()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return self._length
 
     def __enter__(self) -> StoredSamples:
         return self
@@ -60,24 +62,39 @@ class StoredSamples:
         self.close()
 
     @property
+    def labels(self) -> NDArray[np.int32] | None:
+        """int32 (n,), the number of the class of each sample; None where samples have no classes."""
+        return self.tables.get("labels")
+
+    @property
+    def index(self) -> NDArray[np.int64] | None:
+        """int64 (n,), position of each sample in the source data set; None where that is not recorded."""
+        return self.tables.get("index")
+
+    @property
+    def dims(self) -> NDArray[np.uint16] | None:
+        """uint16 (n, 2), height and width of each JPEG; None for other kinds."""
+        return self.tables.get("dims")
+
+    @property
     def shape(self) -> tuple[int, int, int] | None:
-        """(height, width, channels) of every image; None for JPEGs."""
-        raise NotImplementedError
+        """(height, width, channels) of every image; None for JPEGs and other kinds."""
+        return self.facts.get("shape")
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names; label i means classes[i]."""
-        raise NotImplementedError
+        """Class names; label i means classes[i]. Empty where samples have no classes."""
+        return self.facts.get("classes", ())
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Mean of pixel / 255 over all samples, per channel."""
-        raise NotImplementedError
+        """Mean of pixel / 255 over all images, per channel; empty for other kinds."""
+        return self.facts.get("mean", ())
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Population standard deviation of pixel / 255 over all samples, per channel."""
-        raise NotImplementedError
+        """Population standard deviation of pixel / 255 over all images, per channel; empty for other kinds."""
+        return self.facts.get("std", ())
 
     @property
     def fingerprint(self) -> str:
@@ -92,7 +109,7 @@ class StoredSamples:
     @property
     def storage(self) -> str:
         """Where the bytes lie: "ram", "mmap" or "stream"."""
-        return self._storage.mode
+        return self._storages[0].mode
 
     @property
     def block_starts(self) -> NDArray[np.int64]:
@@ -101,66 +118,65 @@ class StoredSamples:
         Blocks are what `stream` reads at once: 1 to 2 MiB of one shard. They depend on the sizes of the data alone, not
         on the storage.
         """
-        return self._layout.block_starts
+        return KINDS[self.kind].block_starts(self.facts, self._layouts[0].block_starts)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all samples."""
-        return self._layout.total_bytes
+        return sum(layout.total_bytes for layout in self._layouts)
 
     @property
     def stream_bytes(self) -> int | None:
         """What this process holds at most of a set that is streamed; None in the other modes."""
-        return getattr(self._storage, "capacity_bytes", None)
+        rooms: list[Any] = [getattr(storage, "capacity_bytes", None) for storage in self._storages]
+        return None if None in rooms else sum(rooms)
 
     def describe(self) -> str:
         """Where the bytes lie and why, for a log."""
-        return self._storage.describe()
+        return self._storages[0].describe()
 
-    def take(self, indices: ArrayLike, out: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Gathers images.
+    def take(self, indices: ArrayLike, out: Any = None) -> Any:
+        """Gathers samples.
 
         Args:
             indices: integers (n,) in 0..len(self)-1, in any order, repeats allowed.
-            out: C-contiguous uint8 (n, H, W, C) to fill; allocated if not given.
+            out: what to fill; allocated if not given. For images C-contiguous uint8 (n, H, W, C).
 
         Returns:
-            `out`, uint8 (n, H, W, C).
+            The samples; `out` if it was given.
 
         Raises:
-            ValueError: the arguments do not fit, or the bytes read are damaged (a `DamagedDataError`).
+            ValueError: the arguments do not fit, the kind of samples is not gathered (JPEGs are decoded), or the bytes read
+                are damaged (a `DamagedDataError`).
             OSError: the file system cannot read them.
         """
-        image_shape = self.shape
-        if image_shape is None:
-            raise ValueError(
-                "these samples are JPEGs, which are not gathered but decoded: use Loader with a crop, or bytes_of()"
-            )
-        rows = self._checked(indices)
-        shape = (len(rows), *image_shape)
-        if out is None:
-            out = np.empty(shape, np.uint8)
-        elif out.shape != shape or out.dtype != _UINT8 or not out.flags.c_contiguous:
-            raise ValueError(f"out is {out.dtype} {out.shape}; C-contiguous uint8 {shape} is needed")
-        if len(rows):
-            self._storage.gather(rows, out.reshape(len(rows), -1))
-        return out
+        return KINDS[self.kind].take(self, self._checked(indices), out)
 
-    def bytes_of(self, sample: int) -> memoryview:
+    def gather(self, rows: NDArray[np.int64], out: NDArray[Any], column: int = 0) -> None:
+        """Fills `out`, C-contiguous (n, …), with samples of one size; int64 `rows` (n,) are known to be in range."""
+        if len(rows):
+            self._storages[column].gather(rows, out.reshape(len(rows), -1).view(np.uint8))
+
+    def bytes_of(self, sample: int, column: int = 0) -> memoryview:
         """The bytes of one sample, read-only: a JPEG as it was stored, or the pixels of an image.
+
+        Args:
+            sample: its index.
+            column: which of its data, where there are several.
 
         Raises:
             ValueError: there is no such sample, or its bytes are damaged.
         """
-        return self._storage.view(*self._positions(sample))
+        return self._storages[column].view(*self._positions(sample, column))
 
-    def name_of(self, sample: int) -> str:
+    def name_of(self, sample: int, column: int = 0) -> str:
         """Where a sample lies, for messages: "train-00002-of-00004.h5 sample 17 (bytes 123..456)"."""
-        start, stop = self._positions(sample)
-        number = int(np.searchsorted(self._layout.extent_starts, sample, side="right")) - 1
-        extent = self._layout.extents[number]
-        shift = extent.data_offset - int(self._layout.bounds[number])
-        within = sample - int(self._layout.extent_starts[number])
+        start, stop = self._positions(sample, column)
+        layout = self._layouts[column]
+        number = int(np.searchsorted(layout.extent_starts, sample, side="right")) - 1
+        extent = layout.extents[number]
+        shift = extent.data_offset - int(layout.bounds[number])
+        within = sample - int(layout.extent_starts[number])
         return f"{extent.path.name} sample {within} (bytes {start + shift}..{stop + shift - 1})"
 
     def read_ahead(self, samples: ArrayLike) -> None:
@@ -168,24 +184,28 @@ class StoredSamples:
 
         Only a set that is streamed needs it, and reads their blocks in the background.
         """
-        self._storage.read_ahead(self._checked(samples))
+        rows = self._checked(samples)
+        for storage in self._storages:
+            storage.read_ahead(rows)
 
     def close(self) -> None:
         """Releases memory and files. Arrays and views that were handed out stay valid."""
         with self._open_lock:
-            opened, self._opened = self._opened, ClosedStorage(self._layout, "closed")
-        if opened is not None:
-            opened.close()
+            opened, self._opened = self._opened, [ClosedStorage(layout, "closed") for layout in self._layouts]
+        for storage in opened or ():
+            storage.close()
 
     @property
-    def _storage(self) -> Storage:
+    def _storages(self) -> list[Storage]:
+        """One for each column of the samples."""
         return self._opened or self._open(SingleProcess())
 
-    def _open(self, communicator: Communicator) -> Storage:
+    def _open(self, communicator: Communicator) -> list[Storage]:
         with self._open_lock:
             if self._opened is None:
-                storage, share, stream_bytes = self._settings
-                self._opened = open_storage(self._layout, storage, communicator, share, stream_bytes, self._region)
+                self._opened = open_storages(
+                    self._layouts, self._settings[0], communicator, *self._settings[1:], self._regions
+                )
             return self._opened
 
     def _checked(self, indices: ArrayLike) -> NDArray[np.int64]:
@@ -201,14 +221,14 @@ class StoredSamples:
         if not rows.flags.c_contiguous:
             rows = np.ascontiguousarray(rows)
         # Seen as unsigned, what is negative is too large: one comparison less.
-        if len(rows) and rows.view(np.uint64).max() >= len(self.labels):
+        if len(rows) and rows.view(np.uint64).max() >= self._length:
             raise ValueError(f"indices {rows.min()}..{rows.max()} leave the data set of {len(self)} samples")
         return rows
 
-    def _positions(self, sample: int) -> tuple[int, int]:
-        if not 0 <= sample < len(self.labels):
+    def _positions(self, sample: int, column: int) -> tuple[int, int]:
+        if not 0 <= sample < self._length:
             raise ValueError(f"sample {sample} leaves the data set of {len(self)} samples")
-        layout = self._layout
+        layout = self._layouts[column]
         if layout.sample_bounds is None:
             assert layout.sample_bytes is not None
             return sample * layout.sample_bytes, (sample + 1) * layout.sample_bytes
@@ -239,8 +259,6 @@ class ShardedDataset(StoredSamples):
             storage is impossible. (With a communicator all errors are ValueErrors, the same on every rank.)
     """
 
-    shuffled = True
-
     def __init__(
         self,
         directory: str | Path,
@@ -261,31 +279,11 @@ class ShardedDataset(StoredSamples):
         self._manifest, self._shards = open_shards(split_directory(directory, split), communicator, (storage, share))
         shards = self._shards
         self.kind = self._manifest.kind
-        self.labels = np.concatenate([shard.labels for shard in shards])
-        self.index = np.concatenate([shard.index for shard in shards])
-        dims = [shard.dims for shard in shards if shard.dims is not None]
-        self.dims = np.concatenate(dims) if dims else None
-        super().__init__(_layout(shards, self.shape), storage, share, stream_bytes)
-
-    @property
-    def shape(self) -> tuple[int, int, int] | None:
-        """(height, width, channels) of every image; None for JPEGs."""
-        return self._manifest.shape
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; label i means classes[i]."""
-        return self._manifest.classes
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of pixel / 255 over the split, per channel."""
-        return self._manifest.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Population standard deviation of pixel / 255 over the split, per channel."""
-        return self._manifest.std
+        self.facts = {**self._manifest.facts, **self._manifest.statistics}
+        kind = KINDS[self.kind]
+        self.shuffled = kind.shuffled
+        self.tables = {name: np.concatenate([shard.tables[name] for shard in shards]) for name in kind.per_sample}
+        super().__init__(_layouts(shards), storage, share, stream_bytes)
 
     @property
     def fingerprint(self) -> str:
@@ -302,7 +300,7 @@ class ShardedDataset(StoredSamples):
             "arguments": self._arguments,
             "settings": self._settings,
             "fingerprint": self.fingerprint,
-            "region": region_of(self._opened),
+            "regions": regions_of(self._opened),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -310,7 +308,7 @@ class ShardedDataset(StoredSamples):
         self._load(SingleProcess(), *state["settings"])
         if self.fingerprint != state["fingerprint"]:  # labels would be the new ones, shared memory the old
             raise written_again(split_directory(*self._arguments))
-        self._region = state["region"]  # the storage is opened when it is first read
+        self._regions = state["regions"]  # the storage is opened when it is first read
 
 
 def written_again(path: Path) -> ValueError:
@@ -318,17 +316,24 @@ def written_again(path: Path) -> ValueError:
     return ValueError(f"{path} was written again since this data set was opened; open it again")
 
 
-def region_of(storage: Storage | None) -> Region | None:
-    """Where another process of the node finds the same bytes in memory, for a pickle; None if nowhere."""
-    return getattr(storage, "region", None)
+def regions_of(storages: Iterable[Storage] | None) -> list[Region]:
+    """Where another process of the node finds the same bytes in memory, for a pickle; empty if nowhere."""
+    regions = [getattr(storage, "region", None) for storage in storages or ()]
+    return [region for region in regions if region is not None]
 
 
-def _layout(shards: Sequence[Shard], shape: tuple[int, int, int] | None) -> Layout:
-    starts = np.cumsum([0] + [len(shard.labels) for shard in shards], dtype=np.int64)
-    if shape is not None:
-        return Layout(shards, int(np.prod(shape)), None, starts)
-    bounds = np.cumsum([0] + [shard.data_bytes for shard in shards], dtype=np.int64)
-    parts = [
-        shard.offsets[:-1] + base for shard, base in zip(shards, bounds, strict=False) if shard.offsets is not None
+def _layouts(shards: Sequence[Shard]) -> list[Layout]:
+    """How the columns of all shards follow each other, one layout for each."""
+    starts = np.cumsum([0] + [shard.num_samples for shard in shards], dtype=np.int64)
+    return [
+        Layout(extents, extents[0].column.sample_bytes, _sample_bounds(extents), starts)
+        for extents in zip(*(shard.columns for shard in shards), strict=True)
     ]
-    return Layout(shards, None, np.append(np.concatenate(parts), bounds[-1]), starts)
+
+
+def _sample_bounds(columns: Sequence[StoredColumn]) -> NDArray[np.int64] | None:
+    """Position of each sample where they have different sizes, and the end."""
+    bounds = np.cumsum([0] + [column.data_bytes for column in columns], dtype=np.int64)
+    offsets = [column.column.offsets for column in columns]
+    parts = [part[:-1] + base for part, base in zip(offsets, bounds, strict=False) if part is not None]
+    return np.append(np.concatenate(parts), bounds[-1]) if parts else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -35,7 +34,7 @@ def open_shards(folder: Path, communicator: Communicator, settings: tuple[str, s
     shards = open_each(manifest.shards, lambda entry: open_shard(folder / entry.file, entry, manifest), communicator)
     # Each node may have the data set in a folder of its own.
     paths = [folder / entry.file for entry in manifest.shards]
-    return manifest, [dataclasses.replace(shard, path=path) for shard, path in zip(shards, paths, strict=True)]
+    return manifest, [shard.at(path) for shard, path in zip(shards, paths, strict=True)]
 
 
 def open_each(items: Sequence[T], open_one: Callable[[T], S], communicator: Communicator) -> list[S]:

@@ -21,8 +21,8 @@ from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.data.format.extent import READ_BYTES
 from hvdlocal.data.format.labels import labels_sha256
 from hvdlocal.data.format.manifest import sha256_of_json
-from hvdlocal.data.format.pixel_statistics import mean_and_std_of_sums
-from hvdlocal.data.read.dataset import StoredSamples, region_of, written_again
+from hvdlocal.data.kinds.pixel_statistics import mean_and_std_of_sums
+from hvdlocal.data.read.dataset import StoredSamples, regions_of, written_again
 from hvdlocal.data.read.foreign_extents import Contiguous
 from hvdlocal.data.read.hdf5_inspection import holder_of, refuse_twice
 from hvdlocal.data.read.opening import open_each
@@ -110,7 +110,7 @@ class HDF5Dataset(StoredSamples):
     ) -> None:
         self._load(source, communicator, storage, share, stream_bytes)
         self._open(communicator)
-        self._statistics = _statistics(self, communicator)
+        self._describe_with(_statistics(self, communicator))
 
     def _load(
         self, source: _Source, communicator: Communicator, storage: str, share: str, stream_bytes: int | None
@@ -135,49 +135,33 @@ class HDF5Dataset(StoredSamples):
         extents = succeed_together(communicator, lambda: _extents(source, files), "hvdlocal.data.extents")
         others = {path.parent / name for path, file in zip(source.paths, files, strict=True) for name in file.sources}
         self._stamps |= {path: _stamp(path) for path in sorted(others)}
-        self._shape = files[0].shape
         self._fill = np.repeat(
             np.array([file.images.fill for file in files], np.uint8), [len(file.labels) for file in files]
         )
-        self.labels = np.concatenate([file.labels for file in files])
-        self.index = np.arange(len(self.labels))
-        self.dims = None
-        lowest, highest = int(self.labels.min()), int(self.labels.max())
+        labels = np.concatenate([file.labels for file in files])
+        self.tables = {"labels": labels, "index": np.arange(len(labels))}
+        lowest, highest = int(labels.min()), int(labels.max())
         found = f"{', '.join(map(str, source.paths[:3]))}{' …' if len(source.paths) > 3 else ''}: /{source.labels} holds labels"
         # Labels that are no numbers of classes (hashes, time stamps) would become as many names.
-        if source.classes is None and highest >= max(_MOST_UNNAMED_CLASSES, 2 * len(self.labels)):
+        if source.classes is None and highest >= max(_MOST_UNNAMED_CLASSES, 2 * len(labels)):
             raise ValueError(
-                f"{found} up to {highest} for {len(self.labels)} images: number the classes from 0, or "
+                f"{found} up to {highest} for {len(labels)} images: number the classes from 0, or "
                 "name them all with classes="
             )
-        self._classes = source.classes or tuple(str(label) for label in range(highest + 1))
-        if lowest < 0 or highest >= len(self._classes):
+        classes = source.classes or tuple(str(label) for label in range(highest + 1))
+        if lowest < 0 or highest >= len(classes):
             raise ValueError(
-                f"{found} {lowest}..{highest}, but {len(self._classes)} classes take labels "
-                f"0..{len(self._classes) - 1}; name all classes, and number them from 0"
+                f"{found} {lowest}..{highest}, but {len(classes)} classes take labels "
+                f"0..{len(classes) - 1}; name all classes, and number them from 0"
             )
+        shape = files[0].shape
+        self.facts: dict[str, Any] = {"shape": shape, "classes": classes}
         starts = np.cumsum([0] + [len(file.labels) for file in files], dtype=np.int64)
-        super().__init__(Layout(extents, math.prod(self._shape), None, starts), storage, share, stream_bytes)
+        super().__init__([Layout(extents, math.prod(shape), None, starts)], storage, share, stream_bytes)
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(height, width, channels) of every image."""
-        return self._shape
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; label i means classes[i]."""
-        return self._classes
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Mean of pixel / 255 over all images, per channel."""
-        return self._statistics.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """Population standard deviation of pixel / 255 over all images, per channel."""
-        return self._statistics.std
+    def _describe_with(self, statistics: _Statistics) -> None:
+        self._statistics = statistics
+        self.facts |= {"mean": statistics.mean, "std": statistics.std}
 
     @property
     def fingerprint(self) -> str:
@@ -190,8 +174,8 @@ class HDF5Dataset(StoredSamples):
             "settings": self._settings,
             "statistics": self._statistics,
             "stamps": self._stamps,
-            "labels": labels_sha256(self.labels),
-            "region": region_of(self._opened),
+            "labels": labels_sha256(self.tables["labels"]),
+            "regions": regions_of(self._opened),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -200,10 +184,10 @@ class HDF5Dataset(StoredSamples):
         for path in [*mine, *theirs]:
             if path not in mine or path not in theirs or mine[path] != theirs[path]:
                 raise written_again(path)
-        if labels_sha256(self.labels) != state["labels"]:
+        if labels_sha256(self.tables["labels"]) != state["labels"]:
             raise written_again(self._source.paths[0])
-        self._statistics = state["statistics"]
-        self._region = state["region"]  # the storage is opened when it is first read
+        self._describe_with(state["statistics"])
+        self._regions = state["regions"]  # the storage is opened when it is first read
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -241,14 +225,15 @@ def _extents(source: _Source, files: Sequence[ForeignFile]) -> list[Contiguous]:
 def _statistics(dataset: HDF5Dataset, communicator: Communicator) -> _Statistics:
     """Reads all images once, in groups that do not depend on how they are stored; each rank takes every size-th."""
     rank, size = communicator.rank, communicator.size
-    group = max(1, READ_BYTES // math.prod(dataset.shape))
+    shape = dataset.facts["shape"]
+    group = max(1, READ_BYTES // math.prod(shape))
     begins = range(0, len(dataset), group)
     mine = [np.arange(begin, min(begin + group, len(dataset))) for begin in begins[rank::size]]
 
     def read() -> list[_Group]:
         if mine:
             dataset.read_ahead(np.concatenate(mine))
-        buffer = np.empty((min(group, len(dataset)), *dataset.shape), np.uint8)
+        buffer = np.empty((min(group, len(dataset)), *shape), np.uint8)
         return [_digest(rows[0], dataset.take(rows, out=buffer[: len(rows)]), dataset._fill[rows]) for rows in mine]
 
     found = communicator.gather(succeed_together(communicator, read, "hvdlocal.data.read"), "hvdlocal.data.statistics")
@@ -257,15 +242,15 @@ def _statistics(dataset: HDF5Dataset, communicator: Communicator) -> _Statistics
     if blank:
         _tell_of_blank_images(dataset, blank, rank)
     content = {
-        "shape": dataset.shape,
+        "shape": shape,
         "classes": dataset.classes,
-        "labels": labels_sha256(dataset.labels),
+        "labels": labels_sha256(dataset.tables["labels"]),
         "images": hashlib.sha256(b"".join(group.sha256 for group in groups)).hexdigest(),
     }
-    n = math.prod(dataset.shape[:2]) * len(dataset)
+    n = math.prod(shape[:2]) * len(dataset)
     sums = [
         (sum(group.sums[channel][0] for group in groups), sum(group.sums[channel][1] for group in groups))
-        for channel in range(dataset.shape[2])
+        for channel in range(shape[2])
     ]
     return _Statistics(sha256_of_json(content), *mean_and_std_of_sums(sums, n))
 

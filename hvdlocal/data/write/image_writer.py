@@ -12,10 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from hvdlocal.communicator import succeed_together
 from hvdlocal.data.format.manifest import Manifest, ShardEntry
-from hvdlocal.data.format.pixel_statistics import add_pixels
-from hvdlocal.data.format.shard import CRC_BLOCK, shard_attributes
-from hvdlocal.data.write.shard_writer import write_image_shard
-from hvdlocal.data.write.split_writer import SplitWriter
+from hvdlocal.data.kinds.images import CRC_BLOCK
+from hvdlocal.data.kinds.pixel_statistics import add_pixels
+from hvdlocal.data.write.labelled_writer import LabelledWriter
+from hvdlocal.data.write.shard_writer import write_shard
 from hvdlocal.data.write.staging import Receipt
 
 
@@ -34,7 +34,7 @@ class ImageSource(Protocol):
         """The images with the given, ascending indices."""
 
 
-class ShardWriter(SplitWriter):
+class ShardWriter(LabelledWriter):
     """Writes one split of a data set of equally sized images as HDF5 shards.
 
     The result is `<directory>/<split>/manifest.json` beside `<split>-00000-of-00004.h5` and so on. The samples are
@@ -83,16 +83,15 @@ class ShardWriter(SplitWriter):
 
         label_array, source = succeed_together(self._communicator, check, "data.check")
         height, width, channels = images.shape[1:]
-        attributes = shard_attributes(self.split, self.seed, self.classes)
+        draft = self._labelled_draft("images", (height, width, channels), label_array, source)
 
-        def write_shard(path: Path, name: str, rows: NDArray[np.int64]) -> Receipt:
+        def write(path: Path, name: str, rows: NDArray[np.int64]) -> Receipt:
             histogram = np.zeros((channels, 256), np.int64)
-            shape = (len(rows), height, width, channels)
             blocks = self._blocks(images, rows, histogram)
-            sha256 = write_image_shard(path, blocks, shape, label_array[rows], rows, attributes)
+            sha256 = write_shard(path, draft, len(rows), [blocks], {"labels": label_array[rows], "index": rows})
             return Receipt(ShardEntry(name, len(rows), path.stat().st_size, sha256), histogram.tolist())
 
-        return self._write_split(source, (height, width, channels), label_array, write_shard, preparation or {})
+        return self._write_split(draft, len(label_array), write, preparation or {})
 
     def _blocks(
         self, images: ImageSource, rows: NDArray[np.int64], histogram: NDArray[np.int64]

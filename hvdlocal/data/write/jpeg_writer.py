@@ -16,10 +16,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from hvdlocal.communicator import succeed_together
 from hvdlocal.data.format.manifest import Manifest, ShardEntry
-from hvdlocal.data.format.shard import shard_attributes
 from hvdlocal.data.write.jpeg_check import check_jpeg, jpeg_libraries, jpeg_versions
-from hvdlocal.data.write.shard_writer import write_jpeg_shard
-from hvdlocal.data.write.split_writer import SplitWriter
+from hvdlocal.data.write.labelled_writer import LabelledWriter
+from hvdlocal.data.write.shard_writer import write_shard
 from hvdlocal.data.write.staging import Receipt
 
 _ERRORS_OF_A_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.EIO}
@@ -52,7 +51,7 @@ class JpegSource(Protocol):
         """
 
 
-class JpegShardWriter(SplitWriter):
+class JpegShardWriter(LabelledWriter):
     """Writes one split of a data set of JPEG files as HDF5 shards, laid out as by `ShardWriter`.
 
     The bytes of the files are stored as they are. Every file is decoded once, in full, so that a damaged one is found
@@ -110,9 +109,9 @@ class JpegShardWriter(SplitWriter):
             return self._check_labels(labels, len(files), "files"), identity or _sha256_of_files(files)
 
         label_array, source = succeed_together(self._communicator, check, "data.check")
-        attributes = shard_attributes(self.split, self.seed, self.classes)
+        draft = self._labelled_draft("jpeg", None, label_array, source)
 
-        def write_shard(path: Path, name: str, rows: NDArray[np.int64]) -> Receipt:
+        def write(path: Path, name: str, rows: NDArray[np.int64]) -> Receipt:
             contents, kept, dims, bad = [], [], [], []
             notes: dict[str, int] = {}
             histogram = np.zeros((3, 256), np.int64)
@@ -143,13 +142,18 @@ class JpegShardWriter(SplitWriter):
             if not kept:
                 return Receipt(ShardEntry(name, 0, 0, ""), histogram.tolist(), bad, notes)
             index = np.array(kept, np.int64)
-            sizes = np.array(dims, np.uint16)
-            sha256 = write_jpeg_shard(path, contents, sizes, label_array[index], index, attributes)
+            tables = {
+                "offsets": np.cumsum([0] + [len(content) for content in contents]),
+                "dims": np.array(dims, np.uint16),
+                "labels": label_array[index],
+                "index": index,
+            }
+            sha256 = write_shard(path, draft, len(index), [contents], tables)
             entry = ShardEntry(name, len(index), path.stat().st_size, sha256)
             return Receipt(entry, histogram.tolist(), bad, notes)
 
         facts = {**(preparation or {}), **jpeg_versions()}
-        return self._write_split(source, None, label_array, write_shard, facts, self.skip_bad)
+        return self._write_split(draft, len(label_array), write, facts, self.skip_bad)
 
     def _in_threads(self, work: Callable[[int], Any], rows: Sequence[int]) -> Iterator[Any]:
         """The results of `work` for all rows, in their order."""

@@ -9,19 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from hvdlocal.communicator import Communicator, SingleProcess, on_rank_zero, require_agreement, succeed_together
-from hvdlocal.data.format.labels import class_numbers, labels_sha256
-from hvdlocal.data.format.manifest import (
-    OVERWRITE,
-    Kind,
-    Manifest,
-    sha256_of_json,
-    shard_name,
-    split_directory,
-)
-from hvdlocal.data.format.pixel_statistics import mean_and_std
+from hvdlocal.data.format.manifest import OVERWRITE, Manifest, sha256_of_json, shard_name, split_directory
+from hvdlocal.data.kinds import KINDS
 from hvdlocal.data.permutations import pre_shuffle
 from hvdlocal.data.write.staging import Receipt, SplitStaging
 from hvdlocal.directory import write_text
@@ -57,7 +49,6 @@ class SplitWriter:
     Args:
         directory: where the data set lives; created if need be.
         split: name of the split, e.g. "train".
-        classes: class names; label i means classes[i].
         num_shards: number of files. It has nothing to do with the number of ranks; some 256 MiB to 1 GiB a file is
             good.
         seed: seed of the pre-shuffle.
@@ -72,22 +63,18 @@ class SplitWriter:
         directory: str | Path,
         split: str,
         *,
-        classes: Sequence[str],
         num_shards: int = 1,
         seed: int = 0,
         overwrite: bool = False,
         communicator: Communicator | None = None,
         progress: Progress | None = None,
     ) -> None:
-        if not classes or isinstance(classes, str) or len(set(classes)) != len(classes):
-            raise ValueError(f"classes {classes!r} must be a list of at least one name, each of them once")
         if num_shards < 1:
             raise ValueError(f"num_shards is {num_shards}; there must be at least one shard")
         if not 0 <= seed < 2**63:
             raise ValueError(f"seed {seed} is out of range; choose an integer from 0 to 2**63 - 1")
         self.directory = split_directory(directory, split)
         self.split = split
-        self.classes = tuple(classes)
         self.num_shards = num_shards
         self.seed = seed
         self.overwrite = overwrite
@@ -95,27 +82,21 @@ class SplitWriter:
         self._progress = progress
         self._staging = SplitStaging(self.directory, split, overwrite)
 
-    def _check_labels(self, labels: ArrayLike, n: int, things: str) -> NDArray[np.int32]:
-        if n < self.num_shards:
-            raise ValueError(f"{n} {things} cannot fill {self.num_shards} shards; choose a smaller num_shards")
-        try:
-            array = class_numbers(np.asarray(labels), n, things)
-        except ValueError as error:
-            raise ValueError(f"labels are {error}") from None
-        out_of_range = np.flatnonzero((array < 0) | (array >= len(self.classes)))
-        if len(out_of_range):
-            first = int(out_of_range[0])
-            raise ValueError(
-                f"label {array[first]} of sample {first} is out of range; "
-                f"{len(self.classes)} classes take labels 0..{len(self.classes) - 1}"
-            )
-        return array.astype(np.int32)
+    def _draft(self, kind: str, facts: Mapping[str, Any], source: Mapping[str, Any]) -> Manifest:
+        """The manifest as far as it is known before the first sample is read.
+
+        Args:
+            kind: of the samples.
+            facts: as in the manifest.
+            source: identifies the content of the source.
+        """
+        plan = {"split": self.split, "seed": self.seed, "num_shards": self.num_shards, **facts, **source}
+        return Manifest(self.split, kind, facts, self.seed, plan=sha256_of_json(plan))
 
     def _write_split(
         self,
-        identity: str,
-        shape: tuple[int, int, int] | None,
-        labels: NDArray[np.int32],
+        draft: Manifest,
+        samples: int,
         write_shard: Callable[[Path, str, NDArray[np.int64]], Receipt],
         preparation: Mapping[str, Any],
         skip_bad: bool = False,
@@ -123,30 +104,20 @@ class SplitWriter:
         """Writes what is not there yet and publishes the split; a collective.
 
         Args:
-            identity: identifies the content of the source.
-            shape: as in the manifest.
-            labels: int32 (N,).
+            draft: see `_draft`.
+            samples: N, the number of samples of the source, at least one for each shard.
             write_shard: writes the samples of the given source indices to a path under which it is not read yet; the
                 name is what the entry must say.
             preparation: as in the manifest.
             skip_bad: whether bad samples are left out; otherwise they are refused once all have been tried.
         """
-        plan = sha256_of_json(
-            {
-                "split": self.split,
-                "shape": shape,
-                "classes": self.classes,
-                "seed": self.seed,
-                "num_shards": self.num_shards,
-                "labels": labels_sha256(labels),
-                "source": identity,
-            }
-        )
-        require_agreement(self._communicator, {"the plan of the data set": plan}, "data.plan")
-        kind: Kind = "jpeg" if shape is None else "images"
-        draft = Manifest(self.split, shape, self.classes, self.seed, (), (), (), kind, {}, plan)
+        require_agreement(self._communicator, {"the plan of the data set": draft.plan}, "data.plan")
         with self._claimed():
-            return self._write_claimed(draft, labels, write_shard, preparation, skip_bad)
+            return self._write_claimed(draft, samples, write_shard, preparation, skip_bad)
+
+    def _require_samples(self, samples: int, things: str) -> None:
+        if samples < self.num_shards:
+            raise ValueError(f"{samples} {things} cannot fill {self.num_shards} shards; choose a smaller num_shards")
 
     @contextmanager
     def _claimed(self) -> Iterator[None]:
@@ -161,14 +132,14 @@ class SplitWriter:
     def _write_claimed(
         self,
         draft: Manifest,
-        labels: NDArray[np.int32],
+        n: int,
         write_shard: Callable[[Path, str, NDArray[np.int64]], Receipt],
         preparation: Mapping[str, Any],
         skip_bad: bool,
     ) -> Manifest:
-        n, communicator, staging = len(labels), self._communicator, self._staging
+        communicator, staging = self._communicator, self._staging
         names = [shard_name(self.split, number, self.num_shards) for number in range(self.num_shards)]
-        order = pre_shuffle(self.seed, n)
+        order = pre_shuffle(self.seed, n) if KINDS[draft.kind].shuffled else np.arange(n)
         bounds = [n * i // self.num_shards for i in range(self.num_shards + 1)]
         rows = [order[bounds[number] : bounds[number + 1]] for number in range(self.num_shards)]
 
@@ -182,7 +153,7 @@ class SplitWriter:
             damaged = list(range(self.num_shards))
 
         def make(number: int) -> Receipt:
-            receipt = staging.finished(names[number], rows[number], labels, draft)
+            receipt = staging.finished(names[number], draft)
             if receipt is None:
                 return staging.make(names[number], rows[number], draft, write_shard)
             self._tell(len(rows[number]))
@@ -249,7 +220,7 @@ class SplitWriter:
         for number, receipt in enumerate(receipts):
             if not receipt.entry.num_samples:
                 raise ValueError(f"no sample of shard {number} can be used; choose fewer shards")
-        mean, std = mean_and_std(np.sum([receipt.histogram for receipt in receipts], axis=0))
+        statistics = KINDS[draft.kind].combine([receipt.counts for receipt in receipts])
         notes: dict[str, int] = {}
         for receipt in receipts:
             for note, count in receipt.notes.items():
@@ -257,7 +228,7 @@ class SplitWriter:
         left_out = sum(len(receipt.bad) for receipt in receipts)
         facts = {**preparation, "left_out": left_out, "notes": dict(sorted(notes.items()))}
         entries = tuple(receipt.entry for receipt in receipts)
-        return replace(draft, mean=mean, std=std, shards=entries, preparation=facts)
+        return replace(draft, statistics=statistics, shards=entries, preparation=facts)
 
     def _mended(self, existing: Manifest, receipts: Mapping[int, Receipt]) -> Manifest:
         """The existing manifest with the shards that had to be written again, which must have the content of before."""

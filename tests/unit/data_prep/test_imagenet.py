@@ -351,6 +351,6 @@ def test_real_images(prepare, jpeg_source):
             squares + (pixels**2).sum((0, 1)),
             count + pixels[..., 0].size,
         )
-    np.testing.assert_allclose(manifest.mean, total / count, rtol=1e-12)
-    np.testing.assert_allclose(manifest.std, np.sqrt(squares / count - (total / count) ** 2), rtol=1e-10)
+    np.testing.assert_allclose(manifest.statistics["mean"], total / count, rtol=1e-12)
+    np.testing.assert_allclose(manifest.statistics["std"], np.sqrt(squares / count - (total / count) ** 2), rtol=1e-10)
     assert json.loads((output / "val" / "manifest.json").read_text())["num_samples"] == 24

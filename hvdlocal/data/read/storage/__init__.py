@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
@@ -13,29 +14,29 @@ from hvdlocal.data.read.storage.ram import RamStorage, Region
 from hvdlocal.data.read.storage.select import choose
 from hvdlocal.data.read.storage.stream import StreamStorage
 
-__all__ = ["ClosedStorage", "Layout", "Region", "Storage", "open_storage"]
+__all__ = ["ClosedStorage", "Layout", "Region", "Storage", "open_storages"]
 
 
-def open_storage(
-    layout: Layout,
+def open_storages(
+    layouts: Sequence[Layout],
     storage: str,
     communicator: Communicator,
     share: str = "node",
     stream_bytes: int | None = None,
-    region: Region | None = None,
-) -> Storage:
-    """Opens the storage that was asked for, or the one that fits; a collective.
+    regions: Sequence[Region] = (),
+) -> list[Storage]:
+    """Opens the storage that was asked for, or the one that fits, for each column of the samples; a collective.
 
     Args:
-        layout: what to hold.
+        layouts: what to hold, column by column.
         storage: "ram", "mmap", "stream" or "auto", which is the first of these that fits: `ram` up to half of the memory
             that the node can give, then `mmap` on local file systems.
         communicator: the ranks that read the same split.
         share: who reads the shards for mode "ram", see `RamStorage`.
         stream_bytes: what mode "stream" may hold in this process; a quarter of the free memory over the ranks of the
-            node unless given.
-        region: where another process of this node may hold the same data in memory; then nothing is chosen or read. For
-            one process alone.
+            node unless given. The columns divide it by their sizes.
+        regions: where another process of this node may hold the same columns in memory; then nothing is chosen or read.
+            For one process alone.
 
     Raises:
         ValueError: the choice is impossible, or a file is not what it should be; on every rank.
@@ -51,22 +52,28 @@ def open_storage(
             )
 
     succeed_together(communicator, check, "hvdlocal.data.stream_bytes")  # each rank may have its own
-    if region is not None:
+    if regions:
         # Before anything is chosen: memory that is shared already needs no room.
         with contextlib.suppress(OSError):  # its process is gone, or on another node
-            return RamStorage(layout, "shared with the process that opened the data set", communicator, region=region)
-    path, obstacle = layout.extents[0].path, None
-    for extent in layout.extents:
+            reason = "shared with the process that opened the data set"
+            return [
+                RamStorage(layout, reason, communicator, region=region)
+                for layout, region in zip(layouts, regions, strict=True)
+            ]
+    path, obstacle = layouts[0].extents[0].path, None
+    for extent in (extent for layout in layouts for extent in layout.extents):
         if isinstance(extent, Unmappable):
             path, obstacle = extent.path, extent.obstacle
             break
-    choice = choose(storage, layout.total_bytes, path, obstacle, communicator)
+    total = sum(layout.total_bytes for layout in layouts)
+    choice = choose(storage, total, path, obstacle, communicator)
     if choice.mode == "ram":
-        return RamStorage(layout, choice.reason, communicator, share)
+        return [RamStorage(layout, choice.reason, communicator, share) for layout in layouts]
+    room = choice.stream_bytes if stream_bytes is None else stream_bytes
 
-    def open_files() -> Storage:
+    def open_files() -> list[Storage]:
         if choice.mode == "mmap":
-            return MappedStorage(layout, choice.reason)
-        return StreamStorage(layout, choice.reason, choice.stream_bytes if stream_bytes is None else stream_bytes)
+            return [MappedStorage(layout, choice.reason) for layout in layouts]
+        return [StreamStorage(layout, choice.reason, room * layout.total_bytes // total) for layout in layouts]
 
     return succeed_together(communicator, open_files, "hvdlocal.data.open")

@@ -12,10 +12,11 @@ import pytest
 
 from hvdlocal.data.format.manifest import Manifest, ShardEntry
 from hvdlocal.data.format.shard import content_sha256, open_shard, shard_attributes
-from hvdlocal.data.write.shard_writer import write_image_shard, write_jpeg_shard
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.write.shard_writer import write_shard
 
 SHAPE = (4, 3, 2)
-ATTRIBUTES = shard_attributes("train", 0, ["a"])
+ATTRIBUTES = shard_attributes(Manifest("train", "images", {"shape": SHAPE, "classes": ["a"]}, 0))
 IMAGES = np.arange(72, dtype="u1").reshape(3, *SHAPE)
 GOOD = {
     "images": IMAGES,
@@ -41,13 +42,18 @@ def foreign(path, good, *, userblock_size=0, attributes=ATTRIBUTES, **changes):
         for name, data in (good | changes).items():
             if data is not None:
                 file.create_dataset(name, **(data if isinstance(data, dict) else {"data": data}))
-    arrays = [good.get(name) for name in ("labels", "index", "crc32", "offsets", "dims")]
-    return path, ShardEntry(path.name, 3, path.stat().st_size, content_sha256(*arrays)), manifest_of(good)
+    manifest = manifest_of(good)
+    entry = ShardEntry(path.name, 3, path.stat().st_size, content_sha256(KINDS[manifest.kind], good_tables(good)))
+    return path, entry, manifest
+
+
+def good_tables(good):
+    return {name: array for name, array in good.items() if name not in ("images", "jpeg")}
 
 
 def manifest_of(good, classes=("a",)):
     kind, shape = ("jpeg", None) if "jpeg" in good else ("images", SHAPE)
-    return Manifest("train", shape, classes, 0, (), (), (), kind)
+    return Manifest("train", kind, {"shape": shape, "classes": classes}, 0)
 
 
 @pytest.mark.parametrize("userblock_size", [0, 512])  # the second is not what the format asks for, but harmless
@@ -55,12 +61,13 @@ def manifest_of(good, classes=("a",)):
 def test_a_foreign_shard_is_welcome(tmp_path, good, userblock_size):
     path, entry, manifest = foreign(tmp_path / "a.h5", good, userblock_size=userblock_size)
     shard = open_shard(path, entry, manifest)
-    raw = path.read_bytes()[shard.data_offset : shard.data_offset + shard.data_bytes]
+    (column,) = shard.columns
+    raw = path.read_bytes()[column.data_offset : column.data_offset + column.data_bytes]
     assert raw == next(iter(good.values())).tobytes()
-    assert shard.unit_bounds.tolist() == ([0, 72] if good is GOOD else [0, 20, 50, 90])
-    assert (shard.labels.dtype, shard.index.dtype, shard.crc32.dtype) == (np.int32, np.int64, np.uint32)
-    for unit in range(len(shard.crc32)):
-        shard.check_unit(unit, raw[slice(*shard.unit_bounds[unit : unit + 2])])
+    assert column.unit_bounds.tolist() == ([0, 72] if good is GOOD else [0, 20, 50, 90])
+    assert [shard.tables[name].dtype for name in ("labels", "index", "crc32")] == [np.int32, np.int64, np.uint32]
+    for unit in range(len(column.crc32)):
+        column.check_unit(unit, raw[slice(*column.unit_bounds[unit : unit + 2])])
     shard.verify()
     assert h5py.h5f.get_obj_count(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE) == 0
 
@@ -129,12 +136,11 @@ def test_other_files_are_refused(tmp_path):
 
 @pytest.mark.parametrize("good", [GOOD, GOOD_JPEG], ids=["images", "jpeg"])
 def test_a_damaged_header_is_an_error_of_the_file(tmp_path, good):
-    path, labels, index = tmp_path / "a.h5", GOOD["labels"], GOOD["index"]
-    if good is GOOD:
-        sha256 = write_image_shard(path, [IMAGES], IMAGES.shape, labels, index, ATTRIBUTES)
-    else:
-        sha256 = write_jpeg_shard(path, [b"x" * 20] * 3, GOOD_JPEG["dims"], labels, index, ATTRIBUTES)
-    entry, manifest = ShardEntry("a.h5", 3, path.stat().st_size, sha256), manifest_of(good)
+    path, manifest, tables = tmp_path / "a.h5", manifest_of(good), good_tables(good)
+    del tables["crc32"]
+    units = [IMAGES] if good is GOOD else [JPEG[:20], JPEG[20:50], JPEG[50:]]
+    sha256 = write_shard(path, manifest, 3, [units], tables)
+    entry = ShardEntry("a.h5", 3, path.stat().st_size, sha256)
     # In a process of its own, since HDF5 itself may crash on a damaged header.
     child = multiprocessing.get_context("spawn").Process(target=flip_bytes, args=(path, entry, manifest, 600))
     child.start()
@@ -165,12 +171,12 @@ def flip_bytes(path, entry, manifest, times):
 
 
 def test_labels_beyond_the_classes(tmp_path):
-    labels = np.array([0, 1, 2], np.int32)
-    attributes = shard_attributes("train", 0, ["a", "b"])
-    sha256 = write_image_shard(tmp_path / "a.h5", [IMAGES], IMAGES.shape, labels, np.arange(3), attributes)
+    manifest = manifest_of(GOOD, ("a", "b"))
+    tables = {"labels": np.array([0, 1, 2]), "index": np.arange(3)}
+    sha256 = write_shard(tmp_path / "a.h5", manifest, 3, [[IMAGES]], tables)
     entry = ShardEntry("a.h5", 3, (tmp_path / "a.h5").stat().st_size, sha256)
     with pytest.raises(ValueError, match=r"labels 0\.\.2 but names 2 classes"):
-        open_shard(tmp_path / "a.h5", entry, manifest_of(GOOD, ("a", "b")))
+        open_shard(tmp_path / "a.h5", entry, manifest)
 
 
 def test_verify_reads_in_large_pieces(tmp_path, monkeypatch):
@@ -178,9 +184,9 @@ def test_verify_reads_in_large_pieces(tmp_path, monkeypatch):
     images = np.random.RandomState(0).randint(0, 256, (8192, 32, 32, 3)).astype(np.uint8)
     path = tmp_path / "a.h5"
     blocks = (images[start : start + 64] for start in range(0, 8192, 64))
-    labels, index = np.zeros(8192, np.int32), np.arange(8192)
-    sha256 = write_image_shard(path, blocks, images.shape, labels, index, ATTRIBUTES)
-    manifest = dataclasses.replace(manifest_of(GOOD), shape=(32, 32, 3))
+    manifest = Manifest("train", "images", {"shape": (32, 32, 3), "classes": ("a",)}, 0)
+    tables = {"labels": np.zeros(8192), "index": np.arange(8192)}
+    sha256 = write_shard(path, manifest, 8192, [blocks], tables)
     shard = open_shard(path, ShardEntry("a.h5", 8192, path.stat().st_size, sha256), manifest)
     reads = []
     original = os.preadv
@@ -191,16 +197,17 @@ def test_verify_reads_in_large_pieces(tmp_path, monkeypatch):
     assert sum(reads) == images.nbytes
     assert min(reads[:-1]) > 7 << 20
     with path.open("r+b") as file:
-        file.truncate(shard.data_offset + images.nbytes - 1)
+        file.truncate(shard.columns[0].data_offset + images.nbytes - 1)
     with pytest.raises(ValueError, match="it is cut off"):
         shard.verify()
 
 
 def test_large_shards_are_aligned_to_a_mebibyte(tmp_path, monkeypatch):
     monkeypatch.setattr("hvdlocal.data.write.shard_writer._LARGE_FILE_BYTES", 2000)
-    arguments = np.zeros((3, 2), np.uint16), np.zeros(3, np.int32), np.arange(3), ATTRIBUTES
+    tables = {"dims": np.zeros((3, 2)), "labels": np.zeros(3), "index": np.arange(3)}
     for length, offset in ((1, 2048), (1 << 20, 1 << 20)):
-        write_jpeg_shard(tmp_path / f"{length}.h5", [b"x" * length] * 3, *arguments)
+        tables["offsets"] = np.arange(4) * length
+        write_shard(tmp_path / f"{length}.h5", manifest_of(GOOD_JPEG), 3, [[b"x" * length] * 3], tables)
         with h5py.File(tmp_path / f"{length}.h5") as file:
             found = file["jpeg"].id.get_offset()
             assert file["jpeg"][:].tobytes() == b"x" * 3 * length

@@ -18,8 +18,8 @@ def test_streamed_data_come_in_block_order_and_are_announced(make_dataset, tmp_p
     make_dataset(300, num_shards=2)
     dataset = ShardedDataset(tmp_path, storage="stream")
     announced, taken = [], []
-    take, read_ahead = dataset.take, dataset.read_ahead
-    monkeypatch.setattr(dataset, "take", lambda rows, out: (taken.append(rows), take(rows, out))[1])
+    gather, read_ahead = dataset.gather, dataset.read_ahead
+    monkeypatch.setattr(dataset, "gather", lambda rows, out: (taken.append(rows), gather(rows, out))[1])
     monkeypatch.setattr(dataset, "read_ahead", lambda rows: (announced.append(rows), read_ahead(rows))[1])
     loader = Loader(dataset, 5, num_workers=num_workers, threads=1)
     order = EpochOrder("block", 0, 300, block_starts=dataset.block_starts)

@@ -171,12 +171,12 @@ def test_images_refuse_a_crop(make_dataset):
         TorchDataset(make_dataset(5), crop=CenterCrop(4, 5))
 
 
-def test_an_index_is_a_number_with_a_key():
-    index = SampleIndex(7, 2**64 - 1)
+def test_an_index_is_a_number_with_a_key_an_epoch_and_a_seed():
+    index = SampleIndex(7, 2**64 - 1, 3, 5)
     assert index == 7
     assert [10 * i for i in range(9)][index] == 70
     again = pickle.loads(pickle.dumps(index))
-    assert (again, again.key, type(again)) == (7, 2**64 - 1, SampleIndex)
+    assert (again, again.key, again.epoch, again.seed, type(again)) == (7, 2**64 - 1, 3, 5, SampleIndex)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -1,3 +1,4 @@
+import dataclasses
 import pickle
 import re
 import shutil
@@ -9,7 +10,8 @@ import pytest
 from hvdlocal.data import ShardedDataset, ShardWriter
 from hvdlocal.data.format.manifest import Manifest, ShardEntry
 from hvdlocal.data.format.shard import content_sha256, open_shard, shard_attributes
-from hvdlocal.data.write.shard_writer import write_image_shard
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.write.shard_writer import write_shard
 
 SHAPE = (4, 3, 2)
 
@@ -145,17 +147,24 @@ def test_unusable_manifest(make_dataset, tmp_path, old, new, message):
 def test_labels_beyond_the_classes(tmp_path):
     (tmp_path / "train").mkdir()
     path = tmp_path / "train" / "a.h5"
-    images, labels, index = np.zeros((3, *SHAPE), np.uint8), np.array([0, 1, 2], np.int32), np.arange(3)
-    sha256 = write_image_shard(path, [images], images.shape, labels, index, shard_attributes("train", 0, ["a", "b"]))
+    manifest = manifest_of(("a", "b"))
+    tables = {"labels": np.array([0, 1, 2]), "index": np.arange(3)}
+    sha256 = write_shard(path, manifest, 3, [[np.zeros((3, *SHAPE), np.uint8)]], tables)
     entry = ShardEntry("a.h5", 3, path.stat().st_size, sha256)
-    Manifest("train", SHAPE, ("a", "b"), 0, (0.0, 0.0), (1.0, 1.0), (entry,)).save(tmp_path / "train" / "manifest.json")
+    dataclasses.replace(manifest, shards=(entry,)).save(tmp_path / "train" / "manifest.json")
     with pytest.raises(ValueError, match=r"a\.h5 holds labels 0\.\.2 but names 2 classes"):
         ShardedDataset(tmp_path)
 
 
 # Files by other writers. Each misses the format in one way.
 
-ATTRIBUTES = shard_attributes("train", 0, ["a"])
+
+def manifest_of(classes=("a",)):
+    statistics = {"mean": (0.0, 0.0), "std": (1.0, 1.0)}
+    return Manifest("train", "images", {"shape": SHAPE, "classes": classes}, 0, statistics)
+
+
+ATTRIBUTES = shard_attributes(manifest_of())
 GOOD = {
     "images": np.zeros((3, *SHAPE), "u1"),
     "labels": np.zeros(3, "<i4"),
@@ -178,15 +187,16 @@ def test_a_foreign_shard_is_welcome(tmp_path):
     for userblock_size in (0, 512):  # not what the format asks for, but harmless
         path = foreign_shard(tmp_path / "a.h5", images=images, userblock_size=userblock_size)
         shard = open_as(path)
-        found = np.fromfile(path, np.uint8, shard.data_bytes, offset=shard.data_offset)
+        (column,) = shard.columns
+        found = np.fromfile(path, np.uint8, column.data_bytes, offset=column.data_offset)
         np.testing.assert_array_equal(found.reshape(images.shape), images)
 
 
 def open_as(path):
     """Opens a shard under a manifest that fits a good one."""
-    sha256 = content_sha256(GOOD["labels"], GOOD["index"], GOOD["crc32"])
+    sha256 = content_sha256(KINDS["images"], {name: GOOD[name] for name in ("labels", "index", "crc32")})
     entry = ShardEntry(path.name, 3, path.stat().st_size, sha256)
-    return open_shard(path, entry, Manifest("train", SHAPE, ("a",), 0, (0.0, 0.0), (1.0, 1.0), (entry,)))
+    return open_shard(path, entry, manifest_of())
 
 
 @pytest.mark.parametrize(

@@ -432,7 +432,7 @@ def test_mmap_finds_damage_in_the_last_of_several_new_units(copy):
 def test_a_reader_that_began_before_the_close_goes_on(large, mode):
     """It holds the storage, and with it the memory."""
     dataset = ShardedDataset(large, storage=mode)
-    storage, rows, out = dataset._storage, np.arange(0, 8000, 7), np.empty((1143, 1024), np.uint8)
+    storage, rows, out = dataset._storages[0], np.arange(0, 8000, 7), np.empty((1143, 1024), np.uint8)
     dataset.close()
     storage.gather(rows, out)
     np.testing.assert_array_equal(out, images_of(8000)[dataset.index[rows]].reshape(-1, 1024))
@@ -451,7 +451,7 @@ def test_a_pickle_finds_shared_memory_before_anything_is_chosen(large, monkeypat
     found = os.fstat(memory)
     region = Region(this_node(), os.getpid(), memory, found.st_dev, found.st_ino)
     monkeypatch.setattr("hvdlocal.data.read.storage.select.available_bytes", lambda: 0)
-    monkeypatch.setattr(dataset._storage, "region", region)
+    monkeypatch.setattr(dataset._storages[0], "region", region)
     again = pickle.loads(pickle.dumps(dataset))
     np.testing.assert_array_equal(again.take(np.arange(8000)), dataset.take(np.arange(8000)))
     assert again.describe() == "ram: shared with the process that opened the data set"

@@ -108,8 +108,8 @@ def test_gray_images_get_a_channel(tmp_path, options):
 def test_same_statistics_as_shards(tmp_path):
     manifest = ShardWriter(tmp_path, "train", classes=list("abcde"), num_shards=2).write(*content())
     dataset = open_hdf5(write(tmp_path / "a.h5"))
-    np.testing.assert_allclose(dataset.mean, manifest.mean, rtol=1e-15)
-    np.testing.assert_allclose(dataset.std, manifest.std, rtol=1e-15)
+    np.testing.assert_allclose(dataset.mean, manifest.statistics["mean"], rtol=1e-15)
+    np.testing.assert_allclose(dataset.std, manifest.statistics["std"], rtol=1e-15)
 
 
 def test_chunked_files_are_read_a_run_of_whole_chunks_at_a_time(tmp_path, monkeypatch):

@@ -61,12 +61,13 @@ def test_open_shard_tells_where_each_file_lies(tmp_path, jpeg_files):
     (entry,) = manifest.shards
     shard = open_shard(tmp_path / "train" / entry.file, entry, manifest)
     raw = (tmp_path / "train" / entry.file).read_bytes()
-    assert shard.data_bytes == sum(map(len, files))
-    np.testing.assert_array_equal(shard.offsets, shard.unit_bounds)
-    for i, index in enumerate(shard.index):
-        start, stop = shard.data_offset + shard.offsets[i : i + 2]
+    (column,) = shard.columns
+    assert column.data_bytes == sum(map(len, files))
+    np.testing.assert_array_equal(shard.tables["offsets"], column.unit_bounds)
+    for i, index in enumerate(shard.tables["index"]):
+        start, stop = column.data_offset + column.unit_bounds[i : i + 2]
         assert raw[start:stop] == files[index]
-        shard.check_unit(i, raw[start:stop])
+        column.check_unit(i, raw[start:stop])
     shard.verify()
 
 
@@ -74,8 +75,8 @@ def test_mean_and_std_are_those_of_all_decoded_pixels(tmp_path, jpeg_files):
     files, labels = jpeg_files(23)
     manifest = writer(tmp_path, num_shards=3).write(files, labels)
     pixels = np.concatenate([simplejpeg.decode_jpeg(one, "RGB").reshape(-1, 3) for one in files]) / 255
-    np.testing.assert_allclose(manifest.mean, pixels.mean(axis=0), rtol=1e-13)
-    np.testing.assert_allclose(manifest.std, pixels.std(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(manifest.statistics["mean"], pixels.mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(manifest.statistics["std"], pixels.std(axis=0), rtol=1e-12)
 
 
 def test_a_flipped_bit_is_named(tmp_path, jpeg_files):
@@ -83,7 +84,7 @@ def test_a_flipped_bit_is_named(tmp_path, jpeg_files):
     (entry,) = manifest.shards
     path = tmp_path / "train" / entry.file
     shard = open_shard(path, entry, manifest)
-    start, stop = (int(bound) + shard.data_offset for bound in shard.offsets[7:9])
+    start, stop = (int(bound) + shard.columns[0].data_offset for bound in shard.columns[0].unit_bounds[7:9])
     raw = bytearray(path.read_bytes())
     expected = zlib.crc32(raw[start:stop])
     raw[start + 100] ^= 1 << 5
@@ -142,7 +143,9 @@ def test_bad_files_are_left_out_on_request(tmp_path, jpeg_files):
     manifest = writer(tmp_path, num_shards=3, skip_bad=True).write(files, labels)
     assert manifest.num_samples == 16
     assert manifest.preparation["left_out"] == 4
-    index = np.concatenate([open_shard(tmp_path / "train" / e.file, e, manifest).index for e in manifest.shards])
+    index = np.concatenate(
+        [open_shard(tmp_path / "train" / e.file, e, manifest).tables["index"] for e in manifest.shards]
+    )
     np.testing.assert_array_equal(index, [i for i in pre_shuffle(0, 20) if i not in BAD_REASONS])
     report = (tmp_path / "train" / "bad_files.txt").read_text()
     assert report.startswith("sample 3 cannot be decoded")

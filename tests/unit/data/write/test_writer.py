@@ -7,7 +7,7 @@ import pytest
 from hvdlocal.data import ShardedDataset, ShardWriter
 from hvdlocal.data.format.manifest import Manifest
 from hvdlocal.data.permutations import pre_shuffle
-from hvdlocal.data.write.shard_writer import write_image_shard
+from hvdlocal.data.write.shard_writer import write_shard
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 
@@ -279,7 +279,7 @@ def test_shards_without_a_manifest_are_not_touched(tmp_path, source, name):
 
 def test_a_byte_that_changes_on_its_way_to_the_disk_is_noticed(tmp_path, source, monkeypatch):
     def flipping(path, *arguments):
-        sha256 = write_image_shard(path, *arguments)
+        sha256 = write_shard(path, *arguments)
         with h5py.File(path) as file:
             offset = file["images"].id.get_offset()
         raw = bytearray(path.read_bytes())
@@ -287,7 +287,7 @@ def test_a_byte_that_changes_on_its_way_to_the_disk_is_noticed(tmp_path, source,
         path.write_bytes(raw)
         return sha256
 
-    monkeypatch.setattr("hvdlocal.data.write.image_writer.write_image_shard", flipping)
+    monkeypatch.setattr("hvdlocal.data.write.image_writer.write_shard", flipping)
     with pytest.raises(ValueError, match=r"is damaged in samples 64\.\.99 "):
         ShardWriter(tmp_path, "train", classes=CLASSES).write(*source(100))
     assert not files(tmp_path)

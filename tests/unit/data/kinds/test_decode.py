@@ -8,9 +8,9 @@ from PIL import Image
 from hvdlocal.data import JpegShardWriter, Loader, ShardedDataset
 from hvdlocal.data.augment import CenterCrop, RandomResizedCrop
 from hvdlocal.data.errors import DamagedDataError
+from hvdlocal.data.kinds import decode
+from hvdlocal.data.kinds.decode import decode_crop, decode_crops, decoder_description
 from hvdlocal.data.random_keys import sample_keys
-from hvdlocal.data.read import decode
-from hvdlocal.data.read.decode import decode_crop, decode_crops, decoder_description
 
 
 def picture(height, width):

@@ -20,7 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from hvdlocal.data.errors import DamagedDataError
 
 if TYPE_CHECKING:
-    from hvdlocal.data.read.dataset import StoredSamples
+    from hvdlocal.data.kinds.base import Samples
 
 
 def _optional(name: str) -> Any:
@@ -47,13 +47,13 @@ def decoder_description() -> str:
 
 
 def decode_crops(
-    dataset: StoredSamples, indices: ArrayLike, boxes: NDArray[np.int64], out: NDArray[np.uint8]
+    samples: Samples, indices: ArrayLike, boxes: NDArray[np.int64], out: NDArray[np.uint8]
 ) -> tuple[int, float, float]:
     """Decodes boxes of JPEGs to one size.
 
     Args:
-        dataset: of kind "jpeg".
-        indices: integers (n,), the samples.
+        samples: of kind "jpeg".
+        indices: integers (n,), which of them.
         boxes: int64 (n, 4): top, left, height, width in pixels of the original.
         out: C-contiguous uint8 (n, S, S, 3) to fill with RGB.
 
@@ -63,20 +63,20 @@ def decode_crops(
     Raises:
         ValueError: a JPEG cannot be decoded, or its bytes are damaged; it names shard, sample and byte range.
     """
-    assert dataset.dims is not None
+    dims = samples.tables["dims"]
     num_bytes, read_seconds, decode_seconds = 0, 0.0, 0.0
     before = time.perf_counter()
     for sample, box, image in zip(np.asarray(indices).tolist(), boxes.tolist(), out, strict=True):
-        data = dataset.bytes_of(sample)
+        data = samples.bytes_of(sample)
         began = time.perf_counter()
         read_seconds += began - before
         num_bytes += len(data)
-        height, width = dataset.dims[sample].tolist()
+        height, width = dims[sample].tolist()
         try:
             decode_crop(data, (height, width), box, image)
         except Exception as error:
             raise DamagedDataError(
-                f"{dataset.name_of(sample)} cannot be decoded: {error}; replace or remove this image in the source and write "
+                f"{samples.name_of(sample)} cannot be decoded: {error}; replace or remove this image in the source and write "
                 "the data set again (python -m data_prep … --overwrite)"
             ) from error
         before = time.perf_counter()

@@ -1,0 +1,10 @@
+"""The kinds of samples: how each is stored in a shard, described in a manifest, and read in batches. A kind is one class."""
+
+from __future__ import annotations
+
+from hvdlocal.data.kinds.base import Kind
+from hvdlocal.data.kinds.images import Images
+from hvdlocal.data.kinds.jpeg import Jpeg
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Images(), Jpeg())}
+"""All kinds by the name that a manifest and `ShardedDataset.kind` give them."""
