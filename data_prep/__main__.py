@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data_prep.arguments import DATA_SETS, build_parser
 from data_prep.progress import ProgressBar
@@ -26,7 +25,7 @@ from hvdlocal.communicator import (
     require_agreement,
     succeed_together,
 )
-from hvdlocal.data import BadSamplesError, JpegShardWriter, ShardWriter, verify
+from hvdlocal.data import BadSamplesError, verify
 from hvdlocal.exit_codes import ExitCode
 
 _SHARD_BYTES = 512 << 20  # few enough files for a parallel file system, enough of them to be copied side by side
@@ -137,27 +136,18 @@ def _write_split(
     source: Source, split: str, arguments: argparse.Namespace, communicator: Communicator, talks: bool
 ) -> None:
     content = source.splits[split]
-    options: dict[str, Any] = {
-        "classes": source.classes,
-        "num_shards": _num_shards(content.size, len(content.labels)) if arguments.shards is None else arguments.shards,
+    options = {
+        "num_shards": _num_shards(content.size, content.num_samples) if arguments.shards is None else arguments.shards,
         "seed": arguments.seed,
         "overwrite": arguments.overwrite,
         "communicator": communicator,
     }
-    with ProgressBar(split, len(content.labels), talks) as progress:
-        facts = {"identity": content.identity, "preparation": source.preparation}
-        writer: ShardWriter | JpegShardWriter
-        if source.kind == "images":
-            writer = ShardWriter(arguments.output, split, progress=progress, **options)
-            manifest = writer.write(content.samples, content.labels, **facts)  # type: ignore[arg-type]
-        else:
-            skip = getattr(arguments, "bad", "refuse") == "skip"
-            writer = JpegShardWriter(arguments.output, split, skip_bad=skip, progress=progress, **options)
-            manifest = writer.write(content.samples, content.labels, names=content.names, **facts)  # type: ignore[arg-type]
+    with ProgressBar(split, content.num_samples, talks) as progress:
+        manifest = content.write(arguments.output, split, source.preparation, {**options, "progress": progress})
     if talks:
         left_out = manifest.preparation.get("left_out", 0)
         print(
-            f"{writer.directory}: {manifest.num_samples} samples in {len(manifest.shards)} "
+            f"{arguments.output / split}: {manifest.num_samples} samples in {len(manifest.shards)} "
             f"shard{'s' if len(manifest.shards) > 1 else ''}"
             + (f" ({left_out} bad ones left out, see bad_files.txt)" if left_out else "")
             + "".join(f", {count} {note}" for note, count in manifest.preparation.get("notes", {}).items())

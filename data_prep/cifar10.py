@@ -14,7 +14,7 @@ import numpy as np
 from data_prep.cifar import Batch, binary_batch, python_batch
 from data_prep.planar import PlanarImages
 from data_prep.pooling import PooledImages
-from data_prep.source import Source, add_source_argument, image_split, open_on_every_rank
+from data_prep.source import ImageSplit, Source, add_source_argument, open_on_every_rank
 from hvdlocal.communicator import Communicator
 
 SUMMARY = "CIFAR-10, 32x32, from its unpacked archive, binary or Python version"
@@ -75,10 +75,10 @@ def load(source: Path, pool: int = 1, limit: int | None = None) -> Source:
             labels.append(numbers[:left])
             left -= len(parts[-1])
         images = PlanarImages(parts, 32)
-        splits[split] = image_split(images if pool == 1 else PooledImages(images, pool), np.concatenate(labels))
+        splits[split] = ImageSplit(images if pool == 1 else PooledImages(images, pool), np.concatenate(labels), CLASSES)
     changes = {"pool": pool} if pool != 1 else {}
     changes |= {"limit": limit} if limit is not None else {}
-    return Source(CLASSES, splits, preparation={"data_set": "cifar10", **changes})
+    return Source(splits, {"data_set": "cifar10", **changes})
 
 
 def read_binary_batch(path: Path) -> Batch:

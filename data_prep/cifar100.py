@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.cifar import binary_batch, python_batch
 from data_prep.planar import PlanarImages
-from data_prep.source import Source, add_source_argument, image_split, open_on_every_rank
+from data_prep.source import ImageSplit, Source, add_source_argument, open_on_every_rank
 from hvdlocal.communicator import Communicator
 
 SUMMARY = "CIFAR-100, 32x32, from its unpacked archive, binary or Python version"
@@ -58,7 +58,7 @@ def load(source: Path, labels: str = "fine") -> Source:
         FileNotFoundError: there is no such directory, or a file is missing.
         ValueError: a file is not what it should be; the message names it.
     """
-    splits = {}
+    splits, classes = {}, FINE if labels == "fine" else COARSE
     for split, samples in _SAMPLES.items():
         if (source / "train.bin").is_file():
             data, chosen = binary_batch(source / f"{split}.bin", samples, 2, 1 if labels == "fine" else 0)
@@ -69,5 +69,5 @@ def load(source: Path, labels: str = "fine") -> Source:
                 f"{source} holds neither train.bin nor train; unpack cifar-100-binary.tar.gz or "
                 "cifar-100-python.tar.gz and name the directory with these files"
             )
-        splits[split] = image_split(PlanarImages([data], 32), chosen)
-    return Source(FINE if labels == "fine" else COARSE, splits, preparation={"data_set": "cifar100", "labels": labels})
+        splits[split] = ImageSplit(PlanarImages([data], 32), chosen, classes)
+    return Source(splits, {"data_set": "cifar100", "labels": labels})

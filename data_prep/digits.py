@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 
-from data_prep.source import Source, image_split, open_on_every_rank
+from data_prep.source import ImageSplit, Source, open_on_every_rank
 from hvdlocal.communicator import Communicator
 
 SUMMARY = "scikit-learn's handwritten digits, 8x8"
@@ -43,8 +43,9 @@ def load() -> Source:
     test = np.zeros(len(images), bool)
     for digit in range(10):
         test[np.flatnonzero(digits.target == digit)[5::6]] = True
+    classes = tuple(str(digit) for digit in range(10))
     splits = {
-        "train": image_split(images[~test], digits.target[~test]),
-        "test": image_split(images[test], digits.target[test]),
+        "train": ImageSplit(images[~test], digits.target[~test], classes),
+        "test": ImageSplit(images[test], digits.target[test], classes),
     }
-    return Source(tuple(str(digit) for digit in range(10)), splits, preparation={"data_set": "digits"})
+    return Source(splits, {"data_set": "digits"})

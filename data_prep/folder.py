@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.folder_tree import EXTENSIONS, Tree, add_tree_arguments, open_tree
 from data_prep.imagenet import check_encoding, identity, jpeg_source
 from data_prep.raw_files import LOSSLESS, Header, RawFiles, read_file, read_header
-from data_prep.source import Source, image_split
+from data_prep.source import ImageSplit, Source
 from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
 
@@ -54,12 +54,12 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
     versions = succeed_together(communicator, jpeg_versions, "data.libraries")
     tree = open_tree(arguments, communicator, (*EXTENSIONS, ".bmp"))
     if images == "jpeg" or resize is not None or skip_bad:
-        return jpeg_source("folder", tree, resize, quality, versions)
+        return jpeg_source("folder", tree, resize, quality, versions, skip_bad)
     headers, bad = _headers(tree, communicator, all_of_them=images == "raw")
     first = next(iter(headers.values()), None)
     if images == "auto" and (reason := _why_not_raw(headers)):
         remark = f"stored as JPEG files, since {reason}; --images raw stores pixels, of files of one size"
-        made = jpeg_source("folder", tree, resize, quality, versions)
+        made = jpeg_source("folder", tree, resize, quality, versions, skip_bad)
         return replace(made, remarks=[remark, *made.remarks])
     if bad:
         raise ValueError(
@@ -80,17 +80,17 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
         preparation |= versions
     kind = "gray" if channels == 1 else "colour"
     return Source(
-        tree.classes,
         {
-            name: image_split(
+            name: ImageSplit(
                 RawFiles(tree.root, listing.files, listing.sizes, shape),
                 np.array(listing.labels, np.int64),
+                tree.classes,
                 identity(listing, preparation),
             )
             for name, listing in tree.listings.items()
         },
-        preparation=preparation,
-        remarks=[f"stored as pixels, {first.size}, {kind}", *tree.remarks],
+        preparation,
+        [f"stored as pixels, {first.size}, {kind}", *tree.remarks],
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from data_prep.folder_tree import Listing, Tree, add_tree_arguments, open_tree
 from data_prep.jpeg_files import CONVERSION_QUALITY, JpegFiles
-from data_prep.source import Source, Split
+from data_prep.source import JpegSplit, Source
 from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.data.write.jpeg_check import jpeg_versions
 
@@ -39,7 +39,7 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
     check_encoding(arguments.resize, arguments.quality)
     versions = succeed_together(communicator, jpeg_versions, "data.libraries")
     tree = open_tree(arguments, communicator)
-    return jpeg_source("imagenet", tree, arguments.resize, arguments.quality, versions)
+    return jpeg_source("imagenet", tree, arguments.resize, arguments.quality, versions, arguments.bad == "skip")
 
 
 def check_encoding(resize: int | None, quality: int) -> None:
@@ -50,7 +50,9 @@ def check_encoding(resize: int | None, quality: int) -> None:
         raise ValueError(f"--quality {quality} is out of range; choose 1 to 100, for instance 90")
 
 
-def jpeg_source(data_set: str, tree: Tree, resize: int | None, quality: int, versions: Mapping[str, str]) -> Source:
+def jpeg_source(
+    data_set: str, tree: Tree, resize: int | None, quality: int, versions: Mapping[str, str], skip_bad: bool
+) -> Source:
     """The files of a tree as JPEG files.
 
     Args:
@@ -59,6 +61,7 @@ def jpeg_source(data_set: str, tree: Tree, resize: int | None, quality: int, ver
         resize: short side in pixels that larger images are reduced to; None keeps the files.
         quality: JPEG quality of the reduced images.
         versions: of the libraries that decode and encode.
+        skip_bad: whether files that cannot be used are left out; otherwise they are refused.
     """
     preparation: dict[str, Any] = {
         "data_set": data_set,
@@ -68,19 +71,19 @@ def jpeg_source(data_set: str, tree: Tree, resize: int | None, quality: int, ver
     if resize is not None:
         preparation |= {"resize": resize, "quality": quality}
     return Source(
-        tree.classes,
         {
-            name: Split(
+            name: JpegSplit(
                 JpegFiles(tree.root, listing.files, listing.sizes, resize, quality),
                 np.array(listing.labels, np.int64),
+                tree.classes,
                 _size(listing, resize),
                 listing.files,
                 # What a file is turned into depends on the libraries only where pixels are encoded anew.
                 identity(listing, {**preparation, **versions} if resize is not None else preparation),
+                skip_bad,
             )
             for name, listing in tree.listings.items()
         },
-        "jpeg",
         preparation,
         tree.remarks,
     )

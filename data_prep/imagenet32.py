@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_prep.pickles import load_arrays
 from data_prep.planar import PlanarImages
-from data_prep.source import Source, add_source_argument, image_split, open_on_every_rank
+from data_prep.source import ImageSplit, Source, add_source_argument, open_on_every_rank
 from hvdlocal.communicator import Communicator
 
 SUMMARY = "downsampled ImageNet (also 8x8, 16x16 and 64x64), from its unpacked pickles"
@@ -48,6 +48,7 @@ def load(source: Path) -> Source:
             f"{source} does not hold train_data_batch_1; unpack Imagenet32_train.zip and Imagenet32_val.zip into one "
             "directory and name it"
         )
+    classes = _class_names(source / "map_clsloc.txt")
     splits, sides = {}, set()
     for split, names in _BATCHES.items():
         parts, labels = zip(*(read_batch(source / name) for name in names), strict=True)
@@ -56,8 +57,8 @@ def load(source: Path) -> Source:
             raise ValueError(
                 f"{source} mixes images of {sorted(_SIDES[width] for width in sides)} pixels; keep one size"
             )
-        splits[split] = image_split(PlanarImages(parts, _SIDES[parts[0].shape[1]]), np.concatenate(labels))
-    return Source(_class_names(source / "map_clsloc.txt"), splits, preparation={"data_set": "imagenet32"})
+        splits[split] = ImageSplit(PlanarImages(parts, _SIDES[parts[0].shape[1]]), np.concatenate(labels), classes)
+    return Source(splits, {"data_set": "imagenet32"})
 
 
 def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

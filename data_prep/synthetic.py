@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.source import Source, Split, image_split, open_on_every_rank
+from data_prep.source import ImageSplit, JpegSplit, Source, Split, open_on_every_rank
 from hvdlocal.communicator import Communicator
 from hvdlocal.data import JpegSample
 from hvdlocal.data.write.jpeg_check import jpeg_libraries, jpeg_versions
@@ -60,17 +60,19 @@ def load(samples: int, classes: int, size: int, seed: int, jpeg: bool = False) -
         raise ValueError(f"--size {size} is out of range; choose {_GRID} to 4096 pixels")
     names = tuple(f"class{number:0{len(str(classes - 1))}d}" for number in range(classes))
     facts: dict[str, Any] = {"data_set": "synthetic", "samples": samples, "size": size, "seed": seed}
-    splits = {}
+    splits: dict[str, Split] = {}
     for split, (first, count) in {"train": (0, samples), "test": (samples, max(classes, samples // 5))}.items():
         labels = np.arange(first, first + count) % classes
         identity = f"synthetic 1, {split}, {facts}, {classes} classes"
         images = SyntheticImages(first, count, classes, size, seed)
         if jpeg:
             identity += f", {jpeg_versions()}"
-            splits[split] = Split(SyntheticFiles(images), labels, count * size * size // 2, identity=identity)
+            splits[split] = JpegSplit(
+                SyntheticFiles(images), labels, names, count * size * size // 2, identity=identity
+            )
         else:
-            splits[split] = image_split(images, labels, identity)
-    return Source(names, splits, "jpeg" if jpeg else "images", facts)
+            splits[split] = ImageSplit(images, labels, names, identity)
+    return Source(splits, facts)
 
 
 class SyntheticImages:

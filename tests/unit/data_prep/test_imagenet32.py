@@ -48,7 +48,7 @@ def test_class_names(tree, tmp_path):
     source, _ = tree()
     lines = [f"n{9_000_000 - number:08d} {number} some_thing" for number in range(1, 1001)]
     (source / "map_clsloc.txt").write_text("\n".join(lines) + "\n")
-    classes = imagenet32.load(source).classes
+    classes = imagenet32.load(source).splits["train"].classes
     assert (classes[0], classes[999]) == ("n08999999", "n08999000")  # the order of the labels, not the sorted one
     (source / "map_clsloc.txt").write_text("\n".join(lines[:-1]))
     with pytest.raises(ValueError, match=r"map_clsloc\.txt names 999 labels where 1\.\.1000 are due"):
