@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support.launch import HVDLOCAL, ROOT, WITH_COMPILER, launch, mpirun
+from support.launch import HVDLOCAL, ROOT, AS_USERS_START, launch, mpirun
 
 from hvdlocal.models import build_model
 
@@ -18,7 +18,7 @@ def records(directory, kind=None):
     return [line for line in lines if kind in (None, line["kind"])]
 
 
-@pytest.mark.parametrize(("preset", "environment"), [("local-ada", WITH_COMPILER), ("sync", {}), ("acc-ada", {})])
+@pytest.mark.parametrize(("preset", "environment"), [("local-ada", AS_USERS_START), ("sync", {}), ("acc-ada", {})])
 def test_two_ranks(config, tmp_path, preset, environment):
     """tests/mpi/test_train.py has the other presets and settings."""
     command = [*HVDLOCAL, "train", str(config), "--method.preset", preset, "--method.period.period", "2"]

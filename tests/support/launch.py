@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 MPIRUN = [str(ROOT / "install" / "mpirun")]
 HVDLOCAL = [sys.executable, "-m", "hvdlocal"]
 
-WITHOUT_COMPILER = Path(__file__).parent / "without_compiler"
-WITH_COMPILER = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-"""For the jobs that import all of torch, as a user's do: the others save the time of its compiler."""
+QUICK_START = Path(__file__).parent / "quick_start"
+AS_USERS_START = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+"""For the jobs that start as a user's do: the others leave out what takes time (`quick_start/sitecustomize.py`)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HVDLOCAL_", "HOROVOD_"))}
     paths = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": ":".join(filter(None, [str(WITHOUT_COMPILER), WITH_COMPILER["PYTHONPATH"]])),
+        "PYTHONPATH": ":".join(filter(None, [str(QUICK_START), AS_USERS_START["PYTHONPATH"]])),
     }
     return {**kept, **paths, "OMP_NUM_THREADS": "1", **places_of_open_mpi(), **more}
 
