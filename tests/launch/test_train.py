@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from support.launch import HVDLOCAL, ROOT, AS_USERS_START, launch, mpirun
+from support.launch import AS_USERS_START, HVDLOCAL, QUICK_START, ROOT, launch, mpirun
 
 from hvdlocal.models import build_model
 
@@ -72,7 +72,11 @@ def test_doctor():
 def test_doctor_says_when_horovod_is_missing(tmp_path):
     (tmp_path / "horovod").mkdir()
     (tmp_path / "horovod" / "__init__.py").write_text("raise ImportError('no Horovod here')")
-    env = {"PYTHONPATH": str(tmp_path), "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    env = {
+        "PYTHONPATH": f"{tmp_path}:{QUICK_START}",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    }
     result = launch(*HVDLOCAL, "doctor", **env)
     assert result.code == 1
     assert "WRONG Horovod            ImportError: no Horovod here" in result.out
