@@ -33,5 +33,8 @@ from .communicator.launch import init as init
 from .data.read.dataset import ShardedDataset as ShardedDataset
 from .data.load.loader import Loader as Loader
 from .data.write.image_writer import ShardWriter as ShardWriter
+from .training.interruption import Interrupted as Interrupted
+from .training.output_directory import AlreadyFinished as AlreadyFinished
+from .training.own_loop import Checkpoints as Checkpoints
 from .plan.cost import pseudo_wall_clock as pseudo_wall_clock
 from .version import __version__ as __version__

@@ -4,6 +4,8 @@
 #   tasks                 how many ranks the job has
 #   mpirun_over RANKS     sets the array `mpirun`: the command that starts so many ranks
 #   srun_over RANKS       sets the array `srun`: the same through Slurm
+#   program_of CONFIG.yaml … | SCRIPT.py …
+#                         sets the array `program`: the trainer with its arguments, or Python with a script and its arguments
 #   run COMMAND …         runs a command to its end, hands signals to it, and leaves its exit code in `code`
 #   finish                ends the script by `code`: starts the job again, or passes the code on
 #
@@ -129,6 +131,14 @@ srun_over() {
   # dead one wait until their deadline. No --unbuffered: it makes a terminal of the log, and progress bars would fill it.
   # shellcheck disable=SC2034 # the templates use it
   srun=(srun --ntasks="$1" --cpus-per-task="$cpus" --mpi=pmix --kill-on-bad-exit=1)
+}
+
+program_of() {
+  # shellcheck disable=SC2034 # the templates use it
+  case ${1:-} in
+    *.py) program=(python "$@") ;;
+    *) program=(python -m hvdlocal train "$@") ;;
+  esac
 }
 
 # -- running, and the end of the job: docs/slurm.md has the exit codes ---------------------------------------------------

@@ -111,9 +111,19 @@ class ReplicaOptimizer(WrappedOptimizer):
         return self._progress.budget
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """What else it was built with, by name; the same on all ranks."""
+        return dict(self._settings)
+
+    @property
     def progress(self) -> float:
         """s, scale-invariant iterations done: the sum of the gains of all steps (`Scaling.progress`)."""
         return self._progress.done
+
+    @property
+    def round(self) -> int:
+        """Rounds completed."""
+        raise NotImplementedError
 
     @property
     def steps_in_round(self) -> int:
@@ -396,7 +406,8 @@ class ReplicaOptimizer(WrappedOptimizer):
             "max_norm": self._max_norm,
             "parameters to train": len(self._parameters),
         }
-        start_together(self.communicator, self.optimizer, self.model, {**own, **settings}, flat, in_flat)
+        self._settings = {**own, **settings}
+        start_together(self.communicator, self.optimizer, self.model, self._settings, flat, in_flat)
 
     def _timed_sum(self, tensor: torch.Tensor, name: str) -> None:
         start = time.perf_counter()

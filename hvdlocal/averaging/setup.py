@@ -135,22 +135,37 @@ def start_together(
         in_flat: ids of the parameters and buffers in `flat`.
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    shapes = repr([(name, *describe_layout(tensor)) for name, tensor in tensors.items()])
     facts = {
         **settings,
         "wrapped optimizer": type(optimizer).__name__,
-        "model (names, shapes, dtypes)": hashlib.sha256(shapes.encode()).hexdigest()[:16],
+        "model (names, shapes, dtypes)": layout_digest(model),
         "parameters with optimizer state": len(optimizer.state),
         "torch": torch.__version__,
+        **hyperparameters(optimizer),
     }
-    for i, group in enumerate(optimizer.param_groups):
-        facts |= {f"param group {i} {key}": _plain(value) for key, value in group.items() if key != "params"}
     require_agreement(communicator, facts, "hvdlocal.settings")
     communicator.broadcast_(flat, "hvdlocal.start")
     for name, tensor in tensors.items():
         for i, part in enumerate(memory_of(tensor)):
             if id(tensor) not in in_flat and part.numel():
                 communicator.broadcast_(part, f"hvdlocal.start.{name}.{i}")
+
+
+def layout_digest(model: torch.nn.Module) -> str:
+    """A digest of the names, shapes and dtypes of the model's parameters and buffers."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    layout = repr([(name, *describe_layout(tensor)) for name, tensor in tensors.items()])
+    return hashlib.sha256(layout.encode()).hexdigest()[:16]
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The settings of all parameter groups, by names such as "param group 0 lr"."""
+    return {
+        f"param group {i} {key}": _plain(value)
+        for i, group in enumerate(optimizer.param_groups)
+        for key, value in group.items()
+        if key != "params"
+    }
 
 
 def owner_of(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

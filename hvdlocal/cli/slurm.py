@@ -68,7 +68,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hvdlocal slurm",
-        usage="hvdlocal slurm --template NAME [options of the job] CONFIG.yaml [--section.key value …]",
+        usage="hvdlocal slurm --template NAME [options of the job] (CONFIG.yaml [--section.key value …] | SCRIPT.py …)",
         description="Makes a script for sbatch from one of the templates in slurm/. What comes before CONFIG.yaml is about the "
         "job, what comes after it about the run. For prepare, the arguments of `python -m data_prep` take the place of both.",
         allow_abbrev=False,
@@ -173,6 +173,12 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
         raise ValueError("no configuration: hvdlocal slurm --template NAME … CONFIG.yaml")
     if not Path(given.run[0]).is_file():
         raise ValueError(f"no configuration {given.run[0]} here")
+    if given.run[0].endswith(".py"):
+        if template in ("staging", "sweep"):
+            raise ValueError(
+                f"template {template} sets the trainer's own options: give it a configuration, not a script"
+            )
+        return given.run if template != "container" else [_image(given), *given.run]
     from hvdlocal.cli.configuration import parse  # torch takes seconds, and --list needs none of it
     from hvdlocal.training.config_checks import check_ranges
 
@@ -183,12 +189,16 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
     if template == "staging":
         return [config.data.path, *given.run]
     if template == "container":
-        if given.image is None:
-            raise ValueError("template container needs --image FILE.sif")
-        if "://" not in given.image and not Path(given.image).exists():
-            raise ValueError(f"no image {given.image} here")
-        return [given.image, *given.run]
+        return [_image(given), *given.run]
     return given.run
+
+
+def _image(given: argparse.Namespace) -> str:
+    if given.image is None:
+        raise ValueError("template container needs --image FILE.sif")
+    if "://" not in given.image and not Path(given.image).exists():
+        raise ValueError(f"no image {given.image} here")
+    return str(given.image)
 
 
 def _place(site: str | None) -> Place:

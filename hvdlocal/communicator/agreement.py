@@ -35,7 +35,7 @@ def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name
         DisagreementError: on every rank, with the same message: which ranks differ from rank 0, and in what.
     """
     # Only text is sent: it is what is compared, and a function among the values could not be pickled.
-    everyone = communicator.gather({key: _text(value) for key, value in facts.items()}, name)
+    everyone = communicator.gather({key: text_of(value) for key, value in facts.items()}, name)
     differences = [
         f"{key}: rank {rank} has {theirs.get(key, '(nothing)')}, rank 0 has {everyone[0].get(key, '(nothing)')}"
         for rank, theirs in enumerate(everyone)
@@ -47,15 +47,15 @@ def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name
         raise DisagreementError("the ranks do not agree; make these the same everywhere: " + "; ".join(shown))
 
 
-def _text(value: Any) -> str:
-    """A value's `repr`, without what differs between processes: places in memory, and the order of a set's elements."""
+def text_of(value: Any) -> str:
+    """Returns a value's `repr` without what differs between processes: places in memory, and the order of a set's elements."""
     if type(value) in (set, frozenset) and value:
-        return "{" + ", ".join(sorted(map(_text, value))) + "}"
+        return "{" + ", ".join(sorted(map(text_of, value))) + "}"
     if type(value) in (list, tuple):
-        inside = ", ".join(map(_text, value))
+        inside = ", ".join(map(text_of, value))
         return f"[{inside}]" if type(value) is list else f"({inside})"
     if type(value) is dict:
-        return "{" + ", ".join(f"{_text(key)}: {_text(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{text_of(key)}: {text_of(one)}" for key, one in value.items()) + "}"
     return _ADDRESS.sub("", repr(value))
 
 

@@ -4,5 +4,6 @@ from .interruption import Interrupted as Interrupted
 from .schedules import Schedule as Schedule, build_schedule as build_schedule
 from .errors import DivergedError as DivergedError, LostRankError as LostRankError
 from .output_directory import AlreadyFinished as AlreadyFinished
+from .own_loop import Checkpoints as Checkpoints, Restored as Restored
 from .recorder import Summary as Summary
 from .trainer import Trainer as Trainer

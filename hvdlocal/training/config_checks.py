@@ -8,7 +8,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hvdlocal.import_path import is_import_path
-from hvdlocal.training.config import SETTINGS, TrainConfig
+from hvdlocal.training.config import SETTINGS, CheckpointConfig, TrainConfig
+from hvdlocal.training.settings import Range
 
 BUFFER_POLICIES = ("average", "local", "reestimate")
 
@@ -23,10 +24,7 @@ def check_ranges(config: TrainConfig) -> None:
         ValueError: naming the setting, its value and what it may be.
     """
     for name, value in flatten(config).items():
-        allowed = SETTINGS[name].range
-        numbers = value if isinstance(value, tuple) else (value,)
-        if allowed is not None and value is not None and not all(map(allowed.holds, numbers)):
-            raise ValueError(f"{name}={value}: must be {allowed}")
+        _check_range(name, value, SETTINGS[name].range)
     for name, choices in NAMES.items():
         chosen = flatten(config)[name]
         if chosen not in choices and not is_import_path(chosen):
@@ -48,12 +46,39 @@ def check_ranges(config: TrainConfig) -> None:
     if not set(config.method.buffer_policies) <= set(BUFFER_POLICIES):
         remedy = f"choose one of {', '.join(BUFFER_POLICIES)}, or a mapping of names to these"
         raise ValueError(f"method.buffers={config.method.buffers}: {remedy}")
-    checkpoint = config.checkpoint
-    if checkpoint.every_steps is not None and checkpoint.every_minutes is not None:
+    check_checkpoints(config.checkpoint, "checkpoint.")
+
+
+def check_checkpoints(config: CheckpointConfig, prefix: str = "") -> None:
+    """Refuses intervals that no run can have.
+
+    Args:
+        config: when to write checkpoints.
+        prefix: goes before the names of the settings in messages.
+
+    Raises:
+        ValueError: naming the setting, its value and what it may be.
+    """
+    for name, value in vars(config).items():
+        setting = SETTINGS[f"checkpoint.{name}"]
+        if value is None and setting.nullable:
+            continue
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole and not (isinstance(value, float) and setting.type in (float, float | None)):
+            raise ValueError(
+                f"{prefix}{name}={value!r}: must be a {'whole ' * (setting.type in (int, int | None))}number"
+            )
+        _check_range(f"{prefix}{name}", value, setting.range)
+    if config.every_steps is not None and config.every_minutes is not None:
         raise ValueError(
-            f"checkpoint.every_minutes={checkpoint.every_minutes} and checkpoint.every_steps={checkpoint.every_steps}: give one "
-            "of them"
+            f"{prefix}every_minutes={config.every_minutes} and {prefix}every_steps={config.every_steps}: give one of them"
         )
+
+
+def _check_range(name: str, value: Any, allowed: Range | None) -> None:
+    numbers = value if isinstance(value, tuple) else (value,)
+    if allowed is not None and value is not None and not all(map(allowed.holds, numbers)):
+        raise ValueError(f"{name}={value}: must be {allowed}")
 
 
 def unused_settings(config: TrainConfig) -> list[str]:

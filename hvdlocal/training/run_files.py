@@ -108,11 +108,17 @@ def describe(directory: Directory, config: Mapping[str, Any], environment: Mappi
 
 def run_id(directory: Directory) -> str | None:
     """Returns the identifier of the run in the directory; None for one that was begun before runs had identifiers."""
-    try:
-        found = json.loads(directory.read_text(ENVIRONMENT)).get("run")
-    except (OSError, ValueError, RecursionError, AttributeError):
-        return None
+    found = read_environment(directory).get("run")
     return found if isinstance(found, str) else None
+
+
+def read_environment(directory: Directory) -> dict[str, Any]:
+    """Returns what environment.json holds; nothing if it cannot be read."""
+    try:
+        found = json.loads(directory.read_text(ENVIRONMENT))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _holds_something(path: Path) -> bool:

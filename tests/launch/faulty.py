@@ -1,4 +1,4 @@
-"""`hvdlocal` with faults: `python faulty.py WHAT:WHERE:RANK:WHEN … train CONFIG …`.
+"""`hvdlocal`, or another program, with faults: `python faulty.py WHAT:WHERE:RANK:WHEN … train CONFIG …` or `… script.py …`.
 
 On rank RANK, WHAT happens when the program passes the point WHERE for the WHEN-th time; see `FAULTS` and `POINTS`. So a test
 needs no guess about how long things take.
@@ -6,8 +6,10 @@ needs no guess about how long things take.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -158,6 +160,13 @@ def computing() -> None:
     before(TrainingStep, "compute", "computing")
 
 
+def stepping() -> None:
+    """A local step, in any loop."""
+    from hvdlocal import LocalOptimizer
+
+    before(LocalOptimizer, "_take_gradient", "stepping")
+
+
 def averaging() -> None:
     """The collective."""
     from hvdlocal.communicator import Communicator
@@ -207,7 +216,18 @@ def settled() -> None:
 
 POINTS = {
     point.__name__: point
-    for point in (starting, opening, computing, averaging, checkpointing, completing, evaluating, ending, settled)
+    for point in (
+        starting,
+        opening,
+        computing,
+        stepping,
+        averaging,
+        checkpointing,
+        completing,
+        evaluating,
+        ending,
+        settled,
+    )
 }
 
 due: dict[tuple[str, int], list[tuple[str, str]]] = {}
@@ -235,7 +255,11 @@ def prepare(faults: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    command = sys.argv.index("train")
+    faults = list(itertools.takewhile(lambda word: ":" in word, sys.argv[1:]))
+    program, *arguments = sys.argv[1 + len(faults) :]
     say(f"is process {os.getpid()}")
-    prepare(sys.argv[1:command])
-    sys.exit(main(sys.argv[command:]))
+    prepare(faults)
+    if program == "train":
+        sys.exit(main([program, *arguments]))
+    sys.argv = [program, *arguments]
+    runpy.run_path(program, run_name="__main__")

@@ -296,6 +296,11 @@ def test_not_submitted_from_where_slurm_is(node, tmp_path):
     assert "slurm/common.sh: No such file" in said
 
 
+def test_a_script_of_the_users_own(node):
+    node.run("cpu", "my loop.py", "--epochs", "2")
+    assert node.noted("mpirun")[-4:] == ["python", "my loop.py", "--epochs", "2"]
+
+
 def test_what_the_ranks_get(node):
     shape = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
     times = {"SLURM_JOB_END_TIME": "1800000000", "SLURM_RESTART_COUNT": "1"}

@@ -33,6 +33,7 @@ JOBS = {
 def hvdlocal_slurm(tmp_path, monkeypatch, capsys):
     """Runs the command in a directory with a configuration; returns its exit code and what it printed."""
     (tmp_path / "run.yaml").write_text("data: {path: data/digits}\nmodel: {name: digits_cnn}\noutput: runs/digits\n")
+    (tmp_path / "loop.py").touch()
     (tmp_path / "data sets" / "digits").mkdir(parents=True)
     (tmp_path / "data" / "digits").mkdir(parents=True)
     (tmp_path / "my image.sif").touch()
@@ -60,6 +61,12 @@ def test_every_template_becomes_the_expected_script(hvdlocal_slurm, elsewhere, n
     if os.environ.get("RENEW_GOLDEN"):
         (GOLDEN / f"{name}.sbatch").write_text(script)
     assert script == (GOLDEN / f"{name}.sbatch").read_text()
+
+
+def test_a_script_takes_the_place_of_a_configuration(hvdlocal_slurm):
+    code, script, error = hvdlocal_slurm("--template cpu loop.py --depth '12 or so'")
+    assert (code, error) == (0, "")
+    assert "set -- loop.py --depth '12 or so'" in script
 
 
 def test_templates_and_scripts_pass_shellcheck(hvdlocal_slurm, tmp_path):
@@ -159,6 +166,7 @@ MISTAKES = [
     ("--template container run.yaml", "needs --image"),
     ("--template container --image no.sif run.yaml", "no image no.sif"),
     ("--template cpu --output run.yaml run.yaml", "is not a script: not replaced"),
+    ("--template staging loop.py", "template staging sets the trainer's own options: give it a configuration"),
 ]
 
 

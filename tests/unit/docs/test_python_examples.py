@@ -62,6 +62,29 @@ def test_saving_and_resuming_inside_a_round(script, tmp_path, data):
     assert torch.equal(train(3), further)
 
 
+def test_checkpoints_in_a_loop(script, tmp_path, data, monkeypatch):
+    """A second start has nothing to do."""
+    monkeypatch.chdir(tmp_path)
+
+    def flat(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.flatten(1).float() / 255, torch.nn.functional.one_hot(y, 2).float()
+
+    class Flat(hvdlocal.Loader):
+        def __iter__(self):
+            return (flat(x, y % 2) for x, y in super().__iter__())
+
+    script |= {"hvdlocal": hvdlocal, "model": torch.nn.Linear(128, 2)}
+    script["loader"] = Flat(hvdlocal.ShardedDataset(data, "train"), 8)
+    inner = torch.optim.SGD(script["model"].parameters(), lr=0.1)
+    script["optimizer"] = hvdlocal.LocalOptimizer(inner, script["model"], period=hvdlocal.ConstantPeriod(4))
+    script["schedule"] = torch.optim.lr_scheduler.StepLR(script["optimizer"], 10)
+    (example,) = blocks("docs/checkpoints.md", "python")
+    exec(example.text, script)
+    assert script["checkpoints"].steps == 75
+    with pytest.raises(hvdlocal.AlreadyFinished):
+        exec(example.text, script)
+
+
 @pytest.fixture
 def data(tmp_path):
     for split, count in (("train", 300), ("test", 40)):
