@@ -8,12 +8,18 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from hvdlocal import terminal
+from hvdlocal.communicator.errors import CommunicationError, DisagreementError, LaunchError, SetupError
 from hvdlocal.communicator.launched import launched_rank
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.training import interruption
+from hvdlocal.training.errors import DamageError, DivergedError, LostRankError
 from hvdlocal.version import __version__
+
+if TYPE_CHECKING:
+    from hvdlocal.communicator import Communicator
 
 COMMANDS = {
     "prepare": "write a data set as shards: hvdlocal prepare DATA_SET --output DIR",
@@ -98,16 +104,6 @@ def _explain(error: Exception) -> int:
     Returns:
         The exit code.
     """
-    from hvdlocal.communicator import (
-        CommunicationError,
-        DisagreementError,
-        LaunchError,
-        SetupError,
-        current,
-    )
-    from hvdlocal.training import DamageError, DivergedError, LostRankError
-    from hvdlocal.training.memory import out_of_memory
-
     if isinstance(error, DamageError):
         _complain(str(error))
         _leave_without_meeting(ExitCode.MISTAKE)
@@ -115,14 +111,14 @@ def _explain(error: Exception) -> int:
     if isinstance(error, CommunicationError):
         _complain(str(error))
         # The other ranks cannot be reached: an orderly end would wait for them, or finalise MPI during a collective.
-        current().abort(ExitCode.PEER_FAILED)
+        _communicator().abort(ExitCode.PEER_FAILED)
     if isinstance(error, DivergedError | SetupError | DisagreementError):  # raised on all ranks
         _complain(str(error))
         code = ExitCode.DIVERGED if isinstance(error, DivergedError) else ExitCode.MISTAKE
         try:
-            current().barrier("hvdlocal.end")
+            _communicator().barrier("hvdlocal.end")
         except CommunicationError:  # another rank left without waiting
-            current().abort(code)
+            _communicator().abort(code)
         return code
     if isinstance(error, ValueError | OSError | ImportError | LaunchError):
         _complain((terminal.plain(error) if isinstance(error, OSError) else str(error)) or type(error).__name__)
@@ -133,13 +129,13 @@ def _explain(error: Exception) -> int:
         if isinstance(error.__cause__, ValueError):  # damaged data or a bug: the traceback helps
             traceback.print_exception(error.__cause__)
         _complain(str(error))
-    elif shortage := out_of_memory(error):
+    elif shortage := _shortage(error):
         _complain(shortage)
     else:
         traceback.print_exception(error)
         _complain(f"ended by {type(error).__name__}, which is a bug of hvdlocal or of what it uses; see the traceback")
     try:
-        communicator = current()
+        communicator = _communicator()
     except RuntimeError:
         return ExitCode.FAILED
     if communicator.size > 1:
@@ -149,13 +145,23 @@ def _explain(error: Exception) -> int:
 
 def _leave_without_meeting(code: int) -> None:
     """Ends this rank so that the others notice it by a failing collective and can report the reason."""
-    from hvdlocal.communicator import current
-
-    communicator = current()
+    communicator = _communicator()
     if communicator.size > 1:
         communicator.shutdown()
         time.sleep(NOTICING_SECONDS)
         communicator.abort(code)
+
+
+def _communicator() -> Communicator:
+    from hvdlocal.communicator import current  # loads torch, which a mistake in the arguments need not wait for
+
+    return current()
+
+
+def _shortage(error: Exception) -> str | None:
+    from hvdlocal.training.memory import out_of_memory  # loads torch
+
+    return out_of_memory(error)
 
 
 def _complain(message: str) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.errors import DisagreementError, SetupError
 from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.terminal import plain
 
@@ -14,14 +15,6 @@ T = TypeVar("T")
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 """The part of a function's or an object's `repr` that no two processes share."""
-
-
-class SetupError(ValueError):
-    """A rank cannot start; raised on all ranks."""
-
-
-class DisagreementError(ValueError, RuntimeError):
-    """The ranks differ where they must be equal: in settings at the start (ValueError), or in what they did since."""
 
 
 def require_agreement(communicator: Communicator, facts: Mapping[str, Any], name: str) -> None:

@@ -18,18 +18,11 @@ from typing import Any, Protocol
 
 import torch
 
+from hvdlocal.communicator.errors import CollectiveTimeoutError, CommunicationError
 from hvdlocal.terminal import Guarded
 
 MAX_ELEMENTS = 2**31 - 1
 """The most elements of one collective: MPI counts in C int. Longer tensors travel in pieces."""
-
-
-class CommunicationError(RuntimeError):
-    """A collective failed: another rank ended, or the ranks did not ask for the same thing."""
-
-
-class CollectiveTimeoutError(CommunicationError):
-    """A collective was not joined by every rank before the deadline."""
 
 
 class Pending(Protocol):

@@ -6,6 +6,7 @@ import os
 from typing import Literal
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.errors import LaunchError
 from hvdlocal.communicator.horovod_backend import HorovodCommunicator
 from hvdlocal.communicator.launched import launched_size
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
@@ -14,10 +15,6 @@ BACKENDS = ("horovod", "mpi4py")
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 
 _current: Communicator | None = None
-
-
-class LaunchError(RuntimeError):
-    """The launcher and the MPI library do not belong together."""
 
 
 def init(backend: Literal["horovod", "mpi4py"] | None = None, *, timeout_seconds: float | None = None) -> Communicator:

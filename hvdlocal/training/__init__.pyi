@@ -1,8 +1,7 @@
 from .config import TrainConfig as TrainConfig
-from .damage import DamageError as DamageError
 from .interruption import Interrupted as Interrupted
 from .schedules import Schedule as Schedule, build_schedule as build_schedule
-from .errors import DivergedError as DivergedError, LostRankError as LostRankError
+from .errors import DamageError as DamageError, DivergedError as DivergedError, LostRankError as LostRankError
 from .output_directory import AlreadyFinished as AlreadyFinished
 from .own_loop import Checkpoints as Checkpoints, Restored as Restored
 from .recorder import Summary as Summary

@@ -11,12 +11,9 @@ from contextlib import suppress
 from hvdlocal.communicator import Communicator
 from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.directory import Directory
+from hvdlocal.training.errors import DamageError
 
 DAMAGE = "damage.txt"
-
-
-class DamageError(RuntimeError):
-    """Damaged images were found while training. Raised on all ranks, which can no longer communicate."""
 
 
 def damage_found(directory: Directory, communicator: Communicator, error: DamagedDataError, steps: int) -> DamageError:

@@ -7,5 +7,9 @@ class DivergedError(ArithmeticError):
     """The run ended in NaN or infinity; the message says which model was saved. Raised on all ranks."""
 
 
+class DamageError(RuntimeError):
+    """Damaged images were found while training. Raised on all ranks, which can no longer communicate."""
+
+
 class LostRankError(RuntimeError):
     """This rank cannot go on, and the other ranks have not noticed yet."""

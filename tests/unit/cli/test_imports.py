@@ -16,14 +16,15 @@ import contextlib, io, json, sys
 from hvdlocal.cli import main
 with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
     code = main(sys.argv[1].split())
-    assert code == 0, code
+    assert code == int(sys.argv[2]), code
 print(json.dumps(sorted(sys.modules)))
 """
 
 
-def imported(command: str) -> set[str]:
-    """Returns the modules that a process has imported after a command."""
-    done = subprocess.run([sys.executable, "-c", RUN, command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def imported(command: str, code: int = 0) -> set[str]:
+    """Returns the modules that a process has imported after a command that ends with this code."""
+    program = [sys.executable, "-c", RUN, command, str(code)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return set(json.loads(done.stdout))
 
@@ -42,6 +43,22 @@ def imported(command: str) -> set[str]:
 )
 def test_nothing_heavy_is_imported(command):
     assert imported(command).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "trian experiments/digits.yaml",
+        "train missing.yaml",
+        "train experiments/digits.yaml --epocs 3",
+        "train experiments/digits.yaml --epochs many",
+        "advise missing.yaml",
+        "plan missing.yaml --workers 2",
+        "reproduce table5",
+    ],
+)
+def test_a_mistake_is_reported_before_anything_heavy_is_imported(command):
+    assert imported(command, code=2).isdisjoint(HEAVY)
 
 
 def test_the_overview_imports_next_to_nothing():
