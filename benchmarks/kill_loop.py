@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -149,11 +150,11 @@ class Run:
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a record without durations."""
+    """Returns a record without durations, memory and dates."""
     return {
         name: timeless(value) if isinstance(value, dict) else value
         for name, value in record.items()
-        if "seconds" not in name and not name.startswith("loader_")
+        if not re.search("second|^loader_|memory|^date$|^output$", name)
     }
 
 

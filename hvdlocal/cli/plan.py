@@ -20,7 +20,7 @@ from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
 from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
 from hvdlocal.training.config_checks import unused_settings
-from hvdlocal.training.rules import RULE_SETTINGS
+from hvdlocal.training.rules import RULE_SETTINGS, describe_method
 
 if TYPE_CHECKING:
     from hvdlocal.training.tasks import DataDescription
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError("no configuration: hvdlocal plan CONFIG.yaml --workers K (see experiments/)")
     config = parse(rest)
     data = _data(options, config)
-    variants = [(_label(config), config), *_alternatives(rest, config, options.compare)]
+    variants = [(describe_method(config.method), config), *_alternatives(rest, config, options.compare)]
     assumes = options.gain is not None or options.grad_var_over_sqr is not None
     if assumes and not any(adapts(one) for _, one in variants):
         raise ValueError(
@@ -199,17 +199,3 @@ def _assumed(options: argparse.Namespace) -> str:
         "assumed a gain of 1 for the adaptive presets; epochs of data are in inverse proportion to it (--gain, or "
         "--grad-var-over-sqr)"
     )
-
-
-def _label(config: TrainConfig) -> str:
-    """Returns the method in a few words."""
-    method, period = config.method, config.method.period
-    words: list[str] = [method.preset]
-    if method.is_local:
-        rule = [f"{name}={getattr(period, name):g}" for name in RULE_SETTINGS if getattr(period, name) is not None]
-        own = [f"H={period.period}"] if period.rule in ("constant", "post-local") else []
-        cap = [f"max_period={period.max_period}"] if period.max_period else []
-        words += [period.rule, *own, *rule, *cap]
-    elif method.preset != "sync":
-        words.append(f"{period.period} micro-batches")
-    return " ".join(words)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hvdlocal.cli.configuration import parse
 from hvdlocal.exit_codes import ExitCode
+from hvdlocal.figures.units import bytes_text, metric_text
 from hvdlocal.training import interruption
 
 if TYPE_CHECKING:
@@ -44,10 +45,13 @@ def render(summary: Summary, config: TrainConfig, task: Task, ranks: int) -> str
         taken = f"{summary.steps} local steps in {summary.rounds} rounds"
     else:
         taken = f"{summary.steps} steps ({summary.micro_batches} micro-batches per rank)"
+    best = ""
+    if summary.best_value is not None:
+        best = f"; best {summary.best_metric} {metric_text(summary.best_value, summary.best_metric in task.percent)}"
     lines = [
         "",
         f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}",
-        f"  test            {described(evaluation, task)}  ({evaluation.samples} samples)",
+        f"  test            {described(evaluation, task)}  ({evaluation.samples} samples{best})",
         f"  training        {taken}; {summary.data_epochs:.1f} epochs of data for "
         f"{summary.scale_invariant_epochs:.1f} scale-invariant epochs (mean gain {summary.progress / summary.steps:.2f})",
     ]
@@ -59,6 +63,12 @@ def render(summary: Summary, config: TrainConfig, task: Task, ranks: int) -> str
         )
     spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in seconds if name != "elapsed")
     lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}")
+    memory = ", ".join(
+        f"{bytes_text(value)} {where}"
+        for where, name in (("per rank", "peak_memory_bytes"), ("on the GPU", "peak_gpu_memory_bytes"))
+        if (value := summary.memory[name]) is not None
+    )
+    lines.append(f"  speed           {summary.samples_per_second:,.0f} samples/s on all ranks; at most {memory}")
     lines.append(
         f"  files           {config.output}/ (config.yaml, environment.json, metrics.jsonl, summary.json, model.pt, best.pt)"
     )

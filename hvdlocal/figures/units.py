@@ -21,6 +21,17 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes}:{rest:02} min" if minutes < 100 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
+def remaining_text(seconds: float) -> str:
+    """Formats a time that is only estimated: 40 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def bytes_text(count: float) -> str:
     """Formats a number of bytes: 22.4 MB."""
     name, size = unit([count], BYTES)

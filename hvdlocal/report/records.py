@@ -38,7 +38,7 @@ MOST_BYTES_OF_A_RECORD = 1 << 20
 
 _NEEDED = {
     "steps": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent"),
-    "round": ("progress", "epoch", "data_epoch", "elapsed_seconds", "bytes_sent", "round"),
+    "round": ("progress", "epoch", "data_epoch", "elapsed_seconds", "round"),
     "evaluation": ("progress", "epoch", "data_epoch", "elapsed_seconds"),
     "end": ("steps", "micro_batches", "bytes_sent", "data_parallel_bytes", "seconds"),
 }
@@ -194,9 +194,15 @@ class Run:
     def bytes_at(self, steps: Column) -> Column:
         """Returns the bytes that rank 0 had sent for training after the given steps, interpolated between two records."""
         known = {0.0: 0.0}
-        for series in (self.steps, self.rounds):
-            sent = zip(series["step"].tolist(), series["bytes_sent"].tolist(), strict=True)
-            known |= {step: count for step, count in sent if not math.isnan(count)}
+        sent = 0.0
+        rounds = self.rounds
+        for step, total, of_round in zip(rounds["step"], rounds["bytes_sent"], rounds["round_bytes_sent"], strict=True):
+            # Rounds were once recorded with the total.
+            sent = total if not math.isnan(total) else sent + of_round
+            if not math.isnan(sent):
+                known[float(step)] = float(sent)
+        totals = zip(self.steps["step"].tolist(), self.steps["bytes_sent"].tolist(), strict=True)
+        known |= {step: count for step, count in totals if not math.isnan(count)}
         at = sorted(known)
         return np.interp(steps, at, [known[step] for step in at])
 

@@ -43,6 +43,7 @@ class RunTotals:
         self._before = _Communication()
         self.waiting_for_data = 0.0
         self.evaluating = 0.0
+        self._round_began = 0.0, 0.0, 0
         self.start()
 
     def start(self) -> None:
@@ -70,6 +71,14 @@ class RunTotals:
         """Collectives of training."""
         return self._counted().collectives
 
+    def end_round(self) -> dict[str, float]:
+        """Returns what the round that ends now has taken, by the names of its record; the next round begins."""
+        now = self.elapsed, self.averaging, self.bytes_sent
+        names = ("round_seconds", "round_averaging_seconds", "round_bytes_sent")
+        taken = {name: end - start for name, start, end in zip(names, self._round_began, now, strict=True)}
+        self._round_began = now
+        return taken
+
     @contextmanager
     def beside_training(self) -> Iterator[None]:
         """Does not count the communication inside the context."""
@@ -93,15 +102,19 @@ class RunTotals:
         elapsed = self.elapsed
         return {"elapsed": elapsed, "computing": elapsed - sum(spent.values()), **spent}
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers for a checkpoint."""
-        return {**self.seconds(), "bytes_sent": self.bytes_sent, "collectives": self.collectives}
+        counts = {"bytes_sent": self.bytes_sent, "collectives": self.collectives}
+        return {**self.seconds(), **counts, "round_began": self._round_began}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`; to be followed by `start`."""
         self._elapsed_before = state["elapsed"]
         self._before = _Communication(state["averaging"], state["bytes_sent"], state["collectives"])
         self.waiting_for_data, self.evaluating = state["waiting_for_data"], state["evaluating"]
+        # In checkpoints from before these were kept, the round under way counts from here.
+        now = state["elapsed"], state["averaging"], state["bytes_sent"]
+        self._round_began = tuple(state.get("round_began", now))
 
     def _so_far(self) -> _Communication:
         """Everything since the communicator and the optimizer exist."""

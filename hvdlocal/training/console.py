@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
 
 from tqdm import tqdm
 
 from hvdlocal import terminal
 from hvdlocal.communicator import Communicator, launched_rank
+from hvdlocal.training.status_line import Status
+
+BAR = "{percentage:3.0f}%|{bar:10}| "
+BAR_COLUMNS = 18
+"""Columns that `BAR` takes."""
+
+DRAW_SECONDS = 0.2
+"""How often the bar is drawn again."""
 
 
 class Console:
@@ -15,28 +26,26 @@ class Console:
 
     Args:
         communicator: the ranks.
-        total: progress at which the run ends.
-        unit: progress of one scale-invariant epoch.
-        start: progress at which the run begins or continues.
+        epochs: the budget in scale-invariant epochs.
+        start: where the run begins or continues.
     """
 
-    def __init__(self, communicator: Communicator, total: float, unit: float, start: float = 0.0) -> None:
+    def __init__(self, communicator: Communicator, epochs: float, start: float = 0.0) -> None:
         self._speaks = communicator.rank == 0
         self._bar = None
         self._output = terminal.output()
+        self._drawn = 0.0
         if self._speaks and _is_watched(self._output):
-            layout = "{percentage:3.0f}%|{bar:20}| {n:.1f}/{total:.0f} epochs [{elapsed}<{remaining}{postfix}]"
-            # The terminals that mpirun gives its ranks report 0 columns and lines, with which tqdm would draw nothing.
             columns, lines = _size(self._output)
             self._bar = tqdm(
-                total=total / unit,
-                initial=start / unit,
-                bar_format=layout,
-                ncols=columns or 110,
-                nrows=lines or 24,
+                total=epochs,
+                initial=start,
+                bar_format=BAR + "{desc}",
+                ncols=columns,
+                nrows=lines,
                 file=self._output,
             )
-        self._total, self._unit = total, unit
+        self._epochs = epochs
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -45,13 +54,20 @@ class Console:
         elif self._speaks:
             print(text, file=self._output, flush=True)
 
-    def progress(self, progress: float, text: str, due: bool) -> None:
-        """Shows how far the run is: always on the bar, but in a log only when a line is due."""
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(min(progress, self._total) / self._unit - self._bar.n)
-        elif due:
-            self.say(f"epoch {progress / self._unit:7.2f}  {text}")
+    def progress(self, status: Callable[[], Status], due: bool) -> None:
+        """Shows how far the run is: several times a second on the bar, but in a log only when a line is due."""
+        if self._bar is None:
+            if due and self._speaks:
+                self.say(status().log_line())
+        elif due or time.monotonic() - self._drawn >= DRAW_SECONDS:
+            self._drawn = time.monotonic()
+            self._draw(self._bar, status())
+
+    def _draw(self, bar: tqdm, status: Status) -> None:
+        bar.ncols, _ = _size(self._output)  # a window may change its size
+        bar.set_description_str(status.fitted(bar.ncols - BAR_COLUMNS), refresh=False)
+        bar.n = min(status.epoch, self._epochs)
+        bar.refresh()
 
     def close(self) -> None:
         """Ends the bar, which stays on the terminal."""
@@ -61,11 +77,16 @@ class Console:
 
 
 def _size(output: terminal.Guarded) -> tuple[int, int]:
-    """Returns the columns and lines of a terminal; zeros if it has gone."""
-    try:
-        return os.get_terminal_size(output.fileno())
-    except (OSError, ValueError):
-        return 0, 0
+    """Returns the columns and lines of a terminal. The terminals that mpirun gives its ranks have none; its own has."""
+    with suppress(OSError, ValueError):
+        columns, lines = os.get_terminal_size(output.fileno())
+        if columns and lines:
+            return columns, lines
+    with suppress(OSError), open(f"/proc/{os.getppid()}/fd/1", "rb") as launcher:
+        columns, lines = os.get_terminal_size(launcher.fileno())
+        if columns and lines:
+            return columns, lines
+    return 80, 24
 
 
 def _is_watched(output: terminal.Guarded) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.communicator import Communicator
+from hvdlocal.figures.units import metric_text
 from hvdlocal.training.session import Session
 from hvdlocal.training.tasks import Batch, Task
 from hvdlocal.training.tasks.base import batch_length
@@ -50,7 +51,7 @@ def described(evaluation: Evaluation, task: Task) -> str:
     for name in [first, *names]:
         value = evaluation.metrics.get(name)
         if value is not None:
-            words.append(f"{name} {100 * value:.2f} %" if name in task.percent else f"{name} {value:.4f}")
+            words.append(f"{name} {metric_text(value, name in task.percent)}")
     return "  ".join(words)
 
 

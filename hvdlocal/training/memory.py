@@ -1,8 +1,9 @@
-"""Recognises that memory has run out, which torch reports in three ways."""
+"""How much memory a rank takes, and how it is recognised that memory has run out, which torch reports in three ways."""
 
 from __future__ import annotations
 
 import re
+import resource
 
 import torch
 
@@ -28,3 +29,14 @@ def out_of_memory(error: BaseException) -> str | None:
         if any(words in str(error) for words in _TOO_LARGE):
             return f"out of memory (more was asked for than can be addressed): {REMEDY}"
     return None
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Returns the most memory in bytes that this process has taken since it started, as fields of a record.
+
+    Args:
+        device: of the model; without a GPU, `peak_gpu_memory_bytes` is None.
+    """
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts kibibytes
+    return {"peak_memory_bytes": resident, "peak_gpu_memory_bytes": gpu}

@@ -91,3 +91,17 @@ def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: flo
     return PowerRule(
         config.alpha, config.h_base, config.exponent, warmup=warmup, warmup_lr=warmup_lr, max_period=config.max_period
     )
+
+
+def describe_method(method: MethodConfig) -> str:
+    """Returns the method in a few words: "local qsr alpha=0.2 h_base=4", "acc-ada 8 micro-batches"."""
+    period = method.period
+    words: list[str] = [method.preset]
+    if method.is_local:
+        rule = [f"{name}={getattr(period, name):g}" for name in RULE_SETTINGS if getattr(period, name) is not None]
+        own = [f"H={period.period}"] if period.rule in ("constant", "post-local") else []
+        cap = [f"max_period={period.max_period}"] if period.max_period else []
+        words += [period.rule, *own, *rule, *cap]
+    elif method.preset != "sync":
+        words.append(f"{period.period} micro-batches")
+    return " ".join(words)

@@ -31,6 +31,7 @@ from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
 from hvdlocal.training.optimizers import build_optimizer, is_local
 from hvdlocal.training.output_directory import OutputDirectory
 from hvdlocal.training.recorder import Recorder, Summary
+from hvdlocal.training.run_facts import run_facts
 from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus, clear, describe, find_status
 from hvdlocal.training.run_state import RunState
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
@@ -55,6 +56,7 @@ class Trainer:
         optimizer, step: train the session's model.
         state: what training changes.
         coordinator: writes the checkpoints.
+        facts: what the run is.
         resumed: the checkpoint from which this run continues, if any.
 
     Raises:
@@ -96,17 +98,10 @@ class Trainer:
             self.resumed = self._resume()
             self.run_id = self.output.identify(self.resumed)
             environment = self._describe()
+            self.facts = run_facts(session, environment, config.output)
             self.metrics = succeed_together(communicator, lambda: self._open_metrics(environment), "hvdlocal.records")
             interruption.remember(self.output.what_is_saved)
-            gradient_bytes = 4 * session.parameters if communicator.size > 1 else 0
-            self.recorder = Recorder(
-                self.metrics,
-                self.optimizer,
-                self.state.loader,
-                self.state.totals,
-                session.length.epoch,
-                gradient_bytes,
-            )
+            self.recorder = Recorder(self.metrics, self.optimizer, self.state, session)
             self._held = held.pop_all()
 
     # -- before the first step ---------------------------------------------------------------------------------------
@@ -132,6 +127,7 @@ class Trainer:
         session = self.session
         environment = describe_run(self.communicator, session.device, session.threads) | {
             "run": self.run_id,
+            "task": session.task.describe(self.config.task),
             "training images": session.train_data.describe(),
             "images": session.preprocessing.description or "as they are",
             "settings without effect": self.unused,
@@ -179,8 +175,8 @@ class Trainer:
             DamageError: damaged images were found; on all ranks.
             LostRankError: this rank cannot go on: no room for its records, no memory, or an image that cannot be read.
         """
-        length, directory = self.session.length, self.output.directory
-        console = Console(self.communicator, length.budget, length.epoch, self.optimizer.progress)
+        directory, start = self.output.directory, self.optimizer.progress / self.session.length.epoch
+        console = Console(self.communicator, self.config.epochs, start)
         try:
             summary = self._train(console)
             self.metrics.close()
@@ -214,6 +210,7 @@ class Trainer:
         self.state.totals.start()
         self.coordinator.start()
         self._introduce(console)
+        self.recorder.begin()
         self.session.model.train()
         with closing(self.state.loader.endless()) as batches:
             while not optimizer.finished:
@@ -224,8 +221,8 @@ class Trainer:
                 due = self.state.totals.elapsed >= self.state.next_line
                 if due:
                     self.state.next_line = self.state.totals.elapsed + self.config.log_every_seconds
-                    self.recorder.training(self.state.meter, position.steps)
-                console.progress(optimizer.progress, self.recorder.status(), due)
+                    self.recorder.training(position.steps)
+                console.progress(self.recorder.status, due)
                 if not optimizer.round_under_way:
                     self._after_round(console)
                 if not optimizer.finished:
@@ -267,20 +264,18 @@ class Trainer:
             if self.communicator.rank == 0:
                 self.best_model.take(copy_of(self.session.model))
                 self.coordinator.writer.submit(self.best_model.write)
-        console.say(
-            f"epoch {progress / self.session.length.epoch:7.2f}  test {described(evaluation, self.session.task)}"
-        )
+        console.say(f"{self.recorder.status().position}  test {described(evaluation, self.session.task)}")
         return evaluation
 
     def _end(self, console: Console) -> Summary:
         """Evaluates if need be, and writes what remains of the run."""
         position, directory = self.state.position, self.output.directory
         if self.state.meter.micro_batches:
-            self.recorder.training(self.state.meter, position.steps)
+            self.recorder.training(position.steps)
         evaluation = position.evaluation
         if evaluation is None or position.evaluated_at != self.optimizer.progress:
             evaluation = self._evaluate(console)
-        summary = self.recorder.summary(evaluation, position.steps)
+        summary = self.recorder.summary(self.facts, evaluation)
         self.coordinator.finish()
         if self.communicator.rank == 0:
             self.best_model.write()
@@ -296,9 +291,10 @@ class Trainer:
 
     def _introduce(self, console: Console) -> None:
         """Prints what is special about this run."""
-        console.say(f"training images: {self.session.train_data.describe()}")
+        for line in self.facts.header():
+            console.say(line)
         if self.session.preprocessing.description:
-            console.say(f"images: {self.session.preprocessing.description}")
+            console.say(f"  images     {self.session.preprocessing.description}")
         if self.unused:
             console.say(f"note: without effect in this run: {', '.join(self.unused)}")
         if kept := self.optimizer.kept_buffers:

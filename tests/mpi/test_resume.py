@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.configs import digits_config
+from support.faults import DIFFERS
 from support.models import everywhere_equal
 
 import hvdlocal
@@ -114,7 +115,7 @@ def outcome(directory):
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((directory / "summary.json").read_text())
     for record in [*records, summary]:
-        for name in [name for name in record if "seconds" in name or name.startswith("loader_")]:
+        for name in filter(DIFFERS.search, list(record)):
             del record[name]
     models = [torch.load(directory / name, weights_only=True) for name in ("model.pt", "best.pt")]
     return records, summary, models

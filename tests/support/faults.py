@@ -119,15 +119,15 @@ def seconds_after(result: Result, ended: float) -> float:
     return ended - float(when)
 
 
+DIFFERS = re.compile("second|^loader_|memory|^date$|^output$")
+"""Fields in which the same run differs every time."""
+
+
 def numbers(record: Any) -> Any:
-    """A record without what tells how long something took."""
+    """A record without what tells how long something took, how much memory it took, or when it ended."""
     if not isinstance(record, dict):
         return record
-    return {
-        name: numbers(value)
-        for name, value in record.items()
-        if name != "seconds" and not name.endswith("_seconds") and not name.startswith("loader_")
-    }
+    return {name: numbers(value) for name, value in record.items() if not DIFFERS.search(name)}
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:

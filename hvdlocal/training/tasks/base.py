@@ -67,6 +67,15 @@ class Task:
     best: ClassVar[tuple[str, Literal["min", "max"]]] = ("loss", "min")
     percent: ClassVar[tuple[str, ...]] = ()
 
+    def describe(self, name: str) -> dict[str, Any]:
+        """Returns what readers of the records need to know of the task, for environment.json.
+
+        Args:
+            name: as the configuration names it.
+        """
+        best, direction = self.best
+        return {"name": name, "best": best, "direction": direction, "percent": list(self.percent)}
+
     def build_model(self, model: ModelConfig, data: DataDescription) -> nn.Module:
         """Builds a freshly initialised model for the data. Here, the configuration names it by import path.
 

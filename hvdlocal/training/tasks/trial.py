@@ -112,6 +112,11 @@ RESERVED = frozenset(
         "grad_sqr",
         "grad_var",
         "divergence",
+        "samples_per_second",
+        "samples_per_second_per_rank",
+        "remaining_seconds",
+        "peak_memory_bytes",
+        "peak_gpu_memory_bytes",
         "round",
     )
 )

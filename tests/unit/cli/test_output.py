@@ -18,6 +18,7 @@ from hvdlocal import terminal
 from hvdlocal.cli import main
 from hvdlocal.communicator import SingleProcess
 from hvdlocal.training.console import Console
+from hvdlocal.training.status_line import Status
 
 
 class Failing(io.StringIO):
@@ -85,9 +86,9 @@ def test_a_library_s_console_and_warnings_go_on(monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", error and Failing(error))
         patch.setattr(sys, "stderr", error and Failing(error))
-        console = Console(SingleProcess(), 10.0, 1.0)
+        console = Console(SingleProcess(), 10.0)
         console.say("one")
-        console.progress(3.0, "two", due=True)
+        console.progress(lambda: Status(3.0, 10.0, None, 0.1, 1.0, 4), due=True)
         console.close()
         terminal.warn("three")
         terminal.say("four")

@@ -2,10 +2,49 @@
 
 from types import SimpleNamespace
 
+from hvdlocal.communicator import SingleProcess
+from hvdlocal.training.accounting import RunTotals
 from hvdlocal.training.metrics import NoMetrics
 from hvdlocal.training.recorder import Recorder
 
 
+def parts(communicator):
+    """An optimizer, a state and a session without anything in them."""
+    optimizer = SimpleNamespace(accumulate=3, progress=0.0, seconds_averaging=0.0, communicator=communicator)
+    state = SimpleNamespace(totals=RunTotals(optimizer), loader=SimpleNamespace(stats=lambda: {"samples": 0}))
+    session = SimpleNamespace(
+        length=SimpleNamespace(epoch=1.0, budget=1.0), parameters=25, communicator=SimpleNamespace(size=2)
+    )
+    return optimizer, state, session
+
+
 def test_data_parallelism_would_average_every_micro_batch():
-    recorder = Recorder(NoMetrics(), SimpleNamespace(accumulate=3), None, None, 1.0, gradient_bytes=100)
+    recorder = Recorder(NoMetrics(), *parts(SingleProcess()))
     assert recorder.data_parallel_bytes(5) == 1500
+
+
+def test_a_round_counts_from_the_end_of_the_one_before():
+    """Also through a checkpoint in its middle."""
+    communicator = SingleProcess()
+    optimizer, state, _ = parts(communicator)
+    totals = state.totals
+    communicator.traffic.bytes, optimizer.seconds_averaging = 100, 1.0
+    assert {"round_averaging_seconds": 1.0, "round_bytes_sent": 100}.items() <= totals.end_round().items()
+    communicator.traffic.bytes, optimizer.seconds_averaging = 130, 1.5
+    saved = totals.state_dict()
+    resumed = RunTotals(optimizer)
+    resumed.load_state_dict(saved)
+    resumed.start()
+    communicator.traffic.bytes, optimizer.seconds_averaging = 200, 4.0
+    taken = resumed.end_round()
+    assert (taken["round_averaging_seconds"], taken["round_bytes_sent"]) == (3.0, 100)
+    assert resumed.end_round()["round_bytes_sent"] == 0
+
+
+def test_a_checkpoint_without_the_beginning_of_its_round():
+    _, state, _ = parts(SingleProcess())
+    saved = state.totals.state_dict() | {"bytes_sent": 70}
+    del saved["round_began"]
+    state.totals.load_state_dict(saved)
+    state.totals.start()
+    assert state.totals.end_round()["round_bytes_sent"] == 0

@@ -1,0 +1,89 @@
+"""What a run is, in the lines before training."""
+
+import pytest
+
+from hvdlocal.training.config import MethodConfig, PeriodConfig
+from hvdlocal.training.rules import describe_method
+from hvdlocal.training.run_facts import RunFacts
+
+
+def facts(**changes):
+    given = {
+        "task": "image-classification",
+        "model": "digits_cnn",
+        "parameters": 16_202,
+        "data": "data/digits",
+        "data_kind": "images",
+        "training_samples": 1501,
+        "test_samples": 296,
+        "storage": "ram: as asked for",
+        "preset": "local-ada",
+        "method": "local-ada constant H=4",
+        "rule": "constant",
+        "period": 4,
+        "accumulate": 1,
+        "batch_size": 32,
+        "optimizer": "sgd",
+        "learning_rate": 0.05,
+        "schedule": "cosine",
+        "epochs": 24.0,
+        "steps_at_gain_1": 1128,
+        "seed": 0,
+        "precision": "float32",
+        "device": "cpu",
+        "engine": "horovod",
+        "threads": 2,
+        "ranks": 16,
+        "hosts": 4,
+        "version": "0.1.0",
+        "output": "runs/digits",
+    }
+    return RunFacts(**(given | changes))
+
+
+def test_the_header():
+    assert facts().header() == [
+        "hvdlocal 0.1.0: image-classification",
+        "  model      digits_cnn, 16,202 parameters",
+        "  data       data/digits: 1,501 training and 296 test samples (images)",
+        "  storage    ram: as asked for",
+        "  method     local-ada constant H=4; sgd, γ = 0.05, cosine",
+        "  ranks      16 on 4 hosts, horovod",
+        "  computing  cpu, float32, 2 CPU threads per rank",
+        "  length     24 epochs, 1,128 steps at gain 1; batches of 32 per rank",
+        "  output     runs/digits",
+    ]
+    assert all(len(line) <= 80 for line in facts().header())
+
+
+def test_one_rank_says_so(monkeypatch):
+    monkeypatch.setattr("hvdlocal.training.run_facts.launched_rank", lambda: None)
+    ranks = facts(ranks=1, hosts=1).header()[5]
+    assert ranks == "  ranks      1, so nothing is averaged between ranks; `mpirun -np N hvdlocal train …` starts more"
+    monkeypatch.setattr("hvdlocal.training.run_facts.launched_rank", lambda: 0)
+    assert facts(ranks=1, hosts=1).header()[5] == "  ranks      1, so nothing is averaged between ranks"
+
+
+def test_numbers_and_their_nouns():
+    lines = facts(epochs=0.5, steps_at_gain_1=1, accumulate=4, threads=1, hosts=1).header()
+    assert lines[5] == "  ranks      16 on 1 host, horovod"
+    assert lines[6] == "  computing  cpu, float32, 1 CPU thread per rank"
+    assert lines[7] == "  length     0.5 epochs, 1 step at gain 1; batches of 32 × 4 per rank"
+
+
+@pytest.mark.parametrize(
+    ("preset", "period", "words"),
+    [
+        ("local-ada", {"period": 4}, "local-ada constant H=4"),
+        (
+            "local",
+            {"rule": "qsr", "alpha": 0.2, "h_base": 4, "max_period": 64},
+            "local qsr alpha=0.2 h_base=4 max_period=64",
+        ),
+        ("local", {"rule": "post-local", "switch_epochs": 3, "period": 8}, "local post-local H=8 switch_epochs=3"),
+        ("acc-ada", {"period": 8}, "acc-ada 8 micro-batches"),
+        ("sync", {"period": 8}, "sync"),
+    ],
+)
+def test_the_method_in_words(preset, period, words):
+    assert describe_method(MethodConfig(preset=preset, period=PeriodConfig(**period))) == words
