@@ -18,7 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     """Averages the replicas of a checkpoint and writes a plain `state_dict`, which the model loads without hvdlocal.
 
     Raises:
-        ValueError: there is no checkpoint, or it cannot be read.
+        ValueError: the run is finished, there is no checkpoint, or it cannot be read.
     """
     parser = argparse.ArgumentParser(
         prog="hvdlocal export",
@@ -38,10 +38,10 @@ def run(arguments: Sequence[str]) -> int:
 def _checkpoint(run: Path) -> Path:
     if (run / files.MANIFEST).exists():
         return run
+    if (run / SUMMARY).exists():  # whose checkpoints, if there are any left, are older than its model
+        raise ValueError(f"the run in {run} is finished: its model is {run / 'model.pt'}")
     root = run / CHECKPOINTS
     steps = files.newest_first(root)
-    if not steps and (run / SUMMARY).exists():
-        raise ValueError(f"{run} is finished: its model is {run / 'model.pt'}")
     if not steps and not run.exists():
         raise ValueError(f"there is no directory {run}: give the output directory of a run, or one of its checkpoints")
     if not steps:

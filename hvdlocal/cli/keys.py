@@ -17,10 +17,9 @@ def sections(known: Collection[str]) -> dict[str, str]:
 
 
 def no_such_key(key: str, known: Collection[str]) -> str:
-    """Returns the message about an unknown key, with the nearest known one."""
-    last = key.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
-        name for name in known if name.rsplit(".", 1)[-1] == last
-    ]
+    """Returns the message about an unknown key, with the nearest known one if there is one whose last word is alike."""
+    words = {name: name.rsplit(".", 1)[-1] for name in known}
+    alike = difflib.get_close_matches(key.rsplit(".", 1)[-1], set(words.values()), n=3, cutoff=0.7)
+    near = difflib.get_close_matches(key, [name for name in known if words[name] in alike], n=1, cutoff=0.0)
     hint = f"did you mean {near[0]!r}?" if near else "`hvdlocal train --help` lists all keys"
     return f"there is no key {key!r}: {hint}"

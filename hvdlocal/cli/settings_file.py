@@ -66,7 +66,8 @@ class _Reader:
     """Walks through YAML's events, from which no object has been made yet, and never deeper than the known sections."""
 
     def __init__(self, text: str, known: Mapping[str, Setting]) -> None:
-        self._events: Iterator[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
+        # All of them at once: what is no YAML is reported before what is no setting.
+        self._events: Iterator[yaml.Event] = iter(list(yaml.parse(text, Loader=yaml.SafeLoader)))
         self._known = known
         self._sections = sections(known)
         self._lines: dict[str, int] = {}

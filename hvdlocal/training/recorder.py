@@ -175,7 +175,8 @@ class Recorder:
     def summary(self, facts: RunFacts, evaluation: Evaluation) -> Summary:
         """Returns the summary of a run that ends now."""
         optimizer, totals, steps = self._optimizer, self._totals, self._state.position.steps
-        samples = self._state.loader.stats()["samples"] * facts.ranks
+        # The loader counts the samples of one rank since the number of ranks has changed; epochs are of all ranks.
+        samples = self._state.loader.epoch * facts.training_samples
         return Summary(
             facts=facts,
             evaluation=evaluation,
