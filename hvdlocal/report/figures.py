@@ -133,7 +133,7 @@ def _training(lines: Sequence[RunStyle]) -> Drawing | None:
         ("Period H [steps]", lambda run: run.rounds["period"], 6.0),
     ]
     caption = (
-        "Loss of the training images, as recorded (means over a log interval or a round); the learning rate that is "
+        "Loss of the training data, as recorded (means over a log interval or a round); the learning rate that is "
         "applied, gain included; the gain ρ (Eq. 14), divided by the number a of micro-batches accumulated for a step "
         "(App. H.4); the local steps from one averaging to the next. The budget may cut the last round short; its gain "
         "is left out."

@@ -272,6 +272,7 @@ class Trainer:
         position, directory = self.state.position, self.output.directory
         if self.state.meter.micro_batches:
             self.recorder.training(position.steps)
+            console.progress(self.recorder.status, due=True)
         evaluation = position.evaluation
         if evaluation is None or position.evaluated_at != self.optimizer.progress:
             evaluation = self._evaluate(console)

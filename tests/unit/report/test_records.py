@@ -53,6 +53,20 @@ def test_bytes_between_two_records(tmp_path):
     ]
 
 
+def test_rounds_of_a_run_that_was_begun_by_an_older_version(tmp_path):
+    """Their records have totals up to the resumption, and what each round sent after it."""
+    directory = write_run(tmp_path / "a", period=4)
+    path = directory / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "round" and record["step"] > 400:
+            del record["bytes_sent"]
+            record["round_bytes_sent"] = BYTES_PER_AVERAGING
+    path.write_text("".join(json.dumps(record) + "\n" for record in records if record["kind"] != "steps"))
+    run = read_run(directory)
+    assert run.bytes_at(np.array([2.0, 400, 402, 404, 800])).tolist() == [500, 100_000, 100_500, 101_000, 200_000]
+
+
 def test_running_and_interrupted(tmp_path):
     directory = write_run(tmp_path / "a", steps=450, finished=False)
     assert read_run(directory).state is RecordedState.RUNNING
