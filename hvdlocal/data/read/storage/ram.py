@@ -19,7 +19,7 @@ from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.data.format.extent import Reader, open_reader
 from hvdlocal.data.read.storage.base import Layout, Storage
-from hvdlocal.data.read.storage.select import Node, gibibytes, this_node
+from hvdlocal.data.read.storage.select import Node, size_text, this_node
 
 _BROADCAST_BYTES = 64 << 20  # one piece on its way through the network
 _ROUND_BYTES = 1 << 30  # what a rank reads between two meetings, so that no rank waits in vain for long
@@ -170,7 +170,7 @@ class RamStorage(Storage):
                 self.region = mine
                 warnings.warn(
                     f"{communicator.describe()} cannot open the data of rank {regions.index(first)} on the same node "
-                    f"({error}); it holds a copy of its own, {gibibytes(self.layout.total_bytes)}. Mount /proc without "
+                    f"({error}); it holds a copy of its own, {size_text(self.layout.total_bytes)}. Mount /proc without "
                     "hidepid and run all ranks as one user in one container.",
                     stacklevel=2,
                 )

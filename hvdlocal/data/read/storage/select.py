@@ -96,7 +96,7 @@ def choose(storage: str, total_bytes: int, path: Path, obstacle: str | None, com
     kinds = sorted({kind for _, _, kind in everyone})
     stream_bytes = min(free // 4 // ranks[node.host] for node, free, _ in everyone)
 
-    size, room = gibibytes(total_bytes), f"the {gibibytes(available)} that the node can give"
+    size, room = size_text(total_bytes), f"the {size_text(available)} that the node can give"
     if copies_there > 1:
         room += f" to each of {copies_there} containers"
     if storage == "ram" and total_bytes > available:
@@ -126,9 +126,12 @@ def choose(storage: str, total_bytes: int, path: Path, obstacle: str | None, com
     )
 
 
-def gibibytes(count: int) -> str:
-    """A number of bytes for people: '0.14 GiB'."""
-    return f"{count / 2**30:.3g} GiB"
+def size_text(count: int) -> str:
+    """Formats a number of bytes: 93.8 KiB, 5.86 MiB, 0.14 GiB."""
+    name, size = next(
+        ((name, size) for name, size in (("KiB", 2**10), ("MiB", 2**20)) if count < 1000 * size), ("GiB", 2**30)
+    )
+    return f"{count / size:.3g} {name}"
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:

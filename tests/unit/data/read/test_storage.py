@@ -459,7 +459,7 @@ def test_a_pickle_finds_shared_memory_before_anything_is_chosen(large, monkeypat
     again.close()
     os.close(memory)
     gone = pickle.loads(pickled)
-    with pytest.raises(ValueError, match="more than the 0 GiB that the node can give"):
+    with pytest.raises(ValueError, match="more than the 0 KiB that the node can give"):
         gone.take([0])
 
 
