@@ -32,6 +32,7 @@ from .communicator.base import (
 from .communicator.launch import init as init
 from .data.read.dataset import ShardedDataset as ShardedDataset
 from .data.load.loader import Loader as Loader
+from .data.write.array_writer import ArrayWriter as ArrayWriter
 from .data.write.image_writer import ShardWriter as ShardWriter
 from .training.interruption import Interrupted as Interrupted
 from .training.output_directory import AlreadyFinished as AlreadyFinished

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from hvdlocal.data.kinds.arrays import Arrays
 from hvdlocal.data.kinds.base import Kind
 from hvdlocal.data.kinds.images import Images
 from hvdlocal.data.kinds.jpeg import Jpeg
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Images(), Jpeg())}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Images(), Jpeg(), Arrays())}
 """All kinds by the name that a manifest and `ShardedDataset.kind` give them."""

@@ -137,7 +137,7 @@ class Kind(ABC):
     A manifest consists of what all have in common, `facts`, which are known before the first sample is read, and
     `statistics`, which are found while the samples are written. A shard consists of columns with the data, and of
     tables that are read when it is opened; one of these, "crc32", holds the checksums of all units of the
-    columns, one column after the other.
+    columns, one column after the other. Several columns have the same units.
 
     What the manifest counts as samples need not be what a reader gets: a kind may cut its samples out of what is
     stored when they are read (windows of a stream of tokens, for example). Then `num_samples` and

@@ -18,6 +18,7 @@ from hvdlocal.data.kinds import KINDS
 from hvdlocal.data.kinds.base import Facts
 from hvdlocal.data.read.opening import open_shards
 from hvdlocal.data.read.storage import ClosedStorage, Layout, Region, Storage, open_storages
+from hvdlocal.data.read.storage.base import cut_blocks
 
 _INT64 = np.dtype(np.int64)  # comparing with it is many times as fast as comparing with the type np.int64
 
@@ -325,8 +326,11 @@ def regions_of(storages: Iterable[Storage] | None) -> list[Region]:
 def _layouts(shards: Sequence[Shard]) -> list[Layout]:
     """How the columns of all shards follow each other, one layout for each."""
     starts = np.cumsum([0] + [shard.num_samples for shard in shards], dtype=np.int64)
+    blocks = None
+    if len(shards[0].columns) > 1:  # samples that are read together come with the same block
+        blocks = [cut_blocks(np.sum([column.unit_bounds for column in shard.columns], axis=0)) for shard in shards]
     return [
-        Layout(extents, extents[0].column.sample_bytes, _sample_bounds(extents), starts)
+        Layout(extents, extents[0].column.sample_bytes, _sample_bounds(extents), starts, blocks)
         for extents in zip(*(shard.columns for shard in shards), strict=True)
     ]
 

@@ -82,6 +82,8 @@ def _lay_out(
     ) as file:
         places = {}
         for name, (dtype, shape) in layout.items():
+            if "/" in name:
+                file.require_group(name.rpartition("/")[0])
             space, element = h5py.h5s.create_simple(shape), h5py.h5t.py_create(dtype)
             places[name] = h5py.h5d.create(file.id, name.encode(), element, space, creation).get_offset()
         file.attrs.update(attributes)

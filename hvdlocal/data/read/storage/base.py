@@ -25,12 +25,15 @@ class Layout:
         sample_bytes: size of every sample, or None where sizes differ.
         sample_bounds: int64 (samples + 1,), position of each sample, or None where all have one size.
         extent_starts: int64 (extents + 1,), first sample of each extent.
+        block_units: for each extent, the unit that each of its blocks begins with, where blocks are not those of
+            `cut_blocks`: columns that are read together have blocks of the same samples.
     """
 
     extents: Sequence[Extent]
     sample_bytes: int | None
     sample_bounds: NDArray[np.int64] | None
     extent_starts: NDArray[np.int64]
+    block_units: Sequence[NDArray[np.int64]] | None = None
 
     @cached_property
     def bounds(self) -> NDArray[np.int64]:
@@ -58,12 +61,12 @@ class Layout:
         """int64 (blocks + 1,), positions of the blocks: runs of whole units of one extent, 1 to 2 MiB, or as large as the
         extent is if that is less, or one unit if that is more. They depend on nothing but the sizes of the data.
         """
+        units = self.block_units or [cut_blocks(extent.unit_bounds) for extent in self.extents]
         bounds = [
-            cut + base
-            for extent, base in zip(self.extents, self.bounds, strict=False)
-            for cut in _cuts(extent.unit_bounds)
+            extent.unit_bounds[first] + base
+            for extent, base, first in zip(self.extents, self.bounds[:-1], units, strict=True)
         ]
-        return np.append(np.array(bounds, np.int64), self.total_bytes)
+        return np.append(np.concatenate(bounds), self.total_bytes)
 
     @cached_property
     def block_starts(self) -> NDArray[np.int64]:
@@ -82,14 +85,14 @@ class Layout:
                 yield number, first, last
 
 
-def _cuts(unit_bounds: NDArray[np.int64]) -> list[int]:
-    """Where blocks begin, of units of the given bounds."""
-    cuts, end = [0], int(unit_bounds[-1])
+def cut_blocks(unit_bounds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The units that blocks begin with, of units of the given bounds."""
+    first, end = [0], int(unit_bounds[-1])
     while True:
-        stop = int(unit_bounds[min(int(np.searchsorted(unit_bounds, cuts[-1] + BLOCK_BYTES)), len(unit_bounds) - 1)])
-        if end - stop < BLOCK_BYTES:  # what is left is no block of its own
-            return cuts
-        cuts.append(stop)
+        stop = min(int(np.searchsorted(unit_bounds, unit_bounds[first[-1]] + BLOCK_BYTES)), len(unit_bounds) - 1)
+        if end - int(unit_bounds[stop]) < BLOCK_BYTES:  # what is left is no block of its own
+            return np.array(first, np.int64)
+        first.append(stop)
 
 
 class Storage(ABC):
