@@ -37,5 +37,7 @@ from .data.write.image_writer import ShardWriter as ShardWriter
 from .training.interruption import Interrupted as Interrupted
 from .training.output_directory import AlreadyFinished as AlreadyFinished
 from .training.own_loop import Checkpoints as Checkpoints
+from .report.frames import read_metrics as read_metrics
+from .training.callbacks.base import Callback as Callback
 from .plan.cost import pseudo_wall_clock as pseudo_wall_clock
 from .version import __version__ as __version__

@@ -15,7 +15,7 @@ from hvdlocal.communicator.errors import CommunicationError, DisagreementError, 
 from hvdlocal.communicator.launched import launched_rank
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.training import interruption
-from hvdlocal.training.errors import DamageError, DivergedError, LostRankError
+from hvdlocal.training.errors import CallbackError, DamageError, DivergedError, LostRankError
 from hvdlocal.version import __version__
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _explain(error: Exception) -> int:
         _complain(str(error))
         # The other ranks cannot be reached: an orderly end would wait for them, or finalise MPI during a collective.
         _communicator().abort(ExitCode.PEER_FAILED)
-    if isinstance(error, DivergedError | SetupError | DisagreementError):  # raised on all ranks
+    if isinstance(error, DivergedError | SetupError | DisagreementError | CallbackError):  # raised on all ranks
         _complain(str(error))
         code = ExitCode.DIVERGED if isinstance(error, DivergedError) else ExitCode.MISTAKE
         try:

@@ -232,7 +232,7 @@ def _read_run(directory: Path) -> Run:
             raise ValueError(
                 f"{directory / name} has no valid {mistake}, which hvdlocal train always writes: {directory} is not a run"
             )
-    records, torn = _read_lines(directory / "metrics.jsonl")
+    records, torn = read_records(directory / "metrics.jsonl")
     notes = _resumptions(directory / "attempts.jsonl")
     if torn:
         notes.append("the last line of metrics.jsonl is incomplete and left out")
@@ -299,8 +299,15 @@ def _mistake_in_config(config: Mapping[str, Any]) -> str | None:
     return next((name for name, holds in checks.items() if not holds), None)
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """Reads the records, and returns whether the last line was incomplete, as it may be for a running or killed job."""
+def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """Reads metrics.jsonl.
+
+    Returns:
+        The records, and whether the last line was incomplete and left out, as it may be for a running or killed job.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is damaged; the message gives the line and the remedy.
+    """
     records: list[dict[str, Any]] = []
     broken: tuple[int, ValueError] | None = None
     step = 0

@@ -276,8 +276,11 @@ class TrainConfig:
     time_limit_minutes: Annotated[float | None, POSITIVE, RECORDS] = None
     """Minutes after the start at which the run leaves with a checkpoint and exit code 85. The end of a Slurm job is known without
     it."""
+    callbacks: Annotated[list[str | dict[str, Any]], RECORDS] = field(default_factory=list)
+    """What the run calls at its events: tensorboard, wandb, mlflow, trackio, or your own class as package.module:Class. One with
+    arguments is a mapping, {name: …, arguments: {…}}."""
     tensorboard: Annotated[bool, RECORDS] = False
-    """Also write event files for TensorBoard (pip install hvdlocal[tensorboard])."""
+    """The same as tensorboard among the callbacks: write event files for TensorBoard (pip install hvdlocal[tensorboard])."""
     overwrite: Annotated[bool, RECORDS] = False
     """Replace what an earlier run left in the output directory, instead of continuing it."""
     task: str = "image-classification"

@@ -13,3 +13,7 @@ class DamageError(RuntimeError):
 
 class LostRankError(RuntimeError):
     """This rank cannot go on, and the other ranks have not noticed yet."""
+
+
+class CallbackError(Exception):
+    """A callback failed on a rank; the message says which, where, and how the run continues. Raised on all ranks."""

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any, Protocol
 
 import torch
@@ -128,28 +127,26 @@ class JsonLines:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
 
 
-class TensorBoard:
-    """Writes the numbers of another record as TensorBoard scalars, too."""
+class Forwarded:
+    """Writes records to another place, and hands each to a function as well.
 
-    def __init__(self, directory: Path, other: Metrics, first_step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("tensorboard=true needs TensorBoard: pip install hvdlocal[tensorboard]") from error
-        self._writer = SummaryWriter(str(directory), purge_step=first_step)
+    Args:
+        other: the place.
+        receive: is called with kind, step and values.
+    """
+
+    def __init__(self, other: Metrics, receive: Callable[[str, int, dict[str, Any]], None]) -> None:
         self._other = other
+        self._receive = receive
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """See `Metrics`."""
         self._other.write(kind, step, **values)
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        self._receive(kind, step, values)
 
     def flush(self) -> None:
         """See `Metrics`."""
         self._other.flush()
-        self._writer.flush()
 
     def position(self) -> int:
         """See `Metrics`."""
@@ -158,7 +155,6 @@ class TensorBoard:
     def close(self) -> None:
         """See `Metrics`."""
         self._other.close()
-        self._writer.close()
 
 
 class TrainingMeter:

@@ -18,7 +18,7 @@ from hvdlocal.training.checkpoint.files import newest_first
 from hvdlocal.training.checkpoint.resume import Resumed, resume
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.damage import forget_damage
-from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus, run_id
+from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TRACKERS, RunStatus, run_id
 
 REQUEUED_LOCK_SECONDS = 120.0
 """How long a restart by a batch system waits for the lock of the start before: that of a node that died may live that long."""
@@ -169,7 +169,7 @@ class LockedDirectory(Directory):
         try:
             patience = REQUEUED_LOCK_SECONDS if restart_count() else PATIENCE_SECONDS
             self._lock = hold(self, ".lock", patience)
-            for name in (CHECKPOINTS, TENSORBOARD):
+            for name in (CHECKPOINTS, *TRACKERS):
                 if self.exists(name):
                     self.inner(name).close()
         except BaseException:

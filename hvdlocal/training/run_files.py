@@ -19,7 +19,8 @@ from hvdlocal.untrusted_files import from_yaml, read_text
 CHECKPOINTS = "checkpoints"
 SUMMARY = "summary.json"
 ENVIRONMENT = "environment.json"
-TENSORBOARD = "tensorboard"
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+"""The directories of the trackers, by the name of the callback that writes there."""
 WRITTEN = (
     "config.yaml",
     ENVIRONMENT,
@@ -29,7 +30,7 @@ WRITTEN = (
     "best.pt",
     "last_good.pt",
     SUMMARY,
-    TENSORBOARD,
+    *TRACKERS,
     CHECKPOINTS,
 )
 

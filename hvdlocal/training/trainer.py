@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,11 @@ from hvdlocal.communicator import CommunicationError, Communicator, succeed_toge
 from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.directory import MovedError
 from hvdlocal.training import interruption
+from hvdlocal.training.callbacks.base import Callback, Outcome, RunView
+from hvdlocal.training.callbacks.build import build_callbacks
+from hvdlocal.training.callbacks.events import Events
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
+from hvdlocal.training.checkpoint.files import directory as checkpoint_directory
 from hvdlocal.training.checkpoint.resume import Resumed
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import effective_settings, unused_settings
@@ -27,12 +31,12 @@ from hvdlocal.training.environment import describe_run
 from hvdlocal.training.errors import DivergedError, LostRankError
 from hvdlocal.training.evaluation import Evaluation, Evaluator, described
 from hvdlocal.training.memory import out_of_memory
-from hvdlocal.training.metrics import JsonLines, Metrics, NoMetrics, TensorBoard
+from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics
 from hvdlocal.training.optimizers import build_optimizer, is_local
 from hvdlocal.training.output_directory import OutputDirectory
 from hvdlocal.training.recorder import Recorder, Summary
 from hvdlocal.training.run_facts import run_facts
-from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TENSORBOARD, RunStatus, clear, describe, find_status
+from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, RunStatus, clear, describe, find_status
 from hvdlocal.training.run_state import RunState
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
 from hvdlocal.training.session import Session, check_settings
@@ -49,6 +53,8 @@ class Trainer:
     Args:
         config: what to do.
         communicator: the ranks.
+        callbacks: are called at the events of the run, beside those of the configuration; on all ranks, or on rank 0 if their
+            class says so.
 
     Attributes:
         session: data, model and settings.
@@ -57,6 +63,7 @@ class Trainer:
         state: what training changes.
         coordinator: writes the checkpoints.
         facts: what the run is.
+        events: calls the callbacks.
         resumed: the checkpoint from which this run continues, if any.
 
     Raises:
@@ -64,13 +71,14 @@ class Trainer:
         AlreadyFinished: there is nothing to do.
     """
 
-    def __init__(self, config: TrainConfig, communicator: Communicator) -> None:
+    def __init__(self, config: TrainConfig, communicator: Communicator, *, callbacks: Sequence[Callback] = ()) -> None:
         self.config = config
         self.communicator = communicator
         deadline = interruption.Deadline(config.time_limit_minutes)
         with ExitStack() as held:
             # Before the directory is made, and before data are read, which may take minutes.
             succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
+            called = build_callbacks(config, communicator, callbacks)
             self.output = held.enter_context(closing(self._open_directory()))
             self.session = session = held.enter_context(closing(Session(config, communicator)))
             self.unused = unused_settings(config)
@@ -92,11 +100,13 @@ class Trainer:
                 self.state.totals,
                 self.state.of_rank,
                 self._manifest_contents,
+                lambda step: self.events.checkpoint(checkpoint_directory(self.output.path / CHECKPOINTS, step)),
             )
             # Before the directory is closed: the thread may still be writing there.
             held.callback(self.coordinator.writer.close)
             self.resumed = self._resume()
             self.run_id = self.output.identify(self.resumed)
+            self.events = Events(called, self._view(), communicator)
             environment = self._describe()
             self.facts = run_facts(session, environment, config.output)
             self.metrics = succeed_together(communicator, lambda: self._open_metrics(environment), "hvdlocal.records")
@@ -138,21 +148,21 @@ class Trainer:
             environment["decoder"] = decoder_description()
         return environment
 
+    def _view(self) -> RunView:
+        step = None if self.resumed is None else self.resumed.step
+        return RunView(self.session, self.optimizer, self.state, self.output.path, self.run_id, step)
+
     def _open_metrics(self, environment: dict[str, Any]) -> Metrics:
         """Makes the output directory ready and opens metrics.jsonl where the run continues; on rank 0."""
         if self.communicator.rank != 0:
-            return NoMetrics()
+            return Forwarded(NoMetrics(), self.events.record)
         writer, resumed, directory = self.coordinator.writer, self.resumed, self.output.directory
         if resumed is None and self.output.status is RunStatus.NEW:
             clear(directory)
         describe(directory, asdict(self.config), environment)
         self.output.begin_attempt(resumed, writer)
         kept = 0 if resumed is None else resumed.contents["metrics_bytes"]
-        metrics: Metrics = JsonLines(directory, kept, lambda: writer.takes_room)
-        if self.config.tensorboard:
-            first = 0 if resumed is None else resumed.step + 1
-            metrics = TensorBoard(self.output.path / TENSORBOARD, metrics, first)
-        return metrics
+        return Forwarded(JsonLines(directory, kept, lambda: writer.takes_room), self.events.record)
 
     def _manifest_contents(self) -> dict[str, Any]:
         """Returns what a checkpoint holds beside the states of the ranks; called on rank 0."""
@@ -161,6 +171,7 @@ class Trainer:
             "metrics_bytes": self.metrics.position(),
             "write_seconds": self.coordinator.writer.write_seconds,
             "run": self.run_id,
+            **({"callbacks": states} if (states := self.events.state()) else {}),
         }
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -173,15 +184,24 @@ class Trainer:
             DivergedError: a loss became NaN or infinite; on all ranks, with a model saved.
             CommunicationError: another rank ended.
             DamageError: damaged images were found; on all ranks.
+            CallbackError: a callback failed; on all ranks, with a checkpoint saved.
             LostRankError: this rank cannot go on: no room for its records, no memory, or an image that cannot be read.
         """
         directory, start = self.output.directory, self.optimizer.progress / self.session.length.epoch
         console = Console(self.communicator, self.config.epochs, start)
+        outcome: Outcome = "failed"
         try:
             summary = self._train(console)
             self.metrics.close()
+            self.events.end("finished", summary.record() if self.communicator.rank == 0 else None)
+            self.events.check(self.output.what_is_saved())
             return summary
+        except interruption.Interrupted:
+            self.events.end("interrupted")
+            self.events.check(self.output.what_is_saved())
+            raise
         except NonFiniteError as error:
+            outcome = "diverged"
             raise DivergedError(f"{error} {self._save_last_good()}") from error
         except DamagedDataError as error:
             raise damage_found(directory, self.communicator, error, self.state.position.steps) from error
@@ -198,6 +218,7 @@ class Trainer:
                 f"{self._remedy(shortage or str(error) or type(error).__name__)}"
             ) from error
         finally:
+            self.events.end(outcome)
             console.close()
             with suppress(OSError):  # reported above
                 self.metrics.close()
@@ -207,6 +228,7 @@ class Trainer:
         optimizer, position = self.optimizer, self.state.position
         if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
+        self.events.start({} if self.resumed is None else self.resumed.contents.get("callbacks", {}))
         self.state.totals.start()
         self.coordinator.start()
         self._introduce(console)
@@ -218,6 +240,8 @@ class Trainer:
                 if optimizer.micro_batches:
                     continue
                 position.steps += 1
+                if self.events.has_steps:
+                    self.events.step()
                 due = self.state.totals.elapsed >= self.state.next_line
                 if due:
                     self.state.next_line = self.state.totals.elapsed + self.config.log_every_seconds
@@ -226,6 +250,7 @@ class Trainer:
                 if not optimizer.round_under_way:
                     self._after_round(console)
                 if not optimizer.finished:
+                    self.coordinator.stop_reason = self.events.failure
                     self.coordinator.after_step(position.steps)
         return self._end(console)
 

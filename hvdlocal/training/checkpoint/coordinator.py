@@ -10,6 +10,7 @@ from hvdlocal.directory import Directory
 from hvdlocal.terminal import warn
 from hvdlocal.training import interruption
 from hvdlocal.training.accounting import RunTotals
+from hvdlocal.training.checkpoint.files import directory
 from hvdlocal.training.checkpoint.interval import CheckpointInterval
 from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.config import CheckpointConfig
@@ -28,10 +29,12 @@ class CheckpointCoordinator:
         totals: the clock of the run; it also notes what is not training.
         state: returns this rank's state, which is copied.
         contents: returns the manifest's contents beside the files; called on rank 0 only.
+        written: is called with the step of each checkpoint that is complete on disk.
 
     Attributes:
         status: exchanges requests to stop between the ranks.
         writer: writes the checkpoints.
+        stop_reason: why this rank asks the run to stop; None while it does not.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class CheckpointCoordinator:
         totals: RunTotals,
         state: Callable[[], dict[str, Any]],
         contents: Callable[[], dict[str, Any]],
+        written: Callable[[int], object] = lambda step: None,
     ) -> None:
         self._communicator = communicator
         self._every_steps = config.every_steps
@@ -51,6 +55,9 @@ class CheckpointCoordinator:
         self._totals = totals
         self._state = state
         self._contents = contents
+        self._written = written
+        self._unreported: int | None = None
+        self.stop_reason: str | None = None
         self.status = StatusExchange(communicator)
         self._interval = CheckpointInterval(config)
         self._cost = 0.0
@@ -83,6 +90,8 @@ class CheckpointCoordinator:
         if self._communicator.rank == 0:
             self._output.check()
         self._warn_of_failures()
+        if not self.writer.is_writing:
+            self._report()
         with self._totals.beside_training():
             start = self._totals.elapsed
             news = self.status.exchange(steps, start, self._news())
@@ -104,6 +113,7 @@ class CheckpointCoordinator:
         if self.writer.open_step is not None:
             self._finish(wait=True)
         self.writer.close()
+        self._report()
         self._warn_of_failures(wait=True)
 
     def _news(self) -> Status:
@@ -112,7 +122,7 @@ class CheckpointCoordinator:
         gap, self._last_exchange = now - self._last_exchange, now  # a single step may take longer than POLL_SECONDS
         out_of_time = first and self._deadline.passes_within(2 * self.writer.write_seconds + POLL_SECONDS + 2 * gap)
         return Status(
-            stop=interruption.received() is not None or out_of_time,
+            stop=self.stop_reason is not None or interruption.received() is not None or out_of_time,
             due=first and self._interval.due(self._totals.elapsed),
             writing=self.writer.is_writing,
         )
@@ -126,13 +136,25 @@ class CheckpointCoordinator:
 
     def _finish(self, wait: bool = False) -> str | None:
         self._asked = False
-        start = self._totals.elapsed
+        start, step = self._totals.elapsed, self.writer.open_step
         with self._totals.beside_training():
             problem = self.writer.finish(wait)
         self._interval.learn(self._cost + self._totals.elapsed - start, self.writer.write_seconds)
         if problem and self._communicator.rank == 0:
             warn(f"{problem}. Training goes on.")
+        self._report()  # the one before, which the same thread has completed
+        self._unreported = step if problem is None else None
+        if wait:
+            self._report()
         return problem
+
+    def _report(self) -> None:
+        """Reports the last checkpoint, which is complete on disk unless that failed."""
+        step, self._unreported = self._unreported, None
+        if step is None:
+            return
+        if self._communicator.rank or directory(self._output.path / CHECKPOINTS, step).exists():
+            self._written(step)
 
     def _stop(self, steps: int) -> None:
         """Ends the run with a checkpoint of this step; a collective."""
@@ -143,12 +165,15 @@ class CheckpointCoordinator:
         if problem or saved != steps:
             self._begin(steps)
             problem = self.writer.finish(wait=True)
+            self._unreported = steps
+            self._report()
         self.writer.close()
         self._warn_of_failures(wait=True)
         if self._communicator.rank == 0:
             self._output.check()
-        asked = self._communicator.gather(interruption.received(), "hvdlocal.interruption")
-        reasons = [f"{signal.name} on rank {rank}" for rank, signal in enumerate(asked) if signal is not None]
+        signal = interruption.received()
+        asked = self._communicator.gather(self.stop_reason or (signal and signal.name), "hvdlocal.interruption")
+        reasons = [f"{reason} on rank {rank}" for rank, reason in enumerate(asked) if reason is not None]
         reason = reasons[0] if reasons else "the time is over"
         if problem:
             raise OSError(f"{reason}, but {problem}")

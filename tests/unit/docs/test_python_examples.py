@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import torch
 from pages import blocks
+from support.configs import digits_config
 
 import hvdlocal
 from hvdlocal.communicator import SingleProcess
+from hvdlocal.training import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -102,3 +104,18 @@ def test_a_loop_with_our_data(data, monkeypatch, tmp_path):
     assert names["loader"].samples_consumed >= 300
     assert names["images"].shape == (128, 2, 8, 8)
     assert names["accuracy"] == pytest.approx(0.2)
+
+
+def test_a_callback_and_its_records(data, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    callback, records = blocks("docs/callbacks.md", "python")
+    exec(callback.text, names)
+    config = digits_config(data, "runs/digits", data_batch_size=32, epochs=2.0)
+    summary = Trainer(config, SingleProcess(), callbacks=[names["SavePlot"]()]).run()
+    written = (tmp_path / "runs" / "digits" / "accuracies.txt").read_text()
+    assert written.startswith(f"{summary.steps}: [")
+    assert written.count(",") == 1  # two evaluations
+    monkeypatch.setattr("pandas.DataFrame.plot", lambda table, x, y: table[[x, *y]])
+    exec(records.text, names)
+    assert len(names["rounds"]) == summary.rounds
