@@ -16,6 +16,14 @@ from hvdlocal.training.checkpoint.files import CheckpointError
 STEPS = 23
 
 
+@pytest.fixture
+def place(place):
+    """A directory in `place`: the trainer's runs in other files bear the same names."""
+    directory = place / "own_loop"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
 class Killed(BaseException):
     """In place of SIGKILL, which tests/launch sends."""
 
