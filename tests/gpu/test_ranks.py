@@ -1,49 +1,24 @@
 """Several ranks on one GPU, and Horovod where it can use one: whole jobs, each with a deadline."""
 
 import importlib.util
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.launch import AS_USERS_START, ROOT, mpirun
 
 from hvdlocal import ShardWriter
 
-ROOT = Path(__file__).parents[2]
 SHARED = Path(__file__).parent / "shared"
 
 
-def launch(ranks, *command, timeout=150, **environment):
-    """Runs a job; whatever it started is gone afterwards."""
-    process = subprocess.Popen(
-        [str(ROOT / "install" / "mpirun"), "-np", str(ranks), sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        pytest.fail(f"no end within {timeout} s:\n{output[-5000:]}")
-    return process.returncode, output
-
-
 def shared_tests(ranks, device, **environment):
-    code, output = launch(
-        ranks, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--device", device.type, str(SHARED), **environment
-    )
-    assert code == 0, output[-5000:]
-    assert " passed" in output
+    tests = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--device", device.type, str(SHARED)]
+    result = mpirun(ranks, sys.executable, *tests, timeout=150, **AS_USERS_START, **environment)
+    assert result.code == 0, (result.out + result.err)[-5000:]
+    assert " passed" in result.out
 
 
 @pytest.fixture
@@ -82,8 +57,10 @@ def test_one_rank_without_memory_ends_the_job(device, tmp_path):
         f"data: {{path: {tmp_path}/data, batch_size: 8}}\nmodel: {{name: digits_cnn}}\n"
         f"output: {tmp_path}/out\ndevice: {device.type}\n"
     )
-    code, output = launch(2, str(Path(__file__).parent / "without_memory.py"), "train", str(config), timeout=90)
-    assert code != 0
+    program = str(Path(__file__).parent / "without_memory.py")
+    result = mpirun(2, sys.executable, program, "train", str(config), timeout=90, HVDLOCAL_BACKEND="mpi4py")
+    output = result.out + result.err
+    assert result.code != 0
     assert "rank 1 of 2" in output
     assert "cannot go on after step 3: " in output
     assert "out of memory" in output.lower()
