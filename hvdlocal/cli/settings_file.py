@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import yaml
@@ -62,12 +63,24 @@ class _MistakeError(ValueError):
         self.line = _line(event)
 
 
+def _read_ahead(events: Iterator[yaml.Event]) -> Iterator[yaml.Event]:
+    """Reads all events, so that what is no YAML is reported before what is no setting.
+
+    Stops where brackets are nested deeper than in any setting, since YAML's time for them is quadratic.
+    """
+    read: list[yaml.Event] = []
+    levels = 0
+    while levels <= 2 * MOST_LEVELS and (event := next(events, None)) is not None:
+        read.append(event)
+        levels += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+    return chain(read, events)
+
+
 class _Reader:
     """Walks through YAML's events, from which no object has been made yet, and never deeper than the known sections."""
 
     def __init__(self, text: str, known: Mapping[str, Setting]) -> None:
-        # All of them at once: what is no YAML is reported before what is no setting.
-        self._events: Iterator[yaml.Event] = iter(list(yaml.parse(text, Loader=yaml.SafeLoader)))
+        self._events = _read_ahead(yaml.parse(text, Loader=yaml.SafeLoader))
         self._known = known
         self._sections = sections(known)
         self._lines: dict[str, int] = {}
