@@ -8,6 +8,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -106,7 +107,11 @@ def _verify(directory: Path, communicator: Communicator, talks: bool, splits: Se
 def _write(arguments: argparse.Namespace, communicator: Communicator, talks: bool) -> None:
     if arguments.command in ("folder", "imagenet"):
         succeed_together(communicator, lambda: _check_outside(arguments.output, arguments.source), "data.output")
-    source = DATA_SETS[arguments.command].open_source(arguments, communicator)
+    with closing(DATA_SETS[arguments.command].open_source(arguments, communicator)) as source:
+        _write_splits(source, arguments, communicator, talks)
+
+
+def _write_splits(source: Source, arguments: argparse.Namespace, communicator: Communicator, talks: bool) -> None:
     if arguments.command in ("folder", "imagenet"):
         for split in source.splits:
             outside = partial(_check_outside, arguments.output / split, arguments.source)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from data_prep import cifar10, cifar100, digits, folder, imagenet, imagenet32, synthetic
+from data_prep import arrays, cifar10, cifar100, digits, folder, imagenet, imagenet32, synthetic
 from data_prep.source import Source
 from hvdlocal.communicator import Communicator
 
@@ -33,6 +33,7 @@ DATA_SETS: Mapping[str, DataSet] = {
     "imagenet32": imagenet32,
     "imagenet": imagenet,
     "folder": folder,
+    "arrays": arrays,
     "synthetic": synthetic,
 }
 

@@ -131,7 +131,7 @@ def hold_out(tree: Tree, share: float, seed: int) -> Tree:
         A tree with the same files, in their order, in two splits: that of before, and "test".
 
     Raises:
-        ValueError: there is a split to test on, the share is out of range, or no class has two images.
+        ValueError: there is a split to test on, or see `held_out`.
     """
     (name, listing), *others = tree.listings.items()
     if others or name in USUAL_SPLITS[1:]:
@@ -142,8 +142,6 @@ def hold_out(tree: Tree, share: float, seed: int) -> Tree:
     labels = np.array(listing.labels)
     mask = held_out(seed, labels, share)
     per_class = np.bincount(labels[mask], minlength=len(tree.classes))
-    if not mask.any():
-        raise ValueError(f"--holdout {share:g} finds no class of two images or more; leave it out")
     kept, test = (listing.subset(np.flatnonzero(part).tolist()) for part in (~mask, mask))
     kept.ignored = listing.ignored
     alone = np.count_nonzero(per_class == 0)

@@ -116,11 +116,13 @@ class Source:
         splits: by name.
         preparation: facts that the manifests shall record.
         remarks: sentences for the user.
+        close: called when all splits are written, or cannot be.
     """
 
     splits: Mapping[str, Split]
     preparation: Mapping[str, Any] = field(default_factory=dict)
     remarks: Sequence[str] = ()
+    close: Callable[[], None] = lambda: None
 
 
 def open_on_every_rank(load: Callable[[], Source], communicator: Communicator) -> Source:

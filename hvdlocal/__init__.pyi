@@ -36,6 +36,7 @@ from .data.write.array_writer import ArrayWriter as ArrayWriter
 from .data.write.image_writer import ShardWriter as ShardWriter
 from .training.interruption import Interrupted as Interrupted
 from .training.output_directory import AlreadyFinished as AlreadyFinished
+from .training.tasks.base import Task as Task
 from .training.own_loop import Checkpoints as Checkpoints
 from .report.frames import read_metrics as read_metrics
 from .training.callbacks.base import Callback as Callback

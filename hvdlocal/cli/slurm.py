@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import shlex
 import shutil
@@ -184,7 +185,7 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
 
     config = parse(given.run)
     check_ranges(config)
-    if not Path(config.data.path).is_dir():
+    if not Path(config.data.path).exists() and not glob.glob(config.data.path):
         print(f"hvdlocal slurm: no data at {config.data.path} yet", file=sys.stderr)
     if template == "staging":
         return [config.data.path, *given.run]

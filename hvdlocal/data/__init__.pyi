@@ -12,6 +12,7 @@ from .augment import (
     Transform as Transform,
 )
 from .read.dataset import ShardedDataset as ShardedDataset
+from .read.user_arrays import open_arrays as open_arrays
 from .read.user_hdf5 import open_hdf5 as open_hdf5
 from .load.loader import Loader as Loader, evaluation_batches as evaluation_batches
 from .load.torch_dataset import EpochSampler as EpochSampler, TorchDataset as TorchDataset

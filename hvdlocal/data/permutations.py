@@ -35,18 +35,25 @@ def held_out(seed: int, labels: NDArray[np.integer], share: float) -> NDArray[np
         bool (n,), True for samples that are held out.
 
     Raises:
-        ValueError: the share or the seed is out of range, or there are no samples.
+        ValueError: the share or the seed is out of range, or no class has two samples.
     """
     if not 0 < share < 1:
         raise ValueError(f"a share of {share:g} cannot be held out; choose one between 0 and 1, for instance 0.1")
     order = permutation(seed, HOLDOUT, len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     sizes = np.bincount(labels)
-    taken = np.clip(np.floor(share * sizes + 0.5), 1, np.maximum(sizes - 1, 0))
+    if sizes.max() < 2:
+        raise ValueError(f"of {len(labels)} samples none can be held out: no class has two")
+    taken = np.array([held_out_count(size, share) for size in sizes.tolist()])
     place = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # within the class
     mask = np.zeros(len(labels), bool)
     mask[by_class[place < np.repeat(taken, sizes)]] = True
     return mask
+
+
+def held_out_count(size: int, share: float) -> int:
+    """How many samples a class of a size gives, see `held_out`."""
+    return min(max(int(share * size + 0.5), 1), max(size - 1, 0))
 
 
 def check_seed(seed: int, n: int) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvdlocal.data import ShardedDataset, evaluation_batches
+from hvdlocal.data import evaluation_batches
+from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.training.preprocessing import Preprocessing
 
 BATCH = 500
@@ -13,7 +14,7 @@ BATCH = 500
 
 
 def first_images(
-    data: ShardedDataset, images: Preprocessing, number: int, device: str | torch.device = "cpu"
+    data: StoredSamples, images: Preprocessing, number: int, device: str | torch.device = "cpu"
 ) -> list[tuple[Tensor, Tensor]]:
     """Returns the first images of a data set in batches, cropped like test images and not augmented.
 

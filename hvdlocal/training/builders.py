@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hvdlocal.data import Loader, ShardedDataset
+from hvdlocal.data import Loader
 from hvdlocal.data.load.order import OrderMode
+from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.import_path import code_digests, is_import_path, own_code
 from hvdlocal.models import check_images
 from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
@@ -52,7 +53,7 @@ def model_from_config(config: TrainConfig, task: Task, data: DataDescription, de
         raise ValueError(f"model.name={config.model.name}{_input_size(task, data)}: {shortage}") from error
 
 
-def check_model(config: TrainConfig, task: Task, data: ShardedDataset, num_workers: int = 1) -> None:
+def check_model(config: TrainConfig, task: Task, data: StoredSamples, num_workers: int = 1) -> None:
     """Checks that one of hvdlocal's models of images can be trained on these data in batches of the configured size.
 
     Raises:
@@ -92,7 +93,7 @@ def smallest_batch(config: DataConfig, samples: int, num_workers: int) -> int:
 
 def configured_loader(
     config: TrainConfig,
-    data: ShardedDataset,
+    data: StoredSamples,
     images: Preprocessing,
     device: torch.device = CPU,
     *,

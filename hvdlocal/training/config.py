@@ -28,6 +28,8 @@ WITH_PERIOD = ("constant", "post-local", "adacomm")
 RESIZED = UsedIf(lambda run: run.data.image_size is not None)
 RANDAUGMENT = UsedIf(lambda run: run.data.randaugment > 0)
 IN_MEMORY = UsedIf(lambda run: run.data.storage in ("auto", "ram"))
+OWN_FILES = UsedIf(lambda run: run.data.inputs is not None)
+SHARDS = UsedIf(lambda run: run.data.inputs is None)
 CLASSES = UsedIf(lambda run: run.task == "image-classification")
 OWN_OPTIMIZER = UsedIf(lambda run: ":" in run.optimizer.name)
 OWN_SCHEDULE = UsedIf(lambda run: ":" in run.schedule.name)
@@ -57,11 +59,20 @@ class DataConfig:
     """The training images."""
 
     path: Annotated[str, EXECUTION]
-    """Directory of a data set in hvdlocal's format (python -m data_prep …)."""
-    train_split: str = "train"
-    """Name of the training images in it."""
-    test_split: str = "test"
-    """Name of the test images in it."""
+    """Directory of a data set in hvdlocal's format (python -m data_prep …); or, with inputs and targets, an HDF5 or .npz file of
+    your own, or several by a pattern such as fields/*.h5."""
+    train_split: Annotated[str, SHARDS] = "train"
+    """Name of the training samples in the data set."""
+    test_split: Annotated[str, SHARDS] = "test"
+    """Name of the test samples in the data set."""
+    inputs: str | None = None
+    """Names of the arrays of inputs in your own file, separated by commas: x, or fields/density,fields/velocity."""
+    targets: str | None = None
+    """Names of the arrays of targets in your own file, separated by commas."""
+    holdout: Annotated[float | None, Range(0, 1, above=True, below=True), OWN_FILES] = None
+    """Share of your own file that is tested on, the same samples in every run; by default 0.1, without test_path."""
+    test_path: Annotated[str | None, OWN_FILES] = None
+    """Your own file of test samples, in arrays of the same names."""
     batch_size: Annotated[int, BATCH] = 128
     """B: images per rank and micro-batch."""
     crop_padding: Annotated[int, Range(0, 1024)] = 0

@@ -15,9 +15,9 @@ from hvdlocal.data import (
     Normalize,
     RandAugment,
     RandomResizedCrop,
-    ShardedDataset,
     Transform,
 )
+from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.import_path import call, check_arguments
 from hvdlocal.training.config import DataConfig
 
@@ -52,7 +52,7 @@ class Preprocessing:
 
 
 def preprocessing_from_config(
-    config: DataConfig, data: ShardedDataset, test_data: ShardedDataset | None = None
+    config: DataConfig, data: StoredSamples, test_data: StoredSamples | None = None
 ) -> Preprocessing:
     """Returns the preprocessing that a configuration describes.
 
@@ -128,7 +128,7 @@ def _own_transform(config: DataConfig) -> list[Transform]:
     return [transform]
 
 
-def _most_are_larger(data: ShardedDataset, size: int) -> bool:
+def _most_are_larger(data: StoredSamples, size: int) -> bool:
     """Returns whether the shorter side of at least half of the images is longer than `size`, so that they are reduced."""
     if data.shape is not None:
         return min(data.shape[:2]) > size

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from hvdlocal.communicator import Communicator, require_agreement, succeed_together
-from hvdlocal.data import Loader, ShardedDataset, evaluation_batches
+from hvdlocal.data import Loader, evaluation_batches
 from hvdlocal.data.load.order import OrderMode
+from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.training.builders import (
     check_model,
     configured_loader,
@@ -26,6 +27,7 @@ from hvdlocal.training.environment import choose_device, set_threads, versions
 from hvdlocal.training.preprocessing import Preprocessing, preprocessing_from_config
 from hvdlocal.training.rules import build_period
 from hvdlocal.training.run_length import RunLength, run_length
+from hvdlocal.training.samples import open_samples
 from hvdlocal.training.tasks import Batch, ImageClassification, Task, build_task
 from hvdlocal.training.tasks.trial import try_task
 
@@ -62,16 +64,11 @@ class Session:
         self.config = config
         self.communicator = communicator
         self.device = succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
-        data = config.data
         with ExitStack() as opened:
-            train_data = ShardedDataset(
-                data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
-            )
-            self.train_data = opened.enter_context(closing(train_data))
-            self.test_data: ShardedDataset | None = None
-            if with_test_data:
-                test_data = ShardedDataset(data.path, data.test_split, communicator=communicator)
-                self.test_data = opened.enter_context(closing(test_data))
+            self.train_data, self.test_data = open_samples(config, communicator, with_test_data)
+            for samples in (self.train_data, self.test_data):
+                if samples is not None:
+                    opened.enter_context(closing(samples))
             self.memory_format = memory_format(config.model)
             self.task, self.preprocessing, self.loader, self.length, self.model = succeed_together(
                 communicator, self._build, "hvdlocal.prepare"
@@ -143,7 +140,7 @@ class Session:
             batches = next(training), next(testing, None)
             try_task(self.config, task, self._model(task), batches, self.autocast, self.formatted)
 
-    def _test_batches(self, data: ShardedDataset, preprocessing: Preprocessing) -> Iterator[Batch]:
+    def _test_batches(self, data: StoredSamples, preprocessing: Preprocessing) -> Iterator[Batch]:
         return evaluation_batches(
             data,
             self.config.evaluation_batch_size,

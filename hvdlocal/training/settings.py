@@ -37,6 +37,8 @@ class Range:
 
     def __str__(self) -> str:
         low, high = f"{self.low:,}", "1e30" if self.high == LARGE else f"{self.high:,}"
+        if self.above and self.below:
+            return f"between {low} and {high}"
         if self.above:
             return f"{'positive' if self.low == 0 else f'above {low}'}, and at most {high}"
         return f"at least {low}, and below {high}" if self.below else f"from {low} to {high}"

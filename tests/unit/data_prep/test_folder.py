@@ -300,7 +300,7 @@ def test_a_share_that_cannot_be_held_out(tmp_path, prepare, top, options, messag
 def test_classes_of_one_image_give_none_to_hold_out(prepare):
     code, said = prepare({"a/0.png": encoded(noise(4, 4)), "b/0.png": encoded(noise(4, 4))}, "--holdout", "0.5")
     assert code == 2
-    assert "--holdout 0.5 finds no class of two images or more; leave it out" in said
+    assert "of 2 samples none can be held out: no class has two" in said
 
 
 def test_the_output_may_not_lie_in_the_tree(tmp_path, capsys):

@@ -2,9 +2,12 @@
 
 import contextlib
 import io
+import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -141,3 +144,28 @@ def test_a_model_of_ones_own(tmp_path, monkeypatch):
     Path("run.yaml").write_text(blocks("docs/train.md", "yaml")[0].text)
     assert main(["prepare", "digits", "--output", "data/digits"]) == 0
     assert main(["train", "run.yaml", "--model.name", "tiny", "--epochs", "1"]) == 0
+
+
+def test_own_data_and_a_model_of_ones_own(tmp_path, monkeypatch):
+    """The page shows the files of examples/fields, which run as they are, also on data that were prepared."""
+    page, folder = "docs/own-data-and-model.md", ROOT / "examples" / "fields"
+    module = "\n\n".join(block.text for block in blocks(page, "python"))
+    assert module.replace("\n\n\n", "\n\n") == (folder / "mymodel.py").read_text().replace("\n\n\n", "\n\n")
+    assert blocks(page, "yaml")[0].text == (folder / "run.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for file in folder.iterdir():
+        shutil.copy(file, tmp_path)
+    runpy.run_path("make_fields.py")
+    for words in commands(page):
+        given = after(words, "hvdlocal")
+        if given and given[0] in ("prepare", "plan"):
+            assert output_of(*given)[0] == 0
+    own = ["--output", "own", "--task", "mymodel:RelativeError", "--epochs", "1"]
+    assert output_of("train", "run.yaml", *own)[0] == 0
+    result = json.loads(Path("own/summary.json").read_text())
+    assert "within_tenth" in str(result)
+    prepared = ["--data.path", "data/fields", *(f"--data.{name}=null" for name in ("inputs", "targets", "holdout"))]
+    assert output_of("train", "run.yaml", *prepared, "--epochs", "1")[0] == 0
+    sys.modules.pop("mymodel")
