@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from hvdlocal.cli.keys import no_such_key, sections
 from hvdlocal.cli.settings_file import arguments_of
@@ -27,13 +30,17 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     from jsonargparse import ArgumentError
 
     parser = _parser()
+    single: dict[str, Any] = {}
     try:
-        namespace = parser.parse_args(list(_expanded(arguments)))
+        namespace = parser.parse_args(list(_expanded(arguments, single)))
     except (OverflowError, RecursionError) as error:
         raise ValueError(f"configuration: a number or a list is larger than any setting takes: {error}") from error
     except (ArgumentError, TypeError, ValueError) as error:
         raise ValueError(f"configuration: {_explain(str(error))}") from error
     del namespace["config"]
+    for name, value in single.items():
+        setting, _, argument = name.rpartition(".")
+        namespace[setting][argument] = value
     return TrainConfig(**vars(parser.instantiate(namespace)))
 
 
@@ -56,8 +63,12 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-def _expanded(arguments: Sequence[str]) -> Iterator[str]:
+def _expanded(arguments: Sequence[str], single: dict[str, Any]) -> Iterator[str]:
     """Yields the arguments, with each file replaced by those that it holds.
+
+    Args:
+        arguments: of the command line.
+        single: takes up what is given for one argument of a user's own code, as in `--model.arguments.width 32`.
 
     jsonargparse would read files too, but takes a text where a section belongs for the name of a class, and imports its module.
     """
@@ -72,10 +83,31 @@ def _expanded(arguments: Sequence[str]) -> Iterator[str]:
             yield from arguments_of(path, SETTINGS)
         elif number == 0 and not argument.startswith("-"):
             yield from arguments_of(argument, SETTINGS)
+        elif name.startswith("--") and (setting := SETTINGS.get(name[2:].rpartition(".")[0])) and setting.takes_any:
+            text = value if equals else next(rest, None)
+            if text is None:
+                raise ValueError(f"{name} needs a value")
+            single[name[2:]] = _plain_value(name, text)
         elif name.startswith("--") and name[2:].rstrip("+") in groups:
             raise ValueError(f"{name} is a section: give its keys, as in --{groups[name[2:].rstrip('+')]}")
         else:
             yield argument
+
+
+def _plain_value(name: str, text: str) -> Any:
+    """Returns what a text means in YAML: a number, a truth value, a list, a mapping, or the text itself."""
+    if re.fullmatch(
+        r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text
+    ):  # which YAML 1.1 takes for a word without its point or sign
+        return float(text)
+    try:
+        value = yaml.safe_load(text)
+        json.dumps(value)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{name}={text}: write a number, a word, a list or a mapping; quote what is none of these"
+        ) from error
+    return value
 
 
 def _explain(message: str) -> str:

@@ -8,9 +8,9 @@
 from __future__ import annotations  # without it, jsonargparse would show the facts as parts of the types
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from hvdlocal.training.settings import LARGE, Affects, NeededBy, Range, UsedIf, settings_of
+from hvdlocal.training.settings import LARGE, Affects, Arguments, NeededBy, Range, UsedIf, settings_of
 
 Preset = Literal["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
 
@@ -108,7 +108,7 @@ class DataConfig:
     """Background threads that read, decode and augment; by default the cores of a rank less one."""
     transform: str | None = None
     """Your own transform of the training inputs, by import path: package.module:Class."""
-    transform_arguments: Annotated[dict[str, Any], OWN_TRANSFORM] = field(default_factory=dict)
+    transform_arguments: Annotated[Arguments, OWN_TRANSFORM] = field(default_factory=dict)
     """The arguments of your own transform."""
 
 
@@ -123,7 +123,7 @@ class ModelConfig:
     """Keep convolutions in NHWC memory format."""
     compile: Annotated[bool, EXECUTION] = False
     """Compile the forward pass with torch.compile."""
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: Arguments = field(default_factory=dict)
     """The arguments that the model is built with."""
 
 
@@ -146,7 +146,7 @@ class OptimizerConfig:
     """The optimizer's weight decay: SGD adds it to the gradient, AdamW decouples it."""
     max_norm: Annotated[float | None, POSITIVE] = None
     """Clip the gradient of every optimizer step to this norm."""
-    arguments: Annotated[dict[str, Any], OWN_OPTIMIZER] = field(default_factory=dict)
+    arguments: Annotated[Arguments, OWN_OPTIMIZER] = field(default_factory=dict)
     """The further arguments of an optimizer by import path."""
 
 
@@ -165,7 +165,7 @@ class ScheduleConfig:
     """With step: epochs between two multiplications of γ by step_factor."""
     step_factor: Annotated[float, POSITIVE_SHARE, STEP] = 0.1
     """With step: what γ is multiplied by."""
-    arguments: Annotated[dict[str, Any], OWN_SCHEDULE] = field(default_factory=dict)
+    arguments: Annotated[Arguments, OWN_SCHEDULE] = field(default_factory=dict)
     """The further arguments of a schedule by import path."""
 
 
@@ -296,7 +296,7 @@ class TrainConfig:
     """Replace what an earlier run left in the output directory, instead of continuing it."""
     task: str = "image-classification"
     """What is learned: image-classification or regression, or your own subclass of hvdlocal.Task: package.module:Class."""
-    task_arguments: dict[str, Any] = field(default_factory=dict)
+    task_arguments: Arguments = field(default_factory=dict)
     """The arguments of the task."""
 
 

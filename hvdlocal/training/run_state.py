@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+from hvdlocal.import_path import code_digests
 from hvdlocal.training.accounting import RunTotals
+from hvdlocal.training.builders import import_paths
 from hvdlocal.training.checkpoint.replica_state import ReplicaState
 from hvdlocal.training.checkpoint.resume import Resumed
 from hvdlocal.training.config_checks import effective_settings, flatten
@@ -107,6 +109,7 @@ class RunState:
             "settings": flatten(self._session.config),
             "fingerprints": self._session.fingerprints,
             "versions": versions(),
+            "code": code_digests(import_paths(self._session.config)),
         }
 
     def mismatch(self, manifest: Mapping[str, Any]) -> str | None:

@@ -10,7 +10,14 @@ import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    Arguments = dict[str, Any]
+else:
+    Arguments = dict
+"""Arguments of a user's own code, by name. The bare type keeps jsonargparse from looking into the values: in a `dict[str, Any]` it
+imports and builds whatever a `class_path` names."""
 
 LARGE = 1e30
 """Larger numbers would overflow float32 in a product."""
@@ -95,12 +102,12 @@ class Setting:
     @property
     def takes_mapping(self) -> bool:
         """Whether it may be a mapping of names to values."""
-        return any(get_origin(kind) is dict for kind in (self.type, *get_args(self.type)))
+        return any((get_origin(kind) or kind) is dict for kind in (self.type, *get_args(self.type)))
 
     @property
     def takes_any(self) -> bool:
         """Whether its lists and mappings may hold further lists and mappings, such as arguments of a user's function."""
-        return _holds_any(self.type)
+        return self.type in (dict, list)
 
     @property
     def resumable(self) -> bool:
@@ -134,10 +141,6 @@ def settings_of(kind: type, prefix: str = "") -> dict[str, Setting]:
             made = field.default_factory
             found[name] = _setting(hint, field.default if made is dataclasses.MISSING else made())
     return found
-
-
-def _holds_any(kind: Any) -> bool:
-    return kind is Any or any(map(_holds_any, get_args(kind)))
 
 
 _Fact = TypeVar("_Fact")

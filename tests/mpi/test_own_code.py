@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,14 @@ from support.configs import digits_config
 
 from hvdlocal.communicator import DisagreementError, SetupError
 from hvdlocal.training import Trainer
-from hvdlocal.training.config import MethodConfig, ModelConfig, OptimizerConfig, PeriodConfig, ScheduleConfig
+from hvdlocal.training.config import (
+    CheckpointConfig,
+    MethodConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PeriodConfig,
+    ScheduleConfig,
+)
 
 CODE = "support.own_code"
 SLOPE = ModelConfig("support.models:Slope", arguments={"numel": 3})
@@ -180,6 +188,42 @@ def test_a_mistake_on_one_rank(comm, place):
         return
     with pytest.raises(SetupError, match=rf"RuntimeError: only here \(in .*own_code.py.*\(rank 1 of {comm.size}\)"):
         Trainer(config(place, "one-rank", "FailsOnRankOne"), comm)
+
+
+def test_code_that_changed_since_the_checkpoint_is_named(comm, place, monkeypatch, capsys):
+    """The run continues, as it does with other versions of what it uses, and says so."""
+    module = place / "code_of_run.py"
+
+    def write(text):
+        if comm.rank == 0:
+            module.write_text(f"from support.models import Slope\n{text}\n")
+        comm.barrier("test.written")
+
+    write("first = 1")
+    monkeypatch.syspath_prepend(str(place))
+    checkpoints = CheckpointConfig(every_steps=2)
+    settings = config(
+        place, "edited", "Downhill", model=ModelConfig("code_of_run:Slope"), checkpoint=checkpoints, epochs=3.0
+    )
+    trainer = Trainer(settings, comm)
+    after_step = trainer.coordinator.after_step
+
+    def stop_after(steps):
+        after_step(steps)
+        if steps == 5:
+            raise KeyboardInterrupt
+
+    trainer.coordinator.after_step = stop_after
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+        comm.barrier("test.stopped")
+        write("second = 2")
+        Trainer(replace(settings, overwrite=False), comm).run()
+    finally:
+        sys.modules.pop("code_of_run", None)
+    said = capsys.readouterr().out
+    assert ("note: your own code has changed since the checkpoint: code_of_run" in said) is (comm.rank == 0)
 
 
 def test_other_code_on_another_rank(comm, place, tmp_path, monkeypatch):

@@ -45,8 +45,12 @@ class Resumed:
         assert found is not None
         return found
 
-    def describe(self) -> Iterator[str]:
-        """Yields what a person should read about it, each a line."""
+    def describe(self, code: Mapping[str, str]) -> Iterator[str]:
+        """Yields what a person should read about it, each a line.
+
+        Args:
+            code: digests of the user's own code as it is now, by module.
+        """
         ranks, how = self.contents["num_workers"], ""
         if self.state is None:
             how = f", averaged over the {ranks} rank{'s' if ranks > 1 else ''} that wrote it"
@@ -54,6 +58,9 @@ class Resumed:
         before, now = self.contents["versions"], versions()
         if changed := [f"{name} {before.get(name)} → {now.get(name)}" for name in now if before.get(name) != now[name]]:
             yield f"note: other versions than before, so not bit for bit the same: {', '.join(changed)}"
+        earlier = self.contents.get("code", {})
+        if edited := [module for module, digest in code.items() if earlier.get(module, digest) != digest]:
+            yield f"note: your own code has changed since the checkpoint: {', '.join(edited)}"
 
 
 def resume(

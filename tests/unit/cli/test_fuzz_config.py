@@ -184,6 +184,10 @@ def test_what_is_no_file(argument):
         "seed: !!python/name:canary.Thing",
         "seed: !!python/module:canary",
         "model: {name: canary.Thing}",
+        "model: {name: 'canary:Thing', arguments: {class_path: canary.Thing, init_args: {}}}",
+        "task: canary:run",
+        "task_arguments: {a: {class_path: canary.Thing}, b: [canary.run, '$(touch ran)']}",
+        "data: {path: d, transform: 'canary:run'}",
         "data: {path: canary.Thing, train_split: '$(touch ran)', test_split: '${oc.env:HOME}'}",
     ],
 )
@@ -221,3 +225,34 @@ def test_a_mapping(tmp_path, written, said):
     else:
         with pytest.raises(ValueError, match=said):
             parse([str(path)])
+
+
+def test_arguments_of_own_code(tmp_path):
+    """They may be nested; what the run then writes is a configuration again, and single ones can be given."""
+    path = tmp_path / "run.yaml"
+    written = {
+        "a": 1,
+        "b": "2",
+        "c": [1.5, {"d": None}],
+        "e": {"f": True},
+        "g": "x: y",
+        "h": 1e-3,
+        "class_path": "os.sep",
+    }
+    path.write_text(yaml.safe_dump(GOOD | {"model": {"name": "mine:Net", "arguments": written}}))
+    config = outcome(str(path))
+    assert config is not None
+    assert config.model.arguments == written
+    config = outcome(
+        str(path), "--model.arguments.a=7", "--model.arguments.new", "[1, {x: 1e-3}]", "--task_arguments.rate", "1e-3"
+    )
+    assert config is not None
+    assert config.model.arguments == written | {"a": 7, "new": [1, {"x": "1e-3"}]}
+    assert config.task_arguments == {"rate": 0.001}
+    for wrong, said in (
+        ("--model.arguments.a=!!python/name:os.sep", "write a number, a word, a list or a mapping"),
+        ("--model.arguments.a", "--model.arguments.a needs a value"),
+        ("--model.arguments=[1]", "model.arguments: Expected"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            parse([str(path), wrong])
