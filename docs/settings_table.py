@@ -62,7 +62,13 @@ def _kind(kind: Any) -> str:
         return "a list"
     if get_origin(kind) is tuple:
         return f"{len(get_args(kind))} numbers"
-    return {str: "text", bool: "`true`, `false`", int: "whole number", float: "number"}[kind]
+    return {
+        str: "text",
+        bool: "`true`, `false`",
+        int: "whole number",
+        float: "number",
+        dict: "mapping of names to values",
+    }[kind]
 
 
 def default(setting: Setting) -> str:

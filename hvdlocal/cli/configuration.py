@@ -41,6 +41,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     for name, value in single.items():
         setting, _, argument = name.rpartition(".")
         namespace[setting][argument] = value
+    for name, known in SETTINGS.items():
+        if known.takes_any:
+            _require_plain(name, namespace[name])
     return TrainConfig(**vars(parser.instantiate(namespace)))
 
 
@@ -94,20 +97,39 @@ def _expanded(arguments: Sequence[str], single: dict[str, Any]) -> Iterator[str]
             yield argument
 
 
+def _require_plain(name: str, value: Any) -> None:
+    """Refuses what no configuration file gives back as it was: names that are no words, and values such as dates."""
+    if isinstance(value, dict):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise ValueError(f"{name}: {odd[0]!r} is no name; write names as words")
+        value = list(value.values())
+    if isinstance(value, list):
+        for one in value:
+            _require_plain(name, one)
+    elif not isinstance(value, bool | int | float | str | None):
+        raise ValueError(f"{name}: {value!r} is neither a number nor a word, a list or a mapping; quote it")
+
+
 def _plain_value(name: str, text: str) -> Any:
     """Returns what a text means in YAML: a number, a truth value, a list, a mapping, or the text itself."""
-    if re.fullmatch(
-        r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", text
-    ):  # which YAML 1.1 takes for a word without its point or sign
-        return float(text)
     try:
-        value = yaml.safe_load(text)
+        value = _with_numbers(yaml.safe_load(text))
         json.dumps(value)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(
             f"{name}={text}: write a number, a word, a list or a mapping; quote what is none of these"
         ) from error
     return value
+
+
+def _with_numbers(value: Any) -> Any:
+    """Returns a value with its numbers such as 1e-3, which YAML 1.1 takes for words."""
+    if isinstance(value, dict):
+        return {name: _with_numbers(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return list(map(_with_numbers, value))
+    is_number = isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value)
+    return float(value) if is_number else value
 
 
 def _explain(message: str) -> str:

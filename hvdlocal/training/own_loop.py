@@ -217,7 +217,7 @@ class Checkpoints:
         if resumed is None:
             return None
         if communicator.rank == 0:
-            for line in resumed.describe():
+            for line in resumed.describe({}):
                 say(line)
         return Restored(resumed.step, resumed.contents["num_workers"], averaged=resumed.state is None)
 

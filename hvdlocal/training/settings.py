@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     Arguments = dict[str, Any]
 else:
     Arguments = dict
-"""Arguments of a user's own code, by name. The bare type keeps jsonargparse from looking into the values: in a `dict[str, Any]` it
-imports and builds whatever a `class_path` names."""
+"""Arguments of a user's own code, by name. The bare type keeps jsonargparse from looking into the values: in a `dict[str, Any]`
+it imports and builds whatever a `class_path` names."""
 
 LARGE = 1e30
 """Larger numbers would overflow float32 in a product."""

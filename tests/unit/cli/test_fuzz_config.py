@@ -247,7 +247,7 @@ def test_arguments_of_own_code(tmp_path):
         str(path), "--model.arguments.a=7", "--model.arguments.new", "[1, {x: 1e-3}]", "--task_arguments.rate", "1e-3"
     )
     assert config is not None
-    assert config.model.arguments == written | {"a": 7, "new": [1, {"x": "1e-3"}]}
+    assert config.model.arguments == written | {"a": 7, "new": [1, {"x": 0.001}]}
     assert config.task_arguments == {"rate": 0.001}
     for wrong, said in (
         ("--model.arguments.a=!!python/name:os.sep", "write a number, a word, a list or a mapping"),
