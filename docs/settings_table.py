@@ -58,7 +58,7 @@ def _kind(kind: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(kind))
     if get_origin(kind) is dict:
         return "a mapping"
-    if get_origin(kind) is list:
+    if kind is list:
         return "a list"
     if get_origin(kind) is tuple:
         return f"{len(get_args(kind))} numbers"

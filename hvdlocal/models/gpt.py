@@ -89,6 +89,7 @@ class GPT(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, _Layer)
             for projection in (layer.attention.output, layer.feed_forward[-1]):
+                assert isinstance(projection, nn.Linear)
                 nn.init.normal_(projection.weight, std=INITIAL_STD / math.sqrt(2 * len(self.layers)))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations  # without it, jsonargparse would show the fa
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from hvdlocal.training.settings import LARGE, Affects, Arguments, NeededBy, Range, UsedIf, settings_of
+from hvdlocal.training.settings import LARGE, Affects, Arguments, Named, NeededBy, Range, UsedIf, settings_of
 
 Preset = Literal["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
 
@@ -287,7 +287,7 @@ class TrainConfig:
     time_limit_minutes: Annotated[float | None, POSITIVE, RECORDS] = None
     """Minutes after the start at which the run leaves with a checkpoint and exit code 85. The end of a Slurm job is known without
     it."""
-    callbacks: Annotated[list[str | dict[str, Any]], RECORDS] = field(default_factory=list)
+    callbacks: Annotated[Named, RECORDS] = field(default_factory=list)
     """What the run calls at its events: tensorboard, wandb, mlflow, trackio, or your own class as package.module:Class. One with
     arguments is a mapping, {name: …, arguments: {…}}."""
     tensorboard: Annotated[bool, RECORDS] = False

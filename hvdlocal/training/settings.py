@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_args, get_origin,
 
 if TYPE_CHECKING:
     Arguments = dict[str, Any]
+    Named = list[str | dict[str, Any]]
 else:
-    Arguments = dict
-"""Arguments of a user's own code, by name. The bare type keeps jsonargparse from looking into the values: in a `dict[str, Any]`
-it imports and builds whatever a `class_path` names."""
+    Arguments, Named = dict, list
+"""Arguments of a user's own code, by name, and lists of names, some with arguments. The bare types keep jsonargparse from looking
+into the values: in a `dict[str, Any]` it imports and builds whatever a `class_path` names."""
 
 LARGE = 1e30
 """Larger numbers would overflow float32 in a product."""

@@ -186,6 +186,7 @@ def test_what_is_no_file(argument):
         "model: {name: canary.Thing}",
         "model: {name: 'canary:Thing', arguments: {class_path: canary.Thing, init_args: {}}}",
         "task: canary:run",
+        "callbacks: [{class_path: canary.Thing}, {name: x, arguments: {a: {class_path: canary.Thing}}}]",
         "task_arguments: {a: {class_path: canary.Thing}, b: [canary.run, '$(touch ran)']}",
         "data: {path: d, transform: 'canary:run'}",
         "data: {path: canary.Thing, train_split: '$(touch ran)', test_split: '${oc.env:HOME}'}",
