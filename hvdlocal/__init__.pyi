@@ -41,5 +41,4 @@ from .training.own_loop import Checkpoints as Checkpoints
 from .report.frames import read_metrics as read_metrics
 from .training.callbacks.base import Callback as Callback
 from .plan.cost import pseudo_wall_clock as pseudo_wall_clock
-from .training.tasks.base import Task as Task
 from .version import __version__ as __version__
