@@ -82,9 +82,10 @@ def _test(lines: Sequence[RunStyle]) -> Drawing | None:
     # What chooses the best model, and the loss, are shown against every cost, other metrics against progress alone.
     costly = [name for name in names if name == "loss" or any(name == line.run.task.best for line in seen)]
     panels = [
-        Panel(f"Test {_label(seen, name)}", label, partial(_plot_metric, seen, name, x, costs=column > 1))
+        Panel(f"Test {_label(seen, name)}", label, partial(_plot_metric, drawn, name, x, costs=column > 1))
         for name in names
         for column, (label, x) in enumerate(across if name in costly else across[:1])
+        if (drawn := [line for line in seen if name in line.run.metrics and x(line.run)[-1] > 0])
     ]
     caption = (
         "The average of all ranks on the test data, against what it cost. A scale-invariant epoch is the progress that a "
@@ -108,17 +109,16 @@ def _label(lines: Sequence[RunStyle], name: str) -> str:
 def _plot_metric(
     lines: Sequence[RunStyle], name: str, x: Callable[[Run], Column], axes: Axes, *, costs: bool = False
 ) -> None:
-    """Plots a metric of all evaluations against one of their costs."""
-    shown = [line for line in lines if name in line.run.metrics]
-    curves = [line.run.task.factor(name) * line.run.evaluations[name] for line in shown]
-    for line, y in zip(shown, curves, strict=True):
+    """Plots a metric of all evaluations against one of their costs, which is above 0."""
+    curves = [line.run.task.factor(name) * line.run.evaluations[name] for line in lines]
+    for line, y in zip(lines, curves, strict=True):
         marker = "o" if len(y) <= 40 and len(lines) <= 14 else ""
         axes.plot(x(line.run), y, marker=marker, **line.style)
         axes.plot(x(line.run)[-1:], y[-1:], "o", color=line.color)
-    ends = np.array([x(line.run)[-1] for line in shown])
-    if costs and (ends > 0).all() and ends.max() > 10 * ends.min():  # otherwise the cheap runs would shrink to a dot
-        fit_scale(axes, "x", np.concatenate([[x(line.run)[0] for line in shown], ends]))
-    best = [line.run.task for line in shown if line.run.task.best == name]
+    ends = np.array([x(line.run)[-1] for line in lines])
+    if costs and ends.max() > 10 * ends.min():  # otherwise the cheap runs would shrink to a dot
+        fit_scale(axes, "x", np.concatenate([[x(line.run)[0] for line in lines], ends]))
+    best = [line.run.task for line in lines if line.run.task.best == name]
     if best and best[0].largest:
         axes.set_ylim(*_limits(curves, best[0].factor(name)))
     else:

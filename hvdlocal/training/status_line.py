@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hvdlocal.figures.units import bytes_text, remaining_text
+from hvdlocal.figures.units import bytes_text, metric_text, remaining_text
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Status:
         lr = self.base_lr * self.gain
         fields = []
         if self.loss is not None:
-            fields.append((3, f"loss {self.loss:.4f}"))
+            fields.append((3, f"loss {metric_text(self.loss)}"))
         if long:
             fields.append((5, f"lr {lr:.4g} = {self.base_lr:.4g}×{self.gain:.2f}"))
         else:

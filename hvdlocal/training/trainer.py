@@ -140,9 +140,9 @@ class Trainer:
         environment = describe_run(self.communicator, session.device, session.threads) | {
             "run": self.run_id,
             "task": session.task.describe(self.config.task),
-            "training images": session.train_data.describe(),
-            "images": session.preprocessing.description or "as they are",
-            "settings without effect": self.unused,
+            "training_data": session.train_data.describe(),
+            "preprocessing": session.preprocessing.description or "none",
+            "settings_without_effect": self.unused,
         }
         if session.train_data.kind == "jpeg":
             from hvdlocal.data.kinds.decode import decoder_description  # loads OpenCV

@@ -25,7 +25,7 @@ def table(kind: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("records")
     for split, count in (("train", 24), ("test", 9)):
         images = np.random.default_rng(0).integers(0, 255, (count, 8, 8, 1), dtype=np.uint8)
@@ -37,7 +37,23 @@ def records(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
         assert main(["train", str(directory / "run.yaml")]) == 0
-    return [json.loads(line) for line in (directory / "out" / "metrics.jsonl").read_text().splitlines()]
+    return directory / "out"
+
+
+@pytest.fixture(scope="module")
+def records(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_fields_of_the_environment(directory):
+    assert set(json.loads((directory / "environment.json").read_text())) == set(table("`environment.json`:"))
+
+
+def test_the_summary_is_the_last_record(directory, records):
+    summary = json.loads((directory / "summary.json").read_text())
+    assert {"kind": "end", "step": summary["steps"], **summary} == records[-1]
+    assert (summary["model"], summary["ranks"], summary["period"]) == ("digits_cnn", 1, 2)
+    assert summary["best_value"] == max(record["accuracy"] for record in records if record["kind"] == "evaluation")
 
 
 @pytest.mark.parametrize("kind", ["round", "steps", "evaluation", "end"])

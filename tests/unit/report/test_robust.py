@@ -76,7 +76,10 @@ BAD = {
         edit_line(3, epoch="half"),
         r"line 4: epoch of a record of kind 'round' is not a valid number",
     ),
-    "a number that is a list": (edit_line(3, bytes_sent=[1]), r"line 4: bytes_sent of a record of kind 'round'"),
+    "a number that is a list": (
+        edit_line(3, elapsed_seconds=[1]),
+        r"line 4: elapsed_seconds of a record of kind 'round'",
+    ),
     "a step that is true": (edit_line(3, step=True), r"line 4: not a record of hvdlocal train"),
     "a step below 0": (edit_line(0, step=-4), r"line 1: not a record of hvdlocal train"),
     "a step of 400 digits": (edit_line(-1, step=10**400), r"not a record of hvdlocal train"),
