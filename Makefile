@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi launch gpu-code docs test-faults test-slurm test-gpu bench clean
+.PHONY: setup train test lint unit mpi mpi-plain mpi-horovod launch gpu-code docs test-faults test-slurm test-gpu bench clean
 
 setup:
 	@install/setup.sh
@@ -28,35 +28,43 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 mkdocs build --quiet
 
-# Processes for tests/unit and tests/launch.
+# Tests that run at a time; of jobs there may be more, since they wait a good part of their time.
 WORKERS ?= 2
-IN_PARALLEL = OMP_NUM_THREADS=1 python -m pytest -q --color=no -n $(WORKERS)
+JOBS ?= 3
+IN_PARALLEL = OMP_NUM_THREADS=1 python -m pytest -q --color=no -n
+JOBS_IN_PARALLEL = $(IN_PARALLEL) $(JOBS) --timeout 480 --dist loadfile
 
 unit: setup
-	$(IN_PARALLEL) --dist worksteal tests/unit
+	$(IN_PARALLEL) $(WORKERS) --dist worksteal tests/unit
 
 # Everything on one, two and three ranks (an odd number finds mistakes that powers of two hide) over plain MPI, and on two over
-# Horovod; what is near the engine on one and three over Horovod too; what depends on the number of ranks also on eight.
+# Horovod; what is near the engine on one and three over Horovod too; what depends on the number of ranks also on eight. One side
+# runs beside the other: Horovod's ranks often wait for its next cycle.
+mpi: setup
+	$(MAKE) --jobs=2 --output-sync=target mpi-plain mpi-horovod
+
 MPI_TEST = timeout 900 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
 NEAR_THE_ENGINE = tests/mpi/test_{communicator,local,resume,state,synchronous}.py
-mpi: setup
+mpi-plain: export HVDLOCAL_BACKEND = mpi4py
+mpi-plain: setup
 	@echo "== tests/mpi: mpi4py, 1 rank (no mpirun: two processes of one rank each)"
-	HVDLOCAL_BACKEND=mpi4py $(IN_PARALLEL) tests/mpi
-	set -e; export HVDLOCAL_BACKEND=mpi4py; for ranks in 2 3; do \
-	  echo "== tests/mpi: mpi4py, $$ranks ranks"; $(MPI_TEST) tests/mpi; done
+	$(IN_PARALLEL) $(WORKERS) tests/mpi
+	set -e; for ranks in 2 3; do echo "== tests/mpi: mpi4py, $$ranks ranks"; $(MPI_TEST) tests/mpi; done
+	set -e; ranks=2; for dtype in bfloat16 float64; do \
+	  echo "== tests/mpi: inside hvdlocal the default dtype is $$dtype"; export TEST_DEFAULT_DTYPE=$$dtype; \
+	  $(MPI_TEST) tests/mpi/test_{local,policies,state,synchronous,refusals}.py; done
+
+mpi-horovod: setup
 	@echo "== tests/mpi: horovod, 2 ranks"
 	ranks=2; $(MPI_TEST) tests/mpi
 	@echo "== tests/mpi near the engine: horovod, 1 and 3 ranks"
 	ranks=1; $(MPI_TEST) tests/mpi/test_{communicator,local}.py
 	ranks=3; $(MPI_TEST) $(NEAR_THE_ENGINE)
-	set -e; export HVDLOCAL_BACKEND=mpi4py; for dtype in bfloat16 float64; do \
-	  echo "== tests/mpi: inside hvdlocal the default dtype is $$dtype"; ranks=2; export TEST_DEFAULT_DTYPE=$$dtype; \
-	  $(MPI_TEST) tests/mpi/test_{local,policies,state,synchronous,refusals}.py; done
 	@echo "== tests/mpi: horovod, 8 ranks"
 	ranks=8; $(MPI_TEST) tests/mpi/test_{local,synchronous,large}.py
 
 launch: setup
-	$(IN_PARALLEL) --timeout 480 --dist loadfile tests/launch --ignore tests/launch/faults
+	$(JOBS_IN_PARALLEL) tests/launch --ignore tests/launch/faults
 
 # What runs on a GPU, with little work on the CPU, so that it is in order when there is one.
 gpu-code: setup
@@ -64,7 +72,7 @@ gpu-code: setup
 
 # Jobs that are killed, stopped and starved, and started again: minutes.
 test-faults: setup
-	$(IN_PARALLEL) --timeout 480 --dist loadfile tests/launch/faults
+	$(JOBS_IN_PARALLEL) tests/launch/faults
 
 # A real Slurm on this machine, started by the tests. Installed first where that is allowed; without one the tests are skipped.
 test-slurm: setup

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from support.killed import Killed
 from support.models import everywhere_equal, flat, sgd
 
 import hvdlocal
@@ -22,10 +23,6 @@ def place(place):
     directory = place / "own_loop"
     directory.mkdir(exist_ok=True)
     return directory
-
-
-class Killed(BaseException):
-    """In place of SIGKILL, which tests/launch sends."""
 
 
 class Loop:

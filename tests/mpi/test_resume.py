@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.configs import digits_config
 from support.faults import DIFFERS
+from support.killed import train
 from support.models import everywhere_equal
 
 import hvdlocal
@@ -54,10 +55,6 @@ KINDS = {
 }
 
 
-class Killed(BaseException):
-    """In place of SIGKILL, which tests/launch sends."""
-
-
 @pytest.fixture(autouse=True)
 def _dropout(monkeypatch):
     """A network whose steps depend on the random state."""
@@ -88,26 +85,6 @@ def config(place, output, every_steps=None, **settings):
         checkpoint=CheckpointConfig(every_steps=every_steps, keep=3),
         **settings,
     )
-
-
-def train(comm, settings, monkeypatch, die_after=None):
-    """Trains; ends like a killed process after so many steps of the run. Returns the trainer."""
-    trainer = Trainer(settings, comm)
-    original = CheckpointCoordinator.after_step
-
-    def after_step(self, steps):
-        original(self, steps)
-        if steps == die_after:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointCoordinator, "after_step", after_step)
-        try:
-            trainer.run()
-        except Killed:
-            trainer.coordinator.status.close()
-    comm.barrier("test.trained")
-    return trainer
 
 
 def outcome(directory):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.configs import digits_config
 from support.datasets import TEST_IMAGES
+from support.killed import train
 from test_averaging import equal_everywhere
 from waiting import no_waits
 
@@ -14,7 +15,6 @@ import hvdlocal
 from hvdlocal.models import build_model
 from hvdlocal.training import Trainer
 from hvdlocal.training.checkpoint import files
-from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.config import (
     CheckpointConfig,
     MethodConfig,
@@ -120,10 +120,6 @@ def test_the_loop_does_not_wait_inside_a_round(comm, place, device, monkeypatch,
     assert free >= 4
 
 
-class Killed(BaseException):
-    """In place of SIGKILL."""
-
-
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("preset", ["local-ada", "acc-ada"])
 def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device, monkeypatch, preset):
@@ -142,20 +138,8 @@ def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device,
         return made
 
     whole, _ = run(comm, config("whole"))
-    original = CheckpointCoordinator.after_step
-
-    def after_step(self, steps):
-        original(self, steps)
-        if steps == 5:
-            raise Killed
-
-    killed = Trainer(config("killed", 2), comm)
-    with monkeypatch.context() as patch:
-        patch.setattr(CheckpointCoordinator, "after_step", after_step)
-        with pytest.raises(Killed):
-            killed.run()
-    killed.coordinator.status.close()
-    comm.barrier("test.killed")
+    killed = train(comm, config("killed", 2), monkeypatch, die_after=5)
+    assert not (killed.output.path / "model.pt").exists()
     step = files.newest_first(killed.output.path / "checkpoints")[0]
     assert files.read_manifest(files.directory(killed.output.path / "checkpoints", step))["in_sync"] is (
         preset == "acc-ada"
