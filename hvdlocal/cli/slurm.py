@@ -188,6 +188,11 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
     if not Path(config.data.path).exists() and not glob.glob(config.data.path):
         print(f"hvdlocal slurm: no data at {config.data.path} yet", file=sys.stderr)
     if template == "staging":
+        if config.data.inputs is not None:
+            raise ValueError(
+                f"template staging copies the directory of a data set, and data.path={config.data.path} is your own file: make "
+                "a data set of it with python -m data_prep arrays"
+            )
         return [config.data.path, *given.run]
     if template == "container":
         return [_image(given), *given.run]

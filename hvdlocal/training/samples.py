@@ -33,6 +33,11 @@ def open_samples(
     succeed_together(communicator, lambda: check_source(data), "hvdlocal.data.source")
     with ExitStack() as opened:
         train, test = _open(config, communicator, with_test_data, opened)
+        if test is not None and train.kind == test.kind == "arrays" and train.facts["arrays"] != test.facts["arrays"]:
+            raise ValueError(
+                f"the training samples are {_description(train)}, but the test samples {_description(test)}: bring both to the "
+                "same names, types and shapes"
+            )
         opened.pop_all()
     return train, test
 
@@ -118,6 +123,10 @@ def _open_files(
     return open_hdf5(
         files, data.inputs, data.targets, classes, storage=data.storage, share=data.share, communicator=communicator
     )
+
+
+def _description(samples: StoredSamples) -> str:
+    return ", ".join(f"{array['name']} {array['dtype']} {array['shape']}" for array in samples.facts["arrays"])
 
 
 def _files(path: str) -> list[str]:

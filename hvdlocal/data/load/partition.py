@@ -149,6 +149,7 @@ def resolve_order(order: OrderMode | Literal["auto"], dataset: StoredSamples) ->
     if not dataset.shuffled:
         raise ValueError(
             "the data set is streamed, and its samples do not lie in random order, so that blocks of neighbours are no fair "
-            "samples: write it as shards with ShardWriter, or choose order='block' or (slow) order='global' knowingly"
+            "samples: write it as shards (python -m data_prep, or ShardWriter), or choose order='block' or (slow) "
+            "order='global' knowingly"
         )
     return "block"

@@ -1,0 +1,93 @@
+"""The samples that a configuration names: data sets, and a user's own files with or without test samples."""
+
+import h5py
+import numpy as np
+import pytest
+
+import hvdlocal
+from hvdlocal.communicator import SingleProcess
+from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
+from hvdlocal.training.samples import count_samples, open_samples
+
+X = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+Y = np.arange(50.0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "mine.h5")
+
+
+def write(path, x=X, y=Y):
+    with h5py.File(path, "w") as file:
+        file["x"], file["y"] = x, y
+    return path
+
+
+def opened(task="regression", with_test_data=True, **data):
+    config = TrainConfig(DataConfig(**data), ModelConfig("own:Net"), "out", task=task)
+    return open_samples(config, SingleProcess(), with_test_data)
+
+
+def energies(samples):
+    return samples.take(np.arange(len(samples)))["y"]
+
+
+def test_a_tenth_is_tested_on_unless_another_share_is_given(path):
+    for options, count in (({}, 5), ({"holdout": 0.3}, 15)):
+        data = {"path": str(path), "inputs": "x", "targets": "y", **options}
+        train, test = opened(**data)
+        assert (len(train), len(test)) == (50 - count, count)
+        assert count_samples(DataConfig(**data)) == 50 - count
+        assert sorted([*energies(train), *energies(test)]) == Y.tolist()
+        again = opened(**data, with_test_data=False)
+        assert again[1] is None
+        assert again[0].fingerprint == train.fingerprint
+
+
+def test_a_file_to_test_on_and_a_pattern_of_files(tmp_path, path):
+    for number in range(3):
+        write(tmp_path / f"part{number}.h5", X[10 * number :][:10], Y[10 * number :][:10])
+    data = {"path": str(tmp_path / "part*.h5"), "inputs": "x", "targets": "y", "test_path": str(path)}
+    train, test = opened(**data)
+    np.testing.assert_array_equal(energies(train), Y[:30])
+    np.testing.assert_array_equal(energies(test), Y)
+    assert count_samples(DataConfig(**data)) == 30
+
+
+def test_the_same_share_as_when_it_is_prepared(tmp_path, path):
+    from data_prep.__main__ import main
+
+    command = ["arrays", "--source", path, "--inputs", "x", "--targets", "y", "--holdout", "0.1", "--output", tmp_path]
+    assert main(list(map(str, command))) == 0
+    _, test = opened(path=str(path), inputs="x", targets="y")
+    prepared = opened(path=str(tmp_path))[1]
+    assert sorted(energies(prepared)) == energies(test).tolist()
+
+
+def test_images_with_classes(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 1), dtype=np.uint8)
+    path = str(write(tmp_path / "a.h5", images, np.arange(50) % 2))
+    train, test = opened("image-classification", path=path, inputs="x", targets="y")
+    assert (train.kind, train.shape, train.classes) == ("images", (8, 8, 1), ("0", "1"))
+    assert np.bincount(test.labels).tolist() == [3, 3]
+    other = str(write(tmp_path / "b.h5", images[:9], np.zeros(9, int)))
+    train, test = opened("image-classification", path=path, inputs="x", targets="y", test_path=other)
+    assert test.classes == train.classes
+    with pytest.raises(ValueError, match="takes one array of images and one of labels"):
+        opened("image-classification", path=path, inputs="x,z", targets="y")
+
+
+def test_test_samples_of_another_type(tmp_path, path):
+    other = write(tmp_path / "b.h5", X.astype(np.float64))
+    message = r"the training samples are x float32 \(4,\), y float64 \(\), but the test samples x float64 \(4,\)"
+    with pytest.raises(ValueError, match=message):
+        opened(path=str(path), inputs="x", targets="y", test_path=str(other))
+
+
+def test_a_data_set_is_opened_as_before(tmp_path):
+    images = np.zeros((8, 4, 4, 1), np.uint8)
+    for split in ("train", "test"):
+        hvdlocal.ShardWriter(tmp_path, split, classes=["a"]).write(images, np.zeros(8, int))
+    train, test = opened("image-classification", path=str(tmp_path))
+    assert (train.kind, len(train), len(test)) == ("images", 8, 8)
