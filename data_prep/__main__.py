@@ -27,6 +27,7 @@ from hvdlocal.communicator import (
     succeed_together,
 )
 from hvdlocal.data import BadSamplesError, verify
+from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest
 from hvdlocal.exit_codes import ExitCode
 
 _SHARD_BYTES = 512 << 20  # few enough files for a parallel file system, enough of them to be copied side by side
@@ -99,9 +100,10 @@ def _settings(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _verify(directory: Path, communicator: Communicator, talks: bool, splits: Sequence[str] | None = None) -> None:
-    for split, num_samples in verify(directory, communicator=communicator, splits=splits).items():
+    for split in verify(directory, communicator=communicator, splits=splits):
         if talks:
-            print(f"{split}: {num_samples} samples, all checksums agree", flush=True)
+            manifest = Manifest.load(directory / split / MANIFEST_NAME)
+            print(f"{split}: {manifest.contents}, all checksums agree", flush=True)
 
 
 def _write(arguments: argparse.Namespace, communicator: Communicator, talks: bool) -> None:
@@ -152,7 +154,7 @@ def _write_split(
     if talks:
         left_out = manifest.preparation.get("left_out", 0)
         print(
-            f"{arguments.output / split}: {manifest.num_samples} samples in {len(manifest.shards)} "
+            f"{arguments.output / split}: {manifest.contents} in {len(manifest.shards)} "
             f"shard{'s' if len(manifest.shards) > 1 else ''}"
             + (f" ({left_out} bad ones left out, see bad_files.txt)" if left_out else "")
             + "".join(f", {count} {note}" for note, count in manifest.preparation.get("notes", {}).items())

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from data_prep import arrays, cifar10, cifar100, digits, folder, imagenet, imagenet32, synthetic
+from data_prep import arrays, cifar10, cifar100, digits, folder, imagenet, imagenet32, synthetic, text
 from data_prep.source import Source
 from hvdlocal.communicator import Communicator
 
@@ -34,6 +34,7 @@ DATA_SETS: Mapping[str, DataSet] = {
     "imagenet": imagenet,
     "folder": folder,
     "arrays": arrays,
+    "text": text,
     "synthetic": synthetic,
 }
 

@@ -46,6 +46,7 @@ class TextTokens:
     Attributes:
         dtype: uint8, uint16 or uint32.
         text_bytes: bytes of the text.
+        represented_bytes: bytes that the tokens stand for; others than `text_bytes` if the tokenizer changes the text.
         identity: hex sha256 of text and tokenizer.
     """
 
@@ -63,9 +64,10 @@ class TextTokens:
         mine = succeed_together(communicator, lambda: [self._count(piece) for piece in pieces[rank::size]], "data.text")
         everyone = communicator.gather(mine, "data.text_counts")
         counted = [everyone[number % size][number // size] for number in range(len(pieces))]
-        self._starts = np.cumsum([0] + [count for count, _ in counted], dtype=np.int64)
+        self._starts = np.cumsum([0] + [count for count, _, _ in counted], dtype=np.int64)
+        self.represented_bytes = sum(represented for _, represented, _ in counted)
         self.identity = hashlib.sha256(
-            "".join([tokenizer.identity, *(digest for _, digest in counted)]).encode()
+            "".join([tokenizer.identity, *(digest for _, _, digest in counted)]).encode()
         ).hexdigest()
         self._latest: tuple[int, NDArray[Any]] = (-1, np.empty(0, self.dtype))
 
@@ -92,9 +94,12 @@ class TextTokens:
             self._latest = (number, tokens)
         return self._latest[1]
 
-    def _count(self, piece: Piece) -> tuple[int, str]:
+    def _count(self, piece: Piece) -> tuple[int, int, str]:
+        """Returns the number of tokens of a piece, the bytes that they stand for, and the sha256 of its text."""
         content = piece.read()
-        return len(self._encode(piece, content)), hashlib.sha256(content).hexdigest()
+        tokens = self._encode(piece, content)
+        represented = int(self._tokenizer.token_bytes[tokens].sum(dtype=np.int64))
+        return len(tokens), represented, hashlib.sha256(content).hexdigest()
 
     def _encode(self, piece: Piece, content: bytes) -> NDArray[Any]:
         try:

@@ -79,6 +79,11 @@ class Manifest:
         """Class names; label i means classes[i]. Empty where samples have no classes."""
         return self.facts.get("classes", ())
 
+    @property
+    def contents(self) -> str:
+        """How much there is, for people."""
+        return KINDS[self.kind].contents(self.facts, self.num_samples)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 that identifies the data: the same wherever, whenever and by whatever HDF5 release written."""

@@ -76,12 +76,14 @@ class Selection:
         keys: uint64 (n,), 64 random bits for each, which depend on (seed, epoch, sample) alone.
         epochs: int64 (n,), the epoch that each is drawn in; 0 for an evaluation.
         seed: of the order.
+        evaluation: whether these are samples of an evaluation, which takes all there are, in order.
     """
 
     samples: NDArray[np.int64]
     keys: NDArray[np.uint64]
     epochs: NDArray[np.int64]
     seed: int
+    evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Samples(Protocol):
 
     Attributes:
         facts: what the manifest says of all samples: the kind's facts and statistics.
-        tables: the tables `Kind.per_sample` by their names, (samples, …) each.
+        tables: the tables `Kind.per_sample` by their names, (samples, …) each, and `Kind.shared`.
     """
 
     @property
@@ -148,8 +150,10 @@ class Kind(ABC):
         name: in the manifest, and `ShardedDataset.kind`.
         facts, statistics: keys of the manifest, in the order in which they are written.
         per_sample: names of the tables with an entry for each sample, which an open data set offers as `tables`.
+        shared: names of the tables that are equal in all shards, which an open data set offers as `tables`, too.
         named_in_fingerprint: whether the manifest's fingerprint covers the name.
         shuffled: whether a writer lays the samples in random order, so that neighbours are a fair sample of all.
+        cut_when_read: whether samples are cut out of what is stored when they are read.
         takes_crop: whether batches need a `Crop`, and have several parts.
     """
 
@@ -157,8 +161,10 @@ class Kind(ABC):
     facts: ClassVar[tuple[str, ...]]
     statistics: ClassVar[tuple[str, ...]]
     per_sample: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[str, ...]] = ()
     named_in_fingerprint: ClassVar[bool] = True
     shuffled: ClassVar[bool] = True
+    cut_when_read: ClassVar[bool] = False
     takes_crop: ClassVar[bool] = False
 
     # The manifest
@@ -198,9 +204,25 @@ class Kind(ABC):
 
     # Reading
 
+    def contents(self, facts: Facts, stored: int) -> str:
+        """How much is stored, for people."""
+        return f"{stored} samples"
+
     def num_samples(self, facts: Facts, stored: int) -> int:
-        """How many samples a reader gets of those that are stored; the same in every epoch."""
+        """How many samples a reader gets of those that are stored; the same in every epoch.
+
+        Raises:
+            ValueError: the facts do not fit what is stored, or what the reader chose does not fit the facts.
+        """
         return stored
+
+    def num_evaluated(self, facts: Facts, stored: int) -> int:
+        """How many samples an evaluation gets."""
+        return self.num_samples(facts, stored)
+
+    def stored(self, facts: Facts, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where samples lie: which of those that are stored a batch of them, of any epoch, may read."""
+        return samples
 
     def block_starts(self, facts: Facts, starts: NDArray[np.int64]) -> NDArray[np.int64]:
         """The first sample of each block, ascending, and their number: of the blocks of samples as stored."""

@@ -104,8 +104,17 @@ class Loader:
         self.samples_per_epoch = self._plan.samples_per_epoch
         window = -(-self._plan.order.window_samples // num_workers)
         _warn_if_read_twice(dataset, self._plan.order.mode, window)
+        read_ahead = max(window, 2 * batch_size)
         self._pipeline = Pipeline(
-            dataset, crop, transform, mix, self.device, prefetch, threads, read_ahead=max(window, 2 * batch_size)
+            dataset,
+            crop,
+            transform,
+            mix,
+            self.device,
+            _stored_bytes(dataset, batch_size),
+            prefetch,
+            threads,
+            read_ahead,
         )
         self._samples_consumed = 0
         self._stats = Stats()
@@ -222,17 +231,22 @@ def evaluation_batches(
     """
     require_samples(dataset, "evaluation_batches")
     check_batch(batch_size, rank, num_workers)
-    n = len(dataset)
+    n = dataset.num_evaluated
     first, last = rank * n // num_workers, (rank + 1) * n // num_workers
     edges = itertools.pairwise([*range(first, last, batch_size), last])
     ranges = (np.arange(start, stop) for start, stop in edges)
     plan = (_drawn_in_epoch_0(samples) for samples in ranges)
+    batch_bytes = _stored_bytes(dataset, batch_size)
     pipeline = Pipeline(
-        dataset, crop, transform, None, resolve_device(device), threads=threads, read_ahead=4 * batch_size
+        dataset, crop, transform, None, resolve_device(device), batch_bytes, threads=threads, read_ahead=4 * batch_size
     )
     return pipeline.batches(plan, Stats())
 
 
+def _stored_bytes(dataset: StoredSamples, batch_size: int) -> int:
+    return batch_size * dataset.num_bytes // len(dataset)
+
+
 def _drawn_in_epoch_0(samples: NDArray[np.int64]) -> Selection:
     epochs = np.zeros_like(samples)
-    return Selection(samples, sample_keys(0, epochs, samples), epochs, 0)
+    return Selection(samples, sample_keys(0, epochs, samples), epochs, 0, evaluation=True)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from hvdlocal.data.load.prefetch import Job, prefetch
 if TYPE_CHECKING:
     from hvdlocal.data.augment import Crop, Mix, Transform
     from hvdlocal.data.read.dataset import StoredSamples
+
+T = TypeVar("T")
+
+_SMALL_BYTES = 1 << 14
 
 
 @dataclass
@@ -62,6 +66,7 @@ class Pipeline:
     Attributes:
         dataset: where they come from.
         crop, transform, mix, device, threads: see `Loader`.
+        batch_bytes: size of a batch as it is stored.
         depth: batches prepared ahead.
         read_ahead: samples that are announced to a storage of mode "stream" before they are read.
     """
@@ -71,6 +76,7 @@ class Pipeline:
     transform: Transform | None
     mix: Mix | None
     device: torch.device
+    batch_bytes: int
     depth: int = 2
     threads: int | None = None
     read_ahead: int = 0
@@ -103,7 +109,11 @@ class Pipeline:
             # takes Python's lock from the loop that launches a GPU's kernels.
             threads = min(threads, self.depth + 1)
         on_cpu = self.device.type == "cpu"
-        with closing(prefetch(jobs, self.depth, threads=threads, initialize=self._initialize)) as items:
+        if on_cpu and self._at_once:
+            made = (_do(job) for job in jobs)
+        else:
+            made = prefetch(jobs, self.depth, threads=threads, initialize=self._initialize)
+        with closing(made) as items:
             first = True
             while True:
                 began = time.perf_counter()
@@ -125,6 +135,12 @@ class Pipeline:
                     del inputs, targets
                 yield batch
                 del batch
+
+    @property
+    def _at_once(self) -> bool:
+        """Whether batches are so small that making one takes less time than handing it over between threads."""
+        plain = self.crop is None and self.transform is None and self.mix is None
+        return plain and self.batch_bytes < _SMALL_BYTES and self.dataset.storage != "stream"
 
     def _initialize(self) -> None:
         """Runs first in every background thread."""
@@ -159,6 +175,12 @@ class Pipeline:
             return batch, selection.keys, efforts
 
         return Job([part(read) for read in assembly.parts], finish)
+
+
+def _do(job: Job[T]) -> T:
+    for part in job.parts:
+        part()
+    return job.finish()
 
 
 def _to(values: Any, device: torch.device) -> Any:

@@ -36,7 +36,8 @@ class StoredSamples:
         facts: what is true of all samples, by the names that the kind gives it in the manifest.
         tables: what is in memory of every sample, (n, …) by its name: for images "labels" and "index", int64 (n,), the
             position of each sample in the source data set.
-        shuffled: whether the samples lie in random order, so that neighbours are a fair sample of all.
+        shuffled: whether blocks of neighbours, drawn at random, are a fair sample of all: the samples lie in random order, or
+            they are windows of a stream.
     """
 
     kind: str
@@ -47,14 +48,19 @@ class StoredSamples:
     def __init__(self, layouts: Sequence[Layout], storage: str, share: str, stream_bytes: int | None) -> None:
         self._layouts = layouts
         self._settings = (storage, share, stream_bytes)
-        stored = int(layouts[0].extent_starts[-1])
-        self._length = KINDS[self.kind].num_samples(self.facts, stored)
+        self._stored = int(layouts[0].extent_starts[-1])
+        self._length = KINDS[self.kind].num_samples(self.facts, self._stored)
         self._open_lock = threading.Lock()
         self._opened: list[Storage] | None = None
         self._regions: Sequence[Region] = ()
 
     def __len__(self) -> int:
         return self._length
+
+    @property
+    def num_evaluated(self) -> int:
+        """Number of samples of an evaluation: all there are. Windows of tokens are cut otherwise than for training."""
+        return KINDS[self.kind].num_evaluated(self.facts, self._stored)
 
     def __enter__(self) -> StoredSamples:
         return self
@@ -151,7 +157,7 @@ class StoredSamples:
                 are damaged (a `DamagedDataError`).
             OSError: the file system cannot read them.
         """
-        return KINDS[self.kind].take(self, self._checked(indices), out)
+        return KINDS[self.kind].take(self, self._checked(indices, len(self)), out)
 
     def gather(self, rows: NDArray[np.int64], out: NDArray[Any], column: int = 0) -> None:
         """Fills `out`, C-contiguous (n, …), with samples of one size; int64 `rows` (n,) are known to be in range."""
@@ -185,7 +191,7 @@ class StoredSamples:
 
         Only a set that is streamed needs it, and reads their blocks in the background.
         """
-        rows = self._checked(samples)
+        rows = KINDS[self.kind].stored(self.facts, self._checked(samples, self.num_evaluated))
         for storage in self._storages:
             storage.read_ahead(rows)
 
@@ -209,7 +215,7 @@ class StoredSamples:
                 )
             return self._opened
 
-    def _checked(self, indices: ArrayLike) -> NDArray[np.int64]:
+    def _checked(self, indices: ArrayLike, length: int) -> NDArray[np.int64]:
         rows = np.asarray(indices)
         if rows.dtype != _INT64:
             if rows.dtype.kind not in "iu" and rows.size:
@@ -222,13 +228,15 @@ class StoredSamples:
         if not rows.flags.c_contiguous:
             rows = np.ascontiguousarray(rows)
         # Seen as unsigned, what is negative is too large: one comparison less.
-        if len(rows) and rows.view(np.uint64).max() >= self._length:
-            raise ValueError(f"indices {rows.min()}..{rows.max()} leave the data set of {len(self)} samples")
+        if len(rows) and rows.view(np.uint64).max() >= length:
+            raise ValueError(f"indices {rows.min()}..{rows.max()} leave the data set of {length} samples")
         return rows
 
     def _positions(self, sample: int, column: int) -> tuple[int, int]:
         if not 0 <= sample < self._length:
             raise ValueError(f"sample {sample} leaves the data set of {len(self)} samples")
+        if KINDS[self.kind].cut_when_read:
+            raise ValueError(f"samples of kind {self.kind!r} are not stored one by one: use take()")
         layout = self._layouts[column]
         if layout.sample_bounds is None:
             assert layout.sample_bytes is not None
@@ -253,12 +261,15 @@ class ShardedDataset(StoredSamples):
             job and broadcast, which spares the file system and loads the network.
         stream_bytes: what this process may hold of a set that is streamed; by default a quarter of the free memory, over
             the ranks of the node.
+        block: T, the tokens of a sequence, for a data set of tokens; by default as it was prepared.
 
     Raises:
         FileNotFoundError: there is no finished data set, or one of its shards is missing.
         ValueError: a shard is truncated, damaged, or does not belong to the manifest; the message names the file. Or the
             storage is impossible. (With a communicator all errors are ValueErrors, the same on every rank.)
     """
+
+    shuffled = True
 
     def __init__(
         self,
@@ -269,21 +280,26 @@ class ShardedDataset(StoredSamples):
         communicator: Communicator | None = None,
         share: Literal["node", "job"] = "node",
         stream_bytes: int | None = None,
+        block: int | None = None,
     ) -> None:
         communicator = communicator or SingleProcess()
-        self._arguments = (Path(directory), split)
+        self._arguments = (Path(directory), split, block)
         self._load(communicator, storage, share, stream_bytes)
         self._open(communicator)
 
     def _load(self, communicator: Communicator, storage: str, share: str, stream_bytes: int | None) -> None:
-        directory, split = self._arguments
+        directory, split, block = self._arguments
         self._manifest, self._shards = open_shards(split_directory(directory, split), communicator, (storage, share))
         shards = self._shards
         self.kind = self._manifest.kind
         self.facts = {**self._manifest.facts, **self._manifest.statistics}
+        if block is not None:
+            if "block" not in self.facts:
+                raise ValueError(f"block={block} is for tokens, but these samples are {self.kind}; leave it out")
+            self.facts["block"] = block
         kind = KINDS[self.kind]
-        self.shuffled = kind.shuffled
         self.tables = {name: np.concatenate([shard.tables[name] for shard in shards]) for name in kind.per_sample}
+        self.tables |= {name: shards[0].tables[name] for name in kind.shared}
         super().__init__(_layouts(shards), storage, share, stream_bytes)
 
     @property
@@ -308,7 +324,7 @@ class ShardedDataset(StoredSamples):
         self._arguments = state["arguments"]
         self._load(SingleProcess(), *state["settings"])
         if self.fingerprint != state["fingerprint"]:  # labels would be the new ones, shared memory the old
-            raise written_again(split_directory(*self._arguments))
+            raise written_again(split_directory(*self._arguments[:2]))
         self._regions = state["regions"]  # the storage is opened when it is first read
 
 
