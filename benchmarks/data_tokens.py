@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from harness import Candidate, compare
 
-from hvdlocal.data import Loader, ShardedDataset, TokenShardWriter
+from hvdlocal.data import Loader, ShardedDataset, TokenWriter
 
 TOKENS = 20_000_000
 SIZES = ((12, 64), (32, 256), (64, 1024))
@@ -56,7 +56,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, shards = f"{folder}/train.bin", f"{folder}/shards"
         tokens.tofile(path)
-        TokenShardWriter(shards, "train").write(tokens, np.ones(int(tokens.max()) + 1, int), block=64)
+        TokenWriter(shards, "train").write(tokens, np.ones(int(tokens.max()) + 1, int), block=64)
         for batch, block in SIZES:
             compare(
                 f"Tokens of {tokens.dtype}, batches of {batch} sequences of {block}",

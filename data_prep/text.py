@@ -20,7 +20,7 @@ from data_prep.source import Source, Split
 from data_prep.text_tokens import Piece, TextTokens, cut_text
 from data_prep.tokenizer import BYTES, Tokenizer, open_tokenizer
 from hvdlocal.communicator import Communicator, succeed_together
-from hvdlocal.data import TokenShardWriter
+from hvdlocal.data import TokenWriter
 from hvdlocal.data.format.manifest import Manifest
 from hvdlocal.data.kinds.tokens import rows_of
 
@@ -132,7 +132,7 @@ class TokenSplit:
         self, directory: Path, split: str, preparation: Mapping[str, Any], options: Mapping[str, Any]
     ) -> Manifest:
         """See `Split`."""
-        writer = TokenShardWriter(directory, split, **options)
+        writer = TokenWriter(directory, split, **options)
         return writer.write(
             self.tokens,
             self.tokenizer.token_bytes,

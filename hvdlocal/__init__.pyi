@@ -34,6 +34,7 @@ from .data.read.dataset import ShardedDataset as ShardedDataset
 from .data.load.loader import Loader as Loader
 from .data.write.array_writer import ArrayWriter as ArrayWriter
 from .data.write.image_writer import ShardWriter as ShardWriter
+from .data.write.token_writer import TokenWriter as TokenWriter
 from .training.interruption import Interrupted as Interrupted
 from .training.output_directory import AlreadyFinished as AlreadyFinished
 from .training.tasks.base import Task as Task

@@ -6,14 +6,16 @@ import argparse
 import json
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hvdlocal.cli.arguments import positive
 from hvdlocal.cli.configuration import parse
 from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directory
+from hvdlocal.data.kinds import KINDS
+from hvdlocal.data.kinds.tokens import with_block
 from hvdlocal.import_path import OwnCodeError
 from hvdlocal.plan.forecast import Checkpoints, Forecast
 from hvdlocal.plan.run_plan import adapts, plan_run
@@ -108,6 +110,7 @@ class _Images:
     shape: tuple[int, int, int]
     classes: tuple[str, ...]
     kind: str = "images"
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,10 @@ def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
         except FileNotFoundError as error:
             raise ValueError(f"{error}; or say how many training images there will be: --samples N") from error
     if manifest is not None:
-        return _Data(manifest.num_samples if options.samples is None else options.samples, manifest)
+        if config.data.block is not None:
+            manifest = replace(manifest, facts=with_block(manifest.kind, manifest.facts, config.data.block))
+        samples = KINDS[manifest.kind].num_samples(manifest.facts, manifest.num_samples)
+        return _Data(samples if options.samples is None else options.samples, manifest)
     size, classes = config.data.image_size, options.classes
     if size is None or classes is None:
         return _Data(options.samples, None)

@@ -18,7 +18,7 @@ from .load.loader import Loader as Loader, evaluation_batches as evaluation_batc
 from .load.torch_dataset import EpochSampler as EpochSampler, TorchDataset as TorchDataset
 from .write.array_writer import ArraySource as ArraySource, ArrayWriter as ArrayWriter
 from .write.image_writer import ImageSource as ImageSource, ShardWriter as ShardWriter
-from .write.token_writer import TokenShardWriter as TokenShardWriter, TokenSource as TokenSource
+from .write.token_writer import TokenWriter as TokenWriter, TokenSource as TokenSource
 from .write.jpeg_writer import JpegSample as JpegSample, JpegShardWriter as JpegShardWriter, JpegSource as JpegSource
 from .write.split_writer import BadSamplesError as BadSamplesError
 from .write.verify import verify as verify

@@ -73,6 +73,8 @@ class DataConfig:
     """Share of your own file that is tested on, the same samples in every run; by default 0.1, without test_path."""
     test_path: Annotated[str | None, OWN_FILES] = None
     """Your own file of test samples, in arrays of the same names."""
+    block: Annotated[int | None, COUNT, SHARDS] = None
+    """Tokens of a sequence, for a data set of tokens; by default as many as it was prepared for."""
     batch_size: Annotated[int, BATCH] = 128
     """B: images per rank and micro-batch."""
     crop_padding: Annotated[int, Range(0, 1024)] = 0
@@ -117,8 +119,8 @@ class ModelConfig:
     """The network."""
 
     name: str
-    """One of digits_cnn, small_cnn, resnet9, resnet9_narrow, resnet18_cifar, wrn_28_2, resnet50, resnet152, vit_b_16; or the
-    import path of a function or class that builds a torch.nn.Module: package.module:name."""
+    """One of digits_cnn, small_cnn, resnet9, resnet9_narrow, resnet18_cifar, wrn_28_2, resnet50, resnet152, vit_b_16; for the
+    task language-model, gpt; or the import path of a function or class that builds a torch.nn.Module: package.module:name."""
     channels_last: Annotated[bool, EXECUTION] = False
     """Keep convolutions in NHWC memory format."""
     compile: Annotated[bool, EXECUTION] = False
@@ -295,7 +297,8 @@ class TrainConfig:
     overwrite: Annotated[bool, RECORDS] = False
     """Replace what an earlier run left in the output directory, instead of continuing it."""
     task: str = "image-classification"
-    """What is learned: image-classification or regression, or your own subclass of hvdlocal.Task: package.module:Class."""
+    """What is learned: image-classification, language-model or regression, or your own subclass of hvdlocal.Task:
+    package.module:Class."""
     task_arguments: Arguments = field(default_factory=dict)
     """The arguments of the task."""
 

@@ -48,10 +48,17 @@ def _open(
     data = config.data
     if data.inputs is None:
         train = ShardedDataset(
-            data.path, data.train_split, storage=data.storage, share=data.share, communicator=communicator
+            data.path,
+            data.train_split,
+            storage=data.storage,
+            share=data.share,
+            communicator=communicator,
+            block=data.block,
         )
         opened.callback(train.close)
-        return train, ShardedDataset(data.path, data.test_split, communicator=communicator) if with_test_data else None
+        if not with_test_data:
+            return train, None
+        return train, ShardedDataset(data.path, data.test_split, communicator=communicator, block=data.block)
     whole = _open_files(config, data.path, communicator)
     opened.callback(whole.close)
     if data.test_path is None:

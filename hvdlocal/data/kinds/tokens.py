@@ -167,6 +167,13 @@ class Tokens(Kind):
         return Assembly([timed(read)], finish)
 
 
+def with_block(kind: str, facts: Facts, block: int) -> Facts:
+    """The facts of a data set for a reader who chooses the length of the sequences. Raises ValueError if it holds no tokens."""
+    if kind != Tokens.name:
+        raise ValueError(f"block={block} is for tokens, but these samples are {kind}; leave it out")
+    return {**facts, "block": block}
+
+
 def rows_of(num_tokens: int) -> int:
     """The number of rows that so many tokens take; the last is filled up with 0."""
     return -(-num_tokens // ROW)

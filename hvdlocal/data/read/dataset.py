@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.data.format.manifest import split_directory
 from hvdlocal.data.format.shard import Shard, StoredColumn
 from hvdlocal.data.kinds import KINDS
 from hvdlocal.data.kinds.base import Facts
+from hvdlocal.data.kinds.tokens import with_block
 from hvdlocal.data.read.opening import open_shards
 from hvdlocal.data.read.storage import ClosedStorage, Layout, Region, Storage, open_storages
 from hvdlocal.data.read.storage.base import cut_blocks
@@ -292,12 +294,15 @@ class ShardedDataset(StoredSamples):
         self._manifest, self._shards = open_shards(split_directory(directory, split), communicator, (storage, share))
         shards = self._shards
         self.kind = self._manifest.kind
-        self.facts = {**self._manifest.facts, **self._manifest.statistics}
-        if block is not None:
-            if "block" not in self.facts:
-                raise ValueError(f"block={block} is for tokens, but these samples are {self.kind}; leave it out")
-            self.facts["block"] = block
         kind = KINDS[self.kind]
+
+        def facts() -> Facts:
+            found = {**self._manifest.facts, **self._manifest.statistics}
+            chosen = found if block is None else with_block(kind.name, found, block)
+            kind.num_samples(chosen, self._manifest.num_samples)
+            return chosen
+
+        self.facts = succeed_together(communicator, facts, "hvdlocal.data.facts")
         self.tables = {name: np.concatenate([shard.tables[name] for shard in shards]) for name in kind.per_sample}
         self.tables |= {name: shards[0].tables[name] for name in kind.shared}
         super().__init__(_layouts(shards), storage, share, stream_bytes)

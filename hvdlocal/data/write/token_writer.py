@@ -32,7 +32,7 @@ class TokenSource(Protocol):
         """The token ids of a slice."""
 
 
-class TokenShardWriter(SplitWriter):
+class TokenWriter(SplitWriter):
     """Writes one split of a stream of tokens as HDF5 shards, in the order of the stream. The arguments are `SplitWriter`'s."""
 
     def write(

@@ -9,12 +9,24 @@ from hvdlocal.import_path import call, is_import_path
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.tasks.base import Batch, DataDescription, Metrics, Task
 from hvdlocal.training.tasks.image_classification import ImageClassification
+from hvdlocal.training.tasks.language_model import LanguageModel
 from hvdlocal.training.tasks.regression import Regression
 
-__all__ = ["TASKS", "Batch", "DataDescription", "ImageClassification", "Metrics", "Regression", "Task", "build_task"]
+__all__ = [
+    "TASKS",
+    "Batch",
+    "DataDescription",
+    "ImageClassification",
+    "LanguageModel",
+    "Metrics",
+    "Regression",
+    "Task",
+    "build_task",
+]
 
 TASKS: dict[str, Callable[..., Task]] = {
     "image-classification": ImageClassification,
+    "language-model": LanguageModel,
     "regression": Regression,
 }
 """The tasks that a configuration can name."""

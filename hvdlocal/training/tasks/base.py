@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ class DataDescription(Protocol):
         kind: how samples are stored: "images", "jpeg", "arrays" or "tokens".
         shape: (height, width, channels) of images; None where they differ and for other kinds.
         classes: names of the classes; empty where samples have no labels.
+        facts: what is true of all samples, as the manifest has it.
     """
 
     @property
@@ -35,6 +37,9 @@ class DataDescription(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def facts(self) -> Mapping[str, Any]: ...
 
 
 class Task:

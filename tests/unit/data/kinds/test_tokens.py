@@ -10,7 +10,7 @@ from hvdlocal.data import (
     EpochSampler,
     Loader,
     ShardedDataset,
-    TokenShardWriter,
+    TokenWriter,
     TorchDataset,
     evaluation_batches,
     verify,
@@ -27,7 +27,7 @@ def make_stream(tmp_path):
     """Writes the tokens 0, 1, …, N − 1 with a block of T, so that a token tells its position, and opens them."""
 
     def make(n, prepared, num_shards=1, **reading):
-        writer = TokenShardWriter(tmp_path, "train", num_shards=num_shards)
+        writer = TokenWriter(tmp_path, "train", num_shards=num_shards)
         writer.write(np.arange(n, dtype=np.uint32), np.ones(n, int), block=prepared)
         return ShardedDataset(tmp_path, **reading)
 

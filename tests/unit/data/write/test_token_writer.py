@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from hvdlocal.data import ShardedDataset, TokenShardWriter
+from hvdlocal.data import ShardedDataset, TokenWriter
 
 
 def write(directory, tokens, token_bytes=None, block=8, **options):
     lengths = np.ones(300, int) if token_bytes is None else token_bytes
-    return TokenShardWriter(directory, "train", **options).write(tokens, lengths, block=block)
+    return TokenWriter(directory, "train", **options).write(tokens, lengths, block=block)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
