@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 
 from hvdlocal.data import Loader
+from hvdlocal.data.kinds import KINDS
 from hvdlocal.data.load.order import OrderMode
 from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.import_path import code_digests, is_import_path, own_code
@@ -81,6 +83,17 @@ def import_paths(config: TrainConfig) -> dict[str, str]:
         "data.transform": config.data.transform or "",
     }
     return {setting: path for setting, path in named.items() if is_import_path(path)}
+
+
+def require_alike(train: StoredSamples, test: StoredSamples, path: str) -> None:
+    """Checks that two splits hold the same kind of samples. Raises ValueError if they do not."""
+    if (train.kind, train.shape, train.classes) != (test.kind, test.shape, test.classes):
+        raise ValueError(f"{path}: the training and the test data differ in kind, shape or classes")
+    for name in KINDS[train.kind].shared:
+        if not np.array_equal(train.tables[name], test.tables[name]):
+            raise ValueError(
+                f"{path}: the training and the test data differ in {name}: prepare both with one tokenizer"
+            )
 
 
 def smallest_batch(config: DataConfig, samples: int, num_workers: int) -> int:

@@ -20,6 +20,7 @@ from hvdlocal.training.builders import (
     memory_format,
     model_from_config,
     preflight_facts,
+    require_alike,
 )
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import check_ranges
@@ -116,8 +117,8 @@ class Session:
     def _build(self) -> tuple[Task, Preprocessing, Loader, RunLength, nn.Module]:
         """Builds what can fail because of user input and needs no communication."""
         config, train, test = self.config, self.train_data, self.test_data
-        if test is not None and (train.kind, train.shape, train.classes) != (test.kind, test.shape, test.classes):
-            raise ValueError(f"{config.data.path}: the training and the test data differ in kind, shape or classes")
+        if test is not None:
+            require_alike(train, test, config.data.path)
         task = build_task(config)
         preprocessing = preprocessing_from_config(config.data, train, test)
         loader = self._loader(preprocessing)

@@ -44,7 +44,7 @@ class Selected(StoredSamples):
     def __init__(self, whole: StoredSamples, rows: NDArray[np.int64], choice: dict[str, Any]) -> None:
         self._whole = whole
         self._rows = rows
-        self._length = len(rows)
+        self._length = self._stored = len(rows)
         self._choice = choice
         self.kind = whole.kind
         self.shuffled = whole.shuffled
