@@ -73,6 +73,30 @@ def test_a_tree_of_pixels_is_the_same_for_any_number_of_ranks(tmp_path):
     )
 
 
+def test_a_text_is_the_same_for_any_number_of_ranks(tmp_path):
+    """Of several pieces, over two files, by a tokenizer whose tokens are those of the bytes."""
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("".join(f"line {i}\n" for i in range(150_000)))
+    (tmp_path / "b.txt").write_text("".join(f"Zeile {i}\n" for i in range(50_000)))
+    source = ["--source", str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    for kind in ("bytes", str(tmp_path / "tokenizer.json")):
+        arguments = [*PREP, "text", *source, "--tokenizer", kind, "--shards", "3", "--output"]
+        outputs = [tmp_path / f"{Path(kind).stem}_{ranks}" for ranks in (1, 3)]
+        assert launch(*arguments, str(outputs[0])).code == 0
+        result = mpirun(3, *arguments, str(outputs[1]))
+        assert result.code == 0, result.err
+        assert content(outputs[0]) == content(outputs[1])
+    (tmp_path / "b.txt").write_bytes(b"good\n" * 300_000 + b"\xff")
+    result = mpirun(3, *arguments, str(tmp_path / "bad"))
+    assert result.code == 2
+    assert result.err.count("b.txt is not UTF-8 at byte 1500000 (0xff)") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
