@@ -159,7 +159,7 @@ class StoredSamples:
                 are damaged (a `DamagedDataError`).
             OSError: the file system cannot read them.
         """
-        return KINDS[self.kind].take(self, self._checked(indices, len(self)), out)
+        return KINDS[self.kind].take(self, self._checked(indices), out)
 
     def gather(self, rows: NDArray[np.int64], out: NDArray[Any], column: int = 0) -> None:
         """Fills `out`, C-contiguous (n, …), with samples of one size; int64 `rows` (n,) are known to be in range."""
@@ -217,7 +217,8 @@ class StoredSamples:
                 )
             return self._opened
 
-    def _checked(self, indices: ArrayLike, length: int) -> NDArray[np.int64]:
+    def _checked(self, indices: ArrayLike, length: int | None = None) -> NDArray[np.int64]:
+        length = self._length if length is None else length
         rows = np.asarray(indices)
         if rows.dtype != _INT64:
             if rows.dtype.kind not in "iu" and rows.size:
