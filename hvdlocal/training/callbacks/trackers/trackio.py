@@ -62,5 +62,7 @@ class Trackio(Tracker):
 
     def close(self, outcome: Outcome) -> None:
         """See `Tracker`."""
+        import trackio
+
         with redirect_stdout(StringIO()):
-            self._run.finish()
+            trackio.finish()  # rather than the run's own, which trackio would call again when Python ends
