@@ -35,11 +35,15 @@ from .data.load.loader import Loader as Loader
 from .data.write.array_writer import ArrayWriter as ArrayWriter
 from .data.write.image_writer import ShardWriter as ShardWriter
 from .data.write.token_writer import TokenWriter as TokenWriter
+from .training.config import TrainConfig as TrainConfig
+from .training.configuration import load_config as load_config
 from .training.interruption import Interrupted as Interrupted
 from .training.output_directory import AlreadyFinished as AlreadyFinished
 from .training.tasks.base import Task as Task
 from .training.own_loop import Checkpoints as Checkpoints
 from .report.frames import read_metrics as read_metrics
 from .training.callbacks.base import Callback as Callback
+from .training.train import train as train
+from .training.trainer import Trainer as Trainer
 from .plan.cost import pseudo_wall_clock as pseudo_wall_clock
 from .version import __version__ as __version__

@@ -47,12 +47,16 @@ def model_from_config(config: TrainConfig, task: Task, data: DataDescription, de
     try:
         with own_code(f"task={config.task}") if is_import_path(config.task) else nullcontext():
             model = task.build_model(config.model, data)
-        model = model.to(device)
-        return model.to(memory_format=memory_format(config.model))  # type: ignore[call-overload]
+        return placed(model, config, device)
     except (RuntimeError, MemoryError) as error:
         if (shortage := out_of_memory(error)) is None:
             raise
         raise ValueError(f"model.name={config.model.name}{_input_size(task, data)}: {shortage}") from error
+
+
+def placed(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Moves a model to its device and into its memory format."""
+    return model.to(device).to(memory_format=memory_format(config.model))  # type: ignore[call-overload]
 
 
 def check_model(config: TrainConfig, task: Task, data: StoredSamples, num_workers: int = 1) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -94,7 +95,8 @@ def ignore() -> None:
 
 def announce_end(communicator: Communicator, text: str) -> None:
     """Prints on rank 0 how the run has ended, and waits for the other ranks; a late signal changes nothing any more."""
-    ignore()
+    if not hasattr(sys, "ps1"):  # an interactive session goes on
+        ignore()
     if communicator.rank == 0:
         terminal.say(text)
     communicator.barrier("hvdlocal.end")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from hvdlocal.training.builders import (
     import_paths,
     memory_format,
     model_from_config,
+    placed,
     preflight_facts,
     require_alike,
 )
@@ -42,6 +44,8 @@ class Session:
         config: of the run; the same on every rank.
         communicator: the ranks.
         with_test_data: whether the test data are opened, too.
+        task: takes the place of the configured one.
+        model: takes the place of the configured one, and is trained itself.
 
     Attributes:
         device: the device of this rank.
@@ -61,8 +65,19 @@ class Session:
         DisagreementError: the ranks differ in what must be equal; on all ranks.
     """
 
-    def __init__(self, config: TrainConfig, communicator: Communicator, *, with_test_data: bool = True) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        communicator: Communicator,
+        *,
+        with_test_data: bool = True,
+        task: Task | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
         self.config = config
+        self._given_task = task
+        self._given_model = model
+        self._model_as_given = copy.deepcopy(model)
         self.communicator = communicator
         self.device = succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
         with ExitStack() as opened:
@@ -119,7 +134,7 @@ class Session:
         config, train, test = self.config, self.train_data, self.test_data
         if test is not None:
             require_alike(train, test, config.data.path)
-        task = build_task(config)
+        task = self._given_task or build_task(config)
         preprocessing = preprocessing_from_config(config.data, train, test)
         loader = self._loader(preprocessing)
         length = run_length(config, loader.steps_per_epoch, self.communicator.size)
@@ -127,7 +142,7 @@ class Session:
             warmup = config.schedule.warmup_epochs * length.epoch
             build_period(config.method.period, config.optimizer.lr, warmup, length.epoch)
         check_model(config, task, train, self.communicator.size)
-        model = self._model(task)
+        model = self._model(task) if self._given_model is None else placed(self._given_model, config, self.device)
         if import_paths(config) or type(task) is not ImageClassification:
             self._try(task, preprocessing)
         return task, preprocessing, loader, length, model
@@ -166,6 +181,8 @@ class Session:
         )
 
     def _model(self, task: Task) -> nn.Module:
+        if self._model_as_given is not None:
+            return placed(copy.deepcopy(self._model_as_given), self.config, self.device)
         return model_from_config(self.config, task, self.train_data, self.device)
 
 

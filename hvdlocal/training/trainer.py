@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import CommunicationError, Communicator, succeed_together
@@ -32,6 +33,7 @@ from hvdlocal.training.damage import damage_elsewhere, damage_found
 from hvdlocal.training.environment import describe_run
 from hvdlocal.training.errors import DivergedError, LostRankError
 from hvdlocal.training.evaluation import Evaluation, Evaluator, described
+from hvdlocal.training.given import with_names
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics
 from hvdlocal.training.optimizers import build_optimizer, is_local
@@ -43,7 +45,7 @@ from hvdlocal.training.run_state import RunState
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
 from hvdlocal.training.session import Session, check_settings
 from hvdlocal.training.step import TrainingStep
-from hvdlocal.training.tasks import Batch
+from hvdlocal.training.tasks import Batch, Task
 
 
 class Trainer:
@@ -55,6 +57,8 @@ class Trainer:
     Args:
         config: what to do.
         communicator: the ranks.
+        task: what is learned, in place of the setting `task`.
+        model: the network to train, in place of the section `model`.
         callbacks: are called at the events of the run, beside those of the configuration; on all ranks, or on rank 0 if their
             class says so.
 
@@ -73,8 +77,16 @@ class Trainer:
         AlreadyFinished: there is nothing to do.
     """
 
-    def __init__(self, config: TrainConfig, communicator: Communicator, *, callbacks: Sequence[Callback] = ()) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: TrainConfig,
+        communicator: Communicator,
+        *,
+        task: Task | None = None,
+        model: nn.Module | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self.config = config = with_names(config, task, model)
         self.communicator = communicator
         deadline = interruption.Deadline(config.time_limit_minutes)
         with ExitStack() as held:
@@ -82,7 +94,7 @@ class Trainer:
             succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
             called = build_callbacks(config, communicator, callbacks)
             self.output = held.enter_context(closing(self._open_directory()))
-            self.session = session = held.enter_context(closing(Session(config, communicator)))
+            self.session = session = held.enter_context(closing(Session(config, communicator, task=task, model=model)))
             self.unused = unused_settings(config)
             self.optimizer = build_optimizer(config, session.model, session.length, communicator)
             self.step = TrainingStep(session, self.optimizer)

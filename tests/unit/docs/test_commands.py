@@ -169,3 +169,13 @@ def test_own_data_and_a_model_of_ones_own(tmp_path, monkeypatch):
     prepared = ["--data.path", "data/fields", *(f"--data.{name}=null" for name in ("inputs", "targets", "holdout"))]
     assert output_of("train", "run.yaml", *prepared, "--epochs", "1")[0] == 0
     sys.modules.pop("mymodel")
+
+
+def test_from_a_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
+    assert main(["prepare", "digits", "--output", "data/digits"]) == 0
+    Path("run.yaml").write_text(blocks("docs/train.md", "yaml")[0].text + "epochs: 1\n")
+    names: dict[str, object] = {}
+    exec(blocks("docs/train.md", "python")[1].text, names)
+    assert names["summary"].steps > 5

@@ -7,10 +7,10 @@ from typing import Literal, get_args, get_origin
 import pytest
 
 from hvdlocal.averaging import buffers
-from hvdlocal.cli.configuration import _parser
 from hvdlocal.models import MODELS
 from hvdlocal.training.config import SETTINGS
 from hvdlocal.training.config_checks import BUFFER_POLICIES, NAMES, flatten
+from hvdlocal.training.configuration import _parser
 from hvdlocal.training.rules import RULE_SETTINGS
 from hvdlocal.training.tasks import TASKS
 

@@ -1,4 +1,4 @@
-"""Reads a file of settings as the command-line arguments that mean the same.
+"""Reads a file or a mapping of settings as the command-line arguments that mean the same.
 
 YAML can do far more than settings need. Sections, values, lists of values and mappings of names to values are read. Refused are
 tags, which make objects; anchors, which make loops and files that grow without end; and a repeated key, of which one would
@@ -11,11 +11,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from pathlib import Path
+from os import PathLike
+from pathlib import PurePath
+from typing import Any
 
 import yaml
 
-from hvdlocal.cli.keys import no_such_key, sections
+from hvdlocal.training.keys import no_such_key, sections
 from hvdlocal.training.settings import Setting
 
 MOST_BYTES = 1 << 16  # all settings, with comments, take a tenth of it
@@ -26,7 +28,7 @@ MOST_LEVELS = 10
 _NULL = ("", "~", "null", "Null", "NULL")
 
 
-def arguments_of(path: str | Path, known: Mapping[str, Setting]) -> list[str]:
+def arguments_of(path: str | PathLike[str], known: Mapping[str, Setting]) -> list[str]:
     """The settings of a YAML file, each as `--section.key=value`.
 
     Args:
@@ -53,6 +55,37 @@ def arguments_of(path: str | Path, known: Mapping[str, Setting]) -> list[str]:
         raise ValueError(f"{path}, line {line}: this is not UTF-8; save the file as UTF-8 text") from error
     except (_MistakeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}{_where_and_what(error)}") from error
+
+
+def arguments_of_mapping(settings: Mapping[str, Any], known: Mapping[str, Setting]) -> list[str]:
+    """The settings of a mapping, which has the sections of a YAML file or dotted names, each as `--section.key=value`.
+
+    Raises:
+        ValueError: a key is unknown, or a value is of a type that no YAML file has.
+    """
+    if not settings:
+        return []
+    try:
+        text = yaml.dump(dict(settings), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return list(_Reader(text, known).arguments())
+    except yaml.representer.RepresenterError as error:
+        what = error.args[-1]
+        raise ValueError(
+            f"configuration: {what!r} is a {type(what).__name__}: give numbers, strings, lists and dicts"
+        ) from error
+    except _MistakeError as error:
+        raise ValueError(f"configuration: {error}") from error
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes every value where it belongs, and paths as their names."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """See `yaml.representer`."""
+        return True
+
+
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
 
 
 class _MistakeError(ValueError):
