@@ -128,6 +128,7 @@ class _Arrays:
     kind: str = "arrays"
     shape: None = None
     classes: tuple[str, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:

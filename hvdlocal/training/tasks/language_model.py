@@ -64,7 +64,7 @@ class LanguageModel(Task):
             raise ValueError(
                 f"model.name={model.name}: choose gpt for language-model, or your own as package.module:name"
             )
-        return call("hvdlocal.models:gpt", "model.name", arguments=sizes | model.arguments)  # type: ignore[no-any-return]
+        return call("hvdlocal.models:gpt", "model.name", arguments=sizes | model.arguments)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
         """Computes the mean cross-entropy over the tokens, in nats; its sum is the output."""
