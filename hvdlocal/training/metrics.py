@@ -79,7 +79,7 @@ class JsonLines:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """See `Metrics`."""
-        record = {"kind": kind, "step": step, **{name: _strict(value) for name, value in values.items()}}
+        record = {"kind": kind, "step": step, **{name: strict(value) for name, value in values.items()}}
         self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
         if len(self._waiting) > BUFFER_BYTES:
             self.flush()
@@ -222,5 +222,8 @@ def _end_of_records(file: IO[bytes], keep: int) -> int:
     return file.read().rfind(b"\n") + 1
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """Returns what JSON can have of a value: None for a number that is NaN or infinite, also in mappings."""
+    if isinstance(value, dict):
+        return {name: strict(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -35,7 +35,7 @@ from hvdlocal.training.errors import DivergedError, LostRankError
 from hvdlocal.training.evaluation import Evaluation, Evaluator, described
 from hvdlocal.training.given import with_names
 from hvdlocal.training.memory import out_of_memory
-from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics
+from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics, strict
 from hvdlocal.training.optimizers import build_optimizer, is_local
 from hvdlocal.training.output_directory import OutputDirectory
 from hvdlocal.training.recorder import Recorder, Summary
@@ -323,7 +323,7 @@ class Trainer:
             record = summary.record()
             self.metrics.write("end", position.steps, **record)
             self.metrics.position()
-            directory.write_text(SUMMARY, json.dumps(record, indent=1) + "\n")
+            directory.write_text(SUMMARY, json.dumps(strict(record), indent=1) + "\n")
             directory.check()
         return summary
 

@@ -1,5 +1,7 @@
 """The samples that a configuration names: data sets, and a user's own files with or without test samples."""
 
+import json
+
 import h5py
 import numpy as np
 import pytest
@@ -91,3 +93,26 @@ def test_a_data_set_is_opened_as_before(tmp_path):
         hvdlocal.ShardWriter(tmp_path, split, classes=["a"]).write(images, np.zeros(8, int))
     train, test = opened("image-classification", path=str(tmp_path))
     assert (train.kind, len(train), len(test)) == ("images", 8, 8)
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_records(tmp_path, monkeypatch):
+    """A number of the user's that is NaN reaches the test loss, and no further."""
+    from hvdlocal.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hvdlocal.communicator.launch._current", SingleProcess())
+    test = X.copy()
+    test[3, 0] = np.nan
+    write(tmp_path / "train.h5", y=np.ones((50, 3)))
+    write(tmp_path / "test.h5", test, np.ones((50, 3)))
+    settings = {"path": "train.h5", "inputs": "x", "targets": "y", "test_path": "test.h5", "batch_size": 16}
+    given = [f"--data.{name}={value}" for name, value in settings.items()]
+    (tmp_path / "run.yaml").write_text("task: regression\nmodel: {name: 'torch.nn:Linear'}\n")
+    model = ["--model.arguments={in_features: 4, out_features: 3}", "--output=out", "--epochs=1"]
+    assert main(["train", "run.yaml", *given, *model]) == 0
+    for line in (
+        *(tmp_path / "out/metrics.jsonl").read_text().splitlines(),
+        (tmp_path / "out/summary.json").read_text(),
+    ):
+        json.loads(line, parse_constant=pytest.fail)
+    assert json.loads((tmp_path / "out/summary.json").read_text())["evaluation"]["loss"] is None
