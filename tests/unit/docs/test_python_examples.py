@@ -1,5 +1,6 @@
 """The Python examples of the documents run, by one rank."""
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -99,11 +100,15 @@ def data(tmp_path):
 def test_a_loop_with_our_data(data, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {"model": lambda images: torch.nn.functional.one_hot(torch.zeros(len(images), dtype=torch.long), 5)}
+    with h5py.File("mine.h5", "w") as file:
+        file["density"], file["mask"] = np.ones((100, 4, 4), np.float32), np.ones((100, 4, 4), bool)
+        file["energy"] = np.arange(100.0)
     for example in blocks("docs/data.md", "python"):
         exec(example.text, names)
     assert names["loader"].samples_consumed >= 300
     assert names["images"].shape == (128, 2, 8, 8)
     assert names["accuracy"] == pytest.approx(0.2)
+    assert (names["density"].shape, names["energy"].dtype) == ((64, 4, 4), torch.float64)
 
 
 def test_a_callback_and_its_records(data, monkeypatch, tmp_path):
