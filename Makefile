@@ -93,6 +93,7 @@ bench: setup data/digits/test/manifest.json
 	@mkdir -p $(RESULTS)
 	install/mpirun -np 2 python benchmarks/averaging.py --json $(RESULTS)/averaging.json
 	python benchmarks/local_step.py
+	python benchmarks/data_tokens.py
 	install/mpirun -np 2 python benchmarks/long_run.py --rounds 5000 --json $(RESULTS)/long_run.json
 	benchmarks/slow_link.sh 100mbit python benchmarks/slow_link.py --rate 100mbit --steps 8 --trials 1
 	set -e; for rate in 1gbit 10gbit; do \
