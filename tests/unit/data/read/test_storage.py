@@ -153,12 +153,14 @@ def test_a_flipped_bit_is_found_at_first_touch(copy, storage):
 
 
 def test_mmap_checks_every_unit_once(large, monkeypatch):
-    from hvdlocal.data.format.shard import Shard
+    from hvdlocal.data.format.shard import StoredColumn
 
     checked = []
-    check_unit = Shard.check_unit
+    check_unit = StoredColumn.check_unit
     monkeypatch.setattr(
-        Shard, "check_unit", lambda self, unit, data: (checked.append((self.path, unit)), check_unit(self, unit, data))
+        StoredColumn,
+        "check_unit",
+        lambda self, unit, data: (checked.append((self.path, unit)), check_unit(self, unit, data)),
     )
     dataset = ShardedDataset(large, storage="mmap")
     for _ in range(2):
