@@ -23,7 +23,6 @@ from hvdlocal.plan.text import compare, describe
 from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
 from hvdlocal.training.config_checks import unused_settings
 from hvdlocal.training.rules import RULE_SETTINGS, describe_method
-from hvdlocal.training.samples import count_samples
 
 if TYPE_CHECKING:
     from hvdlocal.training.tasks import DataDescription
@@ -134,7 +133,11 @@ class _Arrays:
 def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
     if config.data.inputs is not None:
         description = None if config.task == "image-classification" else _Arrays()
-        return _Data(options.samples or count_samples(config.data), description)
+        if options.samples is not None:
+            return _Data(options.samples, description)
+        from hvdlocal.training.samples import count_samples  # loads torch
+
+        return _Data(count_samples(config.data), description)
     path = split_directory(config.data.path, config.data.train_split) / MANIFEST_NAME
     manifest = None
     if options.samples is None or path.is_file():

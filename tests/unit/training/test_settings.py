@@ -79,8 +79,10 @@ def test_what_may_change_in_a_continued_run():
 
 def test_what_other_modules_list_too():
     assert buffers.BUFFER_POLICIES == BUFFER_POLICIES
-    assert " ".join(HELP["model.name"].split()).startswith(f"One of {', '.join(MODELS)}; or the import path of")
-    assert HELP["task"].startswith(f"What is learned: {' or '.join(TASKS)}, or your own")
+    models, tasks = (" ".join(HELP[name].split()) for name in ("model.name", "task"))
+    assert models.startswith(f"One of {', '.join(MODELS)}; for the task language-model, gpt; or the import path of")
+    *others, last = sorted(TASKS)
+    assert tasks.startswith(f"What is learned: {', '.join(others)} or {last}, or your own")
 
 
 def test_flatten_reads_what_a_run_wrote():
