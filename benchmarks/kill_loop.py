@@ -150,11 +150,11 @@ class Run:
 
 
 def timeless(record: dict[str, Any]) -> dict[str, Any]:
-    """Returns a record without durations, memory and dates."""
+    """Returns a record without durations, memory (`storage` names the node's) and dates."""
     return {
         name: timeless(value) if isinstance(value, dict) else value
         for name, value in record.items()
-        if not re.search("second|^loader_|memory|^date$|^output$", name)
+        if not re.search("second|^loader_|memory|^date$|^output$|^storage$", name)
     }
 
 

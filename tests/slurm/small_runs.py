@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from support import configs
+from support.faults import numbers
 
 ENDLESS = 1_000_000
 """Epochs that no test waits for."""
@@ -32,15 +33,10 @@ def steps_done(directory: Path) -> int:
 
 
 def assert_same_numbers(one: Path, two: Path) -> None:
-    """Two runs ended with the same model, bit for bit, and recorded the same but for how long things took."""
+    """Two runs ended with the same model, bit for bit, and recorded the same numbers."""
     first, second = (torch.load(directory / "model.pt", weights_only=True) for directory in (one, two))
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    first, second = ([_without_times(record) for record in records(directory)] for directory in (one, two))
+    first, second = ([numbers(record) for record in records(directory)] for directory in (one, two))
     assert [(record["kind"], record["step"]) for record in first] == [(r["kind"], r["step"]) for r in second]
     assert [(a, b) for a, b in zip(first, second, strict=True) if a != b] == []
-
-
-def _without_times(record: dict) -> dict:
-    """Two runs of the same numbers differ in how long things took, and in how far ahead of the training their data were."""
-    return {k: v for k, v in record.items() if not k.endswith("seconds") and not k.startswith("loader_")}

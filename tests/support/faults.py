@@ -119,12 +119,12 @@ def seconds_after(result: Result, ended: float) -> float:
     return ended - float(when)
 
 
-DIFFERS = re.compile("second|^loader_|memory|^date$|^output$")
-"""Fields in which the same run differs every time."""
+DIFFERS = re.compile("second|^loader_|memory|^date$|^output$|^storage$|^engine$")
+"""Fields in which the same run differs: how long it took, and where and with what it ran."""
 
 
 def numbers(record: Any) -> Any:
-    """A record without what tells how long something took, how much memory it took, or when it ended."""
+    """A record without the fields that `DIFFERS` names."""
     if not isinstance(record, dict):
         return record
     return {name: numbers(value) for name, value in record.items() if not DIFFERS.search(name)}
