@@ -32,7 +32,7 @@ class LanguageModel(Task):
 
     def __init__(self) -> None:
         self._vocabulary = 0
-        self._token_bytes = torch.empty(0, dtype=torch.int64)
+        self._token_bytes = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def build_model(self, model: ModelConfig, data: DataDescription) -> nn.Module:
         """Builds `gpt`, or the user's own model.
