@@ -101,6 +101,7 @@ bench: setup data/digits/test/manifest.json
 	if [ -d $(CIFAR10) ]; then \
 	  python -m data_prep cifar10 --source $(CIFAR10) --output data/cifar10 && python benchmarks/sketch.py data/cifar10 && \
 	  python benchmarks/data_gather.py --data $(CIFAR10) && python benchmarks/data_cifar.py --data $(CIFAR10); fi
+	python benchmarks/data_arrays.py
 	if [ -d $(JPEGS) ]; then python benchmarks/data_jpeg.py --data $(JPEGS); fi
 
 clean:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import h5py
@@ -40,14 +41,15 @@ def hvdlocal_take(directory: str, storage: str) -> Iterator[int]:
         yield len(dataset.take(indices, out)["fields"])
 
 
-def numpy_take(source: str) -> Iterator[int]:
+def numpy_take(source: str, buffers: int) -> Iterator[int]:
+    """Takes batches into so many buffers in turn: a loop that trains on a batch while others are prepared needs several."""
     maps = []
     with h5py.File(source, "r") as file:
         for name in ("fields", "parameters"):
             dataset = file[name]
             maps.append(np.memmap(source, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
-    out = [np.empty((BATCH, *array.shape[1:]), array.dtype) for array in maps]
-    for indices in batches():
+    turns = cycle([[np.empty((BATCH, *array.shape[1:]), array.dtype) for array in maps] for _ in range(buffers)])
+    for indices, out in zip(batches(), turns, strict=False):
         for array, batch in zip(maps, out, strict=True):
             np.take(array, indices, axis=0, out=batch, mode="clip")
         yield BATCH
@@ -106,7 +108,8 @@ def main() -> None:
                 Candidate("hvdlocal Loader, mmap, 8 shards", hvdlocal_loader, (eight, "mmap")),
                 Candidate("hvdlocal Loader, stream, 8 shards", hvdlocal_loader, (eight, "stream")),
                 Candidate("hvdlocal take, mmap", hvdlocal_take, (one, "mmap")),
-                Candidate("numpy take from a memory map", numpy_take, (source,)),
+                Candidate("numpy take from a memory map", numpy_take, (source, 4)),
+                Candidate("the same, into one buffer", numpy_take, (source, 1)),
                 Candidate("h5py, item by item, DataLoader", h5py_items, (source, 0)),
                 Candidate("the same, 2 workers", h5py_items, (source, 2)),
             ],
