@@ -27,6 +27,7 @@ from hvdlocal.communicator import (
     succeed_together,
 )
 from hvdlocal.data import BadSamplesError, verify
+from hvdlocal.data.format.held_out import refuse_left_splits
 from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest
 from hvdlocal.exit_codes import ExitCode
 
@@ -118,6 +119,7 @@ def _write_splits(source: Source, arguments: argparse.Namespace, communicator: C
         for split in source.splits:
             outside = partial(_check_outside, arguments.output / split, arguments.source)
             succeed_together(communicator, outside, "data.output")
+    succeed_together(communicator, lambda: refuse_left_splits(arguments.output, source.splits), "data.left_splits")
     if talks:
         for remark in source.remarks:
             print(remark, file=sys.stderr, flush=True)

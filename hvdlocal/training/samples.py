@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hvdlocal.communicator import Communicator, SingleProcess, succeed_together
 from hvdlocal.data import ShardedDataset, open_arrays, open_hdf5
+from hvdlocal.data.format.held_out import refuse_other_preparation
 from hvdlocal.data.permutations import held_out_count
 from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.data.read.named_arrays import NamedArrays, find_arrays
@@ -58,7 +59,9 @@ def _open(
         opened.callback(train.close)
         if not with_test_data:
             return train, None
-        return train, ShardedDataset(data.path, data.test_split, communicator=communicator, block=data.block)
+        test = ShardedDataset(data.path, data.test_split, communicator=communicator, block=data.block)
+        refuse_other_preparation(train.manifest, test.manifest)
+        return train, test
     whole = _open_files(config, data.path, communicator)
     opened.callback(whole.close)
     if data.test_path is None:

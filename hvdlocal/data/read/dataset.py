@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.single import SingleProcess
-from hvdlocal.data.format.manifest import split_directory
+from hvdlocal.data.format.manifest import Manifest, split_directory
 from hvdlocal.data.format.shard import Shard, StoredColumn
 from hvdlocal.data.kinds import KINDS
 from hvdlocal.data.kinds.base import Facts
@@ -307,6 +307,11 @@ class ShardedDataset(StoredSamples):
         self.tables = {name: np.concatenate([shard.tables[name] for shard in shards]) for name in kind.per_sample}
         self.tables |= {name: shards[0].tables[name] for name in kind.shared}
         super().__init__(_layouts(shards), storage, share, stream_bytes)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the split."""
+        return self._manifest
 
     @property
     def fingerprint(self) -> str:

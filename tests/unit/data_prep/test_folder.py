@@ -262,6 +262,13 @@ def test_a_share_of_each_class_is_held_out(tmp_path, prepare):
     assert "already holds a different data set" in said
 
 
+def test_a_test_split_is_not_left_beside_images_that_contain_it(prepare):
+    assert prepare(tree_of_classes(), "--holdout", "0.1")[0] == 0
+    code, said = prepare({}, "--overwrite")
+    assert code == 2
+    assert "test was held out of an earlier train split, and the new one may contain its samples: remove it" in said
+
+
 def test_a_share_of_jpeg_files_is_held_out(tmp_path, prepare):
     pytest.importorskip("simplejpeg")
     files = {f"{name}/{i}.jpg": encoded(noise(16, 16, 3), "JPEG") for name in "ab" for i in range(5)}

@@ -84,6 +84,20 @@ def test_a_share_is_held_out_and_the_files_are_the_same_however_they_are_written
     assert "already holds a different data set" in said
 
 
+def test_a_test_split_is_not_left_beside_a_training_split_that_contains_it(tmp_path, prepare):
+    a, b = write(tmp_path / "a.h5"), write(tmp_path / "b.h5", slice(9))
+    assert prepare(a, "--holdout", 0.2)[0] == 0
+    code, said = prepare(a, "--overwrite")
+    assert code == 2
+    assert said.splitlines()[-1] == (
+        f"data_prep: {tmp_path / 'out' / 'test'} was held out of an earlier train split, and the new one may contain its "
+        "samples: remove it, hold out as before, or choose another --output"
+    )
+    assert len(read(tmp_path)[1]) == 96, "the training split is as it was"
+    assert prepare(a, "--test-source", b, "--overwrite")[0] == 0
+    assert prepare(b, "--overwrite")[0] == 0, "given test samples were held out of nothing"
+
+
 def test_files_to_test_on(tmp_path, prepare):
     a, b = write(tmp_path / "a.h5", slice(100)), write(tmp_path / "b.h5", slice(100, N), compression="lzf")
     assert prepare(a, "--test-source", b)[0] == 0

@@ -41,6 +41,13 @@ def test_bytes_need_no_encoding(tmp_path):
     assert not (tmp_path / "out" / "test").exists()
 
 
+def test_a_test_split_is_not_left_beside_a_text_that_contains_it(tmp_path, capsys):
+    (tmp_path / "a.txt").write_bytes(b"a" * 900)
+    assert prepare(tmp_path, tmp_path / "a.txt", "--block", 8) == 0
+    assert prepare(tmp_path, tmp_path / "a.txt", "--block", 8, "--holdout", 0, "--overwrite") == 2
+    assert "was held out of an earlier train split" in capsys.readouterr().err
+
+
 def test_a_tokenizer(tmp_path, capsys):
     library = byte_level(tmp_path / "tokenizer.json")
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")

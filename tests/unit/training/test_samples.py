@@ -1,6 +1,7 @@
 """The samples that a configuration names: data sets, and a user's own files with or without test samples."""
 
 import json
+import shutil
 
 import h5py
 import numpy as np
@@ -65,6 +66,23 @@ def test_the_same_share_as_when_it_is_prepared(tmp_path, path):
     _, test = opened(path=str(path), inputs="x", targets="y")
     prepared = opened(path=str(tmp_path))[1]
     assert sorted(energies(prepared)) == energies(test).tolist()
+
+
+def test_a_test_split_that_was_held_out_of_another_training_split(tmp_path, path):
+    """Such as is left when a second preparation is interrupted between the splits, or both were copied together."""
+    from data_prep.__main__ import main
+
+    arrays = ["arrays", "--source", str(path), "--inputs", "x", "--targets", "y", "--output"]
+    assert main([*arrays, str(tmp_path / "a"), "--holdout", "0.1"]) == 0
+    for name, options in (("b", ["--holdout", "0.1", "--seed", "1"]), ("c", []), ("d", ["--holdout", "0.1"])):
+        assert main([*arrays, str(tmp_path / name), *options]) == 0
+    message = "the test split was held out of another train split .* so this one may contain its samples: prepare both"
+    for name in "bc":
+        shutil.rmtree(tmp_path / name / "test", ignore_errors=True)
+        shutil.copytree(tmp_path / "a" / "test", tmp_path / name / "test")
+        with pytest.raises(ValueError, match=message):
+            opened(path=str(tmp_path / name))
+    assert len(opened(path=str(tmp_path / "d"))[1]) == 5
 
 
 def test_images_with_classes(tmp_path):
