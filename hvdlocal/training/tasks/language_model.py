@@ -24,8 +24,8 @@ class LanguageModel(Task):
     The model maps int64 token ids (B, T) to the logits of the next token at each position. `gpt` is GPT-2's transformer; a model
     by import path gets the arguments `vocabulary` and `block` if it takes them and the configuration does not give them.
 
-    The loss is in nats per token. Bits per byte are Σ nats / (ln 2 · bytes of the predicted tokens), which does not depend on the
-    tokenizer; special tokens count no bytes.
+    The loss is in nats per token. Bits per byte are Σ nats / (ln 2 · Σ bytes) over the predicted tokens that stand for bytes,
+    and do not depend on the tokenizer. Special tokens stand for none, and are in neither sum.
     """
 
     best = ("bits_per_byte", "min")
@@ -67,9 +67,9 @@ class LanguageModel(Task):
         return call("hvdlocal.models:gpt", "model.name", arguments=sizes | model.arguments)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:
-        """Computes the mean cross-entropy over the tokens, in nats; its sum is the output."""
-        total = self._total(model, batch)
-        return total / (batch[1] != IGNORED).sum().clamp(min=1), total.detach()
+        """Computes the mean cross-entropy over the tokens, in nats; the nats of each token, (B, T), are the output."""
+        nats = self._nats(model, batch)
+        return nats.sum() / (batch[1] != IGNORED).sum().clamp(min=1), nats.detach()
 
     def metrics(self, output: Any, batch: Batch) -> Metrics:
         """Computes the bits per byte."""
@@ -77,15 +77,16 @@ class LanguageModel(Task):
         if self._token_bytes.device != targets.device:
             self._token_bytes = self._token_bytes.to(targets.device)
         num_bytes = self._token_bytes[targets.clamp(min=0)] * (targets != IGNORED)
-        return {"bits_per_byte": (output.double() / math.log(2), num_bytes.sum())}
+        nats = output.double().masked_fill(num_bytes == 0, 0)
+        return {"bits_per_byte": (nats.sum() / math.log(2), num_bytes.sum())}
 
     def evaluate(self, model: nn.Module, batch: Batch) -> Metrics:
         """Computes the loss, weighted by the tokens, and the bits per byte."""
-        total = self._total(model, batch).double()
-        return {"loss": (total, (batch[1] != IGNORED).sum()), **self.metrics(total, batch)}
+        nats = self._nats(model, batch)
+        return {"loss": (nats.double().sum(), (batch[1] != IGNORED).sum()), **self.metrics(nats, batch)}
 
-    def _total(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Returns the sum of the cross-entropy over the tokens."""
+    def _nats(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Returns the cross-entropy of each token, (B, T); 0 where the target is `IGNORED`."""
         inputs, targets = batch
         logits = model(inputs)
         if logits.shape[:-1] != targets.shape or logits.shape[-1] < self._vocabulary:
@@ -93,4 +94,5 @@ class LanguageModel(Task):
                 f"the model returns {tuple(logits.shape)} for token ids {tuple(inputs.shape)}; logits (B, T, V) are needed, with "
                 f"V at least {self._vocabulary}, the number of token ids of the data"
             )
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        return nats.view_as(targets)

@@ -39,15 +39,23 @@ def built(**data):
 
 
 def test_a_uniform_guess():
-    """Ln V nats per token; the bytes of the predicted tokens, 1 + 2 + 3 and 0 + 4, divide the bits."""
+    """Ln V nats for each of five tokens. Four of them stand for bytes, 1 + 2 + 3 + 4; the special one is in neither sum."""
     task, model = built(), Fixed(torch.zeros(V))
     batch = torch.tensor([[0, 1, 2], [3, 0, 0]]), torch.tensor([[1, 2, 3], [0, 4, IGNORED]])
     loss, output = task.loss(model, batch)
     assert loss.item() == pytest.approx(math.log(V))
     metrics = {name: [float(part.detach()) for part in parts] for name, parts in task.evaluate(model, batch).items()}
     assert metrics["loss"] == pytest.approx([5 * math.log(V), 5])
-    assert metrics["bits_per_byte"] == pytest.approx([5 * math.log2(V), 10])
+    assert metrics["bits_per_byte"] == pytest.approx([4 * math.log2(V), 10])
     assert [float(part) for part in task.metrics(output, batch)["bits_per_byte"]] == metrics["bits_per_byte"]
+
+
+def test_a_special_token_counts_for_the_loss_alone():
+    """However badly it is predicted, the bits per byte are those of the token that stands for bytes."""
+    task, model = built(), Fixed([-math.inf, 0.0, 0.0, -math.inf, -math.inf])
+    metrics = task.evaluate(model, (torch.zeros(1, 3, dtype=torch.int64), torch.tensor([[0, 2, IGNORED]])))
+    assert metrics["loss"][0].item() == math.inf
+    assert [float(part.detach()) for part in metrics["bits_per_byte"]] == pytest.approx([1, 2])
 
 
 def test_the_gradient_is_that_of_the_mean_over_counted_tokens():
