@@ -54,7 +54,7 @@ class TextTokens:
         """Tokenizes all of the text once, to count; a collective, in which the ranks share out the pieces.
 
         Raises:
-            ValueError: some text is not UTF-8, and the tokenizer needs that it is.
+            ValueError: some text is not UTF-8, and the tokenizer needs that it is; or it has no token for some text.
             OSError: a file cannot be read.
         """
         self._pieces, self._tokenizer = pieces, tokenizer
@@ -109,6 +109,10 @@ class TextTokens:
             raise ValueError(
                 f"{piece.path} is not UTF-8 at byte {offset} (0x{content[error.start]:02x}), which a tokenizer needs; convert "
                 "it (iconv -t UTF-8), or choose --tokenizer bytes"
+            ) from error
+        except ValueError as error:
+            raise ValueError(
+                f"{piece.path}: {error}; choose a tokenizer with a token for what it does not know, or --tokenizer bytes"
             ) from error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -38,7 +40,12 @@ class Tokenizer(Protocol):
     def token_bytes(self) -> NDArray[np.uint16]: ...
 
     def encode(self, text: bytes) -> NDArray[np.integer[Any]]:
-        """Returns the token ids (n,) of a text, in `dtype_of` this vocabulary. Raises UnicodeDecodeError."""
+        """Returns the token ids (n,) of a text, in `dtype_of` this vocabulary.
+
+        Raises:
+            UnicodeDecodeError: the text is not UTF-8, and must be.
+            ValueError: the tokenizer has no token for some of it.
+        """
 
 
 def dtype_of(vocabulary: int) -> np.dtype[Any]:
@@ -106,32 +113,70 @@ class FileTokenizer:
             raise ValueError(f"--tokenizer {path}: its vocabulary is empty; train it first")
         description = {"tokenizer": path.name, "tokenizers": tokenizers.__version__}
         digest = hashlib.sha256(content).hexdigest()
-        return cls(description | {"tokenizer_sha256": digest}, digest, _token_bytes(library, content), library)
+        return cls(description | {"tokenizer_sha256": digest}, digest, _token_bytes(library), library)
 
     def encode(self, text: bytes) -> NDArray[np.integer[Any]]:
         """See `Tokenizer`."""
-        ids = self._library.encode_batch_fast([text.decode("utf-8")], add_special_tokens=False)[0].ids
+        decoded = text.decode("utf-8")
+        try:
+            ids = self._library.encode_batch_fast([decoded], add_special_tokens=False)[0].ids
+        except Exception as error:  # the library raises nothing more specific
+            raise ValueError(f"the tokenizer cannot encode the text ({error})") from error
         return np.array(ids, dtype_of(len(self.token_bytes)))
 
 
-def _token_bytes(library: Library, content: bytes) -> NDArray[np.uint16]:
+def _token_bytes(library: Library) -> NDArray[np.uint16]:
     """How many bytes of UTF-8 each token id stands for, uint16 (V,); 0 for special tokens and for ids that no token has."""
+    parts = json.loads(library.to_str())
+    model = parts["model"]
+    encoding = [step["type"] for name in ("normalizer", "pre_tokenizer") for step in _steps(parts[name])]
+    by_byte = "ByteLevel" in encoding  # such a vocabulary spells every byte as one character
+    prefix, suffix = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    if parts["decoder"] is None and model["type"] in ("BPE", "Unigram"):
+        library = _joining(
+            library, [(prefix, ""), (suffix, ""), *(("▁", " ") for step in encoding if step == "Metaspace")]
+        )
     vocabulary = library.get_vocab(with_added_tokens=True)
     added = library.get_added_tokens_decoder()
     lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
-    by_byte = re.search(rb'"type"\s*:\s*"ByteLevel"', content) is not None
-    plain = next((number for number in vocabulary.values() if number not in added), None)
+    decoded = []
     for token, number in vocabulary.items():
         if number in added:
             lengths[number] = 0 if added[number].special else len(added[number].content.encode())
-        elif by_byte:  # such a vocabulary spells every byte as one character
-            lengths[number] = len(token)
-        elif re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+        elif by_byte:
+            lengths[number] = len(token.removeprefix(prefix).removesuffix(suffix))
+        elif model.get("byte_fallback") and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             lengths[number] = 1
-        else:  # a first token loses the mark of a word's beginning when it is decoded, a later one does not
-            lengths[number] = len(_decode(library, [plain, number])) - len(_decode(library, [plain]))
+        else:
+            decoded.append(number)
+    if decoded:  # tokens at the ends of a text may lose a space when they are decoded, one between two others does not
+        plain = min(decoded)
+        around = len(_decode(library, [plain, plain]))
+        for number in decoded:
+            lengths[number] = len(_decode(library, [plain, number, plain])) - around
     return np.clip(lengths, 0, np.iinfo(np.uint16).max).astype(np.uint16)
 
 
-def _decode(library: Library, ids: list[Any]) -> bytes:
+def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yields the steps of a part of a tokenizer, which may be a sequence of parts."""
+    if part is None:
+        return
+    yield part
+    for name in ("normalizers", "pretokenizers"):
+        for step in part.get(name, ()):
+            yield from _steps(step)
+
+
+def _joining(library: Library, replacements: list[tuple[str, str]]) -> Library:
+    """Returns a copy whose decoder makes the replacements in parts of words and joins them, without spaces in between."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers.decoders import Fuse, Replace, Sequence
+
+    copy = Library.from_str(library.to_str())
+    steps = [Replace(old, new) for old, new in replacements if old]
+    copy.decoder = Sequence([*steps, Fuse()])
+    return copy
+
+
+def _decode(library: Library, ids: list[int]) -> bytes:
     return library.decode(ids, skip_special_tokens=False).encode()

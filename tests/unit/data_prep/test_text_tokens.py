@@ -121,6 +121,106 @@ def test_words_and_sentence_pieces_count_their_bytes(tmp_path):
     assert open_tokenizer(str(tmp_path / "tokenizer.json")).token_bytes.tolist() == [0, 1, 3, 4, 2, 1]
 
 
+def trained(tmp_path, *, model=None, suffix=None, prefix=None, normalizer=None, pre_tokenizer=None, decoder=None):
+    """Trains a tokenizer of some kind on the text, and opens it."""
+    tokenizers = pytest.importorskip("tokenizers")
+    marks = {"end_of_word_suffix": suffix, "continuing_subword_prefix": prefix}
+    marks = {name: value for name, value in marks.items() if value}
+    library = tokenizers.Tokenizer(model or tokenizers.models.BPE(**marks))
+    if normalizer:
+        library.normalizer = normalizer
+    if pre_tokenizer:
+        library.pre_tokenizer = pre_tokenizer
+    if decoder:
+        library.decoder = decoder
+    kinds = {"BPE": tokenizers.trainers.BpeTrainer, "Unigram": tokenizers.trainers.UnigramTrainer}
+    options = {"initial_alphabet": tokenizers.pre_tokenizers.ByteLevel.alphabet(), "show_progress": False} | marks
+    library.train_from_iterator([TEXT], kinds[type(library.model).__name__](vocab_size=500, **options))
+    library.save(str(tmp_path / "tokenizer.json"))
+    return open_tokenizer(str(tmp_path / "tokenizer.json"))
+
+
+KINDS = {
+    "GPT-2": lambda t: {
+        "pre_tokenizer": t.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "decoder": t.decoders.ByteLevel(),
+    },
+    "bytes in the normalizer": lambda t: {"normalizer": t.normalizers.ByteLevel(), "decoder": t.decoders.ByteLevel()},
+    "CLIP": lambda t: {
+        "suffix": "</w>",
+        "pre_tokenizer": t.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "decoder": t.decoders.ByteLevel(),
+    },
+    "bytes with a prefix": lambda t: {
+        "prefix": "##",
+        "pre_tokenizer": t.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    },
+    "a sequence": lambda t: {
+        "pre_tokenizer": t.pre_tokenizers.Sequence(
+            [t.pre_tokenizers.Digits(), t.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+    },
+    "characters": lambda t: {},
+    "characters that are joined": lambda t: {"decoder": t.decoders.Fuse()},
+    "characters with marks": lambda t: {"suffix": "</w>", "prefix": "##"},
+    "Metaspace": lambda t: {
+        "pre_tokenizer": t.pre_tokenizers.Metaspace(prepend_scheme="never"),
+        "decoder": t.decoders.Metaspace(prepend_scheme="never"),
+    },
+    "Metaspace without a decoder": lambda t: {"pre_tokenizer": t.pre_tokenizers.Metaspace(prepend_scheme="never")},
+    "Unigram": lambda t: {
+        "model": t.models.Unigram(),
+        "pre_tokenizer": t.pre_tokenizers.Metaspace(prepend_scheme="never"),
+        "decoder": t.decoders.Metaspace(prepend_scheme="never"),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_tokens_of_a_text_stand_for_its_bytes(tmp_path, kind):
+    tokenizer = trained(tmp_path, **KINDS[kind](pytest.importorskip("tokenizers")))
+    for text in (TEXT, *TEXT.splitlines(keepends=True)[:2]):
+        assert tokenizer.token_bytes[tokenizer.encode(text.encode())].sum() == len(text.encode())
+
+
+def test_a_word_ends_with_a_space_where_the_decoder_makes_one(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    parts = {"suffix": "</w>", "pre_tokenizer": tokenizers.pre_tokenizers.WhitespaceSplit()}
+    tokenizer = trained(tmp_path, **parts, decoder=tokenizers.decoders.BPEDecoder())
+    assert tokenizer.token_bytes[tokenizer.encode(TEXT.encode())].sum() == len(TEXT.encode())
+
+
+def test_the_bytes_of_tokens_do_not_depend_on_the_order_of_the_vocabulary(tmp_path):
+    """`get_vocab` has another order each time; a token whose neighbour is joined to it must not matter."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "do": 1, "##g": 2, "##s": 3, "not": 4}))
+    words.decoder = tokenizers.decoders.WordPiece()
+    words.save(str(tmp_path / "tokenizer.json"))
+    for _ in range(20):
+        assert open_tokenizer(str(tmp_path / "tokenizer.json")).token_bytes.tolist() == [6, 3, 1, 1, 4]
+
+
+def test_a_token_that_names_a_step_does_not_make_it_one(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {'"type": "ByteLevel"': 0, "é": 1}
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    library.post_processor = tokenizers.processors.ByteLevel()
+    library.save(str(tmp_path / "tokenizer.json"))
+    assert open_tokenizer(str(tmp_path / "tokenizer.json")).token_bytes.tolist() == [19, 2]
+
+
+def test_text_that_the_tokenizer_cannot_encode(path, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"One": 0}, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    message = (
+        r"a\.txt: the tokenizer cannot encode the text \(.*\[UNK\].*\); choose a tokenizer with a token for what it"
+    )
+    with pytest.raises(ValueError, match=message):
+        TextTokens(cut_text(path, 0)[0], open_tokenizer(str(tmp_path / "tokenizer.json")), ALONE)
+
+
 @pytest.mark.parametrize(("vocabulary", "dtype"), [(256, "u1"), (257, "u2"), (65_536, "u2"), (65_537, "u4")])
 def test_dtype_of_a_vocabulary(vocabulary, dtype):
     assert dtype_of(vocabulary) == np.dtype(dtype)
