@@ -37,11 +37,12 @@ def build_callbacks(
         SetupError: there is no such callback, it does not take these arguments, or it raises an error; on all ranks.
         DisagreementError: the ranks have different callbacks; on all ranks.
     """
-    entries = [*config.callbacks]
-    if config.tensorboard and "tensorboard" not in map(_name, entries):
-        entries.append("tensorboard")
 
     def build() -> dict[str, Callback | None]:
+        _check_objects(objects)
+        entries = [*config.callbacks]
+        if config.tensorboard and "tensorboard" not in map(_name, entries):
+            entries.append("tensorboard")
         built: dict[str, Callback | None] = {}
         for entry in entries:
             built[_unused(_name(entry), built)] = _build(entry, communicator.rank)
@@ -71,8 +72,23 @@ def _build(entry: str | Mapping[str, Any], rank: int) -> Callback | None:
     return import_path.call(path, "callbacks", arguments=arguments) if kind.all_ranks or rank == 0 else None
 
 
-def _name(entry: str | Mapping[str, Any]) -> str:
-    name = entry if isinstance(entry, str) else entry.get("name")
+def _check_objects(objects: object) -> None:
+    """Checks the callbacks that a script gives. Raises ValueError if they are no list of callbacks."""
+    if not isinstance(objects, Sequence) or isinstance(objects, str):
+        raise ValueError(
+            f"callbacks is {_described(objects)}: give a list of instances of subclasses of hvdlocal.Callback"
+        )
+    for one in objects:
+        if not isinstance(one, Callback):
+            raise ValueError(f"callbacks has {_described(one)}: give instances of subclasses of hvdlocal.Callback")
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__qualname__}" if isinstance(value, type) else f"{value!r:.80}"
+
+
+def _name(entry: object) -> str:
+    name = entry.get("name") if isinstance(entry, Mapping) else entry
     if not isinstance(name, str):
         raise ValueError(f"callbacks={entry}: an entry is a name, or a mapping of name and arguments")
     return name
@@ -94,6 +110,9 @@ def _path(name: str) -> str:
         raise ValueError(
             f"callbacks={name}: {hint}choose from {', '.join(TRACKERS)}, or write an import path as package.module:Class"
         )
-    if importlib.util.find_spec(name) is None:
+    specification = importlib.util.find_spec(name)
+    if (
+        specification is None or specification.origin is None
+    ):  # a directory of this name, as wandb makes one, has no origin
         raise ImportError(f"callbacks={name} needs the package {name}: pip install hvdlocal[{name}]")
     return TRACKERS[name]

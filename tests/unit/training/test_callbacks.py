@@ -12,6 +12,7 @@ from support.datasets import write_three_classes
 import hvdlocal
 from hvdlocal.communicator import SingleProcess
 from hvdlocal.training import CallbackError, Trainer
+from hvdlocal.training.callbacks.build import TRACKERS
 from hvdlocal.training.config import CheckpointConfig, MethodConfig, PeriodConfig
 
 
@@ -238,12 +239,41 @@ def test_callbacks_by_import_path(train, module):
         ({"name": "my_callbacks:Note", "arguments": {"every": 0}}, "AssertionError: every must be positive"),
         ({"name": "my_callbacks:Note", "args": {}}, "an entry is a name, or a mapping of name and arguments"),
         ({"arguments": {}}, "an entry is a name, or a mapping of name and arguments"),
+        (3, "callbacks=3: an entry is a name, or a mapping of name and arguments"),
+        (None, "callbacks=None: an entry is a name, or a mapping of name and arguments"),
+        (["wandb"], r"callbacks=\['wandb'\]: an entry is a name, or a mapping of name and arguments"),
     ],
 )
 def test_mistakes_are_found_before_training(train, module, tmp_path, entry, message):
     with pytest.raises(ValueError, match=message):
         train(callbacks=[entry])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([Witness], "callbacks has the class Witness: give instances"),
+        ([Witness(), None], "callbacks has None: give instances"),
+        (["wandb"], "callbacks has 'wandb': give instances"),
+        (Witness, "callbacks is the class Witness: give a list"),
+        (Witness(), "callbacks is <.*Witness object.*>: give a list"),
+        ("wandb", "callbacks is 'wandb': give a list"),
+        (None, "callbacks is None: give a list"),
+    ],
+)
+def test_what_a_script_gives_must_be_a_list_of_callbacks(data, tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(digits_config(data, tmp_path / "out"), SingleProcess(), callbacks=given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_is_no_installed_package(train, tmp_path, monkeypatch):
+    (tmp_path / "tracker").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(TRACKERS, "tracker", "my_callbacks:Note")
+    with pytest.raises(ImportError, match=r"callbacks=tracker needs the package tracker: pip install"):
+        train(callbacks=["tracker"])
 
 
 def test_what_is_not_overridden_is_not_called(train, monkeypatch):
