@@ -14,7 +14,7 @@ from data_prep.unpacked import unpack
 from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.data.format.extent import READ_BYTES
 from hvdlocal.data.format.manifest import sha256_of_json
-from hvdlocal.data.read.named_arrays import NamedArrays, extents_of, find_arrays, layout_of, obstacle_in
+from hvdlocal.data.read.named_arrays import NamedArrays, extents_of, find_arrays, layout_of, named_by, obstacle_in
 from hvdlocal.data.read.storage.mapped import MappedStorage
 
 
@@ -54,6 +54,7 @@ class ArrayFiles:
         communicator: the ranks.
 
     Attributes:
+        named: what was found in the files.
         identity: hex sha256 of all numbers, and of names, types and shapes.
         samples: what a sample is: "x float32 (16, 16), y float32 ()".
         sample_bytes: bytes of all arrays of a sample.
@@ -68,6 +69,7 @@ class ArrayFiles:
     def __init__(self, source: NamedArrays, scratch: Path, communicator: Communicator) -> None:
         self.source = source
         files = find_arrays(source, communicator)
+        self.named = named_by(source, files)
         self._starts = np.cumsum([0] + [file.num_samples for file in files], dtype=np.int64)
         self._arrays = files[0].arrays
         pairs = list(zip(source.names, self._arrays, strict=True))

@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from data_prep.array_files import ArrayFiles
 from data_prep.source import Source
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.data import ArrayWriter
 from hvdlocal.data.format.manifest import Manifest, sha256_of_json
 from hvdlocal.data.permutations import held_out
+from hvdlocal.data.read.hdf5_inspection import refuse_trained_on
 from hvdlocal.data.read.named_arrays import NamedArrays
 
 SUMMARY = "named arrays of your own, inputs and targets, from HDF5 files of any layout or .npz files"
@@ -102,6 +103,8 @@ def open_source(arguments: argparse.Namespace, communicator: Communicator) -> So
                     f"--test-source holds samples of {files['test'].samples}, and --source of {files['train'].samples}; bring "
                     "both to the same types and shapes"
                 )
+            named = files["train"].named, files["test"].named
+            succeed_together(communicator, lambda: refuse_trained_on(*named), "data.test_source")
         preparation: dict[str, Any] = {"data_set": "arrays"}
         splits = {name: ArraySplit(content, np.arange(len(content))) for name, content in files.items()}
         remarks = [f"{packed}: unpacked once" for content in files.values() if (packed := content.packed)]

@@ -137,7 +137,7 @@ def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
             return _Data(options.samples, description)
         from hvdlocal.training.samples import count_samples  # loads torch
 
-        return _Data(count_samples(config.data), description)
+        return _Data(count_samples(config), description)
     path = split_directory(config.data.path, config.data.train_split) / MANIFEST_NAME
     manifest = None
     if options.samples is None or path.is_file():

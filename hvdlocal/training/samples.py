@@ -6,13 +6,19 @@ import glob
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+
 from hvdlocal.communicator import Communicator, SingleProcess, succeed_together
 from hvdlocal.data import ShardedDataset, open_arrays, open_hdf5
 from hvdlocal.data.format.held_out import refuse_other_preparation
 from hvdlocal.data.permutations import held_out_count
 from hvdlocal.data.read.dataset import StoredSamples
+from hvdlocal.data.read.hdf5_inspection import refuse_trained_on
 from hvdlocal.data.read.named_arrays import NamedArrays, find_arrays
 from hvdlocal.data.read.selected import hold_out
+from hvdlocal.data.read.user_arrays import UserArrays
+from hvdlocal.data.read.user_hdf5 import HDF5Dataset
+from hvdlocal.data.read.user_hdf5_file import inspect_file
 from hvdlocal.training.config import DataConfig, TrainConfig
 
 DEFAULT_HOLDOUT = 0.1
@@ -71,19 +77,32 @@ def _open(
     if not with_test_data:
         return whole, None
     classes = whole.classes if whole.kind == "images" else None
-    return whole, _open_files(config, data.test_path, communicator, classes)
+    test_samples = _open_files(config, data.test_path, communicator, classes)
+    succeed_together(
+        communicator, lambda: refuse_trained_on(whole.named, test_samples.named), "hvdlocal.data.test_path"
+    )
+    return whole, test_samples
 
 
-def count_samples(data: DataConfig) -> int:
-    """Returns the number of training samples in a user's own files, without reading them.
+def count_samples(config: TrainConfig) -> int:
+    """Returns the number of training samples in a user's own files, of which it reads no more than labels of images.
 
     Raises:
-        FileNotFoundError, ValueError: see `open_arrays`.
+        FileNotFoundError, ValueError: see `open_arrays` and `open_hdf5`.
     """
+    data = config.data
     check_source(data)
-    source = NamedArrays.of(_files(data.path), data.inputs or "", data.targets or "")
-    count = sum(file.num_samples for file in find_arrays(source, SingleProcess()))
-    return count if data.test_path is not None else count - held_out_count(count, _holdout(data))
+    files, inputs, targets = _files(data.path), data.inputs or "", data.targets or ""
+    if config.task == "image-classification":
+        _check_names_of_images(data)
+        images = [inspect_file(Path(path), inputs.strip("/"), targets.strip("/"), "auto") for path in files]
+        sizes = np.bincount(
+            np.concatenate([file.labels for file in images])
+        ).tolist()  # a share of each class is held out
+    else:
+        arrays = find_arrays(NamedArrays.of(files, inputs, targets), SingleProcess())
+        sizes = [sum(file.num_samples for file in arrays)]
+    return sum(size if data.test_path is not None else size - held_out_count(size, _holdout(data)) for size in sizes)
 
 
 def check_source(data: DataConfig) -> None:
@@ -93,6 +112,9 @@ def check_source(data: DataConfig) -> None:
         ValueError: settings contradict each other, or what the path names.
     """
     path = Path(data.path)
+    for setting, names in (("data.inputs", data.inputs), ("data.targets", data.targets)):
+        if names is not None and names.startswith("["):
+            raise ValueError(f"{setting}={names} is a list: write the names with commas between them, as in x,y")
     if data.inputs is None:
         if data.targets is not None:
             raise ValueError(f"data.targets={data.targets} without data.inputs: name the arrays of inputs, too")
@@ -116,7 +138,7 @@ def check_source(data: DataConfig) -> None:
 
 def _open_files(
     config: TrainConfig, path: str, communicator: Communicator, classes: tuple[str, ...] | None = None
-) -> StoredSamples:
+) -> UserArrays | HDF5Dataset:
     data = config.data
     files = succeed_together(communicator, lambda: _files(path), "hvdlocal.data.names")
     assert data.inputs is not None
@@ -125,14 +147,18 @@ def _open_files(
         return open_arrays(
             files, data.inputs, data.targets, storage=data.storage, share=data.share, communicator=communicator
         )
-    if "," in data.inputs + data.targets:
+    succeed_together(communicator, lambda: _check_names_of_images(data), "hvdlocal.data.image_names")
+    return open_hdf5(
+        files, data.inputs, data.targets, classes, storage=data.storage, share=data.share, communicator=communicator
+    )
+
+
+def _check_names_of_images(data: DataConfig) -> None:
+    if "," in f"{data.inputs}{data.targets}":
         raise ValueError(
             f"data.inputs={data.inputs} and data.targets={data.targets}: task image-classification takes one array of images and "
             "one of labels"
         )
-    return open_hdf5(
-        files, data.inputs, data.targets, classes, storage=data.storage, share=data.share, communicator=communicator
-    )
 
 
 def _description(samples: StoredSamples) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from hvdlocal.data.read.storage.base import BLOCK_BYTES
 T = TypeVar("T")
 
 _COPY = "copy it again"
+_NUMPY = (b"\x93NUM", b"PK\x03\x04")  # how .npy and .npz files begin
 
 
 def inspect(path: Path, look: Callable[[Inspection], T], holding: str) -> T:
@@ -42,6 +44,11 @@ def inspect(path: Path, look: Callable[[Inspection], T], holding: str) -> T:
         raise ValueError(f"{path} is a directory; name the HDF5 files in it")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; name an HDF5 file of {holding}")
+    with path.open("rb") as begin:
+        if begin.read(4) in _NUMPY:
+            raise ValueError(
+                f"{path} is a NumPy file, but {holding} are read from HDF5 files only: write one with h5py"
+            )
     with open_for_reading(path, "copy or write it again") as file:
         try:
             return look(Inspection(path, file))
@@ -53,6 +60,19 @@ def inspect(path: Path, look: Callable[[Inspection], T], holding: str) -> T:
             # What h5py raises, beside ValueError, for a file whose inside is not what it should be.
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path} is damaged: HDF5 says {reason}; {_COPY}") from error
+
+
+@dataclass(frozen=True)
+class Named:
+    """The samples that a user named.
+
+    Attributes:
+        paths: the named files, by this rank's names.
+        columns: for each array, what was found in each file.
+    """
+
+    paths: Sequence[Path]
+    columns: Sequence[Sequence[Found]]
 
 
 class Inspection:
@@ -278,16 +298,34 @@ def refuse_twice(paths: Sequence[Path], files: Sequence[Found]) -> None:
         paths: the named files, by this rank's names.
         files: what was found in each, for one name.
     """
-    seen: dict[tuple[int, int, int], Path] = {}
-    for path, found in zip(paths, files, strict=True):
-        first = seen.setdefault(_place(holder_of(path, found), found.address), path)
-        if first is not path:
-            raise _twice(first, path)
-    for path, found in zip(paths, files, strict=True):  # of a virtual data set, which may be of these very files
+    if pair := _same_samples(paths, files):
+        names = f"{pair[0]} is named twice" if pair[0] == pair[1] else f"{pair[0]} and {pair[1]} are the same samples"
+        raise ValueError(f"{names}, so each of them would come twice in an epoch; name every file once")
+
+
+def refuse_trained_on(train: Named, test: Named) -> None:
+    """Raises ValueError for samples that are both to train on and to test on."""
+    for ours, theirs in zip(train.columns, test.columns, strict=True):
+        if pair := _same_samples([*train.paths, *test.paths], [*ours, *theirs]):
+            names = f"{pair[0]} is" if pair[0] == pair[1] else f"{pair[0]} and {pair[1]} are the same samples,"
+            raise ValueError(
+                f"{names} both to train on and to test on; name other files to test on, or hold a share out"
+            )
+
+
+def _same_samples(paths: Sequence[Path], files: Sequence[Found]) -> tuple[Path, Path] | None:
+    """The first two files of which the second holds, or puts together, what the first holds."""
+    seen: dict[tuple[int, int, int], int] = {}
+    for number, (path, found) in enumerate(zip(paths, files, strict=True)):
+        first = seen.setdefault(_place(holder_of(path, found), found.address), number)
+        if first != number:
+            return paths[first], path
+    for number, (path, found) in enumerate(zip(paths, files, strict=True)):  # virtual ones, which may be of these files
         for name, address in found.parts:
-            first = seen.get(_place(path.parent / name, address), path)
-            if first is not path:
-                raise _twice(first, path)
+            first = seen.get(_place(path.parent / name, address), number)
+            if first != number:
+                return paths[first], path
+    return None
 
 
 def holder_of(path: Path, found: Found) -> Path:
@@ -299,11 +337,6 @@ def _place(path: Path, address: int) -> tuple[int, int, int]:
     """What identifies a data set, whatever the name of its file: device and inode of the file, and an address in it."""
     found = path.stat()
     return found.st_dev, found.st_ino, address
-
-
-def _twice(first: Path, second: Path) -> ValueError:
-    names = f"{first} is named twice" if first == second else f"{first} and {second} are the same samples"
-    return ValueError(f"{names}, so each of them would come twice in an epoch; name every file once")
 
 
 def _is_plain(stored: h5py.h5t.TypeID, dtype: np.dtype[Any]) -> bool:

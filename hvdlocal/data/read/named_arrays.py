@@ -14,7 +14,7 @@ from hvdlocal.communicator.agreement import require_agreement, succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.data.format.extent import Unmappable
 from hvdlocal.data.read.foreign_extents import Contiguous, Found
-from hvdlocal.data.read.hdf5_inspection import holder_of, refuse_twice
+from hvdlocal.data.read.hdf5_inspection import Named, holder_of, refuse_twice
 from hvdlocal.data.read.opening import open_each
 from hvdlocal.data.read.storage import Layout
 from hvdlocal.data.read.user_arrays_file import ForeignArrays, inspect_arrays
@@ -89,6 +89,11 @@ def _check_files(source: NamedArrays, files: Sequence[ForeignArrays]) -> None:
 
 def _sample_of(array: Found) -> str:
     return f"{array.dtype} {array.shape[1:]}"
+
+
+def named_by(source: NamedArrays, files: Sequence[ForeignArrays]) -> Named:
+    """The arrays of all files, column by column."""
+    return Named(source.paths, [[file.arrays[column] for file in files] for column in range(len(source.names))])
 
 
 def extents_of(source: NamedArrays, files: Sequence[ForeignArrays]) -> list[list[Contiguous]]:

@@ -108,6 +108,12 @@ def is_npz(path: Path) -> bool:
         return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
 
 
+def is_npy(path: Path) -> bool:
+    """Whether a file is one of `numpy.save`, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(len(np.lib.format.MAGIC_PREFIX)) == np.lib.format.MAGIC_PREFIX
+
+
 def find_member(path: Path, name: str) -> Found:
     """What an .npz file says of an array, and where its bytes lie.
 

@@ -15,7 +15,14 @@ from hvdlocal.communicator.single import SingleProcess
 from hvdlocal.data.format.manifest import sha256_of_json
 from hvdlocal.data.kinds.arrays import array_facts
 from hvdlocal.data.read.dataset import StoredSamples, regions_of, written_again
-from hvdlocal.data.read.named_arrays import NamedArrays, extents_of, find_arrays, layout_of, obstacle_in
+from hvdlocal.data.read.named_arrays import (
+    NamedArrays,
+    extents_of,
+    find_arrays,
+    layout_of,
+    named_by,
+    obstacle_in,
+)
 
 _FINGERPRINT_BYTES = 32 << 20
 _FINGERPRINT_SAMPLES = 256
@@ -61,6 +68,7 @@ class UserArrays(StoredSamples):
 
     Attributes:
         source: the files and names.
+        named: what was found in them.
         obstacle: why the samples must be unpacked, "mine.h5: x is chunked or compressed"; None if they lie there as they are.
     """
 
@@ -80,6 +88,7 @@ class UserArrays(StoredSamples):
         require_agreement(communicator, {"storage": storage, "share": share}, "hvdlocal.data.storage")
         files = find_arrays(source, communicator)
         self.source = source
+        self.named = named_by(source, files)
         dtypes_and_shapes = {
             name: (array.dtype, array.shape[1:]) for name, array in zip(source.names, files[0].arrays, strict=True)
         }

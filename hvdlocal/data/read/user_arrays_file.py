@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvdlocal.data.read.foreign_extents import Found, require_numbers
 from hvdlocal.data.read.hdf5_inspection import Inspection, inspect
-from hvdlocal.data.read.npz_file import find_member, is_npz
+from hvdlocal.data.read.npz_file import find_member, is_npy, is_npz
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def inspect_arrays(path: Path, names: Sequence[str]) -> ForeignArrays:
         ValueError: it cannot be used, or an array is missing, holds no numbers, or is not as long as the first; the message
             names file and array, and mostly the remedy.
     """
+    if path.is_file() and is_npy(path):
+        raise ValueError(f"{path} is a .npy file, whose array has no name: write it with numpy.savez or h5py")
     if path.is_file() and is_npz(path):
         found = ForeignArrays(tuple(find_member(path, name) for name in names))
     else:

@@ -24,7 +24,7 @@ from hvdlocal.data.format.manifest import sha256_of_json
 from hvdlocal.data.kinds.pixel_statistics import mean_and_std_of_sums
 from hvdlocal.data.read.dataset import StoredSamples, regions_of, written_again
 from hvdlocal.data.read.foreign_extents import Contiguous
-from hvdlocal.data.read.hdf5_inspection import holder_of, refuse_twice
+from hvdlocal.data.read.hdf5_inspection import Named, holder_of, refuse_twice
 from hvdlocal.data.read.opening import open_each
 from hvdlocal.data.read.storage import Layout
 from hvdlocal.data.read.user_hdf5_file import CHANNEL_AXES, ChannelAxis, ForeignFile, inspect_file
@@ -100,7 +100,11 @@ class _Statistics:
 
 
 class HDF5Dataset(StoredSamples):
-    """Images and labels of a user's own files; made by `open_hdf5`."""
+    """Images and labels of a user's own files; made by `open_hdf5`.
+
+    Attributes:
+        named: what was found of the images.
+    """
 
     kind = "images"
     shuffled = False
@@ -132,6 +136,7 @@ class HDF5Dataset(StoredSamples):
             lambda path: inspect_file(path, source.images, source.labels, source.channels),
             communicator,
         )
+        self.named = Named(source.paths, [[file.images for file in files]])
         extents = succeed_together(communicator, lambda: _extents(source, files), "hvdlocal.data.extents")
         others = {path.parent / name for path, file in zip(source.paths, files, strict=True) for name in file.sources}
         self._stamps |= {path: _stamp(path) for path in sorted(others)}

@@ -74,8 +74,12 @@ class ArrayWriter(SplitWriter):
             for name in names:
                 if not is_array_name(name):
                     raise ValueError(f"{name!r} in {role} cannot be the name of an array; give one such as 'density'")
-        if clashes := repeated([*inputs, *targets]):
-            raise ValueError(f"{clashes[0]!r} is named twice in inputs and targets; each array needs a name of its own")
+        names = [*inputs, *targets]
+        for clash in repeated(names):
+            if names.count(clash) > 1:
+                raise ValueError(f"{clash!r} is named twice in inputs and targets; each array needs a name of its own")
+            group = next(name for name in names if clash.startswith(f"{name}/"))
+            raise ValueError(f"{clash!r} lies in {group!r}, which is an array itself and no group; rename one of them")
         self.inputs = tuple(inputs)
         self.targets = tuple(targets)
         self.keep_nonfinite = keep_nonfinite

@@ -113,6 +113,14 @@ def test_files_to_test_on(tmp_path, prepare):
     assert said.count("\n") == 1
 
 
+def test_files_that_are_both_to_train_on_and_to_test_on(tmp_path, prepare):
+    a, b = write(tmp_path / "a.h5", chunks=(9, 6, 5, 4, 1)), write(tmp_path / "b.h5", slice(9))
+    code, said = prepare(a, "--test-source", b, a)
+    assert (code, said.count("\n")) == (2, 1)
+    assert f"{a} is both to train on and to test on; name other files to test on, or hold a share out" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_finite_is_refused_or_kept(tmp_path, prepare):
     field = FIELD.copy()
     field[17, 0, 0, :2, 0] = np.nan

@@ -27,6 +27,10 @@ def write(path, x=X, y=Y):
     return path
 
 
+def counted(task="regression", **data):
+    return count_samples(TrainConfig(DataConfig(**data), ModelConfig("own:Net"), "out", task=task))
+
+
 def opened(task="regression", with_test_data=True, **data):
     config = TrainConfig(DataConfig(**data), ModelConfig("own:Net"), "out", task=task)
     return open_samples(config, SingleProcess(), with_test_data)
@@ -41,7 +45,7 @@ def test_a_tenth_is_tested_on_unless_another_share_is_given(path):
         data = {"path": str(path), "inputs": "x", "targets": "y", **options}
         train, test = opened(**data)
         assert (len(train), len(test)) == (50 - count, count)
-        assert count_samples(DataConfig(**data)) == 50 - count
+        assert counted(**data) == 50 - count
         assert sorted([*energies(train), *energies(test)]) == Y.tolist()
         again = opened(**data, with_test_data=False)
         assert again[1] is None
@@ -55,7 +59,7 @@ def test_a_file_to_test_on_and_a_pattern_of_files(tmp_path, path):
     train, test = opened(**data)
     np.testing.assert_array_equal(energies(train), Y[:30])
     np.testing.assert_array_equal(energies(test), Y)
-    assert count_samples(DataConfig(**data)) == 30
+    assert counted(**data) == 30
 
 
 def test_the_same_share_as_when_it_is_prepared(tmp_path, path):
@@ -96,6 +100,49 @@ def test_images_with_classes(tmp_path):
     assert test.classes == train.classes
     with pytest.raises(ValueError, match="takes one array of images and one of labels"):
         opened("image-classification", path=path, inputs="x,z", targets="y")
+
+
+def test_as_many_images_are_counted_as_a_run_has(tmp_path):
+    images = np.ones((150, 4, 4, 3), np.uint8)
+    images[::2] = 2
+    path = str(
+        write(tmp_path / "a.h5", images, np.repeat(np.arange(10), 15))
+    )  # a tenth of 15 is two of each class, not 1.5
+    for options in ({}, {"holdout": 0.3}, {"test_path": str(write(tmp_path / "b.h5", images, np.zeros(150, int)))}):
+        data = {"path": path, "inputs": "x", "targets": "y", **options}
+        train, _ = opened("image-classification", **data)
+        assert counted("image-classification", **data) == len(train)
+
+
+def test_files_that_are_both_to_train_on_and_to_test_on(tmp_path, path):
+    np.savez(tmp_path / "a.npz", x=X, y=Y)
+    (tmp_path / "b.npz").symlink_to(tmp_path / "a.npz")
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["x"], file["y"] = h5py.ExternalLink("mine.h5", "/x"), h5py.ExternalLink("mine.h5", "/y")
+    for train, test in (("a.npz", "a.npz"), ("a.npz", "b.npz"), ("mine.h5", "link.h5")):
+        with pytest.raises(ValueError, match="both to train on and to test on; name other files to test on"):
+            opened(path=str(tmp_path / train), inputs="x", targets="y", test_path=str(tmp_path / test))
+    images = str(write(tmp_path / "images.h5", np.ones((9, 8, 8, 3), np.uint8), np.arange(9) % 2))
+    with h5py.File(images, "a") as file:
+        file["x"][0] = 2
+    with pytest.raises(ValueError, match=r"images.h5 is both to train on and to test on"):
+        opened("image-classification", path=images, inputs="x", targets="y", test_path=images)
+
+
+def test_what_cannot_be_the_source(tmp_path):
+    np.savez(tmp_path / "a.npz", x=X, y=Y)
+    np.save(tmp_path / "a.npy", X)
+    for task, name, options, message in (
+        ("image-classification", "a.npz", {}, "a NumPy file, but images and labels are read from HDF5 files only"),
+        ("image-classification", "a.npy", {}, "a NumPy file, but images and labels are read from HDF5 files only"),
+        ("regression", "a.npy", {}, "is a .npy file, whose array has no name: write it with numpy.savez or h5py"),
+        ("regression", "a.npz", {"inputs": "[x, y]"}, r"data.inputs=\[x, y\] is a list: write the names with commas"),
+        ("regression", "a.npz", {"targets": "[y]"}, r"data.targets=\[y\] is a list: write the names with commas"),
+    ):
+        data = {"path": str(tmp_path / name), "inputs": "x", "targets": "y", **options}
+        for use in (opened, counted):
+            with pytest.raises(ValueError, match=message):
+                use(task, **data)
 
 
 def test_test_samples_of_another_type(tmp_path, path):

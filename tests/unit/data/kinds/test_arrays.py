@@ -263,7 +263,7 @@ def test_numbers_that_are_not_finite_are_kept_knowingly(tmp_path):
         ([], ["y"], r"inputs is \[\]; give a list of at least one name"),
         ("x", ["y"], "inputs is 'x'; give a list"),
         (["x"], ["x"], "'x' is named twice"),
-        (["x"], ["x/y"], "'x/y' is named twice"),
+        (["x"], ["x/y"], "'x/y' lies in 'x', which is an array itself and no group; rename one of them"),
         (["../x"], ["y"], r"'\.\./x' in inputs cannot be the name of an array"),
         (["x"], [""], "'' in targets cannot be the name of an array"),
         (["x"], [3], "3 in targets cannot be the name of an array"),
