@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,6 +121,6 @@ def gpt(
         raise ValueError(
             f"width={width} is not a multiple of heads={heads}: every head takes an equal part of the width"
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout!r}: must be at least 0 and less than 1")
+    if not isinstance(dropout, Real) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r}: must be a number of at least 0 and less than 1")
     return GPT(vocabulary, block, layers, heads, width, dropout)

@@ -116,7 +116,10 @@ def test_local_steps_keep_the_tie():
         ({"heads": 5}, "width=32 is not a multiple of heads=5"),
         ({"layers": 0}, "layers=0: gpt needs a whole number of at least 1"),
         ({"width": 32.0}, "width=32.0: gpt needs a whole number"),
-        ({"dropout": 1.0}, r"dropout=1\.0: must be at least 0 and less than 1"),
+        ({"dropout": 1.0}, r"dropout=1\.0: must be a number of at least 0 and less than 1"),
+        ({"dropout": "a"}, "dropout='a': must be a number"),
+        ({"dropout": None}, "dropout=None: must be a number"),
+        ({"dropout": math.nan}, "dropout=nan"),
         ({"dropout": -0.1}, r"dropout=-0\.1"),
     ],
 )
