@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from hvdlocal.averaging.gain import Scaling, ScalingContext
 from hvdlocal.averaging.rounds import Round, plan_rounds, plan_steps
@@ -219,6 +219,7 @@ class _Samples:
 
     count: int
     fingerprint: str = ""
+    chosen: Mapping[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.count

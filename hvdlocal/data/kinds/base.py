@@ -154,6 +154,7 @@ class Kind(ABC):
         named_in_fingerprint: whether the manifest's fingerprint covers the name.
         shuffled: whether a writer lays the samples in random order, so that neighbours are a fair sample of all.
         cut_when_read: whether samples are cut out of what is stored when they are read.
+        chosen: names of the facts that a reader may choose otherwise than the writer, and that determine what a sample is.
         takes_crop: whether batches need a `Crop`, and have several parts.
     """
 
@@ -165,6 +166,7 @@ class Kind(ABC):
     named_in_fingerprint: ClassVar[bool] = True
     shuffled: ClassVar[bool] = True
     cut_when_read: ClassVar[bool] = False
+    chosen: ClassVar[tuple[str, ...]] = ()
     takes_crop: ClassVar[bool] = False
 
     # The manifest

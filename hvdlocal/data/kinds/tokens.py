@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -63,6 +64,7 @@ class Tokens(Kind):
     shared = ("token_bytes",)
     shuffled = False
     cut_when_read = True
+    chosen = ("block",)
 
     def sound(self, facts: Facts) -> dict[str, bool]:
         """See `Kind`."""
@@ -102,8 +104,6 @@ class Tokens(Kind):
             raise ValueError(
                 f"{num_tokens} tokens do not fill {stored} rows of {ROW}: the manifest is not one that a writer wrote"
             )
-        if not is_whole(block, 1):
-            raise ValueError(f"block={block!r}: a block has at least one token")
         if block >= num_tokens:
             raise ValueError(
                 f"block={block}: the text has {num_tokens} tokens, and a block must be shorter; choose at most {num_tokens - 1}"
@@ -171,7 +171,14 @@ def with_block(kind: str, facts: Facts, block: int) -> Facts:
     """The facts of a data set for a reader who chooses the length of the sequences. Raises ValueError if it holds no tokens."""
     if kind != Tokens.name:
         raise ValueError(f"block={block} is for tokens, but these samples are {kind}; leave it out")
-    return {**facts, "block": block}
+    return {**facts, "block": checked_block(block)}
+
+
+def checked_block(block: Any) -> int:
+    """Returns the length of the sequences as an int. Raises ValueError if it is none."""
+    if not isinstance(block, Integral) or isinstance(block, bool) or block < 1:
+        raise ValueError(f"block={block!r}: a block is a whole number of tokens, at least 1")
+    return int(block)
 
 
 def rows_of(num_tokens: int) -> int:
@@ -195,6 +202,8 @@ def _windows(samples: Samples, starts: NDArray[np.int64]) -> NDArray[Any]:
     """The block + 1 tokens from each start on (int64 (n,)), (n, block + 1); beyond the end of the stream they mean nothing."""
     facts = samples.facts
     length, dtype = facts["block"] + 1, np.dtype(facts["dtype"])
+    if not len(starts):
+        return np.empty((0, length), dtype)
     span = (length + ROW - 2) // ROW + 1  # rows that a window may touch
     first, within = np.divmod(starts, ROW)
     rows = np.minimum(first[:, None] + np.arange(span), rows_of(facts["num_tokens"]) - 1)

@@ -59,6 +59,7 @@ class Partition:
             raise ValueError(f"{n} samples are fewer than the {num_workers} ranks; choose fewer ranks or tail='carry'")
         self.order = EpochOrder(order, seed, n, block_starts=dataset.block_starts if order == "block" else None)
         self._fingerprint = dataset.fingerprint
+        self._chosen = dataset.chosen
         self._sequence = SampleSequence(self.order, samples_per_epoch=self.samples_per_epoch)
 
     @property
@@ -89,6 +90,7 @@ class Partition:
         return {
             "version": _STATE_VERSION,
             "fingerprint": self._fingerprint,
+            **self._chosen,
             **self.order.state,
             "samples_per_epoch": self.samples_per_epoch,
             "tail": self.tail,
@@ -101,7 +103,8 @@ class Partition:
             if name != "samples_consumed" and state.get(name) != mine:
                 raise ValueError(
                     f"the loader's state was saved with {name} {state.get(name)}, this loader has {mine}; resume with the "
-                    "data set, seed, order, tail and (for tail='drop') global batch size of the saved run"
+                    f"data set, {''.join(f'{name}, ' for name in self._chosen)}seed, order, tail and (for tail='drop') global "
+                    "batch size of the saved run"
                 )
         consumed = state.get("samples_consumed")
         if not isinstance(consumed, Integral) or consumed < 0:

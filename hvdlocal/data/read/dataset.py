@@ -111,6 +111,11 @@ class StoredSamples:
         raise NotImplementedError
 
     @property
+    def chosen(self) -> dict[str, Any]:
+        """The facts that the reader may have chosen, which the fingerprint does not cover: of tokens the `block`."""
+        return {name: self.facts[name] for name in KINDS[self.kind].chosen}
+
+    @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.classes)

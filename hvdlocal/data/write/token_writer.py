@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from hvdlocal.communicator import succeed_together
 from hvdlocal.data.format.manifest import Manifest, ShardEntry
-from hvdlocal.data.kinds.tokens import CRC_ROWS, DTYPES, ROW, rows_of
+from hvdlocal.data.kinds.tokens import CRC_ROWS, DTYPES, ROW, checked_block, rows_of
 from hvdlocal.data.write.shard_writer import write_shard
 from hvdlocal.data.write.split_writer import SplitWriter
 from hvdlocal.data.write.staging import Receipt
@@ -62,16 +62,20 @@ class TokenWriter(SplitWriter):
         """
 
         def check() -> tuple[NDArray[np.uint16], str]:
-            if tokens.dtype.name not in DTYPES:
-                raise ValueError(f"tokens are {tokens.dtype}; one of {', '.join(DTYPES)} is needed")
+            found = getattr(tokens, "dtype", None)
+            if not isinstance(found, np.dtype):  # a list, or a tensor of torch
+                raise ValueError(
+                    f"tokens are a {type(tokens).__name__}; an array of {', '.join(DTYPES)} is needed, such as "
+                    "np.asarray(tokens, np.uint16)"
+                )
+            if found.name not in DTYPES:
+                raise ValueError(f"tokens are {found}; one of {', '.join(DTYPES)} is needed")
             if len(getattr(tokens, "shape", (1,))) != 1:
                 raise ValueError(f"tokens are {tokens.dtype} {tokens.shape}; a stream has one axis")  # type: ignore[attr-defined]
             lengths = np.asarray(token_bytes)
             if lengths.ndim != 1 or not len(lengths) or lengths.dtype.kind not in "iu" or not _fits(lengths):
                 raise ValueError("token_bytes must be integers (V,) from 0 to 65535, one for each token id")
-            if block < 1:
-                raise ValueError(f"block={block}: a block has at least one token")
-            if len(tokens) <= block:
+            if len(tokens) <= checked_block(block):
                 raise ValueError(
                     f"there are {len(tokens)} tokens, fewer than a block of {block} and the one after it; choose a smaller block"
                 )
@@ -83,7 +87,7 @@ class TokenWriter(SplitWriter):
             "dtype": tokens.dtype.name,
             "vocabulary": len(lengths),
             "num_tokens": len(tokens),
-            "block": block,
+            "block": int(block),
         }
         digest = hashlib.sha256(lengths.astype("<u2").tobytes()).hexdigest()
         draft = self._draft("tokens", facts, {"token_bytes": digest, "source": source})

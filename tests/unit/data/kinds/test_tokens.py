@@ -116,6 +116,25 @@ def test_a_loader_goes_on_at_any_step(make_stream, after):
         assert (inputs == expected).all()
 
 
+def test_a_state_belongs_to_a_block(make_stream):
+    """Blocks of 251 and 300 cut 1,000 tokens into two windows each, at other places."""
+    loader, other = Loader(make_stream(1000, 251), 1), Loader(make_stream(1000, 251, block=300), 1)
+    assert loader.state_dict()["samples_per_epoch"] == other.state_dict()["samples_per_epoch"]
+    message = "the loader's state was saved with block 251, this loader has 300; resume with the data set, block, seed"
+    with pytest.raises(ValueError, match=message):
+        other.load_state_dict(loader.state_dict())
+    sampler = EpochSampler(make_stream(1000, 251, block=300), 1)
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(EpochSampler(make_stream(1000, 251), 1).state_dict())
+
+
+def test_no_windows_are_an_empty_array(make_stream):
+    windows = make_stream(1000, 64).take([])
+    assert (windows.shape, windows.dtype) == ((0, 65), np.uint32)
+    out = np.empty((0, 65), np.uint32)
+    assert make_stream(1000, 64).take([], out) is out
+
+
 def test_take_gives_windows_from_0_on(make_stream):
     dataset = make_stream(1000, 64)
     windows = dataset.take([3, 0, 3])
@@ -140,8 +159,10 @@ def test_a_reader_may_choose_another_block(make_stream):
         ValueError, match="block=1000: the text has 1000 tokens, and a block must be shorter; choose at most 999"
     ):
         make_stream(1000, 64, block=1000)
-    with pytest.raises(ValueError, match="block=0: a block has at least one token"):
-        make_stream(1000, 64, block=0)
+    assert make_stream(1000, 64, block=np.int64(100)).facts == dataset.facts
+    for block, named in [(0, "0"), ("8", "'8'"), (64.5, r"64\.5"), (True, "True")]:
+        with pytest.raises(ValueError, match=f"block={named}: a block is a whole number of tokens, at least 1"):
+            make_stream(1000, 64, block=block)
 
 
 def test_a_block_is_for_tokens(make_dataset):

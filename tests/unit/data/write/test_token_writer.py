@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from hvdlocal.data import ShardedDataset, TokenWriter
 
@@ -73,7 +74,17 @@ def test_a_stream_of_another_length_is_no_edit_of_the_manifest(tmp_path):
         (np.zeros(100), {}, "tokens are float64"),
         (np.zeros((10, 10), np.uint8), {}, r"tokens are uint8 \(10, 10\); a stream has one axis"),
         (np.zeros(8, np.uint8), {}, "there are 8 tokens, fewer than a block of 8 and the one after it"),
-        (np.zeros(100, np.uint8), {"block": 0}, "block=0: a block has at least one token"),
+        ([1, 2, 3] * 100, {}, "tokens are a list; an array of uint8, uint16, uint32 is needed, such as np.asarray"),
+        (b"text" * 100, {}, "tokens are a bytes; an array"),
+        (None, {}, "tokens are a NoneType; an array"),
+        (torch.zeros(100, dtype=torch.uint8), {}, "tokens are a Tensor; an array"),
+        (torch.zeros(100, dtype=torch.int64), {}, "tokens are a Tensor; an array"),
+        (np.zeros(100, np.uint8), {"block": 0}, "block=0: a block is a whole number of tokens, at least 1"),
+        (np.zeros(100, np.uint8), {"block": None}, "block=None: a block is a whole number"),
+        (np.zeros(100, np.uint8), {"block": 64.5}, r"block=64\.5: a block is a whole number"),
+        (np.zeros(100, np.uint8), {"block": 8.0}, r"block=8\.0: a block is a whole number"),
+        (np.zeros(100, np.uint8), {"block": "8"}, "block='8': a block is a whole number"),
+        (np.zeros(100, np.uint8), {"block": True}, "block=True: a block is a whole number"),
         (np.zeros(100, np.uint8), {"num_shards": 2}, "1 rows of 256 tokens cannot fill 2 shards"),
         (np.full(100, 300, np.uint16), {}, "token 300 at position 0 is not in the vocabulary of 300"),
         (np.zeros(100, np.uint8), {"token_bytes": [1.5]}, "token_bytes must be integers"),
@@ -84,3 +95,8 @@ def test_a_stream_of_another_length_is_no_edit_of_the_manifest(tmp_path):
 def test_refusals(tmp_path, tokens, options, message):
     with pytest.raises(ValueError, match=message):
         write(tmp_path, tokens, **options)
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+def test_a_block_may_be_an_integer_of_numpy(tmp_path):
+    assert write(tmp_path, np.zeros(100, np.uint8), block=np.int64(8)).facts["block"] == 8
