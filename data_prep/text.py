@@ -68,8 +68,8 @@ def load(files: Sequence[Path], tokenizer_name: str, block: int, holdout: float,
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is empty, or is not UTF-8 where a tokenizer needs that; the tokenizer cannot be used; or an option is
-            out of range.
+        ValueError: a file is empty, comes twice, or is not UTF-8 where a tokenizer needs that; the tokenizer cannot be used, or
+            has no token for some text; or an option is out of range.
     """
 
     def opened() -> tuple[Tokenizer, dict[str, list[Piece]]]:
@@ -79,6 +79,7 @@ def load(files: Sequence[Path], tokenizer_name: str, block: int, holdout: float,
             raise ValueError(f"--holdout {holdout}: choose a share from 0 to less than 1, for instance 0.1")
         tokenizer = open_tokenizer(tokenizer_name)
         cuts = [cut_text(file, holdout) for file in files]
+        _refuse_twice(files)
         pieces = {"train": [piece for train, _ in cuts for piece in train]}
         if holdout:
             pieces["test"] = [piece for _, test in cuts for piece in test]
@@ -102,6 +103,18 @@ def load(files: Sequence[Path], tokenizer_name: str, block: int, holdout: float,
         splits[name] = TokenSplit(tokens, tokenizer, block)
     facts = {"data_set": "text", "holdout": holdout, **tokenizer.description}
     return Source(splits, facts, remarks)
+
+
+def _refuse_twice(files: Sequence[Path]) -> None:
+    """Raises ValueError for a file that comes twice, under the same name or another."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in files:
+        found = path.stat()
+        place = found.st_dev, found.st_ino
+        if first := seen.get(place):
+            names = f"{first} is named twice" if first == path else f"{first} and {path} are the same file"
+            raise ValueError(f"--source: {names}, so its text would come twice in an epoch; name every file once")
+        seen[place] = path
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,17 @@ def test_refusals(tmp_path, capsys, content, options, message):
     assert not list((tmp_path).rglob("*.h5"))
 
 
+def test_a_file_that_comes_twice_is_refused(tmp_path, capsys):
+    path, link = tmp_path / "a.txt", tmp_path / "link.txt"
+    path.write_bytes(b"a" * 1000)
+    link.symlink_to(path)
+    (tmp_path / "copy.txt").write_bytes(b"a" * 1000)
+    for files, message in [((path, path), "a.txt is named twice"), ((path, link), "link.txt are the same file")]:
+        assert prepare(tmp_path, *files, "--block", 8) == 2
+        assert f"{message}, so its text would come twice in an epoch; name every file once" in capsys.readouterr().err
+    assert prepare(tmp_path, path, tmp_path / "copy.txt", "--block", 8) == 0, "a copy is another file"
+
+
 def test_text_that_is_not_utf8(tmp_path, capsys):
     byte_level(tmp_path / "tokenizer.json")
     (tmp_path / "a.txt").write_bytes(b"good\n" * 100 + b"caf\xe9\n" + b"good\n" * 100)
