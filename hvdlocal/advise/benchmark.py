@@ -226,7 +226,7 @@ class StepTimer:
         """Trains on one micro-batch.
 
         Returns:
-            Seconds of waiting for its images, of forward and backward pass, and of the optimizer's `step`.
+            Seconds of waiting for its samples, of forward and backward pass, and of the optimizer's `step`.
         """
         bench = self._bench
         start = time.perf_counter()

@@ -46,8 +46,8 @@ class StepTimes:
     """Seconds that one rank spends between averagings.
 
     Attributes:
-        micro_batch: the forward and backward pass, including the wait for the images.
-        waiting: the wait for the images alone.
+        micro_batch: the forward and backward pass, including the wait for the samples.
+        waiting: the wait for the samples alone.
         update: the update of a local step.
         collect: accumulating a micro-batch that does not complete a local step; no samples without accumulation.
     """
@@ -101,7 +101,7 @@ class Measurements:
     Attributes:
         accumulate: a, the micro-batches of a local step.
         batch_size: B.
-        samples: number of training images of an epoch.
+        samples: number of training samples of an epoch.
         epoch: N / B, the micro-batches of an epoch for one worker.
         parameters: number of trainable parameters.
         blocks: consecutive blocks. The load of nodes and network varies from minute to minute; the differences between blocks

@@ -14,7 +14,7 @@ from hvdlocal.advise.predictions import PERIODS, Comparison, Prediction, noise, 
 from hvdlocal.figures.units import bytes_text, seconds_text
 
 KEEPS_UP = 0.05
-"""Share of the time that a rank may wait for images before its loader is called too slow."""
+"""Share of the time that a rank may wait for samples before its loader is called too slow."""
 
 TRUSTED = 0.9
 """Share of a fixed rule's gain that the statistics must justify; otherwise the excess is shown."""
@@ -44,16 +44,16 @@ def measured_text(measured: Measurements) -> str:
     keeps_up = (
         "the loader keeps up"
         if waiting <= KEEPS_UP
-        else "THE LOADER HOLDS UP TRAINING: give it more threads (data.threads), or prepare smaller images"
+        else "THE LOADER HOLDS UP TRAINING: give it more threads (data.threads), or prepare smaller samples"
     )
     ranks = f"; the fastest rank {_ms(quick)}" if len(paces) > 1 else ""
     lines = [
-        f"{len(paces)} rank{'s' * (len(paces) > 1)} × {batch} of {measured.samples:,} images; "
+        f"{len(paces)} rank{'s' * (len(paces) > 1)} × {batch} of {measured.samples:,} samples; "
         f"{measured.parameters:,} parameters; measured for {seconds_text(measured.seconds)}",
         "",
         f"  micro-batch  {_ms(slow.mean)} on the slowest rank, ± {100 * spread:.0f} % from one to the next{ranks}",
         f"  update       {_ms(max(pace.update.mean for pace in paces))}",
-        f"  images       {batch / slow.mean:,.0f}/s per rank; {100 * waiting:.1f} % of the time is waiting for them: {keeps_up}",
+        f"  samples      {batch / slow.mean:,.0f}/s per rank; {100 * waiting:.1f} % of the time is waiting for them: {keeps_up}",
     ]
     return "\n".join(lines)
 

@@ -52,10 +52,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"samples": data.samples, "plans": [forecast.as_dict() for forecast in forecasts]}, indent=1))
     else:
-        images = (
-            f"{options.workers} rank{'s' * (options.workers > 1)} × {config.data.batch_size} of {data.samples:,} images"
-        )
-        print(f"{images}\n")
+        ranks = f"{options.workers} rank{'s' * (options.workers > 1)}"
+        print(f"{ranks} × {config.data.batch_size} of {data.samples:,} samples\n")
         if unused := unused_settings(config):
             print(f"note: without effect: {', '.join(unused)}\n")
         print(describe(forecasts[0]) if len(forecasts) == 1 else compare(forecasts))
@@ -75,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--workers", type=int, required=True, metavar="K", help="MPI ranks of the run")
-    add("--samples", type=int, metavar="N", help="training images, when the data are not here")
+    add("--samples", type=int, metavar="N", help="training samples, when the data are not here")
     add("--classes", type=int, metavar="N", help="classes, when the data are not here; with data.image_size, for bytes")
     add("--bytes", action=argparse.BooleanOptionalAction, default=True, help="count bytes too, which loads torch")
     add("--step-seconds", type=positive, metavar="S", help="time of one optimizer step without communication")
@@ -144,7 +142,7 @@ def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
         try:
             manifest = Manifest.load(path)
         except FileNotFoundError as error:
-            raise ValueError(f"{error}; or say how many training images there will be: --samples N") from error
+            raise ValueError(f"{error}; or say how many training samples there will be: --samples N") from error
     if manifest is not None:
         if config.data.block is not None:
             manifest = replace(manifest, facts=with_block(manifest.kind, manifest.facts, config.data.block))

@@ -133,7 +133,7 @@ def plan_run(
 
     Args:
         config: the configuration of the run; its data and its output are not read.
-        samples: N, the number of training images.
+        samples: N, the number of training samples.
         num_workers: K.
         gain: the assumed ρ if it comes from gradient statistics; by default 1.
         grad_var_over_sqr: alternatively the assumed σ²/G, from which the gain follows for each H (Balles et al., Eq. 49).
@@ -228,7 +228,7 @@ class _Samples:
 def _steps_per_epoch(config: TrainConfig, samples: int, num_workers: int) -> float:
     data = config.data
     if samples < 1:
-        raise ValueError(f"{samples} training images: at least 1")
+        raise ValueError(f"{samples} training samples: at least 1")
     plan = Partition(
         cast("StoredSamples", _Samples(samples)),
         data.batch_size,

@@ -119,7 +119,7 @@ def configured_loader(
     seed: int | None = None,
     order: OrderMode | Literal["auto"] | None = None,
 ) -> Loader:
-    """Builds the loader of the training images; `seed` and `order` are those of the configuration unless given."""
+    """Builds the loader of the training samples; `seed` and `order` are those of the configuration unless given."""
     settings = config.data
     return Loader(
         data,

@@ -56,7 +56,7 @@ def needed_by_rule(*rules: str) -> NeededBy:
 
 @dataclass
 class DataConfig:
-    """The training images."""
+    """The training samples."""
 
     path: Annotated[str, EXECUTION]
     """Directory of a data set in hvdlocal's format (python -m data_prep …); or, with inputs and targets, an HDF5 or .npz file of
@@ -97,11 +97,11 @@ class DataConfig:
     mixup: Annotated[float, Range(0, 1000)] = 0.0
     """α of MixUp; 0 for none."""
     order: Literal["auto", "global", "block", "replacement"] = "auto"
-    """Order of the images in an epoch: a permutation, one of blocks (for streamed data), or independent draws."""
+    """Order of the samples in an epoch: a permutation, one of blocks (for streamed data), or independent draws."""
     tail: Literal["carry", "partial", "drop"] = "carry"
-    """What happens to images that do not fill a batch of all ranks: carried into the next epoch, a smaller batch, or dropped."""
+    """What happens to samples that do not fill a batch of all ranks: carried into the next epoch, a smaller batch, or dropped."""
     storage: Annotated[Literal["auto", "ram", "mmap", "stream"], EXECUTION] = "auto"
-    """Where the training images are while they are used: one copy per node in memory, mapped files, or read block by block."""
+    """Where the training samples are while they are used: one copy per node in memory, mapped files, or read block by block."""
     share: Annotated[Literal["node", "job"], EXECUTION, IN_MEMORY] = "node"
     """Who fills the memory of a node with `ram`: the node itself, or one reader per job that broadcasts."""
     prefetch: Annotated[int, Range(1, 1024), EXECUTION] = 2

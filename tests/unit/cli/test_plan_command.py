@@ -86,7 +86,7 @@ def test_a_comma_separates_settings_too(plan):
 
 def test_data_here_need_no_more_to_be_said(plan):
     text = plan("--workers", "2", "--step-seconds", "90", "--checkpoint-seconds", "20", "--mtbf-hours", "10")
-    assert "2 ranks × 8 of 96 images" in text
+    assert "2 ranks × 8 of 96 samples" in text
     assert "144 steps (3:36 h of computing) in 18 rounds" in text
     assert "24.0 of data for 12.0 scale-invariant ones: mean gain 1" in text
     assert "for up to 8 steps (12:00 min of computing): 1.33 epochs of data\n" in text
@@ -132,14 +132,14 @@ def test_figure(plan, tmp_path):
 
 MISTAKES = [
     (["--workers", "0"], "num_workers is 0"),
-    (["--workers", "2", "--data.path", "/nowhere"], "say how many training images there will be: --samples N"),
+    (["--workers", "2", "--data.path", "/nowhere"], "say how many training samples there will be: --samples N"),
     (["--workers", "2", "--epoch", "3"], "did you mean 'epochs'?"),
     (["--workers", "2", "--method.period.rule", "adacomm"], "AdaComm depends on the training loss"),
     (["--workers", "2", "--compare", "rule=qsr"], "rule=qsr needs method.period.alpha"),
     (["--workers", "2", "--compare", "constant"], "settings are written name=value"),
     (["--workers", "2", "--compare", "method.presett=sync"], "did you mean 'method.preset'?"),
     (["--workers", "2", "--method.preset", "sync", "--gain", "2"], "assume nothing"),
-    (["--workers", "2", "--samples", "0"], "0 training images"),
+    (["--workers", "2", "--samples", "0"], "0 training samples"),
     (["--workers", "2", "--model.name", "resnet50"], "3 channels, not 1"),
     (["--workers", "2", "--figure", "plan.txt"], "not supported"),
 ]
