@@ -15,6 +15,7 @@ from hvdlocal.communicator import Communicator, succeed_together
 from hvdlocal.data.format.extent import READ_BYTES
 from hvdlocal.data.format.manifest import sha256_of_json
 from hvdlocal.data.read.named_arrays import NamedArrays, extents_of, find_arrays, layout_of, named_by, obstacle_in
+from hvdlocal.data.read.npz_file import Member
 from hvdlocal.data.read.storage.mapped import MappedStorage
 
 
@@ -76,6 +77,9 @@ class ArrayFiles:
         self.samples = ", ".join(f"{name} {array.dtype} {array.shape[1:]}" for name, array in pairs)
         self.sample_bytes = sum(array.extent.data_bytes // array.shape[0] for array in self._arrays)
         extents = extents_of(source, files)
+        members = [extent for column in extents for extent in column if isinstance(extent, Member)]
+        mine = members[communicator.rank :: communicator.size]
+        succeed_together(communicator, lambda: [member.check_sum() for member in mine], "data.checksums")
         self.packed = obstacle_in(source, extents)
         columns, self.close = unpack(extents, scratch, communicator)
         try:

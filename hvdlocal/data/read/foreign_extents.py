@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -110,44 +109,3 @@ def unit_bounds(rows: int, row_bytes: int, multiple: int, least_bytes: int) -> N
     """Bounds, in bytes, of units of a multiple of `multiple` rows and at least `least_bytes`; the last may be smaller."""
     step = multiple * -(-least_bytes // (multiple * row_bytes))
     return np.append(np.arange(0, rows, step, dtype=np.int64), rows) * row_bytes
-
-
-_NUMBER_THEM = "number it, as in names, y = numpy.unique(y, return_inverse=True)"
-_NO_NUMBERS = {
-    "O": ("arrays of various lengths or objects", "pad or cut all samples to one shape"),
-    "S": ("text", _NUMBER_THEM),
-    "U": ("text", _NUMBER_THEM),
-    "V": ("records of several fields", "write each field as an array of its own"),
-    "c": ("complex numbers", "write them as two channels, numpy.stack([x.real, x.imag], axis=-1)"),
-    "M": ("dates", "write them as integers, x.astype('int64')"),
-    "m": ("spans of time", "write them as integers, x.astype('int64')"),
-}
-"""Types of arrays that are no samples, by NumPy's letter: what they hold, and what to do."""
-
-
-def require_numbers(where: object, name: str, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> None:
-    """Checks that an array holds samples: numbers in a fixed shape, and at least one of them.
-
-    Args:
-        where: the file, for the message.
-        name: of the array.
-        dtype, shape: of the array; without a shape it holds nothing.
-
-    Raises:
-        ValueError: it holds anything else.
-    """
-    kind = dtype.kind
-    special: Mapping[str, Any] = dtype.metadata or {}  # where h5py says what objects are
-    if special.get("vlen") in (str, bytes):
-        kind = "S"
-    if kind in _NO_NUMBERS:
-        what, remedy = _NO_NUMBERS[kind]
-        if "ref" in special:
-            what, remedy = "references", "write the numbers that they refer to"
-        raise ValueError(f"{where} holds {name} as {what}, where samples are numbers in a fixed shape: {remedy}")
-    if kind == "f" and dtype.itemsize > 8:
-        raise ValueError(f"{where} holds {name} as {dtype}, which torch has not got: write it as float64")
-    if not shape:
-        raise ValueError(f"{where} holds {name} as a single value; the first axis of an array must count the samples")
-    if 0 in shape:
-        raise ValueError(f"{where} holds {name} of shape {shape}, which is empty; name another array")

@@ -19,7 +19,8 @@ import numpy as np
 
 from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.data.format.extent import READ_BYTES, Reader
-from hvdlocal.data.read.foreign_extents import Contiguous, Found, require_numbers, unit_bounds
+from hvdlocal.data.kinds.numbers import require_numbers
+from hvdlocal.data.read.foreign_extents import Contiguous, Found, unit_bounds
 from hvdlocal.data.read.storage.base import BLOCK_BYTES
 
 _SUFFIX = ".npy"
@@ -28,18 +29,36 @@ _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.form
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMember(Contiguous):
-    """An `Unmappable` extent: an array of an .npz file that does not lie there as it is. `data_offset` means nothing.
+class Member(Contiguous):
+    """An array of an .npz file.
 
     Attributes:
         member: its name in the zip file.
+    """
+
+    member: str
+
+    def check_sum(self) -> None:
+        """Reads all of the array and compares its checksum. Raises DamagedDataError; OSError, if it cannot be read."""
+        try:
+            with zipfile.ZipFile(self.path) as file, file.open(self.member) as stream:
+                while stream.read(READ_BYTES):  # at the end, zipfile compares
+                    pass
+        except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise DamagedDataError(f"{self.path} is damaged ({error}); copy the file again") from error
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMember(Member):
+    """An `Unmappable` extent: an array that does not lie in the file as it is. `data_offset` means nothing.
+
+    Attributes:
         header_bytes: length of what stands before its numbers.
         dtype: as it is stored.
         fortran: whether it is stored in Fortran order.
         obstacle: see `Unmappable`.
     """
 
-    member: str
     header_bytes: int
     dtype: np.dtype[Any]
     fortran: bool
@@ -135,7 +154,7 @@ def find_member(path: Path, name: str) -> Found:
                 header_bytes = stream.tell()
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{path} cannot be read as .npz ({error}); copy or write it again") from error
-    require_numbers(path, name, dtype, shape)
+    require_numbers(f"{path} holds {name} as", dtype, shape)
     little, row_bytes = dtype.newbyteorder("<"), dtype.itemsize * math.prod(shape[1:])
     fortran = fortran and len(shape) > 1
     if fortran:
@@ -146,7 +165,7 @@ def find_member(path: Path, name: str) -> Found:
         obstacle = "big-endian"
     else:
         bounds = unit_bounds(shape[0], row_bytes, 1, BLOCK_BYTES)
-        stored = Contiguous(path, _data_offset(path, info) + header_bytes, shape[0] * row_bytes, bounds)
+        stored = Member(path, _data_offset(path, info) + header_bytes, shape[0] * row_bytes, bounds, info.filename)
         return Found(stored, little, shape, info.header_offset, 0)
     bounds = unit_bounds(shape[0], row_bytes, 1, READ_BYTES)
     packed = PackedMember(path, 0, shape[0] * row_bytes, bounds, info.filename, header_bytes, dtype, fortran, obstacle)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdlocal.data.read.foreign_extents import Found, require_numbers
+from hvdlocal.data.kinds.numbers import require_numbers
+from hvdlocal.data.read.foreign_extents import Found
 from hvdlocal.data.read.hdf5_inspection import Inspection, inspect
 from hvdlocal.data.read.npz_file import find_member, is_npy, is_npz
 
@@ -60,6 +61,6 @@ def _inspect_hdf5(file: Inspection, names: Sequence[str]) -> ForeignArrays:
     arrays = []
     for name in names:
         dataset = file.dataset(name)
-        require_numbers(file.path, name, dataset.dtype, dataset.shape)
+        require_numbers(f"{file.path} holds {name} as", dataset.dtype, dataset.shape)
         arrays.append(file.find(dataset, name))
     return ForeignArrays(tuple(arrays), file.sources)

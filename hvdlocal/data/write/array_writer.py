@@ -16,7 +16,8 @@ from hvdlocal.communicator import require_agreement, succeed_together
 from hvdlocal.data.format.extent import READ_BYTES
 from hvdlocal.data.format.manifest import Manifest, ShardEntry
 from hvdlocal.data.kinds.array_statistics import Moments
-from hvdlocal.data.kinds.arrays import DTYPES, array_facts, is_array_name, repeated, stored_dtype
+from hvdlocal.data.kinds.arrays import array_facts, is_array_name, repeated, stored_dtype
+from hvdlocal.data.kinds.numbers import require_numbers
 from hvdlocal.data.write.shard_writer import write_shard
 from hvdlocal.data.write.split_writer import SplitWriter
 from hvdlocal.data.write.staging import Receipt
@@ -205,28 +206,14 @@ def _check_array(name: str, array: ArraySource) -> None:
         raise ValueError(
             f"{name} is a {type(array).__name__}, whose samples may differ in shape: make one array of it, padded or cut"
         )
-    kind = np.dtype(dtype).kind
-    if kind in _REMEDIES:
-        raise ValueError(f"{name} is {dtype}: {_REMEDIES[kind]}")
-    if np.dtype(dtype).name not in DTYPES:
-        raise ValueError(f"{name} is {dtype}, which torch does not have: convert it, as in x.astype('float64')")
-    if not shape:
-        raise ValueError(f"{name} is a single value; the first axis of an array must count the samples")
-    if 0 in shape:
-        raise ValueError(f"{name} has shape {tuple(shape)}, which is empty")
-
-
-_REMEDIES = {
-    "O": "samples of various shapes, or objects, cannot be stored; pad or cut them to one shape",
-    "S": "text cannot be stored as numbers; number it, as in names, y = numpy.unique(y, return_inverse=True)",
-    "U": "text cannot be stored as numbers; number it, as in names, y = numpy.unique(y, return_inverse=True)",
-    "T": "text cannot be stored as numbers; number it, as in names, y = numpy.unique(y, return_inverse=True)",
-    "V": "records of several fields cannot be stored; write each field as an array of its own",
-    "c": "complex numbers cannot be stored; write two channels, numpy.stack([x.real, x.imag], axis=-1)",
-    "M": "dates cannot be stored; write integers, x.astype('int64')",
-    "m": "spans of time cannot be stored; write integers, x.astype('int64')",
-}
-"""What to do about types that hold no numbers, by NumPy's letter."""
+    if not isinstance(dtype, np.dtype):
+        raise ValueError(f"{name} is a {type(array).__name__} of {dtype}: give a NumPy array, as x.numpy() makes it")
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} is a masked array, of which the masked numbers would be stored too: fill them, x.filled(0), or leave out "
+            "their samples"
+        )
+    require_numbers(f"{name} is", dtype, shape)
 
 
 def _pieces(array: ArraySource) -> Iterator[NDArray[np.int64]]:

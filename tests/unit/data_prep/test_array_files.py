@@ -55,6 +55,18 @@ def test_any_rows_of_several_files(tmp_path, opened):
     assert files.nonfinite == {}
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("x", [X, X.astype(">f4")], ids=["as it is", "big-endian"])
+def test_a_flipped_bit_in_an_npz_file(tmp_path, opened, save, x):
+    path = tmp_path / "a.npz"
+    save(path, x=np.tile(x, (4, 1, 1)), y=np.tile(Y, 4))  # longer than what is read with the header
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"y.npy") - 100] ^= 1  # in the last numbers of x
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"a.npz is damaged \(.+\); copy the file again"):
+        opened(path)
+
+
 def test_the_identity_is_that_of_the_content(tmp_path, opened, monkeypatch):
     monkeypatch.setattr("data_prep.array_files.READ_BYTES", 256)
     identity = opened(write(tmp_path / "a.h5")).identity

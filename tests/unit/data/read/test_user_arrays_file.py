@@ -105,8 +105,8 @@ WRONG = {
     "records": (np.zeros(3, "i4,f4"), "x as records of several fields, .*write each field as an array of its own"),
     "text": (np.array([b"ab", b"c"]), "x as text, .*numpy.unique"),
     "scalar": (np.float32(3), "x as a single value; the first axis of an array must count the samples"),
-    "empty": (X[:0], r"x of shape \(0, 3, 5\), which is empty"),
-    "empty axis": (X[:, :0], r"x of shape \(50, 0, 5\), which is empty"),
+    "empty": (X[:0], r"x as an array of shape \(0, 3, 5\), which is empty"),
+    "empty axis": (X[:, :0], r"x as an array of shape \(50, 0, 5\), which is empty"),
     "long double": (np.zeros(3, np.longdouble), "x as float128, which torch has not got: write it as float64"),
 }
 
