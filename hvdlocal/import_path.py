@@ -131,7 +131,10 @@ def own_code(what: str) -> Iterator[None]:
 
 def describe_error(error: BaseException) -> str:
     """Returns an error as one sentence: its type, its message, and the last line of the user's own code that led to it."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
     if len(text) > 300:
         text = text[:300] + " …"
     if isinstance(error, SystemExit):
@@ -153,19 +156,21 @@ def describe_error(error: BaseException) -> str:
 def code_digests(paths: Mapping[str, str]) -> dict[str, str]:
     """Returns digests of the source files behind import paths, by which ranks and starts of a run compare their code.
 
-    Of each path these are the file of its module and, where that belongs to a package, the loaded modules of the package.
+    Of each path these are its module and all loaded modules in the same directory or below it, such as those that it imports.
+    Installed packages are left out.
 
     Args:
         paths: the import paths, by the settings that hold them; they have been loaded.
     """
     modules: set[str] = set()
     for path in paths.values():
-        package = path.partition(":")[0].partition(".")[0]
         named = sys.modules.get(path.partition(":")[0])
-        if named is not None and not _is_own(getattr(named, "__file__", None) or ""):
-            modules.add(named.__name__)  # an installed package: its version is compared beside it
+        file = getattr(named, "__file__", None)
+        if named is None or file is None or not _is_own(file):
             continue
-        modules |= {name for name in sys.modules if name == package or name.startswith(f"{package}.")}
+        levels = named.__name__.count(".") + hasattr(named, "__path__")
+        root = str(Path(file).parents[levels])
+        modules |= {name for name, one in list(sys.modules.items()) if _is_beneath(one, root)}
     found = {}
     for name in sorted(modules):
         file = getattr(sys.modules[name], "__file__", None)
@@ -195,7 +200,8 @@ def _module(name: str, path: str, setting: str) -> ModuleType:
 
 def _refuse_shadow(package: str, here: str, path: str, setting: str) -> None:
     """Refuses a module of the working directory that cannot be imported since another module has its name."""
-    mine = [place for place in (Path(here, f"{package}.py"), Path(here, package)) if place.exists()]
+    places = [Path(here, f"{package}.py"), Path(here, package)]
+    mine = [place for place in places if place.is_file() or any(place.glob("*.py"))]
     if not mine:
         return
     loaded = sys.modules.get(package)
@@ -215,6 +221,12 @@ def _refuse_shadow(package: str, here: str, path: str, setting: str) -> None:
 def _is_own(file: str) -> bool:
     """Returns whether a file is the user's own code: neither installed, nor of Python, nor of hvdlocal."""
     return bool(file) and not file.startswith((_OWN_FILES, "<", *_INSTALLED))
+
+
+def _is_beneath(module: Any, root: str) -> bool:
+    """Returns whether a module is the user's own and lies in a directory or below it."""
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and file.startswith(root + os.sep) and _is_own(file)
 
 
 def _shown(file: str) -> str:

@@ -14,6 +14,7 @@ from hvdlocal import terminal
 from hvdlocal.communicator.errors import CommunicationError, DisagreementError, LaunchError, SetupError
 from hvdlocal.communicator.launched import launched_rank
 from hvdlocal.exit_codes import ExitCode
+from hvdlocal.import_path import OwnCodeError
 from hvdlocal.training import interruption
 from hvdlocal.training.errors import CallbackError, DamageError, DivergedError, LostRankError
 from hvdlocal.version import __version__
@@ -125,10 +126,14 @@ def _explain(error: Exception) -> int:
         if launched_rank() is not None:
             time.sleep(REPORTING_SECONDS)
         return ExitCode.MISTAKE
+    code = ExitCode.FAILED
     if isinstance(error, LostRankError):
-        if isinstance(error.__cause__, ValueError):  # damaged data or a bug: the traceback helps
+        own = isinstance(error.__cause__, OwnCodeError)
+        if isinstance(error.__cause__, ValueError) and not own:  # damaged data or a bug: the traceback helps
             traceback.print_exception(error.__cause__)
         _complain(str(error))
+        if own:  # and the next start would fail in the same way
+            code = ExitCode.MISTAKE
     elif shortage := _shortage(error):
         _complain(shortage)
     else:
@@ -137,10 +142,10 @@ def _explain(error: Exception) -> int:
     try:
         communicator = _communicator()
     except RuntimeError:
-        return ExitCode.FAILED
+        return code
     if communicator.size > 1:
-        communicator.abort(ExitCode.FAILED)
-    return ExitCode.FAILED
+        communicator.abort(code)
+    return code
 
 
 def _leave_without_meeting(code: int) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 
+from hvdlocal.communicator import Communicator
 from hvdlocal.data import Loader
 from hvdlocal.data.kinds import KINDS
 from hvdlocal.data.load.order import OrderMode
 from hvdlocal.data.read.dataset import StoredSamples
-from hvdlocal.import_path import code_digests, is_import_path, own_code
+from hvdlocal.import_path import code_digests, is_import_path
 from hvdlocal.models import check_images
 from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
 from hvdlocal.training.config_checks import flatten
@@ -22,6 +22,7 @@ from hvdlocal.training.environment import versions
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.preprocessing import Preprocessing
 from hvdlocal.training.tasks import DataDescription, ImageClassification, Task
+from hvdlocal.training.tasks.base import checked_model
 
 CPU = torch.device("cpu")
 
@@ -45,8 +46,7 @@ def model_from_config(config: TrainConfig, task: Task, data: DataDescription, de
     """
     torch.manual_seed(config.seed)
     try:
-        with own_code(f"task={config.task}") if is_import_path(config.task) else nullcontext():
-            model = task.build_model(config.model, data)
+        model = checked_model(task.build_model(config.model, data), config.model)
         return placed(model, config, device)
     except (RuntimeError, MemoryError) as error:
         if (shortage := out_of_memory(error)) is None:
@@ -138,17 +138,30 @@ def configured_loader(
     )
 
 
-def preflight_facts(config: TrainConfig, device: torch.device, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+def shared_digests(communicator: Communicator, paths: Mapping[str, str]) -> dict[str, str]:
+    """Returns digests of the user's own modules that all ranks have loaded; a collective.
+
+    A rank may have more, such as what only rank 0 draws with.
+    """
+    mine = code_digests(paths)
+    everyone = communicator.gather(list(mine), "hvdlocal.code") if paths else [list(mine)]
+    return {module: digest for module, digest in mine.items() if all(module in one for one in everyone)}
+
+
+def preflight_facts(
+    config: TrainConfig, device: torch.device, fingerprints: Mapping[str, str], code: Mapping[str, str]
+) -> dict[str, Any]:
     """Returns the facts that must be equal on all ranks, with human-readable names.
 
     Args:
         config: on this rank.
         device: of this rank; only its kind must be equal.
         fingerprints: of the data, by "training" and "test".
+        code: digests of the user's own modules.
     """
     found: dict[str, Any] = {f"config {key}": value for key, value in flatten(config).items()}
     found |= {f"version of {package}": version for package, version in versions().items()}
     found |= {f"{split} data (fingerprint)": print for split, print in fingerprints.items()}
-    found |= {f"code of {module}": digest for module, digest in code_digests(import_paths(config)).items()}
+    found |= {f"code of {module}": digest for module, digest in code.items()}
     found["kind of device"] = device.type
     return found

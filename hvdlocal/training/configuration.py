@@ -117,6 +117,7 @@ def _explain(message: str) -> str:
         (r"a <class 'float'>", "a number"),
         (r"a <class 'bool'>", "true or false"),
         (r"a <class '(?:tuple|list)'>", "a list"),
+        (r"a <class 'dict'>", "a mapping of names to values"),
         (r"a tuple with (\d+) elements", r"a list of \1 values"),
         (r"^unrecognized arguments: (.*)", r"\1 is not a setting; one is written --section.key value"),
         (r"a typing\.Literal", "one of "),

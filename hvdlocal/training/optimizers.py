@@ -24,6 +24,11 @@ def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.
         ValueError: an optimizer by import path cannot be built; the message says why.
     """
     if is_import_path(config.name):
+        if "lr" in config.arguments:
+            raise ValueError(
+                f"optimizer.arguments.lr={config.arguments['lr']}: the learning rate is optimizer.lr and the schedule's; leave "
+                "it out"
+            )
         arguments = {"lr": config.lr, **config.arguments}
         optimizer = call(config.name, "optimizer.name", model.parameters(), arguments=arguments)
         if not isinstance(optimizer, torch.optim.Optimizer):

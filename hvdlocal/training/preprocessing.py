@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from hvdlocal.data import (
     CenterCrop,
@@ -18,7 +19,7 @@ from hvdlocal.data import (
     Transform,
 )
 from hvdlocal.data.read.dataset import StoredSamples
-from hvdlocal.import_path import call, check_arguments
+from hvdlocal.import_path import OwnCodeError, call, check_arguments, own_code
 from hvdlocal.training.config import DataConfig
 
 USUAL_TEST_CROP = 224 / 256
@@ -125,7 +126,17 @@ def _own_transform(config: DataConfig) -> list[Transform]:
         return []
     transform = call(path, setting, arguments=config.transform_arguments)
     check_arguments(transform, path, setting, "inputs", "keys", arguments={})
-    return [transform]
+
+    def checked(inputs: Any, keys: Any) -> Any:
+        with own_code(f"{setting}={path}"):
+            transformed = transform(inputs, keys)
+        if not isinstance(transformed, type(inputs)):
+            raise OwnCodeError(
+                f"{setting}={path}: it returned {type(transformed).__name__}, not {type(inputs).__name__}"
+            )
+        return transformed
+
+    return [checked]
 
 
 def _most_are_larger(data: StoredSamples, size: int) -> bool:

@@ -13,6 +13,10 @@ Schedule = Callable[[float], float]
 """Maps the progress (scale-invariant iterations) to a learning rate."""
 
 
+TRIED = 1000
+"""Parts of a run at whose ends a schedule of the user's own is tried before training."""
+
+
 def build_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: float) -> Schedule:
     """Returns the schedule that a configuration describes.
 
@@ -63,7 +67,7 @@ def build_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: fl
 
 
 def _own_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: float) -> Schedule:
-    """Returns the user's schedule as a function of progress, once it has been tried at both ends.
+    """Returns the user's schedule as a function of progress, once it has been tried all along.
 
     Raises:
         ValueError: it cannot be called, or returns no rate.
@@ -76,12 +80,17 @@ def _own_schedule(config: ScheduleConfig, peak: float, budget: float, epoch: flo
     def own(s: float) -> float:
         with own_code(f"{setting}={path}"):
             rate = function(s / epoch, **arguments)
-        if not isinstance(rate, int | float) or not 0 <= rate < math.inf:
+        try:
+            found = float(rate)  # a NumPy scalar or a tensor of one number will do
+        except (TypeError, ValueError, RuntimeError):
+            found = math.nan
+        if not 0 <= found < math.inf:
             raise OwnCodeError(
                 f"{setting}={path}: it returned {rate!r} at epoch {s / epoch:g}; a learning rate is a number of at least 0"
             )
-        return float(rate)
+        return found
 
-    for s in (config.warmup_epochs * epoch, budget):
-        own(s)
+    start = config.warmup_epochs * epoch
+    for part in range(TRIED + 1):
+        own(start + (budget - start) * part / TRIED)
     return own

@@ -23,15 +23,18 @@ from hvdlocal.training.builders import (
     placed,
     preflight_facts,
     require_alike,
+    shared_digests,
 )
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import check_ranges
 from hvdlocal.training.environment import choose_device, set_threads, versions
 from hvdlocal.training.preprocessing import Preprocessing, preprocessing_from_config
+from hvdlocal.training.random_state import random_state, restore_random_state
 from hvdlocal.training.rules import build_period
 from hvdlocal.training.run_length import RunLength, run_length
 from hvdlocal.training.samples import open_samples
 from hvdlocal.training.tasks import Batch, ImageClassification, Task, build_task
+from hvdlocal.training.tasks.checked import CheckedTask
 from hvdlocal.training.tasks.trial import try_task
 
 
@@ -93,9 +96,9 @@ class Session:
             self.fingerprints = {"training": self.train_data.fingerprint}
             if self.test_data is not None:
                 self.fingerprints["test"] = self.test_data.fingerprint
-            require_agreement(
-                communicator, preflight_facts(config, self.device, self.fingerprints), "hvdlocal.preflight"
-            )
+            code = shared_digests(communicator, import_paths(config))
+            facts = preflight_facts(config, self.device, self.fingerprints, code)
+            require_agreement(communicator, facts, "hvdlocal.preflight")
             self.threads = set_threads(config.threads, communicator)
             self._opened = opened.pop_all()
 
@@ -142,15 +145,19 @@ class Session:
             warmup = config.schedule.warmup_epochs * length.epoch
             build_period(config.method.period, config.optimizer.lr, warmup, length.epoch)
         check_model(config, task, train, self.communicator.size)
+        own = import_paths(config)
+        if own:
+            task = CheckedTask(task, f"task={config.task} with model.name={config.model.name}")
         model = self._model(task) if self._given_model is None else placed(self._given_model, config, self.device)
-        if import_paths(config) or type(task) is not ImageClassification:
+        if own or type(task) is not ImageClassification:
             self._try(task, preprocessing)
         return task, preprocessing, loader, length, model
 
     def _try(self, task: Task, preprocessing: Preprocessing) -> None:
         """Trains a copy of the model for one step and evaluates it, so that mistakes in a user's code show before training."""
-        random = torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-        with random, ExitStack() as opened:
+        before = random_state(self.device)
+        with ExitStack() as opened:
+            opened.callback(restore_random_state, before, self.device)
             training = opened.enter_context(closing(self._loader(preprocessing).endless()))
             testing = iter(()) if self.test_data is None else self._test_batches(self.test_data, preprocessing)
             batches = next(training), next(testing, None)

@@ -35,6 +35,8 @@ class TrainingStep:
         self._session = session
         self._optimizer = optimizer
         self._schedule = schedule or session.length.schedule
+        # An optimizer of the user's own may have groups with rates of their own, which keep their proportions.
+        self._shares = [float(group["lr"]) / config.optimizer.lr for group in optimizer.param_groups]
         self.forward: nn.Module = torch.compile(model) if config.model.compile else model  # type: ignore[assignment]
         self.scaler = torch.amp.GradScaler(session.device.type, enabled=config.precision == "float16")
 
@@ -50,8 +52,8 @@ class TrainingStep:
         optimizer = self._optimizer
         if not optimizer.micro_batches:
             lr = self._schedule(optimizer.progress)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            for group, share in zip(optimizer.param_groups, self._shares, strict=True):
+                group["lr"] = lr * share
         with self._session.autocast():
             loss, output = self._session.task.loss(self.forward, self._session.formatted(batch))
         optimizer.zero_grad()

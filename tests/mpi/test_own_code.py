@@ -18,6 +18,7 @@ from hvdlocal.training.config import (
     PeriodConfig,
     ScheduleConfig,
 )
+from hvdlocal.training.tasks.checked import is_record_field
 
 CODE = "support.own_code"
 SLOPE = ModelConfig("support.models:Slope", arguments={"numel": 3})
@@ -100,6 +101,35 @@ def test_an_optimizer_and_a_schedule_of_ones_own(comm, place):
     assert weights(place, "parts") == [pytest.approx(5 - sum(rates))] * 3
 
 
+def test_groups_keep_the_proportions_of_their_rates(comm, place):
+    settings = config(
+        place,
+        "groups",
+        "Downhill",
+        model=ModelConfig(f"{CODE}:TwoSlopes"),
+        optimizer=OptimizerConfig(f"{CODE}:slow_half", lr=0.25),
+    )
+    summary = run(comm, settings)
+    assert weights(place, "groups") == [pytest.approx(5 - 0.25 * summary.steps)]
+    assert torch.load(place / "groups/model.pt", weights_only=True)["v"].item() == pytest.approx(
+        5 - 0.125 * summary.steps
+    )
+
+
+def test_tensors_of_one_element_and_numbers_of_numpy(comm, place):
+    summary = run(comm, config(place, "one", "OneElement"))
+    assert summary.evaluation.weight == pytest.approx(5 - summary.steps * 0.25)
+    assert summary.evaluation.half == 0.5
+
+
+def test_no_field_of_the_records_may_be_a_metric(comm, place):
+    run(comm, config(place, "fields", "Downhill"))
+    if comm.rank == 0:
+        records = [json.loads(line) for line in (place / "fields/metrics.jsonl").read_text().splitlines()]
+        found = {name for record in records if record["kind"] in ("steps", "evaluation") for name in record}
+        assert {name for name in found - {"weight", "loss"} if not is_record_field(name)} == set()
+
+
 def test_a_model_and_a_transform_of_ones_own(comm, place):
     """The model gets the number of classes; the transform changes what training sees, after the normalisation."""
     settings = digits_config(
@@ -152,14 +182,27 @@ MISTAKES = [
     ({"task": "Downhill", "model": ModelConfig("resnet9")}, "Downhill has no model of this name; name your own as"),
     ({"task": "LossAlone"}, "must return (loss, output), not a tensor () of float32"),
     ({"task": "LossPerSample"}, "the loss must be a scalar tensor with a gradient, not a tensor (2,) of float32"),
-    ({"task": "Detached"}, "the loss must be a scalar tensor with a gradient, not a tensor () of float32"),
+    ({"task": "Detached"}, "the loss must be a scalar tensor with a gradient, but it has no gradient"),
     ({"task": "MeanInsteadOfSum"}, "weight must be (sum, count), two numbers, not a tensor ()"),
     ({"task": "NamedLikeAField"}, "a metric cannot be called 'lr'"),
+    ({"task": "ReturnsTheLoss"}, "metrics() must not return the loss"),
+    ({"task": "BestIsAWord"}, 'best=\'weight\' must be the name of a metric and "min" or "max"'),
+    ({"task": "WithoutLoss"}, "WithoutLoss has no loss(): implement it"),
+    ({"task": "BuildsNothing"}, "it returned NoneType, but a model is a torch.nn.Module"),
+    ({"task": "Downhill", "model": ModelConfig("torch.nn:Identity")}, "it has no parameters that can be trained"),
+    (
+        {"task": "Downhill", "model": ModelConfig("torch.nn:LazyLinear", arguments={"out_features": 2})},
+        "has no size yet",
+    ),
+    (
+        {"task": "Downhill", "optimizer": OptimizerConfig("torch.optim:Adam", arguments={"lr": 3})},
+        "optimizer.arguments.lr=3: the learning rate is optimizer.lr",
+    ),
     ({"task": "NoSuchBest"}, "best=('accuracy', 'max') must be one of the metrics loss, weight"),
     ({"task": "FailsInEvaluation"}, "KeyError: 'weight' (in "),
     (
         {"task": "Downhill", "optimizer": OptimizerConfig("torch.optim:LBFGS")},
-        "step() missing 1 required positional argument: 'closure'",
+        "optimizer.name=torch.optim:LBFGS: TypeError",
     ),
     (
         {"task": "Downhill", "optimizer": OptimizerConfig(f"{CODE}:no_model")},

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from support.models import Slope
 
 import hvdlocal
+from hvdlocal.communicator import launched_rank, launched_size
 
 
 class Downhill(hvdlocal.Task):
@@ -95,6 +97,79 @@ class MeanInsteadOfSum(Downhill):
         return {"weight": output.mean()}
 
 
+class ReturnsTheLoss(Downhill):
+    """Calls a metric loss, which would hide the loss."""
+
+    def metrics(self, output, batch):
+        return {"loss": (1.0, 1)}
+
+
+class BestIsAWord(Downhill):
+    """Forgets the direction."""
+
+    best = "weight"
+
+
+class WithoutLoss(hvdlocal.Task):
+    """Implements nothing."""
+
+
+class BuildsNothing(Downhill):
+    """Builds no model."""
+
+    def build_model(self, model, data):
+        return None
+
+
+class Later(Downhill):
+    """Works for some calls and then fails in one of several ways, on rank 1 if there is one.
+
+    The first call is that of the trial.
+    """
+
+    def __init__(self, how: str, calls: int = 4) -> None:
+        super().__init__()
+        self.how, self.left = how, calls
+
+    def loss(self, model, batch):
+        self.left -= 1
+        if self.left < 0 and launched_rank() in (None, (launched_size() or 1) - 1):
+            if self.how == "raises":
+                return {}["later"]
+            if self.how == "leaves":
+                raise SystemExit(0)
+            return None
+        return super().loss(model, batch)
+
+
+class OneElement(Downhill):
+    """Returns loss and metrics as tensors of shape (1,), and numbers of NumPy."""
+
+    def loss(self, model, batch):
+        return model(self.slope).reshape(1), model.w
+
+    def metrics(self, output, batch):
+        return {"weight": (output[:1] * 2, torch.tensor([2])), "half": (np.float32(1.0), np.int64(2))}
+
+
+def slow_half(parameters, lr):
+    """Returns SGD over two groups, of which the second one has half of the rate."""
+    first, second = parameters
+    return torch.optim.SGD([{"params": [first]}, {"params": [second], "lr": lr / 2}], lr=lr, momentum=0.0)
+
+
+class TwoSlopes(torch.nn.Module):
+    """Two weights with the gradient 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.full((1,), 5.0))
+        self.v = torch.nn.Parameter(torch.full((1,), 5.0))
+
+    def forward(self, c: float) -> torch.Tensor:
+        return c * (self.w.sum() + self.v.sum())
+
+
 class NamedLikeAField(Downhill):
     """Calls a metric as a field of the records is called."""
 
@@ -119,8 +194,6 @@ class FailsOnRankOne(Downhill):
     """Raises an error on rank 1."""
 
     def __init__(self) -> None:
-        from hvdlocal.communicator import launched_rank
-
         if launched_rank() == 1:
             raise RuntimeError("only here")
         super().__init__()

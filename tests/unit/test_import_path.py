@@ -130,6 +130,10 @@ def test_digests_change_with_the_code_of_a_package(here):
     assert load("package_here.net:value", "task") == 1
     before = code_digests({"task": "package_here.net:value"})
     assert set(before) == {"package_here", "package_here.blocks", "package_here.net"}
+    (here / "beside_here.py").write_text("value = 1\n")
+    (here / "net_here.py").write_text("from beside_here import value\n")
+    load("net_here:value", "task")
+    assert {"net_here", "beside_here"} <= set(code_digests({"task": "net_here:value"})), "what it imports, too"
     (package / "blocks.py").write_text("value = 2\n")
     after = code_digests({"task": "package_here.net:value"})
     assert {name for name in before if before[name] != after[name]} == {"package_here.blocks"}

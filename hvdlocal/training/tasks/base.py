@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from hvdlocal.import_path import call, is_import_path
 from hvdlocal.training.config import ModelConfig
@@ -108,7 +109,7 @@ class Task:
         Returns:
             The mean loss over the samples, a scalar tensor with a gradient, and what `metrics` needs, such as the output.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no loss(): implement it")
 
     def metrics(self, output: Any, batch: Batch) -> Metrics:
         """Computes the metrics of a batch beside the loss; none here.
@@ -118,7 +119,7 @@ class Task:
             batch: as for `loss`.
 
         Returns:
-            Sums and counts by name. They may be tensors on the device, so that nothing waits for it.
+            Sums and counts by name; "loss" is not among them. They may be tensors on the device, so that nothing waits for it.
         """
         return {}
 
@@ -142,13 +143,20 @@ def batch_length(batch: Batch) -> int:
 
 
 def checked_model(built: Any, model: ModelConfig) -> nn.Module:
-    """Returns what a user's function has built, if that is a model.
+    """Returns what a user's function has built, if that is a model that can be trained.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is none, it has no parameters, or some have no size yet.
     """
     if not isinstance(built, nn.Module):
         raise ValueError(
             f"model.name={model.name}: it returned {type(built).__name__}, but a model is a torch.nn.Module"
         )
+    for name, parameter in built.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"model.name={model.name}: {name} of a lazy layer has no size yet; give the layer its size"
+            )
+    if not any(parameter.requires_grad for parameter in built.parameters()):
+        raise ValueError(f"model.name={model.name}: it has no parameters that can be trained")
     return built

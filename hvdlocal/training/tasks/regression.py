@@ -63,6 +63,8 @@ class Regression(Task):
                 raise ValueError(f"the model must return a dict with the targets {', '.join(targets)}")
             pairs = [(outputs[name].float(), targets[name].float()) for name in targets]
         else:
+            if not isinstance(outputs, Tensor):
+                raise ValueError(f"the model must return a tensor like the targets, not {type(outputs).__name__}")
             pairs = [(outputs.float(), targets.float())]
         for output, target in pairs:
             if output.shape != target.shape:

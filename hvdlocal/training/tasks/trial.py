@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hvdlocal.import_path import own_code
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.optimizers import build_inner
-from hvdlocal.training.tasks.base import Batch, Metrics, Task
+from hvdlocal.training.tasks.base import Batch, Task
 
 
 def try_task(
@@ -36,88 +36,26 @@ def try_task(
     Raises:
         ValueError: the code raised an error, or returned something else than a task should; the message says what.
     """
-    what = f"task={config.task} with model.name={config.model.name}"
     training, testing = batches
+    if isinstance(training[0], dict) and "reestimate" in config.method.buffer_policies:
+        raise ValueError(
+            "method.buffers=reestimate needs models of one input, but the data have several: choose average"
+        )
     optimizer = build_inner(config.optimizer, model)
     model.train()
-    with own_code(what), autocast():
-        result = task.loss(model, formatted(training))
-    loss, output = _checked_loss(result, what)
-    with own_code(what):
-        metrics = task.metrics(output, training)
-    _check_metrics(metrics, f"{what}: metrics()")
-    with own_code(what):
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    if testing is None:
-        return
-    model.eval()
-    with torch.no_grad(), own_code(what), autocast():
-        metrics = task.evaluate(model, formatted(testing))
-    _check_metrics(metrics, f"{what}: evaluate()")
-    best, direction = task.best
-    if best not in metrics or direction not in ("min", "max"):
+    with autocast():
+        loss, output = task.loss(model, formatted(training))
+    if not loss.requires_grad:
         raise ValueError(
-            f'{what}: best={task.best!r} must be one of the metrics {", ".join(metrics)}, and "min" or "max"'
+            f"task={config.task}: the loss must be a scalar tensor with a gradient, but it has no gradient"
         )
-
-
-def _checked_loss(result: Any, what: str) -> tuple[Tensor, Any]:
-    if not (isinstance(result, tuple) and len(result) == 2):
-        raise ValueError(f"{what}: loss() must return (loss, output), not {_description(result)}")
-    loss = result[0]
-    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point() and loss.requires_grad):
-        raise ValueError(f"{what}: the loss must be a scalar tensor with a gradient, not {_description(loss)}")
-    return result
-
-
-def _check_metrics(metrics: Metrics, what: str) -> None:
-    if not isinstance(metrics, Mapping):
-        raise ValueError(f"{what} must return a dict of (sum, count), not {_description(metrics)}")
-    for name, value in metrics.items():
-        if not (isinstance(name, str) and name.isidentifier()) or name in RESERVED:
-            raise ValueError(f"{what}: a metric cannot be called {name!r}; use a word that is no field of the records")
-        if not (isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))):
-            raise ValueError(f"{what}: {name} must be (sum, count), two numbers, not {_description(value)}")
-
-
-def _is_number(value: Any) -> bool:
-    return value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
-
-
-def _description(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_description, value))})"
-    return f"{type(value).__name__} {value!r}" if isinstance(value, int | float | str) else type(value).__name__
-
-
-RESERVED = frozenset(
-    (
-        "kind",
-        "step",
-        "samples",
-        "progress",
-        "epoch",
-        "data_epoch",
-        "elapsed_seconds",
-        "bytes_sent",
-        "data_parallel_bytes",
-        "base_lr",
-        "lr",
-        "gain",
-        "period",
-        "grad_sqr",
-        "grad_var",
-        "divergence",
-        "samples_per_second",
-        "samples_per_second_per_rank",
-        "remaining_seconds",
-        "peak_memory_bytes",
-        "peak_gpu_memory_bytes",
-        "round",
-    )
-)
-"""Fields of the records that are not the task's; docs/records.md has all."""
+    task.metrics(output, training)
+    optimizer.zero_grad()
+    with own_code(f"task={config.task} with model.name={config.model.name}"):
+        loss.backward()
+    with own_code(f"optimizer.name={config.optimizer.name}"):
+        optimizer.step()
+    if testing is not None:
+        model.eval()
+        with torch.no_grad(), autocast():
+            task.evaluate(model, formatted(testing))
