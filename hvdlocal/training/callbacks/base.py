@@ -78,7 +78,7 @@ class Callback:
     The name of the class goes into `callbacks` of a configuration, as "package.module:Class", or an object of it into
     `hvdlocal.Trainer`. The events run between two steps, without gradients. What they draw from torch's random numbers does not
     change the run, and neither does a module that they leave in evaluation mode. An event that raises an error, or that changes
-    parameters or gradients, ends the run with a checkpoint, on all ranks.
+    the model, ends the run with a checkpoint, on all ranks; docs/callbacks.md has what is compared.
 
     Attributes:
         all_ranks: whether every rank has the callback; otherwise rank 0 alone makes one.
@@ -137,7 +137,7 @@ class Callback:
     def state_dict(self) -> dict[str, Any]:
         """Returns what a run that continues needs of this callback: a small dict that JSON can hold.
 
-        Rank 0's goes into each checkpoint.
+        Rank 0's goes into each checkpoint. It is also called once after `on_start`, so that a mistake shows before training.
         """
         return {}
 

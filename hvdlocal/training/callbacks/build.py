@@ -110,9 +110,7 @@ def _path(name: str) -> str:
         raise ValueError(
             f"callbacks={name}: {hint}choose from {', '.join(TRACKERS)}, or write an import path as package.module:Class"
         )
-    specification = importlib.util.find_spec(name)
-    if (
-        specification is None or specification.origin is None
-    ):  # a directory of this name, as wandb makes one, has no origin
+    found = importlib.util.find_spec(name)
+    if found is None or found.origin is None:  # a mere directory, as wandb makes one of its name, has no origin
         raise ImportError(f"callbacks={name} needs the package {name}: pip install hvdlocal[{name}]")
     return TRACKERS[name]

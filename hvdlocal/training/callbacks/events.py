@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from hvdlocal.communicator import Communicator
 from hvdlocal.import_path import OwnCodeError, own_code
 from hvdlocal.terminal import warn
 from hvdlocal.training.callbacks.base import Callback, Outcome, Record, RunView
+from hvdlocal.training.callbacks.guard import fingerprints, restored
 from hvdlocal.training.errors import CallbackError
 
 EVENT_OF_KIND = {"steps": "on_log", "round": "on_round", "evaluation": "on_evaluation"}
+FREQUENT = {"on_step", "on_log", "on_round"}
+"""Events at which a callback's changes of values are looked for once: reading the whole model every time would be slow."""
 
 
 class Events:
@@ -42,6 +43,7 @@ class Events:
         self._communicator = communicator
         self._anywhere = bool(callbacks)
         self._ended = False
+        self._compared: set[tuple[str, str]] = set()
         self.failure: str | None = None
         self.has_steps = any(type(one).on_step is not Callback.on_step for one in self._callbacks.values())
 
@@ -61,6 +63,8 @@ class Events:
 
         self._call("load_state_dict", restore)
         self._call("on_start", lambda _, one: one.on_start(self._run))
+        if self._run.rank == 0:
+            self.state()  # a state that no checkpoint can hold is reported now
         self.check("training has not begun")
 
     def step(self) -> None:
@@ -91,8 +95,18 @@ class Events:
         found: dict[str, Any] = {}
 
         def ask(name: str, one: Callback) -> None:
-            if state := one.state_dict():
-                found[name] = json.loads(json.dumps(state, allow_nan=False))
+            state = one.state_dict()
+            problem = None if isinstance(state, dict) else f"it returned {state!r:.80}"
+            try:
+                text = json.dumps(state, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                problem = problem or str(error)
+            if problem:
+                raise OwnCodeError(
+                    f"{self._what(name, 'state_dict')}: it must return a dict that JSON can hold: {problem}"
+                )
+            if state:
+                found[name] = json.loads(text)
 
         self._call("state_dict", ask)
         return found
@@ -115,34 +129,24 @@ class Events:
             raise CallbackError(f"{failures[failed[0]]}{where}; {state}")
 
     def _call(self, event: str, act: Callable[[str, Callback], object]) -> None:
-        if not self._callbacks:
-            return
         for name, callback in list(self._callbacks.items()):
+            if getattr(type(callback), event) is getattr(Callback, event):
+                continue
+            values = event not in FREQUENT or (name, event) not in self._compared
+            self._compared.add((name, event))
             try:
-                with own_code(f"callback {name}, {event} after step {self._run.step}"), _unchanged(self._run):
+                before = fingerprints(self._run.model, values)
+                with restored(self._run.model, self._run.device), own_code(self._what(name, event)):
                     act(name, callback)
+                    after = fingerprints(self._run.model, values)
+                if changed := sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)):
+                    more = f" and {len(changed) - 1} more" if changed[1:] else ""
+                    raise OwnCodeError(
+                        f"{self._what(name, event)}: it changed the model ({changed[0]}{more}), which a callback may only read"
+                    )
             except (OwnCodeError, MemoryError, torch.OutOfMemoryError) as error:
                 del self._callbacks[name]
                 self.failure = self.failure or str(error)
 
-
-@contextmanager
-def _unchanged(run: RunView) -> Iterator[None]:
-    """Restores torch's random state and the modes of modules, and refuses a change of parameters or gradients.
-
-    Dropout draws from the random state, and replicas that changed on one rank alone would stay different under data parallelism.
-    """
-    modes = [module.training for module in run.model.modules()]
-    before = _versions(run.model)
-    devices = [run.device] if run.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        yield
-    for module, training in zip(run.model.modules(), modes, strict=True):
-        module.training = training
-    if _versions(run.model) != before:
-        raise ValueError("it changed parameters or gradients of the model, which differ between ranks then")
-
-
-def _versions(model: nn.Module) -> list[tuple[int, int | None]]:
-    """Returns what every in-place change of a parameter or of its gradient increases."""
-    return [(p._version, None if p.grad is None else p.grad._version) for p in model.parameters()]
+    def _what(self, name: str, event: str) -> str:
+        return f"callback {name}, {event} after step {self._run.step}"

@@ -161,13 +161,92 @@ def test_state_goes_into_checkpoints(train, tmp_path):
     assert (first.count, second.count) == (24, 24)
 
 
-def test_parameters_are_not_for_callbacks(train):
-    class Change(hvdlocal.Callback):
-        def on_evaluation(self, run, record):
-            next(run.model.parameters()).mul_(2)
+def scale(model):
+    next(model.parameters()).mul_(2)
 
-    with pytest.raises(CallbackError, match=r"on_evaluation after step 12: .*it changed parameters or gradients"):
+
+def scale_data(model):
+    next(model.parameters()).data.mul_(0.5)
+
+
+def replace_data(model):
+    first = next(model.parameters())
+    first.data = first.data.clone()
+
+
+def forget_gradients(model):
+    model.zero_grad()
+
+
+def freeze(model):
+    model.requires_grad_(False)
+
+
+def count_a_batch(model):
+    next(model.buffers()).add_(1)
+
+
+def update_statistics(model):
+    model.train()
+    model(torch.rand(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "event", "named"),
+    [
+        (scale, "on_evaluation", "parameter "),
+        (scale_data, "on_start", "parameter "),
+        (scale_data, "on_step", "parameter "),
+        (scale_data, "on_round", "parameter "),
+        (scale_data, "on_end", "parameter "),
+        (replace_data, "on_round", "parameter "),
+        (freeze, "on_step", "parameter "),
+        (forget_gradients, "on_step", "gradient of "),
+        (count_a_batch, "on_checkpoint", "buffer "),
+        (update_statistics, "on_round", "buffer "),
+    ],
+)
+def test_the_model_is_not_for_callbacks_to_change(train, change, event, named):
+    class Change(hvdlocal.Callback):
+        pass
+
+    setattr(Change, event, lambda self, run, *others: change(run.model))
+    with pytest.raises(
+        CallbackError, match=rf"^callback .*Change, {event} after step \d+: it changed the model"
+    ) as failed:
         train(Change())
+    assert f"({named}" in str(failed.value)
+    assert "line" not in str(failed.value)
+
+
+def test_a_later_change_is_found_too(train):
+    class Change(hvdlocal.Callback):
+        def on_step(self, run):
+            if run.step == 7:
+                scale(run.model)
+
+    class ChangeData(hvdlocal.Callback):
+        def on_evaluation(self, run, record):
+            if run.step == 24:
+                scale_data(run.model)
+
+    with pytest.raises(CallbackError, match="on_step after step 7: it changed the model"):
+        train(Change(), output="one")
+    with pytest.raises(CallbackError, match="on_evaluation after step 24: it changed the model"):
+        train(ChangeData(), output="two")
+
+
+def test_a_module_trains_on_after_a_callback_that_failed(train):
+    class Evaluates(hvdlocal.Callback):
+        def on_step(self, run):
+            self.model = run.model
+            run.model.eval()
+            raise OSError("no room left")
+
+    callback = Evaluates()
+    with pytest.raises(CallbackError, match="no room left"):
+        train(callback)
+    assert all(module.training for module in callback.model.modules())
 
 
 def test_a_failure_at_the_start_is_before_training(train):
@@ -192,13 +271,41 @@ def test_a_failure_at_the_end_is_reported_too(train):
         train(Last())
 
 
-def test_a_state_that_json_cannot_hold(train):
+@pytest.mark.parametrize(
+    ("state", "problem"),
+    [
+        ({"weights": torch.zeros(3)}, "Object of type Tensor is not JSON serializable"),
+        ({"loss": float("nan")}, "Out of range float values are not JSON compliant"),
+        ([1], r"it returned \[1\]"),
+        (None, "it returned None"),
+    ],
+)
+def test_a_state_that_json_cannot_hold_is_found_at_the_start(train, state, problem):
     class Big(hvdlocal.Callback):
         def state_dict(self):
-            return {"weights": torch.zeros(3)}
+            return state
 
-    with pytest.raises(CallbackError, match=r"state_dict after step 10: TypeError: .*Tensor is not JSON serializable"):
+    told = (
+        rf"Big, state_dict after step 0: it must return a dict that JSON can hold: {problem}.*; training has not begun"
+    )
+    with pytest.raises(CallbackError, match=told) as failed:
         train(Big())
+    assert "json/" not in str(failed.value)
+
+
+def test_a_state_that_json_cannot_hold_later(train):
+    class Grows(hvdlocal.Callback):
+        def __init__(self):
+            self.losses = []
+
+        def on_step(self, run):
+            self.losses.append(torch.zeros(1))
+
+        def state_dict(self):
+            return {"losses": self.losses}
+
+    with pytest.raises(CallbackError, match=r"state_dict after step 10: it must return a dict that JSON can hold"):
+        train(Grows())
 
 
 CODE = """
