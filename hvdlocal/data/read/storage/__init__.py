@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
 
 from hvdlocal.communicator.agreement import succeed_together
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.data.format.extent import Unmappable
-from hvdlocal.data.read.storage.base import ClosedStorage, Layout, Storage
+from hvdlocal.data.read.storage.base import BLOCK_BYTES, ClosedStorage, Layout, Storage
 from hvdlocal.data.read.storage.mapped import MappedStorage
 from hvdlocal.data.read.storage.ram import RamStorage, Region
-from hvdlocal.data.read.storage.select import choose
-from hvdlocal.data.read.storage.stream import StreamStorage
+from hvdlocal.data.read.storage.select import choose, size_text
+from hvdlocal.data.read.storage.stream import StreamStorage, least_capacity
 
 __all__ = ["ClosedStorage", "Layout", "Region", "Storage", "open_storages"]
 
@@ -39,7 +42,8 @@ def open_storages(
             For one process alone.
 
     Raises:
-        ValueError: the choice is impossible, or a file is not what it should be; on every rank.
+        ValueError: the choice is impossible, too little may be held of what is streamed, or a file is not what it should be;
+            on every rank.
         OSError: a file cannot be read.
     """
     if share not in ("node", "job"):
@@ -74,6 +78,20 @@ def open_storages(
     def open_files() -> list[Storage]:
         if choice.mode == "mmap":
             return [MappedStorage(layout, choice.reason) for layout in layouts]
+        if obstacle is not None:
+            _refuse_large_blocks(layouts, path, room)
         return [StreamStorage(layout, choice.reason, room * layout.total_bytes // total) for layout in layouts]
 
     return succeed_together(communicator, open_files, "hvdlocal.data.open")
+
+
+def _refuse_large_blocks(layouts: Sequence[Layout], path: Path, room: int) -> None:
+    """Refuses to stream what can only be unpacked in large pieces, such as chunks that reach over many samples."""
+    largest = [int(np.diff(layout.block_bounds).max()) for layout in layouts]
+    needed = sum(map(least_capacity, largest))
+    if max(largest) > 2 * BLOCK_BYTES and needed > room:
+        raise ValueError(
+            f"samples in {path} can only be unpacked {size_text(max(largest))} at a time, so that each process must hold "
+            f"{size_text(needed)} to stream them, and it may hold {size_text(room)}; write them as shards (python -m data_prep "
+            "arrays), or give the process more memory"
+        )

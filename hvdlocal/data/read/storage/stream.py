@@ -21,6 +21,11 @@ _READ_TIMEOUT_SECONDS = 600.0
 _STOP_TIMEOUT_SECONDS = 5.0
 
 
+def least_capacity(largest_block: int) -> int:
+    """Bytes that must be held: every thread reads a block while another waits to be used."""
+    return 2 * NUM_THREADS * largest_block
+
+
 class StreamStorage(Storage):
     """Blocks of 1 to 2 MiB of consecutive samples, each read at once, checked on arrival and kept as long as there is room.
 
@@ -31,7 +36,7 @@ class StreamStorage(Storage):
     Args:
         layout: what to read.
         reason: see `Storage`.
-        capacity_bytes: how much may be held.
+        capacity_bytes: how much may be held; `least_capacity` at least.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -44,7 +49,7 @@ class StreamStorage(Storage):
     def __init__(self, layout: Layout, reason: str, capacity_bytes: int) -> None:
         super().__init__(layout, reason)
         largest = int(np.diff(layout.block_bounds).max())
-        self.capacity_bytes = max(capacity_bytes, 2 * NUM_THREADS * largest)
+        self.capacity_bytes = max(capacity_bytes, least_capacity(largest))
         self._cache = _Cache(layout, self.capacity_bytes)
         # The threads know the cache only, so that a storage that nobody holds any more takes them with it.
         self._finalizer = weakref.finalize(self, self._cache.stop)

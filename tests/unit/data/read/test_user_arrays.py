@@ -57,6 +57,21 @@ def test_packed_arrays_in_memory_and_streamed(tmp_path, storage, options, monkey
     assert f"a.h5: x is chunked or compressed; that takes time at {when}, which python -m data_prep" in data.describe()
 
 
+def test_chunks_that_are_too_large_to_be_streamed(tmp_path, monkeypatch):
+    monkeypatch.setattr("hvdlocal.data.read.hdf5_inspection.READ_BYTES", 500)
+    monkeypatch.setattr("hvdlocal.data.read.storage.base.BLOCK_BYTES", 500)
+    monkeypatch.setattr("hvdlocal.data.read.storage.BLOCK_BYTES", 500)
+    path = write(tmp_path / "a.h5", chunks=(N, 1, 1))
+    needed = 8 * (N * 4 * 3 * 4 + N * 8)  # y is one block, since what is left of it is less than one
+    message = (
+        "a.h5 can only be unpacked .* at a time, so that each process must hold .* to stream them, and it may hold"
+    )
+    with pytest.raises(ValueError, match=message):
+        open_arrays(path, "x", "y", storage="stream", stream_bytes=N * 4 * 3 * 4)
+    with open_arrays(path, "x", "y", storage="stream", stream_bytes=needed) as data:
+        np.testing.assert_array_equal(data.take([5])["x"], X[5:6])
+
+
 def test_streamed_samples_are_in_the_owners_order(tmp_path):
     data = open_arrays(write(tmp_path / "a.h5"), "x", "y", storage="stream")
     with pytest.raises(ValueError, match=r"do not lie in random order, .*python -m data_prep"):
