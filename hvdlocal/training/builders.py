@@ -89,6 +89,13 @@ def import_paths(config: TrainConfig) -> dict[str, str]:
     return {setting: path for setting, path in named.items() if is_import_path(path)}
 
 
+def code_paths(config: TrainConfig) -> dict[str, str]:
+    """Returns the import paths of all code of the user that a run calls, by the settings that hold them: callbacks too."""
+    names = [entry["name"] if isinstance(entry, Mapping) else entry for entry in config.callbacks]
+    callbacks = {f"callbacks[{i}]": name for i, name in enumerate(names) if is_import_path(name)}
+    return import_paths(config) | callbacks
+
+
 def require_alike(train: StoredSamples, test: StoredSamples, path: str) -> None:
     """Checks that two splits hold the same kind of samples. Raises ValueError if they do not."""
     if (train.kind, train.shape, train.classes) != (test.kind, test.shape, test.classes):

@@ -10,7 +10,7 @@ from typing import Any
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.import_path import code_digests
 from hvdlocal.training.accounting import RunTotals
-from hvdlocal.training.builders import import_paths
+from hvdlocal.training.builders import code_paths
 from hvdlocal.training.checkpoint.replica_state import ReplicaState
 from hvdlocal.training.checkpoint.resume import Resumed
 from hvdlocal.training.config_checks import effective_settings, flatten
@@ -109,7 +109,7 @@ class RunState:
             "settings": flatten(self._session.config),
             "fingerprints": self._session.fingerprints,
             "versions": versions(),
-            "code": code_digests(import_paths(self._session.config)),
+            "code": code_digests(code_paths(self._session.config)),
         }
 
     def mismatch(self, manifest: Mapping[str, Any]) -> str | None:

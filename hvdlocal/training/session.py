@@ -16,6 +16,7 @@ from hvdlocal.data.load.order import OrderMode
 from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.training.builders import (
     check_model,
+    code_paths,
     configured_loader,
     import_paths,
     memory_format,
@@ -96,7 +97,7 @@ class Session:
             self.fingerprints = {"training": self.train_data.fingerprint}
             if self.test_data is not None:
                 self.fingerprints["test"] = self.test_data.fingerprint
-            code = shared_digests(communicator, import_paths(config))
+            code = shared_digests(communicator, code_paths(config))
             facts = preflight_facts(config, self.device, self.fingerprints, code)
             require_agreement(communicator, facts, "hvdlocal.preflight")
             self.threads = set_threads(config.threads, communicator)

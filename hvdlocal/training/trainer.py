@@ -19,7 +19,7 @@ from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.directory import MovedError
 from hvdlocal.import_path import code_digests
 from hvdlocal.training import interruption
-from hvdlocal.training.builders import import_paths
+from hvdlocal.training.builders import code_paths
 from hvdlocal.training.callbacks.base import Callback, Outcome, RunView
 from hvdlocal.training.callbacks.build import build_callbacks
 from hvdlocal.training.callbacks.events import Events
@@ -343,7 +343,7 @@ class Trainer:
                 + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
             )
         if self.resumed is not None:
-            for line in self.resumed.describe(code_digests(import_paths(self.config))):
+            for line in self.resumed.describe(code_digests(code_paths(self.config))):
                 console.say(line)
 
     def _remedy(self, problem: str) -> str:

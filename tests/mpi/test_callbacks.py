@@ -1,5 +1,7 @@
 """Callbacks on several ranks: who is called, and what an error on one of them does to the others."""
 
+import sys
+
 import pytest
 from support.configs import digits_config
 
@@ -90,3 +92,17 @@ def test_ranks_with_different_callbacks(comm, trainer):
         DisagreementError, match=rf"callbacks: rank {comm.size - 1} has \[\], rank 0 has \['RoundsOfAll'\]"
     ):
         trainer(*mine)
+
+
+def test_ranks_with_other_code_of_a_callback(comm, trainer, tmp_path, monkeypatch):
+    code = f"import hvdlocal\n\nclass Mine(hvdlocal.Callback):\n    rank = {min(comm.rank, 1)}\n"
+    (tmp_path / "callback_of_rank.py").write_text(code)  # tmp_path is each rank's own
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        if comm.size == 1:
+            trainer(callbacks=["callback_of_rank:Mine"], epochs=1.0).run()
+            return
+        with pytest.raises(DisagreementError, match=r"code of callback_of_rank: rank 1 has .*, rank 0 has "):
+            trainer(callbacks=["callback_of_rank:Mine"])
+    finally:
+        sys.modules.pop("callback_of_rank", None)

@@ -1,6 +1,7 @@
 """Callbacks see every event of a run, in order, and cannot change what it computes."""
 
 import importlib
+import json
 import sys
 from collections import Counter
 
@@ -334,6 +335,18 @@ def module(tmp_path, monkeypatch):
 def test_callbacks_by_import_path(train, module):
     train(callbacks=["my_callbacks:Note", {"name": "my_callbacks:Note", "arguments": {"every": 3}}])
     assert module.Note.made == [1, 3]
+
+
+def test_the_code_of_callbacks_is_recorded_and_compared(train, module, tmp_path, capsys):
+    settings = {"callbacks": ["my_callbacks:Note", {"name": "my_callbacks:Note"}, "tensorboard"]}
+    train(**settings)
+    manifest, *_ = sorted((tmp_path / "out" / "checkpoints").glob("*/manifest.json"))
+    assert list(json.loads(manifest.read_text())["code"]) == ["my_callbacks"]
+    (tmp_path / "out" / "summary.json").unlink()  # as if it had been killed in its last moments
+    (tmp_path / "my_callbacks.py").write_text(f"{CODE}# edited\n")
+    capsys.readouterr()
+    train(**settings)
+    assert "note: your own code has changed since the checkpoint: my_callbacks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
