@@ -151,7 +151,7 @@ def shared_digests(communicator: Communicator, paths: Mapping[str, str]) -> dict
     A rank may have more, such as what only rank 0 draws with.
     """
     mine = code_digests(paths)
-    everyone = communicator.gather(list(mine), "hvdlocal.code") if paths else [list(mine)]
+    everyone = communicator.gather(list(mine), "hvdlocal.code")
     return {module: digest for module, digest in mine.items() if all(module in one for one in everyone)}
 
 

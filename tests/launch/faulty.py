@@ -150,7 +150,7 @@ def opening() -> None:
     """A data set is about to be opened."""
     from hvdlocal.training import session
 
-    before(session, "ShardedDataset", "opening")
+    before(session, "open_samples", "opening")
 
 
 def computing() -> None:

@@ -114,7 +114,7 @@ def resume(
     if skipped:
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {root} can be used: {skipped[0]}. "
-            "Remove them to start anew, or choose another directory"
+            "Remove them to start anew (hvdlocal train: --overwrite true), or choose another directory"
         )
     return None
 
