@@ -158,7 +158,7 @@ def test_real_descriptors(config, command, code, said):
 def test_ascii_alone(config):
     result = shell(PLAN, config.parent, PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(r"4 ranks \xd7 8 of 24 images")
+    assert result.stdout.startswith(r"4 ranks \xd7 8 of 24 samples")
 
 
 def test_a_closed_descriptor_is_given_to_no_file(tmp_path):
