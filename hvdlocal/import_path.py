@@ -200,6 +200,8 @@ def _module(name: str, path: str, setting: str) -> ModuleType:
 
 def _refuse_shadow(package: str, here: str, path: str, setting: str) -> None:
     """Refuses a module of the working directory that cannot be imported since another module has its name."""
+    if package == __name__.partition(".")[0]:  # hvdlocal's own code, started in a clone of another version
+        return
     places = [Path(here, f"{package}.py"), Path(here, package)]
     mine = [place for place in places if place.is_file() or any(place.glob("*.py"))]
     if not mine:

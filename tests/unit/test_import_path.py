@@ -65,6 +65,13 @@ def test_a_file_never_takes_the_place_of_an_installed_module(here):
         load("colorsys:mine", "task")
 
 
+def test_hvdlocals_own_code_beside_a_clone_of_hvdlocal(here):
+    """An installed hvdlocal is started in a clone of another one: what it names itself is its own."""
+    (here / "hvdlocal").mkdir()
+    (here / "hvdlocal/__init__.py").write_text("")
+    assert load("hvdlocal.exit_codes:ExitCode", "task").FINISHED == 0
+
+
 @pytest.mark.parametrize(
     ("path", "sentence"),
     [
