@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -36,3 +37,9 @@ def import_torchvision() -> ModuleType:
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _declared.append(library)
     return importlib.import_module("torchvision")
+
+
+def prepare_torchvision(path: str) -> None:
+    """Makes torchvision importable for a model by import path that needs it: one of its own, or of timm."""
+    if path.partition(".")[0].partition(":")[0] in ("torchvision", "timm") and importlib.util.find_spec("torchvision"):
+        import_torchvision()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from hvdlocal.import_path import call, is_import_path
+from hvdlocal.models.torchvision_import import prepare_torchvision
 from hvdlocal.training.config import ModelConfig
 
 Inputs = TypeVar("Inputs", Tensor, dict[str, Tensor])
@@ -97,6 +98,7 @@ class Task:
                 f"model.name={model.name}: {type(self).__name__} has no model of this name; name your own as "
                 "package.module:name"
             )
+        prepare_torchvision(model.name)
         return checked_model(call(model.name, "model.name", arguments=model.arguments), model)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Any]:

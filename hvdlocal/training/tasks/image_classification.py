@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hvdlocal.import_path import accepts, call, is_import_path, load
 from hvdlocal.models import build_model
+from hvdlocal.models.torchvision_import import prepare_torchvision
 from hvdlocal.training.config import ModelConfig
 from hvdlocal.training.tasks.base import Batch, DataDescription, Metrics, Task, checked_model
 
@@ -39,6 +40,7 @@ class ImageClassification(Task):
         shape = self.input_shape(data)
         if not is_import_path(model.name):
             return build_model(model.name, len(data.classes), shape, model.arguments)
+        prepare_torchvision(model.name)
         arguments = dict(model.arguments)
         if "num_classes" not in arguments and accepts(load(model.name, "model.name"), "num_classes"):
             arguments["num_classes"] = len(data.classes)
