@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import torch
 from support.models import Slope
@@ -139,6 +141,15 @@ class Later(Downhill):
             if self.how == "leaves":
                 raise SystemExit(0)
             return None
+        return super().loss(model, batch)
+
+
+class Draws(Downhill):
+    """Draws random numbers from NumPy and Python in every step."""
+
+    def loss(self, model, batch):
+        np.random.random()
+        random.random()
         return super().loss(model, batch)
 
 
