@@ -5,13 +5,14 @@ Everything above this package talks to a `Communicator`; only the backends besid
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import socket
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 import torch
 
 from hvdlocal.communicator.errors import CollectiveTimeoutError, CommunicationError
+from hvdlocal.communicator.groups import Groups, check_groups
 from hvdlocal.terminal import Guarded
 
 MAX_ELEMENTS = 2**31 - 1
@@ -44,17 +46,20 @@ class Traffic:
 
 
 class Communicator(ABC):
-    """The ranks of one job and the collectives between them.
+    """The ranks of one job, or of a group of them (`split`), and the collectives between them.
 
     Every collective carries a constant name, must be called by all ranks in the same order, and ends: with a result, or
     with an error that names the collective and the rank when `timeout_seconds` have passed.
 
     Attributes:
         backend: "horovod", "mpi4py", or "single" (`SingleProcess`).
-        rank, size: this process among all processes of the job.
+        rank, size: this process among the processes of this communicator.
+        job_ranks: the ranks of this communicator as they are numbered in the job; in messages ranks have these numbers.
         local_rank, local_size: this process among those on its node.
         timeout_seconds: how long one collective may take, the wait for the slowest rank included.
-        traffic: collectives and bytes so far.
+        traffic: collectives and bytes of this communicator so far.
+        island: the ranks of this rank's island; None without islands (`hvdlocal.init(island=…)`).
+        peers: the ranks that have this rank's place in their islands, this one included; None without islands.
     """
 
     backend: str
@@ -64,8 +69,22 @@ class Communicator(ABC):
         self.size = size
         self.local_rank = local_rank
         self.local_size = local_size
+        self.job_ranks = tuple(range(size))
         self.timeout_seconds = timeout_seconds
         self.traffic = Traffic()
+        self.island: Communicator | None = None
+        self.peers: Communicator | None = None
+        self._job_size = size
+
+    @property
+    def island_size(self) -> int:
+        """The number of ranks of an island; 1 without islands."""
+        return self.island.size if self.island else 1
+
+    @property
+    def num_islands(self) -> int:
+        """The number of islands; the number of ranks without islands."""
+        return self.size // self.island_size
 
     def sum_(self, tensor: torch.Tensor, name: str) -> None:
         """Replaces `tensor` on every rank by its sum over the ranks, in place and without a copy.
@@ -124,9 +143,40 @@ class Communicator(ABC):
         """Returns when every rank has called it."""
         self.sum_(torch.zeros(1, dtype=torch.float32, device="cpu"), name)
 
+    def split(self, groups: Sequence[Sequence[int]], name: str) -> Communicator:
+        """Divides the ranks of the job into groups; a collective of all of them.
+
+        The collectives of a group need no rank outside it, and its traffic is counted apart. The deadline is the job's, and
+        `shutdown` leaves the job.
+
+        Args:
+            groups: ranks in ascending order; every rank of the job is in exactly one group. The same on every rank.
+            name: the collective's name.
+
+        Returns:
+            The communicator of the group of this rank.
+
+        Raises:
+            ValueError: the ranks are not divided into groups, the ranks gave different groups, or this is a group itself.
+        """
+        if self.size != self._job_size:
+            raise ValueError(
+                f"split ({name!r}): a group cannot be divided again; split the communicator of the whole job"
+            )
+        divided = [tuple(group) for group in groups]
+        check_groups(self.gather(divided, name), f"split ({name!r})")
+        mine = next(group for group in divided if self.rank in group)
+        part = copy.copy(self)  # what belongs to the job is shared: connection, thread, deadline
+        part.rank, part.size, part.job_ranks = mine.index(self.rank), len(mine), mine
+        part.traffic = Traffic()
+        part.island = part.peers = None
+        with self._explained(name):
+            part._join_group(divided, name)
+        return part
+
     def describe(self) -> str:
         """This process, for the beginning of a message: 'rank 3 of 8 on node17'."""
-        return f"rank {self.rank} of {self.size} on {socket.gethostname()}"
+        return f"rank {self.job_ranks[self.rank]} of {self._job_size} on {socket.gethostname()}"
 
     @property
     def is_open(self) -> bool:
@@ -146,6 +196,10 @@ class Communicator(ABC):
         """Ends this process at once; the launcher then ends the others. For when no collective can succeed any more."""
         Guarded(sys.stdout).flush()
         os._exit(exit_code)
+
+    @abstractmethod
+    def _join_group(self, groups: Groups, name: str) -> None:
+        """Makes this copy of the job's communicator the one of the group `job_ranks`; a collective of all ranks of the job."""
 
     @abstractmethod
     def _start_sum(self, flat: torch.Tensor, name: str) -> Pending: ...

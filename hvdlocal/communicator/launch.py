@@ -8,6 +8,7 @@ from typing import Literal
 from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.errors import LaunchError
 from hvdlocal.communicator.horovod_backend import HorovodCommunicator
+from hvdlocal.communicator.islands import Island, form_islands, parse_island
 from hvdlocal.communicator.launched import launched_size
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
 
@@ -15,9 +16,16 @@ BACKENDS = ("horovod", "mpi4py")
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 
 _current: Communicator | None = None
+_island: Island = 1
+"""What the current communicator's islands were made from."""
 
 
-def init(backend: Literal["horovod", "mpi4py"] | None = None, *, timeout_seconds: float | None = None) -> Communicator:
+def init(
+    backend: Literal["horovod", "mpi4py"] | None = None,
+    *,
+    island: Literal["node"] | int | None = None,
+    timeout_seconds: float | None = None,
+) -> Communicator:
     """Joins the ranks of this job. Call it once, before building the optimizer; a second call returns the same object.
 
     After `shutdown()` it joins them again, which all ranks must do; but Horovod's shutdown ends MPI, and MPI starts only once in
@@ -25,19 +33,23 @@ def init(backend: Literal["horovod", "mpi4py"] | None = None, *, timeout_seconds
 
     Args:
         backend: "horovod" or "mpi4py"; by default the environment variable HVDLOCAL_BACKEND, else Horovod.
+        island: "node", or a number of ranks: so many ranks, between which communication is cheap, are one worker. They lie in
+            one node, or are those of several whole nodes. By default the environment variable HVDLOCAL_ISLAND, else 1, which
+            means no islands.
         timeout_seconds: how long one collective may take before it ends in an error; by default
             HVDLOCAL_TIMEOUT_SECONDS, else half an hour.
 
     Returns:
-        The communicator: `.rank`, `.size`, `.local_rank` and so on.
+        The communicator: `.rank`, `.size`, `.local_rank` and so on; with islands also `.island` and `.peers`.
 
     Raises:
         ImportError: the backend is not installed; the message says how to get it.
         LaunchError: the launcher started several ranks that do not see each other.
         RuntimeError: MPI has ended in this process with an earlier communicator.
-        ValueError: unknown backend, or another one is in use already.
+        ValueError: unknown backend, or another one is in use already; the same for the island, and the ranks cannot be divided
+            into such islands.
     """
-    global _current
+    global _current, _island
     if _current is not None and not _current.is_open:
         if not _current.can_be_replaced:
             raise RuntimeError(
@@ -49,18 +61,25 @@ def init(backend: Literal["horovod", "mpi4py"] | None = None, *, timeout_seconds
     if _current is not None:
         if backend not in (None, _current.backend):
             raise ValueError(f"hvdlocal.init({backend!r}): this process already uses {_current.backend!r}")
+        if island not in (None, _island, _current.island_size):
+            raise ValueError(f"hvdlocal.init(island={island!r}): this process already uses island={_island!r}")
         return _current
     chosen = backend or os.environ.get("HVDLOCAL_BACKEND") or "horovod"
     if timeout_seconds is None:
         timeout_seconds = _timeout_from_environment()
+    if island is None:
+        chosen_island = parse_island(os.environ.get("HVDLOCAL_ISLAND") or 1, "HVDLOCAL_ISLAND")
+    else:
+        chosen_island = parse_island(island, "island")
     if chosen == "horovod":
-        communicator = _horovod(timeout_seconds)
+        communicator = _horovod(timeout_seconds, divisible=chosen_island != 1)
     elif chosen == "mpi4py":
         communicator = _mpi4py(timeout_seconds)
     else:
         raise ValueError(f"unknown backend {chosen!r}: choose one of {', '.join(BACKENDS)}")
     _check_world(communicator.size, chosen)
-    _current = communicator
+    form_islands(communicator, chosen_island)
+    _current, _island = communicator, chosen_island
     return communicator
 
 
@@ -75,9 +94,9 @@ def current() -> Communicator:
     return _current
 
 
-def _horovod(timeout_seconds: float) -> Communicator:
+def _horovod(timeout_seconds: float, *, divisible: bool) -> Communicator:
     try:
-        return HorovodCommunicator(timeout_seconds)
+        return HorovodCommunicator(timeout_seconds, divisible=divisible)
     except ImportError as error:
         raise ImportError(
             f"Horovod cannot be used here ({type(error).__name__}: {error}). Build it for this torch and MPI with `make setup` "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import math
 import sys
 import threading
 import time
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.groups import Groups
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.terminal import Guarded
 
@@ -28,6 +30,39 @@ DEPARTURE_GRACE_SECONDS = 3.0
 
 class _PeerLeftError(RuntimeError):
     """Another rank has left the job."""
+
+
+class _Departures:
+    """The messages by which ranks that leave the job announce it, over a communicator of their own.
+
+    Attributes:
+        announced: whether this rank has left.
+    """
+
+    def __init__(self, ranks: Any) -> None:
+        self.announced = False
+        self._ranks = ranks
+        self._first_seen = math.inf
+
+    def announce(self) -> None:
+        """Sends this rank's departure to all others, and does not wait for them."""
+        self.announced = True
+        others = [peer for peer in range(self._ranks.size) if peer != self._ranks.rank]
+        self._notices = [self._ranks.Isend(b"", dest=peer) for peer in others]
+
+    def first_of(self, ranks: Sequence[int]) -> int | None:
+        """The first of `ranks` that has left."""
+        if not self._ranks.Iprobe():
+            return None
+        left = next((rank for rank in ranks if self._ranks.Iprobe(source=rank)), None)
+        if left is not None:
+            self._first_seen = min(self._first_seen, time.monotonic())
+        return left
+
+    @property
+    def seconds(self) -> float:
+        """How long ago the first departure was seen; negative without one."""
+        return time.monotonic() - self._first_seen
 
 
 class Mpi4pyCommunicator(Communicator):
@@ -53,13 +88,11 @@ class Mpi4pyCommunicator(Communicator):
                 "higher: do not lower mpi4py.rc.thread_level, and use an MPI built with thread support."
             )
         self._mpi = MPI
-        self._world = MPI.COMM_WORLD.Dup()
-        self._departed = False
-        self._departure_seen = 0.0
-        node = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        super().__init__(self._world.rank, self._world.size, node.rank, node.size, timeout_seconds)
+        self._ranks = MPI.COMM_WORLD.Dup()
+        node = self._ranks.Split_type(MPI.COMM_TYPE_SHARED)
+        super().__init__(self._ranks.rank, self._ranks.size, node.rank, node.size, timeout_seconds)
         node.Free()
-        self._departures = MPI.COMM_WORLD.Dup()
+        self._departures = _Departures(MPI.COMM_WORLD.Dup())
         self._calls: SimpleQueue[_Call | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="hvdlocal-mpi", daemon=True)
         self._thread.start()
@@ -70,15 +103,14 @@ class Mpi4pyCommunicator(Communicator):
             atexit.register(self._leave)
 
     def shutdown(self) -> None:
-        if not self._departed:
-            self._departed = True
-            self._notices = [self._departures.Isend(b"", dest=peer) for peer in range(self.size) if peer != self.rank]
+        if self.is_open:
+            self._departures.announce()
             self._calls.put(None)
 
     @property
     def is_open(self) -> bool:
         """See `Communicator`."""
-        return not self._departed
+        return not self._departures.announced
 
     def _leave(self) -> None:
         """Leaves the job at the end of the process, before MPI_Finalize, which crashes or hangs beside a collective under way."""
@@ -95,12 +127,11 @@ class Mpi4pyCommunicator(Communicator):
 
     def _check_peers(self) -> None:
         # A peer may leave for good reasons while the last collective still completes here: hence the seconds of grace.
-        status = self._mpi.Status()
-        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE or not self._departures.Iprobe(status=status):
+        if self._mpi.Query_thread() < self._mpi.THREAD_MULTIPLE:
             return
-        self._departure_seen = self._departure_seen or time.monotonic()
-        if time.monotonic() - self._departure_seen > DEPARTURE_GRACE_SECONDS:
-            raise _PeerLeftError(f"rank {status.Get_source()} has left")
+        left = self._departures.first_of(self.job_ranks)
+        if left is not None and self._departures.seconds > DEPARTURE_GRACE_SECONDS:
+            raise _PeerLeftError(f"rank {left} has left")
 
     def _says_that_a_peer_left(self, error: RuntimeError) -> bool:
         return isinstance(error, _PeerLeftError)
@@ -110,20 +141,27 @@ class Mpi4pyCommunicator(Communicator):
             Guarded(stream).flush()
         self._mpi.COMM_WORLD.Abort(exit_code)
 
+    def _join_group(self, groups: Groups, name: str) -> None:
+        def work() -> Any:
+            self._agree_on(f"split ({name})")
+            return self._ranks.Split(color=groups.index(self.job_ranks), key=self.rank)
+
+        self._ranks = self._wait(self._submit(work), name)
+
     def _start_sum(self, flat: torch.Tensor, name: str) -> _Call:
         what = f"sum of {flat.numel()} {flat.dtype} ({name})"
         return self._in_host_memory(
-            flat, what, lambda host: self._world.Allreduce(self._mpi.IN_PLACE, host, op=self._mpi.SUM)
+            flat, what, lambda host: self._ranks.Allreduce(self._mpi.IN_PLACE, host, op=self._mpi.SUM)
         )
 
     def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> _Call:
         what = f"broadcast of {flat.numel()} {flat.dtype} from rank {root} ({name})"
-        return self._in_host_memory(flat, what, lambda host: self._world.Bcast(host, root=root))
+        return self._in_host_memory(flat, what, lambda host: self._ranks.Bcast(host, root=root))
 
     def _gather_bytes(self, data: bytes, name: str) -> list[bytes]:
         def work() -> list[bytes]:
             self._agree_on(f"gather ({name})")
-            return self._world.allgather(data)
+            return self._ranks.allgather(data)
 
         return self._wait(self._submit(work), name)
 
@@ -134,10 +172,10 @@ class Mpi4pyCommunicator(Communicator):
         """
         mine = zlib.crc32(what.encode())
         extremes = np.array([mine, -mine], dtype=np.int64)
-        self._world.Allreduce(self._mpi.IN_PLACE, extremes, op=self._mpi.MAX)
+        self._ranks.Allreduce(self._mpi.IN_PLACE, extremes, op=self._mpi.MAX)
         if extremes[0] != -extremes[1]:
-            everyone = self._world.allgather(what)
-            told = [f"rank {rank}: {one}" for rank, one in enumerate(everyone[:8])]
+            everyone = self._ranks.allgather(what)
+            told = [f"rank {rank}: {one}" for rank, one in list(zip(self.job_ranks, everyone, strict=True))[:8]]
             raise RuntimeError(f"the ranks ask for different collectives at the same time, {'; '.join(told)}")
 
     def _in_host_memory(self, flat: torch.Tensor, what: str, collective: Callable[[Any], None]) -> _Call:

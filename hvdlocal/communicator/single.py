@@ -7,6 +7,7 @@ import math
 import torch
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.groups import Groups
 
 
 class SingleProcess(Communicator):
@@ -24,6 +25,9 @@ class SingleProcess(Communicator):
 
     def shutdown(self) -> None:
         """See `Communicator`. There is nothing to leave."""
+
+    def _join_group(self, groups: Groups, name: str) -> None:
+        pass
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> _Done:
         flat.mul_(self.size)

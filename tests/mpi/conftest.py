@@ -11,6 +11,8 @@ import hvdlocal
 
 # Small models meet often: at hvdlocal's default of 5 ms most of the time would be Horovod's sleep between two cycles.
 os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
+# Tests that split the communicator need it, and Horovod starts only once in a process.
+os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
 
 
 def pytest_configure(config):

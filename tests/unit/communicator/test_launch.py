@@ -73,6 +73,9 @@ class Ended(Communicator):
     def shutdown(self):
         self.is_open = False
 
+    def _join_group(self, groups, name):
+        raise self._error
+
     def _start_sum(self, flat, name):
         raise self._error
 
@@ -119,6 +122,7 @@ def test_a_communicator_that_was_shut_down_is_not_given_out(monkeypatch):
     again = Ended()
     monkeypatch.setattr(launch, "_mpi4py", lambda timeout: again)
     monkeypatch.setattr(launch, "_check_world", lambda size, backend: None)
+    monkeypatch.setattr(launch, "form_islands", lambda communicator, island: None)
     assert launch.init("mpi4py") is launch.current() is again
 
 
@@ -129,7 +133,8 @@ def test_horovod_starts_with_a_long_cycle(monkeypatch, chosen, expected):
     if chosen is None:
         monkeypatch.delenv("HOROVOD_CYCLE_TIME")
     horovod = types.ModuleType("horovod.torch")
-    horovod.init = lambda: started.append(os.environ["HOROVOD_CYCLE_TIME"])
+    horovod.init = lambda process_sets: started.append(os.environ["HOROVOD_CYCLE_TIME"])
+    horovod.global_process_set = None
     horovod.rank = horovod.local_rank = lambda: 0
     horovod.size = horovod.local_size = lambda: 1
     horovod.mpi_enabled = lambda: False
