@@ -43,24 +43,27 @@ class StatisticsScalar(IntEnum):
 class FlatViews:
     """Places for a list of tensors in one flat float32 buffer, each with the strides of its tensor.
 
+    Attributes:
+        starts: where each place begins, and the last one ends.
+        numel: elements of the buffer.
+
     Args:
         like: float32 tensors; their shapes and (as far as they are dense) their memory formats are kept.
     """
 
     def __init__(self, like: Sequence[torch.Tensor]) -> None:
         self._shapes = [(t.shape, torch.empty_like(t, device="meta").stride()) for t in like]
-        self._starts: list[int] = []
-        self.numel = 0
+        self.starts = [0]
         for tensor in like:
-            self._starts.append(self.numel)
-            self.numel += _aligned(tensor.numel())
+            self.starts.append(self.starts[-1] + aligned(tensor.numel()))
+        self.numel = self.starts[-1]
 
     def of(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Views of `flat`, a contiguous tensor of `numel` elements."""
         first = flat.storage_offset()
         return [
             flat.as_strided(shape, stride, first + start)
-            for (shape, stride), start in zip(self._shapes, self._starts, strict=True)
+            for (shape, stride), start in zip(self._shapes, self.starts[:-1], strict=True)
         ]
 
 
@@ -83,7 +86,7 @@ class FlatBuffer:
             lengths += [statistics, len(StatisticsScalar)]
         starts = [0]
         for length in lengths:
-            starts.append(starts[-1] + _aligned(length))
+            starts.append(starts[-1] + aligned(length))
         self.flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
 
         self.layout = layout
@@ -176,5 +179,6 @@ class CoordinateSample:
         self._origin.copy_(origin)
 
 
-def _aligned(numel: int) -> int:
+def aligned(numel: int) -> int:
+    """The elements that a part takes with the gap to the next one."""
     return -(-numel // ALIGNMENT) * ALIGNMENT

@@ -44,6 +44,10 @@ class GradientBuffer:
         self.micro_batches += 1
         self.empty += not pairs
 
+    def sum_of(self, i: int) -> torch.Tensor | None:
+        """What was collected for parameter i; None if nothing was."""
+        return self._views[i] if self._seen[i] else None
+
     def fill_unseen(self) -> None:
         """Makes the gradient of a parameter that took no part zero."""
         for i, seen in enumerate(self._seen):

@@ -28,6 +28,7 @@ from hvdlocal.averaging.digest import Digest
 from hvdlocal.averaging.gain import Scaling, ScalingContext
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_data_parallelism, refuse_new_parameters, refuse_sparse_layers
+from hvdlocal.averaging.mean_gradient import MeanGradient
 from hvdlocal.averaging.nonfinite import raise_nonfinite
 from hvdlocal.averaging.rounds import Progress
 from hvdlocal.averaging.setup import check_arguments, constants, owner_of, start_together, trainable
@@ -46,7 +47,7 @@ class ReplicaOptimizer(WrappedOptimizer):
     _averages_parameters = False
     """Whether differences between the parameters of the ranks end at the next averaging."""
 
-    _accumulated: GradientBuffer | None
+    _accumulated: GradientBuffer | MeanGradient | None
 
     def __init__(
         self,

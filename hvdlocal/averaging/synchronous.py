@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import time
+from numbers import Integral
 from typing import Any
 
 import torch
 
+from hvdlocal.averaging.buckets import BUCKET_BYTES
 from hvdlocal.averaging.buffers import Buffers
 from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample, rounded
-from hvdlocal.averaging.flat_buffer import FlatViews
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
-from hvdlocal.averaging.gradients import GradientBuffer, squared_norm
+from hvdlocal.averaging.gradients import squared_norm
 from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.mean_gradient import MeanGradient
 from hvdlocal.averaging.nonfinite import CheckedScale
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.communicator import Communicator
@@ -28,11 +31,27 @@ GRADIENTS = "hvdlocal.gradients"
 class SynchronousOptimizer(ReplicaOptimizer):
     """Makes any torch optimizer a data-parallel one: a step on the mean gradient of K workers × `accumulate` micro-batches.
 
-    ACC-LIN and ACC-ADA of Balles et al. (Alg. 2), and with `accumulate=1` and no scaling plain data parallelism. One
-    collective per step carries the gradients and, for AdaScale, each worker's Σ‖g_i‖². It follows the backward pass and does
-    not overlap with it. Loop, learning-rate schedulers and GradScaler as with `LocalOptimizer`; every rank must call `step` the
-    same number of times. A parameter without a gradient on a rank counts as one with gradient zero; a micro-batch without any
-    gradient gives no estimate of the statistics.
+    ACC-LIN and ACC-ADA of Balles et al. (Alg. 2), and with `accumulate=1` and no scaling plain data parallelism. Loop,
+    learning-rate schedulers and GradScaler as with `LocalOptimizer`; every rank must call `step` the same number of times. A
+    parameter without a gradient on a rank counts as one with gradient zero; a micro-batch without any gradient gives no estimate
+    of the statistics.
+
+    Gradients are summed in buckets while the backward pass of a step's last micro-batch goes on, as far as the model is larger
+    than 1 MiB. The last bucket, which begins in `step`, carries the scalars that the ranks must agree on and, for AdaScale, each
+    worker's Σ‖g_i‖². The first step waits for the end of the backward pass, and so does every step with a GradScaler, since an
+    overflow may have changed the scale of some ranks only.
+
+    A gradient that is changed between the backward pass and `step`, as by clipping or by a second backward pass, counts as it is
+    in `step`: a rank where it has changed makes all ranks repeat the step's sums, and after three such steps none overlaps any
+    more, with a warning. Changes that torch does not count (through `.grad.data`, NumPy's memory or an extension that writes past
+    autograd) are found when they are made in the first step already, and otherwise not. Between the backward pass and `step` no
+    other collective may be called, unless all ranks compute gradients of the same parameters.
+
+    On two ranks the sums have the same bits whatever the buckets are. On more, an allreduce adds the ranks' numbers in an order
+    that may depend on the length of the message, so `bucket_bytes` then changes rounding errors.
+
+    Memory beside model and optimizer, in multiples of the parameters: 2 during the backward pass and the sum (the gradients
+    and the flat buffer), 3 with accumulation; with bucket_bytes=None 2 during the backward pass and 1 during the sum.
 
     Args:
         optimizer: steps the replica; its learning rates are the base rates γ.
@@ -42,6 +61,8 @@ class SynchronousOptimizer(ReplicaOptimizer):
         buffers: as in `LocalOptimizer`, but every buffer is each rank's own while training, and averaged by `synchronize`.
         budget: as in `LocalOptimizer`.
         max_norm: the mean gradient is clipped to this norm.
+        bucket_bytes: the most bytes of gradients that are summed at once, as far as no parameter is larger; None for one
+            collective after the backward pass.
         communicator: as in `LocalOptimizer`.
 
     Raises:
@@ -59,11 +80,16 @@ class SynchronousOptimizer(ReplicaOptimizer):
         buffers: Buffers = "average",
         budget: float | None = None,
         max_norm: float | None = None,
+        bucket_bytes: int | None = BUCKET_BYTES,
         communicator: Communicator | None = None,
     ) -> None:
         scaling = scaling or NoScaling()
         if isinstance(scaling, LocalAdaScale):
             raise ValueError("LocalAdaScale is for local steps: use AdaScale() with a SynchronousOptimizer")
+        if bucket_bytes is not None and not (isinstance(bucket_bytes, Integral) and bucket_bytes > 0):
+            raise ValueError(
+                f"bucket_bytes={bucket_bytes!r}: give a positive number of bytes, or None for one collective a step"
+            )
         super().__init__(
             optimizer,
             model,
@@ -80,21 +106,26 @@ class SynchronousOptimizer(ReplicaOptimizer):
                 f"{name or 'the model'!r} has a max_norm, with which every rank rescales the rows that it looks up, "
                 "so that the replicas would differ: build it without, and rescale all rows after each step"
             )
-        layout = FlatViews(self._parameters)
-        self._flat = torch.zeros(layout.numel + NUM_SCALARS, dtype=torch.float32, device=self._parameters[0].device)
-        self._scalars = self._flat[layout.numel :]
         self._sample = TensorSample(dict(zip(self._names, self._parameters, strict=True)))
-        gradients = self._flat[: layout.numel]
-        self._accumulated: GradientBuffer = GradientBuffer(self._parameters, layout, gradients)
+        self._accumulated: MeanGradient = MeanGradient(
+            self.communicator,
+            self._parameters,
+            accumulate=accumulate,
+            scalars=NUM_SCALARS,
+            bucket_bytes=bucket_bytes,
+            name=GRADIENTS,
+        )
+        self._scalars = self._accumulated.scalars
         self._sqr_norm = torch.zeros_like(self._loss_sum)
-        self._scale = CheckedScale(self._flat.device)
+        self._scale = CheckedScale(self._scalars.device)
         self._steps = 0
 
-        views = layout.of(gradients)  # the gradients' place carries the parameters once
+        # The gradients' place carries the parameters once.
+        views, flat = self._accumulated.views, self._accumulated.flat
         with torch.no_grad():
             parameters: list[torch.Tensor] = list(self._parameters)
             torch._foreach_copy_(views, parameters)
-            self._start_together({}, gradients, {id(p) for p in self._parameters})
+            self._start_together({"bucket_bytes": bucket_bytes}, flat, {id(p) for p in self._parameters})
             torch._foreach_copy_(parameters, views)
 
     @property
@@ -133,6 +164,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         """
         self._note_dropped_step()
         self._drop()
+        self._accumulated.settle()
         if self.communicator.size > 1:
             digest = self._scalars[DIGEST]
             self._write_digest(digest, everything=True)
@@ -156,11 +188,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
         self._unscale()
         if self.scaling.uses_statistics and (gradients := self._gradients()):
             self._sqr_norm += squared_norm(gradients)
-        self._accumulated.collect()
-        if self._accumulated.micro_batches < self.accumulate:
+        if not self._accumulated.collect(unscaled=getattr(self, "found_inf", None) is not None):
             return
         self._check_parameters()
-        self._accumulated.fill_unseen()
         flat = self._accumulated.flat
         mine = torch.stack([self._sqr_norm, self._loss_sum])
         self._reduce()
@@ -202,7 +232,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
         self._loss_count = 0
         if self.communicator.size > 1:
             self._write_digest(scalars[DIGEST])
-            self._timed_sum(self._flat, GRADIENTS)
+        start = time.perf_counter()
+        self._accumulated.sum()
+        self.seconds_averaging += time.perf_counter() - start
 
     @property
     def _micro_batches_of_all(self) -> int:

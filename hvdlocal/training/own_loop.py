@@ -31,8 +31,8 @@ from hvdlocal.training.user_state import Restorable, UserState
 
 FINISHED = "finished.json"
 
-_SPEED_ONLY = ("foreach", "fused", "capturable")
-"""Hyperparameters that may change when a run is continued."""
+_SPEED_ONLY = ("foreach", "fused", "capturable", "bucket_bytes")
+"""Settings that may change when a run is continued."""
 
 
 class Restored(NamedTuple):
