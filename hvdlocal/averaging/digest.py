@@ -136,7 +136,7 @@ class Digest:
             return
         mine = {fact: {name: self._described(one) for name, one in facts.items()} for fact, facts in self._mine.items()}
         everyone = self._communicator.gather(mine, "hvdlocal.differences")
-        told = {fact: _difference(fact, [one[fact] for one in everyone]) for fact in mine}
+        told = {fact: _difference(fact, [one[fact] for one in everyone], self._communicator) for fact in mine}
         if [fact for fact in told if told[fact]] == [Fact.PARAMETERS] and self._only_rounded(everyone):
             return
         if told.get(Fact.STEPS) and len({one[Fact.PROGRESS]["rounds"] for one in everyone}) == 1:
@@ -279,7 +279,7 @@ def _can_be_read(tensor: torch.Tensor, device: torch.device) -> bool:
     return plain and tensor.device == device and not tensor.is_quantized and tensor.numel() > 0
 
 
-def _difference(fact: Fact, values: Sequence[Mapping[str, Any]]) -> str:
+def _difference(fact: Fact, values: Sequence[Mapping[str, Any]], communicator: Communicator) -> str:
     """A sentence that says which ranks differ from most, in what, and what to do; empty where all are equal."""
     told = [repr(value) for value in values]
     usual = max(told, key=told.count)  # of several that are equally frequent, the first rank's
@@ -290,7 +290,7 @@ def _difference(fact: Fact, values: Sequence[Mapping[str, Any]]) -> str:
         steps, periods = [one["steps"] for one in values[:8]], [one["period"] for one in values[:8]]
         what = f"the ranks took different numbers of local steps in this round, {steps}, with the periods {periods}"
         return f"{what}. {_REMEDIES[fact]}"
-    ranks = ", ".join(map(str, odd[:8])) + (" …" if len(odd) > 8 else "")
+    ranks = ", ".join(str(communicator.job_ranks[rank]) for rank in odd[:8]) + (" …" if len(odd) > 8 else "")
     there, elsewhere = values[odd[0]], values[told.index(usual)]
     names = [name for name in {**elsewhere, **there} if there.get(name) != elsewhere.get(name)]
     shown = ", ".join(
@@ -298,4 +298,6 @@ def _difference(fact: Fact, values: Sequence[Mapping[str, Any]]) -> str:
         for name in names[:4]
     )
     plural = "s" if len(odd) > 1 else ""
-    return f"Rank{plural} {ranks} of {len(told)} ({shown}{' …' if len(names) > 4 else ''}): {_REMEDIES[fact]}"
+    return (
+        f"Rank{plural} {ranks} of {communicator.job_size} ({shown}{' …' if len(names) > 4 else ''}): {_REMEDIES[fact]}"
+    )

@@ -2,8 +2,9 @@
 
 Layout of `FlatBuffer.flat`, float32, every part beginning at a multiple of 64 bytes:
 
-    [ parameters | averaged buffers | averaged moments | scalars, digest | statistics vector | statistics scalars ]
-      `replica`, divided by a number of workers after the sum  ───┘
+    [ parameters | averaged moments | averaged buffers | scalars, digest | statistics vector | statistics scalars ]
+      `weights`, equal on the ranks   └ `own`: every rank's, also inside of an island
+      of an island
 
 Parameters and buffers become views of it; `Tensor.data` is re-pointed, so module and optimizer keep their tensor objects.
 """
@@ -76,33 +77,39 @@ class FlatBuffer:
         moments: number of optimizer moments per parameter.
         statistics: length of the gradient statistics' vector; 0 for none, in which case its scalars are left out too.
         device: where the buffer lies.
+        slices: the number of equal parts into which the buffer can be cut, with and without the statistics.
     """
 
     def __init__(
-        self, layout: FlatViews, buffer_layout: FlatViews, moments: int, statistics: int, device: torch.device
+        self,
+        layout: FlatViews,
+        buffer_layout: FlatViews,
+        moments: int,
+        statistics: int,
+        device: torch.device,
+        slices: int = 1,
     ) -> None:
-        lengths = [layout.numel, buffer_layout.numel, moments * layout.numel, len(Scalar) + DIGEST_SIZE]
-        if statistics:
-            lengths += [statistics, len(StatisticsScalar)]
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + aligned(length))
-        self.flat = torch.zeros(starts[-1], dtype=torch.float32, device=device)
+        weights = (1 + moments) * layout.numel
+        buffers, scalars = weights, weights + aligned(buffer_layout.numel)
+        vector = aligned(scalars + len(Scalar) + DIGEST_SIZE, slices)
+        counts = vector + aligned(statistics)
+        end = aligned(counts + len(StatisticsScalar), slices) if statistics else vector
+        self.flat = torch.zeros(end, dtype=torch.float32, device=device)
 
         self.layout = layout
         self.parameters = self.flat[: layout.numel]
+        self.weights = self.flat[:weights]
+        self.moments = [layout.of(part) for part in self.weights.split(layout.numel)[1:]]
         self.buffer_layout = buffer_layout
-        self.buffers = self.flat[starts[1] : starts[1] + buffer_layout.numel]
-        moment_parts = self.flat[starts[2] : starts[2] + moments * layout.numel]
-        self.moments = [layout.of(part) for part in moment_parts.split(layout.numel)] if moments else []
-        self.weights = [self.parameters, moment_parts] if moments else [self.parameters]
-        self.replica = self.flat[: starts[3]]
-        self.scalars = self.flat[starts[3] : starts[3] + len(Scalar) + DIGEST_SIZE]
+        self.buffers = self.flat[buffers : buffers + buffer_layout.numel]
+        self.replica = self.flat[:scalars]
+        self.scalars = self.flat[scalars : scalars + len(Scalar) + DIGEST_SIZE]
         self.digest = self.scalars[len(Scalar) :]
-        self.without_statistics = self.flat[: starts[4]]
-        self.statistics = self.flat[starts[4] : starts[4] + statistics]
-        self.statistics_scalars = self.flat[starts[5] : starts[5] + len(StatisticsScalar)] if statistics else None
-        self.with_statistics_scalars = self.flat[starts[4] :]
+        self.without_statistics = self.flat[:vector]
+        self.statistics = self.flat[vector : vector + statistics]
+        self.statistics_scalars = self.flat[counts : counts + len(StatisticsScalar)] if statistics else None
+        self.with_statistics_scalars = self.flat[vector:]
+        self.own_start = weights
 
 
 class FlatReplica(FlatBuffer):
@@ -113,12 +120,18 @@ class FlatReplica(FlatBuffer):
         buffers: module buffers to average; they become views too.
         moments: see `FlatBuffer`.
         statistics: see `FlatBuffer`.
+        slices: see `FlatBuffer`.
     """
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], buffers: Sequence[torch.Tensor], moments: int, statistics: int
+        self,
+        parameters: Sequence[torch.Tensor],
+        buffers: Sequence[torch.Tensor],
+        moments: int,
+        statistics: int,
+        slices: int = 1,
     ) -> None:
-        super().__init__(FlatViews(parameters), FlatViews(buffers), moments, statistics, parameters[0].device)
+        super().__init__(FlatViews(parameters), FlatViews(buffers), moments, statistics, parameters[0].device, slices)
         self.views = [*self.layout.of(self.parameters), *self.buffer_layout.of(self.buffers)]
         with torch.no_grad():
             for tensor, view in zip([*parameters, *buffers], self.views, strict=True):
@@ -179,6 +192,7 @@ class CoordinateSample:
         self._origin.copy_(origin)
 
 
-def aligned(numel: int) -> int:
-    """The elements that a part takes with the gap to the next one."""
-    return -(-numel // ALIGNMENT) * ALIGNMENT
+def aligned(numel: int, slices: int = 1) -> int:
+    """The next number of elements of which each of `slices` equal parts begins at a multiple of the alignment."""
+    step = ALIGNMENT * slices
+    return -(-numel // step) * step

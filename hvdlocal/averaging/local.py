@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_moved_tensors, refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.island_gradient import IslandGradient
+from hvdlocal.averaging.islands import Islands
 from hvdlocal.averaging.moments import adopt_moments, averaged_moments, refuse_new_moments
 from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
 from hvdlocal.averaging.period import PeriodRule
@@ -23,7 +26,7 @@ from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.averaging.round_average import Averaged, RoundAverage
 from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
-from hvdlocal.averaging.setup import owner_of
+from hvdlocal.averaging.setup import check_island_period, owner_of
 from hvdlocal.communicator import Communicator
 
 MOMENTUM_POLICIES = ("local", "average", "reset")
@@ -68,6 +71,9 @@ class LocalOptimizer(ReplicaOptimizer):
         budget: S, scale-invariant iterations after which `finished` turns true; None for no end.
         max_norm: clips the gradient of every local step to this norm, after the statistics were taken.
         rate_for_period: which learning rate the period rule sees: "scaled" (gain·γ, what is applied) or "base" (γ).
+        island_period: with islands (`hvdlocal.init(island=…)`), 1 takes every step on the mean gradient of the island's ranks;
+            p > 1 lets every rank step on its own gradient and averages the parameters inside of the island every p steps
+            (hierarchical local SGD, Lin et al. 2020), for which no gain is derived.
         communicator: by default that of `hvdlocal.init()`.
 
     Raises:
@@ -90,6 +96,7 @@ class LocalOptimizer(ReplicaOptimizer):
         budget: float | None = None,
         max_norm: float | None = None,
         rate_for_period: Literal["scaled", "base"] = "scaled",
+        island_period: int = 1,
         communicator: Communicator | None = None,
     ) -> None:
         scaling = scaling or NoScaling()
@@ -105,6 +112,7 @@ class LocalOptimizer(ReplicaOptimizer):
             raise ValueError(f"momentum={momentum!r}: choose one of {', '.join(MOMENTUM_POLICIES)}")
         if rate_for_period not in ("scaled", "base"):
             raise ValueError(f"rate_for_period={rate_for_period!r}: choose 'scaled' or 'base'")
+        check_island_period(island_period, scaling)
         super().__init__(
             optimizer,
             model,
@@ -117,6 +125,8 @@ class LocalOptimizer(ReplicaOptimizer):
         )
         if budget is None:
             scaling.gain(self._progress.context(1))  # refuses a rule that needs the budget now, not at the first step
+        self._islands = self._form_islands(int(island_period))
+        self._island_period = int(island_period)
         self._planner = RoundPlanner(period, self._progress, rate_for_period)
         self._momentum_policy = momentum
         self._moment_names = averaged_moments(optimizer) if momentum == "average" else ()
@@ -134,13 +144,20 @@ class LocalOptimizer(ReplicaOptimizer):
             list(averaged.values()),
             len(self._moment_names),
             self._statistics.size if self._statistics else 0,
+            slices=self._ranks_per_worker,
         )
         for alias, name in aliases:
             alias.data = averaged[name].data
         self._averaged_names = list(averaged)
         self._buffer_owners = [owner_of(model, name) for name in averaged]
         self._accumulated = None
-        if accumulate > 1:
+        self._inside: IslandGradient | None = None
+        self._empty = 0
+        if self._islands and island_period == 1:
+            named = dict(zip(self._names, self._parameters, strict=True))
+            self._inside = IslandGradient(self._islands.inside, model, named, accumulate)
+            self._accumulated = self._inside.sums
+        elif accumulate > 1:
             layout = self._flat_replica.layout
             flat = torch.zeros(layout.numel, dtype=torch.float32, device=self._parameters[0].device)
             self._accumulated = GradientBuffer(self._parameters, layout, flat)
@@ -151,13 +168,20 @@ class LocalOptimizer(ReplicaOptimizer):
         self._divergence: float | None = None
         self._short_rounds = 0
         self._start_together(
-            {"period": repr(period), "momentum": momentum, "rate_for_period": rate_for_period},
+            {
+                "period": repr(period),
+                "momentum": momentum,
+                "rate_for_period": rate_for_period,
+                "island_size": self._ranks_per_worker,
+                "island_period": self._island_period,
+            },
             self._flat_replica.replica,
             {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
         )
         self._sample = CoordinateSample(self._flat_replica.parameters)
         self._round_average = RoundAverage(
             self.communicator,
+            self._islands,
             self._digest,
             self._sample,
             # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
@@ -165,6 +189,22 @@ class LocalOptimizer(ReplicaOptimizer):
             with_statistics=self._statistics is not None and self._stale,
         )
         self._mean: ApplyMean = ReplaceByMean(self._flat_replica)
+
+    def _form_islands(self, period: int) -> Islands | None:
+        """The islands of the communicator; None where every rank is a worker.
+
+        Raises:
+            ValueError: there are none, and `period` asks for some.
+        """
+        inside, across = self.communicator.island, self.communicator.peers
+        if inside is None or across is None:
+            if period > 1:
+                raise ValueError(
+                    f"island_period={period} without islands: give hvdlocal.init(island=…) the ranks of an island, or leave "
+                    "island_period out"
+                )
+            return None
+        return Islands(inside, across, diverge=period > 1)
 
     def _warn(self, message: str) -> None:
         """Warns once for all ranks."""
@@ -227,6 +267,8 @@ class LocalOptimizer(ReplicaOptimizer):
         if self._accumulated:
             self._accumulated.drop()
             self._overflowed = False
+        if self._inside:
+            self._inside.sums.settle()
         if self.round_under_way:
             self._end_round()
         elif self.communicator.size > 1:
@@ -249,20 +291,23 @@ class LocalOptimizer(ReplicaOptimizer):
         if self.accumulate > 1 or self._max_norm is not None:  # statistics look by themselves, once a round
             refuse_sparse_gradients(self._parameters, self._needs_dense_gradients() or "")
         self._unscale()
-        empty = 0
-        if self._accumulated:
-            self._accumulated.collect()
-            if self._accumulated.micro_batches < self.accumulate:
-                return
-            empty = self._accumulated.empty
-            self._accumulated.flat.div_(self.accumulate)
-            self._accumulated.give_back()
-        if not self.round_under_way:
+        if not self._collect():
+            return
+        begins = not self.round_under_way
+        if begins:
             if self.in_sync:
                 self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
             self._mean.begin_round()
             if self._statistics:
-                self._take_statistics(valid=not (empty or self._overflowed) and bool(self._gradients()))
+                self._write_statistics(self._statistics)
+        if self._inside:
+            start = time.perf_counter()
+            self._overflowed = self._inside.give_mean(self._facts(), self._overflowed)
+            self.seconds_inside += time.perf_counter() - start
+        if begins:
+            if self._statistics and not self._stale:
+                self._timed_sum(self._flat_replica.with_statistics_scalars, "hvdlocal.statistics")
+                self._use_statistics(*summed_statistics(self._flat_replica).tolist())
             self._choose_period()
             if self.progress == 0 and self._smoothed.grad_sqr is not None:
                 # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.
@@ -275,6 +320,24 @@ class LocalOptimizer(ReplicaOptimizer):
             if self.period > 1:
                 self._short_rounds = 0
             self._end_round()
+        elif self._island_period > 1 and self._steps_in_round % self._island_period == 0:
+            self._average_inside()
+
+    def _collect(self) -> bool:
+        """Takes in the gradients of a micro-batch; returns whether it was the last of a step."""
+        self._empty = 0
+        if self._inside:
+            complete = self._inside.sums.collect(unscaled=getattr(self, "found_inf", None) is not None)
+            self._empty = self._inside.sums.empty
+            return complete
+        if isinstance(self._accumulated, GradientBuffer):
+            self._accumulated.collect()
+            if self._accumulated.micro_batches < self.accumulate:
+                return False
+            self._empty = self._accumulated.empty
+            self._accumulated.flat.div_(self.accumulate)
+            self._accumulated.give_back()
+        return True
 
     def _choose_period(self) -> None:
         """Chooses H of the round that begins."""
@@ -300,31 +363,25 @@ class LocalOptimizer(ReplicaOptimizer):
     def _stale(self) -> bool:
         return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
 
-    def _take_statistics(self, valid: bool) -> None:
-        """Writes the statistics of this rank's first gradient of the round; sends and uses them at once unless they are stale.
-
-        Args:
-            valid: see `RoundStatistics.write`.
-        """
-        assert self._statistics is not None
-        self._statistics.write(self._flat_replica, valid)
-        if not self._stale:
-            self._timed_sum(self._flat_replica.with_statistics_scalars, "hvdlocal.statistics")
-            self._use_statistics(*summed_statistics(self._flat_replica).tolist())
+    def _write_statistics(self, statistics: RoundStatistics) -> None:
+        """Writes the statistics of this rank's first gradient of the round into the flat buffer."""
+        gradients = self._inside.own_means() if self._inside else [p.grad for p in self._parameters]
+        complete = not (self._empty or self._overflowed) and any(gradient is not None for gradient in gradients)
+        statistics.write(self._flat_replica, gradients, valid=complete)
 
     def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float) -> None:
         """Makes an estimate of the summed statistics.
 
         An overflow, on any rank or of the sum, makes it void on all ranks alike, and so does a rank without a gradient.
         """
-        workers = self.communicator.size
-        if valid > workers - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
+        ranks = self.communicator.size  # those of an island, too: their gradients are taken before their mean
+        if valid > ranks - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
             self._update_statistics(
                 sum_sqr_norm,
                 sqr_norm_of_sum,
-                gradients=workers,
+                gradients=ranks,
                 micro_batches=self.accumulate,
-                theta_batches=workers * self._steps_since_statistics * self.accumulate,
+                theta_batches=ranks * self._steps_since_statistics * self.accumulate,
             )
             self._steps_since_statistics = 0
 
@@ -338,8 +395,23 @@ class LocalOptimizer(ReplicaOptimizer):
         self._steps_in_round = 0
         self._use_average(averaged)
 
+    def _average_inside(self) -> None:
+        """Averages the replicas of this rank's island."""
+        assert self._islands is not None
+        self._prepare_replica()
+        start = time.perf_counter()
+        self._islands.mean_weights_(self._flat_replica)
+        self.seconds_inside += time.perf_counter() - start
+
     def _begin_average(self) -> None:
-        """Checks the replica and begins the average of the round."""
+        """Begins the average of the round."""
+        self._prepare_replica()
+        self._round_average.begin(self._mean.message(), self._facts(), self._loss_sum, self._loss_count, self._stop)
+        self._loss_sum.zero_()
+        self._loss_count = 0
+
+    def _prepare_replica(self) -> None:
+        """Checks that the replica lies in the flat buffer, with the moments that are averaged."""
         self._check_parameters()
         buffers = [getattr(module, name, None) for module, name in self._buffer_owners]
         refuse_moved_tensors(
@@ -348,9 +420,6 @@ class LocalOptimizer(ReplicaOptimizer):
         if self._momentum_policy == "average":
             refuse_new_moments(self.optimizer, self._moment_names)
         adopt_moments(self.optimizer, self._moment_names, self._parameters, self._flat_replica)
-        self._round_average.begin(self._mean.message(), self._facts(), self._loss_sum, self._loss_count, self._stop)
-        self._loss_sum.zero_()
-        self._loss_count = 0
 
     def _use_average(self, averaged: Averaged) -> None:
         """Applies the mean, and takes in what came with it.
@@ -370,13 +439,13 @@ class LocalOptimizer(ReplicaOptimizer):
         mine_is_bad = not averaged.mine_is_finite
         if self._momentum_policy == "reset" or averaged.lost or (mine_is_bad and self._momentum_policy == "local"):
             self.state.clear()
-        workers = self.communicator.size
-        self._use_loss(averaged.loss, needed=averaged.replicas == workers)
+        complete = averaged.replicas == self.num_workers
+        self._use_loss(averaged.loss, needed=complete)
         if averaged.lost:
             self._raise_nonfinite(mine_is_bad, "no rank holds a usable model any more.")
-        if averaged.replicas < workers:
+        if not complete:
             self._raise_nonfinite(mine_is_bad, "the model is now the average of the other ranks.")
-        if averaged.buffer_replicas < workers:
+        if averaged.buffer_replicas < self.communicator.size:
             if not averaged.buffer_replicas:
                 self._flat_replica.buffers.fill_(math.nan)
             raise_nonfinite_buffers(

@@ -125,6 +125,14 @@ class MeanGradient:
         self._unscaled = unscaled
         return True
 
+    def own_sums(self) -> list[torch.Tensor | None]:
+        """This rank's sum of the step's gradients for every parameter, before `sum`; None where there is none."""
+        latest = [parameter.grad for parameter in self._parameters]
+        if self._collected is None:
+            return latest
+        before = [self._collected.sum_of(i) for i in range(len(latest))]
+        return [a if b is None else b if a is None else a + b for a, b in zip(latest, before, strict=True)]
+
     @torch.no_grad()
     def sum(self) -> None:
         """Replaces the gradients and the scalars by their sums over the ranks; a collective of as many messages as buckets.

@@ -45,7 +45,7 @@ class ReplicaOptimizer(WrappedOptimizer):
     """
 
     _averages_parameters = False
-    """Whether differences between the parameters of the ranks end at the next averaging."""
+    """Whether differences between the parameters of the ranks end at the next averaging, and islands are workers."""
 
     _accumulated: GradientBuffer | MeanGradient | None
 
@@ -66,7 +66,9 @@ class ReplicaOptimizer(WrappedOptimizer):
         self.communicator = communicator or current()
         self.model = model
         self._smoothed = SmoothedStatistics()
-        self._progress = Progress(scaling, self.communicator.size, accumulate, budget, self._smoothed)
+        self._accumulate = accumulate
+        ranks = self._ranks_per_worker
+        self._progress = Progress(scaling, self.communicator.size // ranks, ranks * accumulate, budget, self._smoothed)
         self._max_norm = max_norm
         self._names, self._parameters = trainable(optimizer, model)
         self._owners = [owner_of(model, name) for name in self._names]
@@ -93,6 +95,7 @@ class ReplicaOptimizer(WrappedOptimizer):
         self._stop = False
         self._stop_requested = False
         self.seconds_averaging = 0.0
+        self.seconds_inside = 0.0
 
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
@@ -104,7 +107,12 @@ class ReplicaOptimizer(WrappedOptimizer):
     @property
     def accumulate(self) -> int:
         """a, micro-batches (calls of `step`) per optimizer step."""
-        return self._progress.accumulate
+        return self._accumulate
+
+    @property
+    def num_workers(self) -> int:
+        """K of the papers' formulas: the replicas that differ between two averagings, islands or ranks."""
+        return self._progress.num_workers
 
     @property
     def budget(self) -> float | None:
@@ -267,7 +275,8 @@ class ReplicaOptimizer(WrappedOptimizer):
             progress: `progress` of the old run in units of this one, whose steps stand for another number of samples.
         """
         own = {**state_dict.get("hvdlocal", {}), "progress": progress, "rank": self.communicator.rank}
-        own |= {"num_workers": self.communicator.size, "loss_count": 0, "accumulated": {}, "overflowed": False}
+        own |= {"num_workers": self.communicator.size, "ranks_per_worker": self._ranks_per_worker}
+        own |= {"loss_count": 0, "accumulated": {}, "overflowed": False}
         own["loss_sum"] = torch.zeros((), dtype=torch.float32, device="cpu")
         self.load_state_dict({**state_dict, "hvdlocal": {**own, **self._after_averaging(own)}})
 
@@ -282,6 +291,7 @@ class ReplicaOptimizer(WrappedOptimizer):
             "version": STATE_VERSION,
             "class": type(self).__name__,
             "num_workers": self.communicator.size,
+            "ranks_per_worker": self._ranks_per_worker,
             "rank": self.communicator.rank,
             "optimizer": type(self.optimizer).__name__,
             "accumulate": self.accumulate,
@@ -302,6 +312,13 @@ class ReplicaOptimizer(WrappedOptimizer):
             raise ValueError(
                 f"this state was saved in the middle of a round by rank {own['rank']} of {own['num_workers']} and cannot be "
                 f"continued by rank {self.communicator.rank} of {self.communicator.size}: load each rank's own, or save after "
+                "synchronize()"
+            )
+        ranks = own.get("ranks_per_worker", 1)  # older states lack it
+        if ranks != self._ranks_per_worker and own.get("steps_in_round"):
+            raise ValueError(
+                f"this state was saved in the middle of a round of islands of {ranks} rank{'s' * (ranks > 1)} and cannot be "
+                f"continued with islands of {self._ranks_per_worker}: initialise with the same island, or save after "
                 "synchronize()"
             )
         if own["accumulated"] and own["accumulate"] != self.accumulate:
@@ -340,8 +357,15 @@ class ReplicaOptimizer(WrappedOptimizer):
     def _check_parameters(self) -> None:
         refuse_new_parameters(type(self).__name__, self.model, self._owners, self._parameters, self.param_groups)
 
+    @property
+    def _ranks_per_worker(self) -> int:
+        """n, the ranks of an island where islands are workers; else 1."""
+        return self.communicator.island_size if self._averages_parameters else 1
+
     def _needs_dense_gradients(self) -> str | None:
         """The setting with which gradients must be dense, if there is one."""
+        if self._ranks_per_worker > 1:
+            return f"island={self._ranks_per_worker}"
         if self.accumulate > 1:
             return f"accumulate={self.accumulate}"
         if self._max_norm is not None:

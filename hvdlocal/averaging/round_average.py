@@ -11,6 +11,7 @@ import torch
 
 from hvdlocal.averaging.digest import Digest, Fact
 from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer, Scalar
+from hvdlocal.averaging.islands import Islands
 from hvdlocal.averaging.nonfinite import CheckedScale
 from hvdlocal.averaging.round_statistics import summed_statistics
 from hvdlocal.communicator import Communicator
@@ -25,10 +26,10 @@ class Averaged:
 
     Attributes:
         mean: the message, which now holds the mean.
-        replicas: number of replicas in the mean; those that are not finite are left out.
+        replicas: number of workers' replicas in the mean; those that are not finite are left out.
         lost: whether no rank holds a finite mean.
         buffer_replicas: number of ranks whose averaged buffers are in their mean; 0 when that mean is not finite.
-        mine_is_finite: whether this rank's replica was.
+        mine_is_finite: whether this rank's replica was, and those of its island.
         finite_buffers: which elements of this rank's averaged buffers were, a mask.
         divergence: (1/K) Σ_k ‖w_k − w̄‖² (Eq. 22); None without a finite replica.
         loss: mean of the losses that the ranks recorded; None without any.
@@ -57,7 +58,7 @@ class _Pending:
     Attributes:
         message: what is summed.
         wait: returns when the sum is there.
-        nonfinite: whether this rank's replica is not finite: 0 or 1, on the device and of shape ().
+        nonfinite: whether a replica of this worker's ranks is not finite: 0 or 1, on the device and of shape ().
         finite_buffers: which elements of its averaged buffers are finite, a mask.
         seconds: that it took to begin.
     """
@@ -75,6 +76,7 @@ class RoundAverage:
     Args:
         communicator: the ranks.
         digest: what must be equal on all ranks.
+        islands: the islands of the ranks; None where every rank is a worker.
         sample: of the replica's parameters; its origin is where the round began.
         compares_origin: whether that origin must be equal on all ranks.
         with_statistics: whether the gradient statistics travel with the average.
@@ -83,6 +85,7 @@ class RoundAverage:
     def __init__(
         self,
         communicator: Communicator,
+        islands: Islands | None,
         digest: Digest,
         sample: CoordinateSample,
         *,
@@ -90,6 +93,8 @@ class RoundAverage:
         with_statistics: bool,
     ) -> None:
         self.communicator = communicator
+        self._islands = islands
+        self._ranks_per_worker = islands.inside.size if islands else 1
         self._digest = digest
         self._sample = sample
         self._compares_origin = compares_origin
@@ -117,10 +122,13 @@ class RoundAverage:
         assert self._pending is None
         nonfinite, finite_buffers = self._write_scalars(message, loss_sum, loss_count, stop)
         self._write_digest(message, facts)
+        sent = message.flat if self._with_statistics else message.without_statistics
         start = time.perf_counter()
-        wait = self.communicator.start_sum_(
-            message.flat if self._with_statistics else message.without_statistics, AVERAGE
-        )
+        if self._islands:
+            nonfinite = self._islands.merge(message, sent)
+            wait = self._islands.start_sum_(sent, AVERAGE)
+        else:
+            wait = self.communicator.start_sum_(sent, AVERAGE)
         self._pending = _Pending(message, wait, nonfinite, finite_buffers, time.perf_counter() - start)
 
     def finish(self) -> Averaged:
@@ -136,9 +144,10 @@ class RoundAverage:
         pending.wait()
         seconds = pending.seconds + time.perf_counter() - start if self.communicator.size > 1 else 0.0
         message, ranks = pending.message, self.communicator.size
+        per_worker = self._ranks_per_worker
         on_device = message.scalars
-        healthy_ranks = (ranks - on_device[Scalar.NONFINITE]).clamp_(min=1)
-        nonfinite = self._scale(message.weights, healthy_ranks.reciprocal_())
+        healthy_workers = (ranks - on_device[Scalar.NONFINITE]).div_(per_worker).clamp_(min=1)
+        nonfinite = self._scale([message.weights], healthy_workers.reciprocal_())
         buffers = message.buffers.div_((ranks - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
         # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
         moved = self._sample.distance(message.parameters).view(1)
@@ -151,14 +160,14 @@ class RoundAverage:
             numbers[on_device.numel() :],
         )
         self._digest.check_all(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
-        replicas = ranks - round(scalars[Scalar.NONFINITE])
+        healthy_ranks = ranks - round(scalars[Scalar.NONFINITE])
         # (1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began.
-        divergence = max(scalars[Scalar.DISPLACEMENT] / replicas - moved, 0.0) if replicas else None
+        divergence = max(scalars[Scalar.DISPLACEMENT] / healthy_ranks - moved, 0.0) if healthy_ranks else None
         count = scalars[Scalar.LOSS_COUNT]
         return Averaged(
             mean=message,
-            replicas=replicas,
-            lost=not replicas or found > 0,
+            replicas=healthy_ranks // per_worker,
+            lost=not healthy_ranks or found > 0,
             buffer_replicas=ranks - round(scalars[Scalar.NONFINITE_BUFFERS]) if finite_sum else 0,
             mine_is_finite=not bad,
             finite_buffers=pending.finite_buffers,
@@ -181,7 +190,7 @@ class RoundAverage:
         """
         self._write_digest(message, facts, everything=True)
         # Under the averaging's name: a rank that is in the middle of a round meets this one there, and both get an error.
-        self.communicator.sum_(message.digest, AVERAGE)
+        (self._islands or self.communicator).sum_(message.digest, AVERAGE)
         self._digest.check(message.digest.tolist())
 
     def _write_scalars(

@@ -32,21 +32,22 @@ class RoundStatistics:
             self._sketch = GradientSketch(numels, size, parameters[0].device)
             self.size = self._sketch.size
 
-    def write(self, buffer: FlatBuffer, valid: bool) -> None:
+    def write(self, buffer: FlatBuffer, gradients: Sequence[torch.Tensor | None], valid: bool) -> None:
         """Writes this rank's vector and scalars into `buffer`.
 
         Args:
             buffer: where the statistics have a place.
+            gradients: this rank's, one for each parameter.
             valid: whether every micro-batch brought a gradient without overflow. Else there is no estimate on any rank: no
                 gradient is not a gradient of zero.
         """
         vector, scalars = buffer.statistics, buffer.statistics_scalars
         assert scalars is not None
-        gradients = [_dense_gradient(p) for p in self._parameters]
+        dense = [_dense_gradient(p, gradient) for p, gradient in zip(self._parameters, gradients, strict=True)]
         if self._sketch:
-            self._sketch.project(gradients, vector)
+            self._sketch.project(dense, vector)
         else:
-            torch.cat([gradient.as_strided((gradient.numel(),), (1,)) for gradient in gradients], out=vector)
+            torch.cat([gradient.as_strided((gradient.numel(),), (1,)) for gradient in dense], out=vector)
         sqr_norm = torch.dot(vector, vector)
         scalars[StatisticsScalar.SQR_NORM].copy_(sqr_norm)
         if valid:
@@ -62,9 +63,8 @@ def summed_statistics(buffer: FlatBuffer) -> torch.Tensor:
     return torch.cat([buffer.statistics_scalars, torch.dot(vector, vector).view(1)])
 
 
-def _dense_gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+def _dense_gradient(parameter: torch.nn.Parameter, gradient: torch.Tensor | None) -> torch.Tensor:
     """The gradient in the parameter's memory order, itself when it has the parameter's strides."""
-    gradient = parameter.grad
     if gradient is None:
         return torch.zeros_like(parameter)
     if gradient.is_sparse:

@@ -52,6 +52,16 @@ def check_arguments(
         raise ValueError(f"max_norm={max_norm!r}: must be a positive number, or None")
 
 
+def check_island_period(island_period: int, scaling: Scaling) -> None:
+    if not (isinstance(island_period, Integral) and island_period >= 1):
+        raise ValueError(f"island_period={island_period!r}: must be a whole number of at least 1")
+    if island_period > 1 and scaling.uses_statistics:
+        raise ValueError(
+            f"island_period={island_period} with {type(scaling).__name__}: no gain is derived for parameters that are averaged "
+            "inside of an island; use island_period=1, NoScaling() or LinearScaling()"
+        )
+
+
 def trainable(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Parameter]]:
     """The parameters to train, in the model's order; tied weights once, frozen ones left out."""
     in_optimizer = {id(p) for group in optimizer.param_groups for p in group["params"]}

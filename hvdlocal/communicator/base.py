@@ -74,7 +74,7 @@ class Communicator(ABC):
         self.traffic = Traffic()
         self.island: Communicator | None = None
         self.peers: Communicator | None = None
-        self._job_size = size
+        self.job_size = size
 
     @property
     def island_size(self) -> int:
@@ -129,6 +129,20 @@ class Communicator(ABC):
         if not tensor.is_contiguous():
             tensor.detach().copy_(flat.view(tensor.shape))
 
+    def share_slices_(self, tensor: torch.Tensor, name: str) -> None:
+        """Replaces each of `size` equal slices of a tensor by that of the rank of the same number (an allgather in place).
+
+        Args:
+            tensor: contiguous; its elements are a multiple of `size`; the same shape and dtype on every rank.
+            name: as for `sum_`.
+        """
+        self._count(tensor)
+        if self.size == 1:
+            return
+        with self._explained(name):
+            for one, piece_name in self._start_sharing(tensor.detach().view(-1), name):
+                self._wait(one, piece_name)
+
     def gather(self, value: Any, name: str) -> list[Any]:
         """The picklable `value` of every rank, in the order of the ranks, on every rank."""
         if self.size == 1:
@@ -159,7 +173,7 @@ class Communicator(ABC):
         Raises:
             ValueError: the ranks are not divided into groups, the ranks gave different groups, or this is a group itself.
         """
-        if self.size != self._job_size:
+        if self.size != self.job_size:
             raise ValueError(
                 f"split ({name!r}): a group cannot be divided again; split the communicator of the whole job"
             )
@@ -176,7 +190,7 @@ class Communicator(ABC):
 
     def describe(self) -> str:
         """This process, for the beginning of a message: 'rank 3 of 8 on node17'."""
-        return f"rank {self.job_ranks[self.rank]} of {self._job_size} on {socket.gethostname()}"
+        return f"rank {self.job_ranks[self.rank]} of {self.job_size} on {socket.gethostname()}"
 
     @property
     def is_open(self) -> bool:
@@ -206,6 +220,15 @@ class Communicator(ABC):
 
     @abstractmethod
     def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Pending: ...  # flat is uint8
+
+    def _start_sharing(self, flat: torch.Tensor, name: str) -> list[tuple[Pending, str]]:
+        """Begins `share_slices_`, as broadcasts at the same time; an engine with an allgather in place has a faster way."""
+        slices = flat.split(flat.numel() // self.size)
+        return [
+            (self._start_broadcast(piece, piece_name, root), piece_name)
+            for root, one in enumerate(slices)
+            for piece, piece_name in _pieces(one.view(torch.uint8), f"{name}.{root}")
+        ]
 
     @abstractmethod
     def _gather_bytes(self, data: bytes, name: str) -> list[bytes]: ...
