@@ -16,7 +16,12 @@ from hvdlocal.averaging.digest import Fact, rounded
 from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
-from hvdlocal.averaging.guards import refuse_moved_tensors, refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.guards import (
+    refuse_moved_tensors,
+    refuse_renormalised_weights,
+    refuse_sparse_gradients,
+    renormalised_weights,
+)
 from hvdlocal.averaging.island_gradient import IslandGradient
 from hvdlocal.averaging.islands import Islands
 from hvdlocal.averaging.moments import adopt_moments, averaged_moments, refuse_new_moments
@@ -154,6 +159,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._inside: IslandGradient | None = None
         self._empty = 0
         if self._islands and island_period == 1:
+            refuse_renormalised_weights(model, self._parameters)
             named = dict(zip(self._names, self._parameters, strict=True))
             self._inside = IslandGradient(self._islands.inside, model, named, accumulate)
             self._accumulated = self._inside.sums
@@ -288,7 +294,7 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def _take_gradient(self) -> None:
-        if self.accumulate > 1 or self._max_norm is not None:  # statistics look by themselves, once a round
+        if self._inside or self.accumulate > 1 or self._max_norm is not None:  # statistics look by themselves
             refuse_sparse_gradients(self._parameters, self._needs_dense_gradients() or "")
         self._unscale()
         if not self._collect():
