@@ -1,6 +1,7 @@
 """What hvdlocal asks of a message-passing library: three collectives, and a wait that ends.
 
-Everything above this package talks to a `Communicator`; only the backends beside this file import Horovod or MPI.
+Everything above this package talks to a `Communicator`; only the engines beside this file import Horovod, MPI or
+torch.distributed.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class Communicator(ABC):
     with an error that names the collective and the rank when `timeout_seconds` have passed.
 
     Attributes:
-        backend: "horovod", "mpi4py", or "single" (`SingleProcess`).
+        backend: "horovod", "mpi4py", "torch", or "single" (`SingleProcess`).
         rank, size: this process among the processes of this communicator.
         job_ranks: the ranks of this communicator as they are numbered in the job; in messages ranks have these numbers.
         local_rank, local_size: this process among those on its node.
