@@ -59,6 +59,11 @@ class LocalOptimizer(ReplicaOptimizer):
     round's last step. With a budget, the last round is shortened to end on the step that uses it up. With `LocalAdaScale`, the
     gain of a round comes from gradients of earlier rounds (`stale=True`) or of its own first step (`stale=False`).
 
+    With islands (`hvdlocal.init(island="node")`) a worker is an island of n ranks: every step uses the mean gradient of its
+    ranks, and the islands are averaged. K of the papers is then the number of islands (`num_workers`), a step stands for n·a
+    micro-batches, and the gradient statistics come from the gradients of all ranks. An island needs memory for the mean gradient,
+    as data parallelism does; see `SynchronousOptimizer`, also for gradients that are changed between backward pass and `step`.
+
     Parameters are views of one large buffer, and torch.save writes whole buffers: clone the tensors of a `state_dict` first.
 
     Args:
