@@ -439,3 +439,17 @@ def test_layers_whose_ranks_change_their_weights_in_the_forward_pass_are_refused
     local(torch.nn.Embedding(4, 2, max_norm=1.0), 2, island_period=2, communicator=islands)
     with pytest.raises(ValueError, match=f"sparse gradients, but island={islands.island_size} needs dense ones"):
         local(torch.nn.Embedding(4, 2, sparse=True), 2, communicator=islands)
+
+
+def test_one_island_of_all_ranks_is_data_parallelism_and_is_told(comm):
+    if comm.size == 1:
+        pytest.skip("one rank is no island")
+    model = Slope(start=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = local(model, 3, communicator=with_islands(comm, comm.size))
+    told = [str(one.message) for one in caught if "form one island" in str(one.message)]
+    assert len(told) == (comm.rank == 0)
+    step(optimizer, model, odd(comm)[comm.rank])
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), -mean(odd(comm))))
+    assert (optimizer.num_workers, optimizer.steps_in_round) == (1, 1)
