@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import inspect
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from hvdlocal.training import config
 from hvdlocal.training.settings import Setting, settings_of
@@ -44,7 +44,7 @@ def tables() -> str:
 
 def values(setting: Setting) -> str:
     """The values that a setting may have, in words."""
-    kinds = get_args(setting.type) if get_origin(setting.type) is UnionType else (setting.type,)
+    kinds = get_args(setting.type) if get_origin(setting.type) in (UnionType, Union) else (setting.type,)
     words = [_kind(kind) for kind in kinds if kind is not NoneType]
     return ", ".join(
         words

@@ -129,8 +129,10 @@ mpirun_over() {
 srun_over() {
   # Named again because srun does not inherit --cpus-per-task from Slurm 22.05 to 23.02. Without --kill-on-bad-exit the ranks of a
   # dead one wait until their deadline. No --unbuffered: it makes a terminal of the log, and progress bars would fill it.
+  local mpi=pmix
+  if [[ ${HVDLOCAL_BACKEND:-} == torch ]]; then mpi=none; fi # its ranks meet by what Slurm itself tells them
   # shellcheck disable=SC2034 # the templates use it
-  srun=(srun --ntasks="$1" --cpus-per-task="$cpus" --mpi=pmix --kill-on-bad-exit=1)
+  srun=(srun --ntasks="$1" --cpus-per-task="$cpus" --mpi="$mpi" --kill-on-bad-exit=1)
 }
 
 program_of() {

@@ -8,6 +8,9 @@
 # -- a node's own disk, for staging.sbatch: where TMPDIR is not on it
 # export HVDLOCAL_LOCAL_DISK=/local/scratch
 
+# -- the engine, where it is not Horovod. torch needs neither Horovod nor MPI, and takes NCCL from torch's own wheel
+# export HVDLOCAL_BACKEND=torch
+
 # -- Horovod
 # export HOROVOD_CYCLE_TIME=5       # ms; hvdlocal's default. Shorter answers sooner and costs more of a core
 # export NCCL_DEBUG=INFO            # once on a new cluster: says which network NCCL has chosen. Not in long runs

@@ -22,6 +22,10 @@ class _Scalar(IntEnum):
     OVERFLOW = 1  # ranks on which a GradScaler found an overflow
 
 
+NUM_SCALARS = len(_Scalar) + DIGEST_SIZE
+"""Numbers that travel with the gradients of a step."""
+
+
 class IslandGradient:
     """Sums the gradients of an island's ranks while the backward pass goes on, and compares what must be equal on them.
 
@@ -45,7 +49,7 @@ class IslandGradient:
             inside,
             parameters,
             accumulate=accumulate,
-            scalars=len(_Scalar) + DIGEST_SIZE,
+            scalars=NUM_SCALARS,
             bucket_bytes=BUCKET_BYTES,
             name=INSIDE,
         )

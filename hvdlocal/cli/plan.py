@@ -1,4 +1,4 @@
-"""`hvdlocal plan CONFIG.yaml --workers K …`: predicts what a run will do and cost."""
+"""`hvdlocal plan CONFIG.yaml --ranks N …`: predicts what a run will do and cost."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
 from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
 from hvdlocal.training.config_checks import unused_settings
-from hvdlocal.training.rules import RULE_SETTINGS, describe_method
+from hvdlocal.training.rules import RULE_SETTINGS, describe_method, island_size
 
 if TYPE_CHECKING:
     from hvdlocal.training.tasks import DataDescription
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 def run(arguments: Sequence[str]) -> int:
     """Prints the plan, or the plans, of a configuration."""
     options, rest = _parser().parse_known_args(arguments)
+    if options.ranks_per_node is not None and options.ranks_per_node < 1:
+        raise ValueError(f"--ranks-per-node {options.ranks_per_node}: a whole number of at least 1")
     if not rest:
-        raise ValueError("no configuration: hvdlocal plan CONFIG.yaml --workers K (see experiments/)")
+        raise ValueError("no configuration: hvdlocal plan CONFIG.yaml --ranks N (see experiments/)")
     config = parse(rest)
     data = _data(options, config)
     variants = [(describe_method(config.method), config), *_alternatives(rest, config, options.compare)]
@@ -52,8 +54,8 @@ def run(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"samples": data.samples, "plans": [forecast.as_dict() for forecast in forecasts]}, indent=1))
     else:
-        ranks = f"{options.workers} rank{'s' * (options.workers > 1)}"
-        print(f"{ranks} × {config.data.batch_size} of {data.samples:,} samples\n")
+        ranks = forecasts[0].plan.ranks
+        print(f"{ranks} rank{'s' * (ranks > 1)} × {config.data.batch_size} of {data.samples:,} samples\n")
         if unused := unused_settings(config):
             print(f"note: without effect: {', '.join(unused)}\n")
         print(describe(forecasts[0]) if len(forecasts) == 1 else compare(forecasts))
@@ -65,14 +67,17 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hvdlocal plan",
-        usage="hvdlocal plan CONFIG.yaml --workers K [--section.key value …] [options]",
+        usage="hvdlocal plan CONFIG.yaml --ranks N [--section.key value …] [options]",
         description="Predicts what a run will do and cost: rounds, H, communication, the longest time without an averaging. It "
         "needs no MPI, and of the data only their manifest, or --samples.",
         epilog="CONFIG.yaml and --section.key are those of hvdlocal train; its --help lists them.",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--workers", type=int, required=True, metavar="K", help="MPI ranks of the run")
+    number = parser.add_mutually_exclusive_group(required=True)
+    number.add_argument("--ranks", type=int, metavar="N", help="ranks of the run, as in mpirun -np N")
+    number.add_argument("--workers", type=int, metavar="K", help="or its workers: ranks, or with method.island islands")
+    add("--ranks-per-node", type=int, metavar="N", help="ranks on each node, which method.island=node makes an island")
     add("--samples", type=int, metavar="N", help="training samples, when the data are not here")
     add("--classes", type=int, metavar="N", help="classes, when the data are not here; with data.image_size, for bytes")
     add("--bytes", action=argparse.BooleanOptionalAction, default=True, help="count bytes too, which loads torch")
@@ -157,13 +162,19 @@ def _data(options: argparse.Namespace, config: TrainConfig) -> _Data:
 def _alternatives(
     arguments: Sequence[str], config: TrainConfig, texts: Sequence[str]
 ) -> Iterator[tuple[str, TrainConfig]]:
-    """Yields the configurations of --compare, each with its label. A new rule does not inherit the old one's settings."""
+    """Yields the configurations of --compare, each with its label.
+
+    A new rule does not inherit the old one's settings, and data parallelism no islands.
+    """
     for text in texts:
         words = shlex.split(re.sub(r",\s*(?=[\w.]+=)", " ", text))  # a comma separates settings as well as a space does
         settings = dict(_setting(word) for word in words)
         rule = settings.get("method.period.rule", config.method.period.rule)
         if rule != config.method.period.rule:
             settings = {f"method.period.{name}": "null" for name in RULE_SETTINGS} | settings
+        preset = settings.get("method.preset", config.method.preset)
+        if config.method.is_local and not preset.startswith("local"):
+            settings = {"method.island": "1", "method.island_period": "1"} | settings
         yield text, parse([*arguments, *(f"--{key}={value}" for key, value in settings.items())])
 
 
@@ -182,20 +193,23 @@ def _forecast(label: str, config: TrainConfig, data: _Data, options: argparse.Na
     plan = plan_run(
         config,
         data.samples,
-        options.workers,
+        _workers(options, config),
+        ranks_per_node=options.ranks_per_node,
         gain=options.gain if adaptive else None,
         grad_var_over_sqr=options.grad_var_over_sqr if adaptive else None,
     )
     notes = []
     if adaptive:
-        notes.append(_assumed(options))
+        notes.append(_assumed(options, plan.ranks))
     payload = None
     if options.bytes:
         if data.description is not None:
             from hvdlocal.plan.payload import measure_payload  # loads torch
 
             try:
-                payload = measure_payload(config, data.description)
+                payload = measure_payload(
+                    config, data.description, island_size=plan.island_size, islands=plan.num_workers
+                )
             except OwnCodeError as error:  # a model of the user's own may not be possible without data
                 notes.append(f"no bytes, as the model cannot be built on torch's meta device: {error}")
         else:
@@ -209,8 +223,18 @@ def _forecast(label: str, config: TrainConfig, data: _Data, options: argparse.Na
     return Forecast(label, plan, payload, options.step_seconds, checkpoints, tuple(notes))
 
 
-def _assumed(options: argparse.Namespace) -> str:
-    if options.workers == 1:
+def _workers(options: argparse.Namespace, config: TrainConfig) -> int:
+    """Returns K of a configuration."""
+    if options.ranks is None:
+        return int(options.workers)
+    size = island_size(config.method.island, options.ranks_per_node)
+    if options.ranks % size:
+        raise ValueError(f"--ranks {options.ranks}: no whole number of islands of {size} ranks")
+    return int(options.ranks) // size
+
+
+def _assumed(options: argparse.Namespace, ranks: int) -> str:
+    if ranks == 1:
         return "one rank has no gradient statistics, so the adaptive presets have gain 1"
     if options.grad_var_over_sqr is not None:
         return f"assumed σ²/G = {options.grad_var_over_sqr:g} all along, from which Eq. 49 gives the adaptive presets' gain"

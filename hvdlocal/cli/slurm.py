@@ -11,13 +11,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from hvdlocal.directory import user_file
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.slurm import options as check
 from hvdlocal.slurm.template import NAMES, Place, Template, directory
+from hvdlocal.training.rules import island_size
 
+BACKENDS = ("horovod", "mpi4py", "torch")
 COUNTS = ("nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node")
 WORDS = ("account", "partition", "job-name")
 
@@ -35,6 +37,8 @@ def run(arguments: Sequence[str]) -> int:
     if given.template is None:
         raise ValueError(f"no --template: choose one of {', '.join(NAMES)}")
     template = Template.load(given.template)
+    if given.island is not None:
+        given.island = _island(given.island)
     options = _options(given, template)
     numbers = _numbers(given, template, options)
     if numbers:
@@ -44,10 +48,11 @@ def run(arguments: Sequence[str]) -> int:
             raise ValueError(f"--sbatch array={tasks}: with these --ranks and --periods the tasks are 0 to {last}")
     script = template.render(
         options,
-        _job_arguments(given, template.name),
+        _job_arguments(given, template.name, int({**template.options, **options}["ntasks-per-node"] or 1)),
         _place(given.site),
         f"hvdlocal slurm {shlex.join(arguments)}",
         numbers,
+        _variables(given),
     )
     if given.output is not None:
         _write(given.output, script)
@@ -88,6 +93,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION[=VALUE]",
         help="any other option of sbatch: --sbatch qos=long --sbatch exclusive",
     )
+    parser.add_argument(
+        "--island",
+        metavar="node|N",
+        help="ranks that are one worker: method.island of a configuration, HVDLOCAL_ISLAND of a script",
+    )
+    parser.add_argument(
+        "--backend", choices=BACKENDS, help="the engine, HVDLOCAL_BACKEND; srun needs no PMIx for torch"
+    )
     parser.add_argument("--site", metavar="FILE", help="the site's settings, instead of slurm/site.sh")
     parser.add_argument("--image", metavar="FILE", help="of container: the Apptainer image")
     parser.add_argument("--ranks", metavar="K,K,…", help="of sweep: numbers of ranks")
@@ -96,6 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--submit", action="store_true", help="hand the script to sbatch and print the job's id")
     parser.add_argument("run", nargs=argparse.REMAINDER, metavar="CONFIG.yaml …", help="as for hvdlocal train")
     return parser
+
+
+def _island(text: str) -> Literal["node"] | int:
+    if text == "node":
+        return "node"
+    try:
+        return int(check.count("island", text))
+    except ValueError as error:
+        raise ValueError(f"{error}, or node") from None
 
 
 def _options(given: argparse.Namespace, template: Template) -> dict[str, str | None]:
@@ -161,11 +183,13 @@ def _numbers(given: argparse.Namespace, template: Template, options: dict[str, s
     return numbers
 
 
-def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
+def _job_arguments(given: argparse.Namespace, template: str, ranks_per_node: int) -> list[str]:
     """Returns the arguments of the job after the name of its template, checked as far as possible on this machine."""
     if given.image is not None and template != "container":
         raise ValueError("--image is an option of template container")
     if template == "prepare":
+        if given.island is not None:
+            raise ValueError("--island is for training: template prepare has no workers")
         from data_prep.arguments import build_parser
 
         build_parser().parse_args(given.run)  # leaves with a sentence of its own when it does not like them
@@ -175,6 +199,8 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
     if not Path(given.run[0]).is_file():
         raise ValueError(f"no configuration {given.run[0]} here")
     if given.run[0].endswith(".py"):
+        if given.island is not None:
+            island_size(given.island, ranks_per_node)
         if template in ("staging", "sweep"):
             raise ValueError(
                 f"template {template} sets the trainer's own options: give it a configuration, not a script"
@@ -183,8 +209,10 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
     from hvdlocal.cli.configuration import parse  # torch takes seconds, and --list needs none of it
     from hvdlocal.training.config_checks import check_ranges
 
-    config = parse(given.run)
+    run = given.run if given.island is None else [*given.run, f"--method.island={given.island}"]
+    config = parse(run)
     check_ranges(config)
+    island_size(config.method.island, ranks_per_node)
     if not Path(config.data.path).exists() and not glob.glob(config.data.path):
         print(f"hvdlocal slurm: no data at {config.data.path} yet", file=sys.stderr)
     if template == "staging":
@@ -193,10 +221,20 @@ def _job_arguments(given: argparse.Namespace, template: str) -> list[str]:
                 f"template staging copies the directory of a data set, and data.path={config.data.path} is your own file: make "
                 "a data set of it with python -m data_prep arrays"
             )
-        return [config.data.path, *given.run]
+        return [config.data.path, *run]
     if template == "container":
-        return [_image(given), *given.run]
-    return given.run
+        return [_image(given), *run]
+    return run
+
+
+def _variables(given: argparse.Namespace) -> dict[str, str]:
+    """Returns what the job exports beside the paths."""
+    is_script = bool(given.run) and given.run[0].endswith(".py")
+    found = {
+        "HVDLOCAL_BACKEND": given.backend,
+        "HVDLOCAL_ISLAND": str(given.island) if given.island and is_script else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _image(given: argparse.Namespace) -> str:

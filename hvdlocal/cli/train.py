@@ -22,10 +22,10 @@ def run(arguments: Sequence[str]) -> int:
         FINISHED, or INTERRUPTED if the run was asked to stop.
     """
     config = parse(arguments)
-    from hvdlocal.communicator import init  # loads torch
-    from hvdlocal.training import AlreadyFinished, Interrupted, Trainer
+    from hvdlocal.training import AlreadyFinished, Interrupted, Trainer  # loads torch
+    from hvdlocal.training.islands import join
 
-    communicator = init()
+    communicator = join(config)
     try:
         trainer = Trainer(config, communicator)
         summary = trainer.run()
@@ -48,9 +48,10 @@ def render(summary: Summary, config: TrainConfig, task: Task, ranks: int) -> str
     best = ""
     if summary.best_value is not None:
         best = f"; best {summary.best_metric} {metric_text(summary.best_value, summary.best_metric in task.percent)}"
+    islands = f" in islands of {summary.facts.island_size}" if summary.facts.island_size > 1 else ""
     lines = [
         "",
-        f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}",
+        f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}{islands}",
         f"  test            {described(evaluation, task)}  ({evaluation.samples} samples{best})",
         f"  training        {taken}; {summary.data_epochs:.1f} epochs of data for "
         f"{summary.scale_invariant_epochs:.1f} scale-invariant epochs (mean gain {summary.progress / summary.steps:.2f})",
@@ -61,6 +62,8 @@ def render(summary: Summary, config: TrainConfig, task: Task, ranks: int) -> str
             f"  communication   {summary.collectives} collectives, {summary.bytes_sent / 1e6:.1f} MB per rank; data parallelism "
             f"at the same steps: {summary.data_parallel_bytes / 1e6:.1f} MB (saved {100 * saved:.1f} %)"
         )
+    if islands:
+        lines.append(f"  inside islands  {summary.island_bytes_sent / 1e6:.1f} MB per rank")
     spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in seconds if name != "elapsed")
     lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}")
     memory = ", ".join(

@@ -64,8 +64,16 @@ class Forecast:
     notes: tuple[str, ...] = ()
 
     @property
+    def island_bytes(self) -> int | None:
+        """Bytes that one rank sends in training inside its island; 0 without islands."""
+        if self.payload is None:
+            return None
+        exchanges = sum(phase.rounds * self.plan.island_exchanges(phase.period) for phase in self.plan.phases)
+        return exchanges * self.payload.island_step + self.plan.rounds * self.payload.island_round
+
+    @property
     def bytes(self) -> int | None:
-        """Bytes that one rank sends in training, without evaluations."""
+        """Bytes that one rank sends in training between the workers, without evaluations."""
         if self.payload is None:
             return None
         return self.plan.rounds * self.payload.round if self.plan.num_workers > 1 else 0
@@ -75,7 +83,7 @@ class Forecast:
         """Bytes of data parallelism for the same work: the gradient of every micro-batch."""
         if self.payload is None:
             return None
-        return self.plan.micro_batches * self.payload.gradient if self.plan.num_workers > 1 else 0
+        return self.plan.micro_batches * self.payload.gradient if self.plan.ranks > 1 else 0
 
     @property
     def byte_share(self) -> float | None:
@@ -91,7 +99,9 @@ class Forecast:
         plan, longest = self.plan, self.plan.longest
         return {
             "label": self.label,
+            "ranks": plan.ranks,
             "workers": plan.num_workers,
+            "island_size": plan.island_size,
             "accumulate": plan.accumulate,
             "steps": plan.steps,
             "rounds": plan.rounds,
@@ -111,6 +121,7 @@ class Forecast:
             "parameters": self.payload and self.payload.parameters,
             "bytes_per_round": self.payload and self.payload.round,
             "bytes": self.bytes,
+            "island_bytes": self.island_bytes,
             "data_parallel_bytes": self.data_parallel_bytes,
             "byte_share": self.byte_share,
             "computing_seconds": self.seconds(plan.steps),

@@ -1,4 +1,4 @@
-"""The bytes that a rank contributes to one collective, from the buffers of training, on torch's meta device."""
+"""The bytes that a rank contributes to collectives, from the buffers of training, on torch's meta device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import cast
 
 import torch
 
+from hvdlocal.averaging import island_gradient
+from hvdlocal.averaging.buckets import BUCKET_BYTES, BucketLayout
 from hvdlocal.averaging.buffers import Buffers, averaged_buffers, choose_policies
 from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatViews
 from hvdlocal.averaging.moments import averaged_moments
@@ -27,20 +29,26 @@ class Payload:
     Attributes:
         parameters: number of trainable parameters of the model.
         gradient: bytes of one averaging of the gradient, as in data parallelism.
-        round: bytes of all collectives of one round; for the synchronous presets, of one step.
+        round: bytes of all collectives of one round between the workers; for the synchronous presets, of one step.
+        island_step: bytes inside an island of one step, or of one average inside; 0 without islands.
+        island_round: bytes inside an island at the end of a round.
     """
 
     parameters: int
     gradient: int
     round: int
+    island_step: int = 0
+    island_round: int = 0
 
 
-def measure_payload(config: TrainConfig, data: DataDescription) -> Payload:
+def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: int = 1, islands: int = 2) -> Payload:
     """Returns the payload of a configured run of more than one rank.
 
     Args:
         config: task, model, optimizer and method.
         data: the training data, or a description of them.
+        island_size: n, ranks of an island; 1 without islands.
+        islands: their number.
 
     Raises:
         ValueError: the model cannot be built for such data.
@@ -53,12 +61,26 @@ def measure_payload(config: TrainConfig, data: DataDescription) -> Payload:
         model = task.build_model(config.model, data)
     parameters = [p for p in model.parameters() if p.requires_grad]
     numel = sum(p.numel() for p in parameters)
-    is_local = config.method.is_local
-    elements = _local(config, model, parameters, numel) if is_local else FlatViews(parameters).numel + NUM_SCALARS
-    return Payload(numel, 4 * numel, 4 * elements)
+    method = config.method
+    if not method.is_local:
+        return Payload(numel, 4 * numel, 4 * BucketLayout(parameters, NUM_SCALARS, BUCKET_BYTES).numel)
+    buffer = _flat_buffer(config, model, parameters, numel, island_size)
+    # The statistics travel with the average or, when they are not stale, before it.
+    before = buffer.with_statistics_scalars.numel() if method.preset == "local-ada-nostale" else 0
+    sent = buffer.flat.numel() - before
+    between = 4 * (sent // island_size + before)  # of the average, each rank of an island sends a slice
+    if island_size == 1:
+        return Payload(numel, 4 * numel, between)
+    gathered = sent if islands > 1 else 0
+    if method.island_period > 1:
+        return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), 4 * (sent + gathered))
+    step = BucketLayout(parameters, island_gradient.NUM_SCALARS, BUCKET_BYTES).numel
+    return Payload(numel, 4 * numel, between, 4 * step, 4 * (sent - buffer.own_start + gathered))
 
 
-def _local(config: TrainConfig, model: torch.nn.Module, parameters: list[torch.nn.Parameter], numel: int) -> int:
+def _flat_buffer(
+    config: TrainConfig, model: torch.nn.Module, parameters: list[torch.nn.Parameter], numel: int, slices: int
+) -> FlatBuffer:
     method, scaling = config.method, build_scaling(config.method)
     moments = averaged_moments(build_inner(config.optimizer, model)) if method.momentum == "average" else ()
     buffers = list(averaged_buffers(model, choose_policies(model, cast(Buffers, method.buffers))).values())
@@ -66,6 +88,5 @@ def _local(config: TrainConfig, model: torch.nn.Module, parameters: list[torch.n
     if scaling.uses_statistics:
         sketch = min(method.sketch_size or default_size(numel), numel)
         vector = sketch if method.statistics == "sketch" else numel
-    # The statistics travel with the average or, when they are not stale, before it.
     layouts = FlatViews(parameters), FlatViews(buffers)
-    return FlatBuffer(*layouts, len(moments), vector, torch.device("meta")).flat.numel()
+    return FlatBuffer(*layouts, len(moments), vector, torch.device("meta"), slices)

@@ -13,7 +13,7 @@ from hvdlocal.averaging.rounds import Round, plan_rounds, plan_steps
 from hvdlocal.data.load.partition import Partition
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import check_ranges
-from hvdlocal.training.rules import build_period, build_scaling, micro_batches_per_step
+from hvdlocal.training.rules import build_period, build_scaling, island_size, micro_batches_per_step
 from hvdlocal.training.run_length import run_length
 from hvdlocal.training.schedules import Schedule
 
@@ -48,19 +48,23 @@ class RunPlan:
     """The plan of a run. Counts are those of one rank.
 
     Attributes:
-        num_workers: K.
-        accumulate: a, micro-batches per optimizer step.
+        num_workers: K, islands or ranks.
+        island_size: n, the ranks of a worker.
+        island_period: steps between two averages of the parameters inside an island; 1 for gradients at every step.
+        accumulate: a, micro-batches of a rank per optimizer step.
         steps: optimizer steps.
         rounds: averagings; for the synchronous presets, steps.
         phases: all rounds in order.
         epochs: scale-invariant epochs at the end of the run.
         data_epochs: passes over the data.
         mean_gain: mean ρ over the steps.
-        collectives: number of collectives of training; 0 on one rank.
+        collectives: number of collectives of training between the workers; 0 for one worker.
         schedule: γ as a function of scale-invariant epochs.
     """
 
     num_workers: int
+    island_size: int
+    island_period: int
     accumulate: int
     steps: int
     rounds: int
@@ -70,6 +74,11 @@ class RunPlan:
     mean_gain: float
     collectives: int
     schedule: Schedule
+
+    @property
+    def ranks(self) -> int:
+        """The processes of the run."""
+        return self.num_workers * self.island_size
 
     @property
     def micro_batches(self) -> int:
@@ -95,6 +104,15 @@ class RunPlan:
     def data_epochs_per_step(self) -> float:
         """Epochs of data that one optimizer step of all ranks consumes."""
         return self.data_epochs / self.steps
+
+    def island_exchanges(self, period: int) -> int:
+        """Returns how often a round of H steps averages inside the islands before it ends; 0 without islands.
+
+        The average at the end of a round takes the place of one of parameters inside.
+        """
+        if self.island_size == 1:
+            return 0
+        return period if self.island_period == 1 else (period - 1) // self.island_period
 
     def phase_at(self, epoch: float) -> Phase:
         """Returns the phase at a scale-invariant epoch ≥ 0."""
@@ -128,27 +146,31 @@ def plan_run(
     *,
     gain: float | None = None,
     grad_var_over_sqr: float | None = None,
+    ranks_per_node: int | None = None,
 ) -> RunPlan:
     """Plans a run with the trainer's schedule, rules and counting.
 
     Args:
         config: the configuration of the run; its data and its output are not read.
         samples: N, the number of training samples.
-        num_workers: K.
+        num_workers: K, islands or ranks.
         gain: the assumed ρ if it comes from gradient statistics; by default 1.
         grad_var_over_sqr: alternatively the assumed σ²/G, from which the gain follows for each H (Balles et al., Eq. 49).
+        ranks_per_node: needed if `method.island` is "node".
 
     Raises:
         ValueError: the run could not start, the period depends on the loss, or an assumption has no effect or no meaning.
     """
     check_ranges(config)
     method, accumulate = config.method, micro_batches_per_step(config.method)
-    steps_per_epoch = _steps_per_epoch(config, samples, num_workers)
+    size = island_size(method.island, ranks_per_node)
+    ranks = num_workers * size
+    steps_per_epoch = _steps_per_epoch(config, samples, ranks)
     scaling, statistics = _assumptions(config, build_scaling(method), gain, grad_var_over_sqr)
-    if num_workers * (1 if method.is_local else accumulate) == 1:
+    if ranks * (1 if method.is_local else accumulate) == 1:
         statistics = None  # a single gradient has no variance
 
-    length = run_length(config, steps_per_epoch, num_workers)
+    length = run_length(config, steps_per_epoch, ranks)
     epoch, budget, schedule = length.epoch, length.budget, length.schedule
     if method.is_local:
         warmup = config.schedule.warmup_epochs * epoch
@@ -158,7 +180,7 @@ def plan_run(
             budget,
             scaling,
             num_workers=num_workers,
-            accumulate=accumulate,
+            accumulate=size * accumulate,
             statistics=statistics,
             stale=method.preset != "local-ada-nostale",
             rate=method.period.rate,
@@ -172,6 +194,8 @@ def plan_run(
     per_round = 0 if num_workers == 1 else 2 if method.preset == "local-ada-nostale" else 1
     return RunPlan(
         num_workers=num_workers,
+        island_size=size,
+        island_period=method.island_period,
         accumulate=accumulate,
         steps=steps,
         rounds=averagings,

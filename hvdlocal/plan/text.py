@@ -49,6 +49,8 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
     plan, longest = forecast.plan, forecast.plan.longest
     synchronous = plan.rounds == plan.steps
     rounds = "with an averaging after each" if synchronous else f"in {plan.rounds:,} rounds"
+    if plan.island_size > 1:
+        yield "workers", f"{plan.num_workers:,} island{'s' * (plan.num_workers > 1)} of {plan.island_size} ranks"
     yield "run", f"{plan.steps:,} steps{_timed(forecast, plan.steps)} {rounds}"
     epochs = f"{plan.data_epochs:.1f} of data"
     if round(plan.epochs, 1) != round(plan.data_epochs, 1):
@@ -75,6 +77,8 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
             f"{'step' if synchronous else 'round'}: {_percent(forecast.byte_share)} of data parallelism's "
             f"{bytes_text(forecast.data_parallel_bytes)}",
         )
+    if forecast.payload and plan.island_size > 1:
+        yield "inside islands", f"{bytes_text(forecast.island_bytes or 0)} per rank"
     if forecast.checkpoints:
         every, lost = forecast.checkpoints.seconds, forecast.checkpoints.lost_share
         steps = f" ({every / forecast.step_seconds:,.0f} steps)" if forecast.step_seconds else ""

@@ -22,7 +22,13 @@ POINTS = 300
 
 PROGRESS = "Progress [scale-invariant epochs]"
 
-PARTS = {"computing": COLORS[0], "averaging": COLORS[1], "waiting_for_data": COLORS[4], "evaluating": "#A8A8A8"}
+PARTS = {
+    "computing": COLORS[0],
+    "inside_islands": COLORS[2],
+    "averaging": COLORS[1],
+    "waiting_for_data": COLORS[4],
+    "evaluating": "#A8A8A8",
+}
 """What the time of a run is spent on, and the colours for it."""
 
 
@@ -134,7 +140,7 @@ def _training(lines: Sequence[RunStyle]) -> Drawing | None:
     ]
     caption = (
         "Loss of the training data, as recorded (means over a log interval or a round); the learning rate that is "
-        "applied, gain included; the gain ρ (Eq. 14), divided by the number a of micro-batches accumulated for a step "
+        "applied, gain included; the gain ρ (Eq. 14), divided by the number a of micro-batches of a worker's step "
         "(App. H.4); the local steps from one averaging to the next. The budget may cut the last round short; its gain "
         "is left out."
     )
@@ -206,7 +212,9 @@ def _time(lines: Sequence[RunStyle]) -> Drawing | None:
         "and record keeping."
     )
     panel = Panel("Share of the elapsed time [%]", "", partial(_plot_time, seen))
-    legend = [LegendEntry(name.replace("_", " "), color) for name, color in PARTS.items()]
+    islands = any(line.run.island_size > 1 for line in seen)
+    spent = {name: color for name, color in PARTS.items() if islands or name != "inside_islands"}
+    legend = [LegendEntry(name.replace("_", " "), color) for name, color in spent.items()]
     return Drawing("time", "Where the time went", caption, [panel], 1, legend, width=5.0, height=0.8 + 0.26 * len(seen))
 
 
@@ -302,7 +310,7 @@ def _column(name: str) -> Callable[[Run], Column]:
 
 
 def _effective_gain(run: Run) -> Column:
-    gain, periods = run.history["gain"] / run.accumulate, run.rounds["period"]
+    gain, periods = run.history["gain"] / (run.island_size * run.accumulate), run.rounds["period"]
     if run.end is not None and len(periods) > 1 and periods[-1] < periods[-2]:
         gain[-1] = np.nan  # the budget cut this round short, so that its gain is larger
     return gain

@@ -124,4 +124,4 @@ def _shaded(color: str, depth: float) -> str:
 def _experiment(run: Run) -> str:
     settings = compared_settings(run)
     settings.pop("seed", None)
-    return repr((run.num_workers, settings))
+    return repr((run.num_workers, run.island_size, settings))

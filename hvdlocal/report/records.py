@@ -116,13 +116,23 @@ class Run:
         return str(self.config["method"]["preset"])
 
     @property
-    def num_workers(self) -> int:
-        """K."""
+    def ranks(self) -> int:
+        """The processes of the run."""
         return int(self.environment["ranks"])
 
     @property
+    def island_size(self) -> int:
+        """n, the ranks that are one worker; 1 in runs from before there were islands."""
+        return int(self.environment.get("island_size", 1))
+
+    @property
+    def num_workers(self) -> int:
+        """K: islands, or ranks where an island is one rank."""
+        return self.ranks // self.island_size
+
+    @property
     def accumulate(self) -> int:
-        """a, the micro-batches per optimizer step; for acc-lin and acc-ada it is the period."""
+        """a, the micro-batches of a rank per optimizer step; for acc-lin and acc-ada it is the period."""
         method = self.config["method"]
         return int(method["period"]["period"] if self.preset.startswith("acc-") else method["accumulate"])
 
@@ -171,15 +181,21 @@ class Run:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of rank 0 so far: elapsed, computing, averaging, waiting_for_data, evaluating; empty before the first line."""
+        """Seconds of rank 0 so far: elapsed, computing, averaging, inside_islands, waiting_for_data, evaluating; empty before the
+        first line.
+        """
         if self.end is not None:
-            return {name: float(self.end["seconds"][name]) for name in _SPENT}
+            inside = {"inside_islands": _number(self.end["seconds"].get("inside_islands", 0.0))}
+            return inside | {name: float(self.end["seconds"][name]) for name in _SPENT}
         found = {name: self.steps.last(f"{name}_seconds") for name in _SPENT}
-        return {name: value for name, value in found.items() if value is not None}
+        if not len(self.steps):
+            return {}
+        inside = {"inside_islands": self.steps.last("inside_islands_seconds") or 0.0}
+        return inside | {name: value for name, value in found.items() if value is not None}
 
     @property
     def measured_m(self) -> float | None:
-        """The m of Eq. 16: time of an averaging with its waits for the slowest rank, over the computing time of a micro-batch."""
+        """The m of Eq. 16: time of an averaging with its waits for the slowest rank, over that of a micro-batch without it."""
         spent, averagings, batches = self.seconds, self.num_averagings, self.num_steps * self.accumulate
         if (
             self.num_workers == 1
@@ -189,7 +205,7 @@ class Run:
             or "averaging" not in spent
         ):
             return None
-        return (spent["averaging"] / averagings) / (spent["computing"] / batches)
+        return (spent["averaging"] / averagings) / ((spent["computing"] + spent["inside_islands"]) / batches)
 
     def bytes_at(self, steps: Column) -> Column:
         """Returns the bytes that rank 0 had sent for training after the given steps, interpolated between two records."""
@@ -226,7 +242,7 @@ def _read_run(directory: Path) -> Run:
     environment = _mapping(directory / "environment.json")
     for name, mistake in (
         ("config.yaml", _mistake_in_config(config)),
-        ("environment.json", None if _is_count(environment.get("ranks")) else "ranks"),
+        ("environment.json", _mistake_in_environment(environment)),
     ):
         if mistake:
             raise ValueError(
@@ -297,6 +313,14 @@ def _mistake_in_config(config: Mapping[str, Any]) -> str | None:
     for name in ("alpha", "exponent"):
         checks[f"method.period.{name}"] = name in period and (period[name] is None or _is_number(period[name]))
     return next((name for name, holds in checks.items() if not holds), None)
+
+
+def _mistake_in_environment(environment: Mapping[str, Any]) -> str | None:
+    """Returns the first fact needed here that is not as `hvdlocal train` writes it; None if there is none."""
+    ranks, size = environment.get("ranks"), environment.get("island_size", 1)
+    if not _is_count(ranks):
+        return "ranks"
+    return None if _is_count(size) and ranks % size == 0 else "island_size"
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], bool]:

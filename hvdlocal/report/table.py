@@ -48,14 +48,14 @@ def run_table(lines: Sequence[RunStyle]) -> list[TableColumn]:
         column("Model", "", lambda run: _setting(run, "model.name"), is_text=True),
         column("Data", "", lambda run: PurePath(_setting(run, "data.path")).name or NONE, is_text=True),
         column("Preset", "", lambda run: run.preset, is_text=True),
-        column("K", "ranks", lambda run: str(run.num_workers)),
+        column("K", "workers", workers_text),
         column("H", "steps", describe_period, is_text=True),
         column("Batch", "of a rank", lambda run: _setting(run, "data.batch_size")),
         column("Optimizer", "and γ, its rate", _optimizer, is_text=True),
         column("Progress", "epochs", lambda run: _epochs(run, "epoch")),
         column("Data", "epochs", lambda run: _epochs(run, "data_epoch")),
         column("Steps", "", lambda run: f"{run.num_steps:,}"),
-        column("Averagings", "", lambda run: f"{run.num_averagings:,}" if run.num_workers > 1 else NONE),
+        column("Averagings", "", lambda run: f"{run.num_averagings:,}" if run.ranks > 1 else NONE),
         column("Sent", "per rank", _sent),
         column("Sent", "% of parallel", lambda run: _number(run.data_parallel_share, 100, ".1f")),
         column("m", "Eq. 16", lambda run: _number(run.measured_m, 1, ".2f")),
@@ -65,7 +65,9 @@ def run_table(lines: Sequence[RunStyle]) -> list[TableColumn]:
 
 def describe(run: Run) -> str:
     """Describes a run and its best result in a sentence."""
-    ranks = f"{run.num_workers} rank{'s' if run.num_workers > 1 else ''}"
+    ranks = f"{run.ranks} rank{'s' if run.ranks > 1 else ''}"
+    if run.island_size > 1:
+        ranks += f" in islands of {run.island_size}"
     what = f"{_setting(run, 'model.name')} on {PurePath(_setting(run, 'data.path')).name}, {run.preset} on {ranks}"
     if run.best is None:
         return f"{what}: {state_text(run)}, not evaluated yet."
@@ -78,6 +80,11 @@ def state_text(run: Run) -> str:
     if run.state is RecordedState.FINISHED or epoch is None:
         return run.state.value
     return f"{run.state.value} at {100 * min(1.0, epoch / float(run.config['epochs'])):.0f} %"
+
+
+def workers_text(run: Run) -> str:
+    """Returns K, with the ranks of a worker if it is an island: "8", "2 × 4 ranks"."""
+    return f"{run.num_workers} × {run.island_size} ranks" if run.island_size > 1 else str(run.num_workers)
 
 
 def best_text(run: Run) -> str:
@@ -116,7 +123,7 @@ def _number(value: float | None, factor: float, form: str) -> str:
 
 
 def _sent(run: Run) -> str:
-    if run.num_workers == 1:
+    if run.ranks == 1:
         return NONE
     last = run.history["step"][-1:]
     return bytes_text(float(run.bytes_at(last)[0]) if len(last) else 0.0)

@@ -49,9 +49,9 @@ class Place:
     templates: str
     site: str | None = None
 
-    def commands(self, arguments: Sequence[str]) -> str:
+    def commands(self, arguments: Sequence[str], variables: Mapping[str, str]) -> str:
         """Returns the lines that replace those with which an unchanged template finds its directory and arguments."""
-        given = {"HVDLOCAL_SITE": self.site, "HVDLOCAL_BIN": self.executables}
+        given = {"HVDLOCAL_SITE": self.site, "HVDLOCAL_BIN": self.executables, **variables}
         lines = [f"cd {shlex.quote(self.directory)}"]
         lines += [f"export {name}={shlex.quote(path)}" for name, path in given.items() if path is not None]
         lines.append(f"source {shlex.quote(self.templates + '/common.sh')}")
@@ -100,6 +100,7 @@ class Template:
         place: Place,
         made_by: str,
         numbers: Mapping[str, Iterable[int]] | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> str:
         """Makes a script that can be submitted from any directory.
 
@@ -110,6 +111,7 @@ class Template:
             place: the paths that the job uses.
             made_by: the command that made the script, for its reader.
             numbers: lists of numbers that replace those of the template.
+            variables: of the environment, which the job exports before common.sh reads them.
 
         Raises:
             ValueError: a part of the script contains a control character.
@@ -124,7 +126,7 @@ class Template:
             line = f"{name}=({' '.join(map(str, values))})"
             text, changes = re.subn(rf"^{name}=\(.*\)$", line, text, flags=re.MULTILINE)
             assert changes == 1, f"{self.name} has no list {name}"
-        text = text.replace(_PLACE, place.commands(arguments))
+        text = text.replace(_PLACE, place.commands(arguments, variables or {}))
         return "\n".join(_with_directives(text.splitlines(), options)) + "\n"
 
 

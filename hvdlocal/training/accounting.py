@@ -11,21 +11,40 @@ from hvdlocal.averaging import ReplicaOptimizer
 
 
 class _Communication(NamedTuple):
-    """What one rank has spent on collectives."""
+    """What one rank has spent on collectives: between the workers, and inside its island."""
 
     seconds: float = 0.0
     bytes: int = 0
     collectives: int = 0
+    island_seconds: float = 0.0
+    island_bytes: int = 0
 
     def plus(self, other: _Communication) -> _Communication:
         return _Communication(
-            self.seconds + other.seconds, self.bytes + other.bytes, self.collectives + other.collectives
+            self.seconds + other.seconds,
+            self.bytes + other.bytes,
+            self.collectives + other.collectives,
+            self.island_seconds + other.island_seconds,
+            self.island_bytes + other.island_bytes,
         )
 
     def minus(self, other: _Communication) -> _Communication:
         return _Communication(
-            self.seconds - other.seconds, self.bytes - other.bytes, self.collectives - other.collectives
+            self.seconds - other.seconds,
+            self.bytes - other.bytes,
+            self.collectives - other.collectives,
+            self.island_seconds - other.island_seconds,
+            self.island_bytes - other.island_bytes,
         )
+
+
+_OF_A_ROUND = (
+    "round_seconds",
+    "round_averaging_seconds",
+    "round_bytes_sent",
+    "round_island_seconds",
+    "round_island_bytes_sent",
+)
 
 
 class RunTotals:
@@ -43,7 +62,7 @@ class RunTotals:
         self._before = _Communication()
         self.waiting_for_data = 0.0
         self.evaluating = 0.0
-        self._round_began = 0.0, 0.0, 0
+        self._round_began: tuple[float, ...] = (0.0, 0.0, 0, 0.0, 0)
         self.start()
 
     def start(self) -> None:
@@ -63,19 +82,28 @@ class RunTotals:
 
     @property
     def bytes_sent(self) -> int:
-        """Bytes that training has handed to collectives."""
+        """Bytes that training has handed to collectives between the workers."""
         return self._counted().bytes
 
     @property
+    def inside_islands(self) -> float:
+        """Seconds that steps have waited for the gradients of this rank's island."""
+        return self._counted().island_seconds
+
+    @property
+    def island_bytes_sent(self) -> int:
+        """Bytes that training has handed to collectives inside this rank's island."""
+        return self._counted().island_bytes
+
+    @property
     def collectives(self) -> int:
-        """Collectives of training."""
+        """Collectives of training between the workers."""
         return self._counted().collectives
 
     def end_round(self) -> dict[str, float]:
         """Returns what the round that ends now has taken, by the names of its record; the next round begins."""
-        now = self.elapsed, self.averaging, self.bytes_sent
-        names = ("round_seconds", "round_averaging_seconds", "round_bytes_sent")
-        taken = {name: end - start for name, start, end in zip(names, self._round_began, now, strict=True)}
+        now = self._now()
+        taken = {name: end - start for name, start, end in zip(_OF_A_ROUND, self._round_began, now, strict=True)}
         self._round_began = now
         return taken
 
@@ -96,6 +124,7 @@ class RunTotals:
         """Returns all seconds by name; the time that is not accounted for was spent on computing."""
         spent = {
             "averaging": self.averaging,
+            "inside_islands": self.inside_islands,
             "waiting_for_data": self.waiting_for_data,
             "evaluating": self.evaluating,
         }
@@ -104,22 +133,39 @@ class RunTotals:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers for a checkpoint."""
-        counts = {"bytes_sent": self.bytes_sent, "collectives": self.collectives}
+        counts = {
+            "bytes_sent": self.bytes_sent,
+            "collectives": self.collectives,
+            "island_bytes_sent": self.island_bytes_sent,
+        }
         return {**self.seconds(), **counts, "round_began": self._round_began}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`; to be followed by `start`."""
         self._elapsed_before = state["elapsed"]
-        self._before = _Communication(state["averaging"], state["bytes_sent"], state["collectives"])
+        # Checkpoints from before there were islands lack what was spent inside them.
+        island = state.get("inside_islands", 0.0), state.get("island_bytes_sent", 0)
+        self._before = _Communication(state["averaging"], state["bytes_sent"], state["collectives"], *island)
         self.waiting_for_data, self.evaluating = state["waiting_for_data"], state["evaluating"]
         # In checkpoints from before these were kept, the round under way counts from here.
-        now = state["elapsed"], state["averaging"], state["bytes_sent"]
-        self._round_began = tuple(state.get("round_began", now))
+        now = (state["elapsed"], state["averaging"], state["bytes_sent"], *island)
+        began = tuple(state.get("round_began", ()))
+        self._round_began = began + now[len(began) :]
 
     def _so_far(self) -> _Communication:
         """Everything since the communicator and the optimizer exist."""
-        traffic = self._optimizer.communicator.traffic
-        return _Communication(self._optimizer.seconds_averaging, traffic.bytes, traffic.collectives)
+        optimizer, communicator = self._optimizer, self._optimizer.communicator
+        between = [communicator.traffic] + ([communicator.peers.traffic] if communicator.peers else [])
+        return _Communication(
+            optimizer.seconds_averaging,
+            sum(traffic.bytes for traffic in between),
+            sum(traffic.collectives for traffic in between),
+            optimizer.seconds_inside,
+            communicator.island.traffic.bytes if communicator.island else 0,
+        )
+
+    def _now(self) -> tuple[float, ...]:
+        return self.elapsed, self.averaging, self.bytes_sent, self.inside_islands, self.island_bytes_sent
 
     def _counted(self) -> _Communication:
         return self._before.plus(self._so_far().minus(self._not_counted))

@@ -46,6 +46,7 @@ NOT_ACCUMULATED = UsedIf(lambda run: not run.method.accumulates)
 REESTIMATE = UsedIf(lambda run: "reestimate" in run.method.buffer_policies)
 SKETCH = UsedIf(lambda run: run.method.statistics == "sketch")
 POWERS = UsedIf(lambda run: run.method.period.rule in ("qsr", "power"))
+ISLANDS = UsedIf(lambda run: run.method.island != 1)
 PERIOD = UsedIf(lambda run: run.method.accumulates or (run.method.is_local and run.method.period.rule in WITH_PERIOD))
 
 
@@ -202,6 +203,11 @@ class MethodConfig:
     period: PeriodConfig = field(default_factory=PeriodConfig)
     accumulate: Annotated[int, BATCH, NOT_ACCUMULATED] = 1
     """Micro-batches per optimizer step, for sync and the local presets."""
+    island: Annotated[Literal["node"] | int, COUNT, EXECUTION, LOCAL] = 1
+    """Ranks that are one worker of the local presets, averaging their gradients at every step: those of a node, or a number that
+    divides them, or those of several whole nodes; 1 for no islands."""
+    island_period: Annotated[int, COUNT, EXECUTION, LOCAL, ISLANDS] = 1
+    """Steps between two averages of the parameters inside an island; 1 averages gradients instead. For local and local-lin."""
     momentum: Annotated[Literal["local", "average", "reset"], LOCAL] = "local"
     """What becomes of the optimizer's moments at an averaging: each rank keeps its own, they are averaged, or set to 0."""
     buffers: str | dict[str, str] = "average"

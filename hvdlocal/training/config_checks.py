@@ -8,7 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hvdlocal.import_path import is_import_path
-from hvdlocal.training.config import SETTINGS, CheckpointConfig, TrainConfig
+from hvdlocal.training.config import SETTINGS, CheckpointConfig, MethodConfig, TrainConfig
 from hvdlocal.training.settings import Range
 
 BUFFER_POLICIES = ("average", "local", "reestimate")
@@ -46,6 +46,7 @@ def check_ranges(config: TrainConfig) -> None:
     if not set(config.method.buffer_policies) <= set(BUFFER_POLICIES):
         remedy = f"choose one of {', '.join(BUFFER_POLICIES)}, or a mapping of names to these"
         raise ValueError(f"method.buffers={config.method.buffers}: {remedy}")
+    _check_islands(config.method)
     check_checkpoints(config.checkpoint, "checkpoint.")
 
 
@@ -75,9 +76,31 @@ def check_checkpoints(config: CheckpointConfig, prefix: str = "") -> None:
         )
 
 
+def _check_islands(method: MethodConfig) -> None:
+    if method.island != 1 and not method.is_local:
+        raise ValueError(
+            f"method.island={method.island} with method.preset={method.preset}: data parallelism averages the gradients of all "
+            "ranks, so it has no islands; leave method.island at 1, or choose a local preset"
+        )
+    if method.island_period == 1:
+        return
+    given = f"method.island_period={method.island_period}"
+    if method.island == 1:
+        raise ValueError(
+            f"{given} without islands: set method.island to node or to a number of ranks, or leave it at 1"
+        )
+    if method.is_adaptive:
+        raise ValueError(
+            f"{given} with method.preset={method.preset}: no gain is derived for ranks that take steps of their own inside an "
+            "island; choose local or local-lin, or leave it at 1"
+        )
+
+
 def _check_range(name: str, value: Any, allowed: Range | None) -> None:
+    if value is None or isinstance(value, str):  # a word in place of a number, which its type has allowed
+        return
     numbers = value if isinstance(value, tuple) else (value,)
-    if allowed is not None and value is not None and not all(map(allowed.holds, numbers)):
+    if allowed is not None and not all(map(allowed.holds, numbers)):
         raise ValueError(f"{name}={value}: must be {allowed}")
 
 

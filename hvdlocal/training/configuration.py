@@ -113,6 +113,10 @@ def _explain(message: str) -> str:
             r"Does not validate .*? Subtypes: \[(<class '\w+'>), <class 'NoneType'>\] Errors: .* Given value: ?",
             r"Expected a \1 or null. Got value: ",
         ),
+        (
+            r"Does not validate .*? Subtypes: \[typing\.Literal(\[.*?\]), (<class '\w+'>)\] Errors: .* Given value: ?",
+            r"Expected one of \1 or a \2. Got value: ",
+        ),
         (r"a <class 'int'>", "a whole number"),
         (r"a <class 'float'>", "a number"),
         (r"a <class 'bool'>", "true or false"),

@@ -101,6 +101,7 @@ def describe_run(communicator: Communicator, device: torch.device, threads: int)
         "versions": versions(),
         "backend": communicator.backend,
         "ranks": communicator.size,
+        "island_size": communicator.island_size,
         "hosts": hosts,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "cores": len(os.sched_getaffinity(0)),

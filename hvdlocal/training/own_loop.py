@@ -21,7 +21,7 @@ from hvdlocal.training import interruption
 from hvdlocal.training.accounting import RunTotals
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.checkpoint.replica_state import ReplicaState
-from hvdlocal.training.checkpoint.resume import Resumed
+from hvdlocal.training.checkpoint.resume import Resumed, same_layout
 from hvdlocal.training.config import CheckpointConfig
 from hvdlocal.training.config_checks import check_checkpoints
 from hvdlocal.training.environment import describe_run, versions
@@ -41,7 +41,7 @@ class Restored(NamedTuple):
     Attributes:
         steps: optimizer steps done.
         ranks: ranks that wrote it.
-        averaged: whether the model is the average of their replicas, because their number has changed.
+        averaged: whether the model is the average of their replicas, because their number or that of an island has changed.
     """
 
     steps: int
@@ -308,14 +308,15 @@ class Checkpoints:
     def _reference_batches(self) -> int:
         """Micro-batches that a unit of progress stands for."""
         optimizer = self._optimizer
-        return optimizer.scaling.reference_batches(self._communicator.size, optimizer.accumulate)
+        workers = optimizer.num_workers
+        return optimizer.scaling.reference_batches(workers, optimizer.accumulate * self._communicator.size // workers)
 
     def _mismatch(self, manifest: Mapping[str, Any]) -> str | None:
         """Says why a checkpoint cannot be continued by this loop; None if it can."""
         if "loop" not in manifest:
             return "was written by `hvdlocal train`: choose another directory"
         pairs = [(manifest["loop"], self._run)]
-        if manifest["num_workers"] == self._communicator.size:  # on which rates and budgets may depend
+        if same_layout(manifest, self._communicator):  # on which rates and budgets may depend
             pairs.append((manifest["loop_settings"], self._settings))
         for before, now in pairs:
             for name in now:

@@ -46,6 +46,7 @@ class Summary:
     data_epochs: float
     collectives: int
     bytes_sent: int
+    island_bytes_sent: int
     data_parallel_bytes: int
     seconds: dict[str, float]
     samples_per_second: float
@@ -54,7 +55,9 @@ class Summary:
 
     @property
     def communication_saved(self) -> float:
-        """Share of the bytes that data parallelism would have sent, averaging the gradient of every micro-batch."""
+        """Share of the bytes that data parallelism would have sent between the workers, averaging the gradient of every
+        micro-batch.
+        """
         return 1 - self.bytes_sent / self.data_parallel_bytes if self.data_parallel_bytes else 0.0
 
     def record(self) -> dict[str, Any]:
@@ -147,6 +150,7 @@ class Recorder:
             **self._state.meter.take(),
             divergence=self._optimizer.divergence,
             bytes_sent=self._totals.bytes_sent,
+            island_bytes_sent=self._totals.island_bytes_sent,
             data_parallel_bytes=self.data_parallel_bytes(steps),
             **{f"{name}_seconds": seconds for name, seconds in self._totals.seconds().items()},
             remaining_seconds=self._pace.remaining_seconds(self._optimizer.progress, self._totals.elapsed),
@@ -190,6 +194,7 @@ class Recorder:
             data_epochs=self._state.loader.epoch,
             collectives=totals.collectives,
             bytes_sent=totals.bytes_sent,
+            island_bytes_sent=totals.island_bytes_sent,
             data_parallel_bytes=self.data_parallel_bytes(steps),
             seconds=totals.seconds(),
             samples_per_second=samples / max(totals.elapsed - totals.evaluating, 1e-9),

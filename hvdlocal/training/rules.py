@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hvdlocal.averaging import (
     QSR,
     AdaComm,
@@ -57,6 +59,31 @@ def micro_batches_per_step(method: MethodConfig) -> int:
     return method.accumulate
 
 
+def island_size(island: Literal["node"] | int, ranks_per_node: int | None) -> int:
+    """Returns n, the ranks that are one worker: K of the formulas is the number of such islands, and a step of one stands for n
+    times the micro-batches of a rank.
+
+    Args:
+        island: as `method.island` has it.
+        ranks_per_node: None if it is not known.
+
+    Raises:
+        ValueError: the ranks of a node are not known and needed, or do not make whole islands.
+    """
+    if island == "node":
+        if ranks_per_node is None:
+            raise ValueError(
+                "island=node: the number of ranks on a node is not known; hvdlocal plan takes it as --ranks-per-node"
+            )
+        return ranks_per_node
+    if ranks_per_node is not None and ranks_per_node % island and island % ranks_per_node:
+        raise ValueError(
+            f"island={island}: with {ranks_per_node} ranks on a node, an island would hold a part of one; choose node, a number "
+            f"that divides {ranks_per_node}, or a multiple of it"
+        )
+    return island
+
+
 def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: float) -> PeriodRule:
     """Returns the rule for H.
 
@@ -104,4 +131,8 @@ def describe_method(method: MethodConfig) -> str:
         words += [period.rule, *own, *rule, *cap]
     elif method.preset != "sync":
         words.append(f"{period.period} micro-batches")
+    if method.island != 1:
+        words.append(f"island={method.island}")
+    if method.island_period > 1:
+        words.append(f"island_period={method.island_period}")
     return " ".join(words)

@@ -35,6 +35,8 @@ class RunFacts:
         seed, precision, device, engine: as they are configured and found.
         threads: CPU threads of a rank.
         ranks, hosts: their numbers.
+        island_size: n, the ranks that are one worker.
+        num_workers: K, the workers that are averaged: islands, or ranks where an island is one rank.
         version: of hvdlocal.
         output: directory of the run.
     """
@@ -65,6 +67,8 @@ class RunFacts:
     threads: int
     ranks: int
     hosts: int
+    island_size: int
+    num_workers: int
     version: str
     output: str
 
@@ -91,7 +95,11 @@ class RunFacts:
 
     def _placement(self) -> str:
         if self.ranks > 1:
-            return f"{self.ranks:,} on {_counted(self.hosts, 'host')}, {self.engine}"
+            islands = ""
+            if self.island_size > 1:
+                what = f"K = {self.num_workers:,}" if self.num_workers > 1 else "nothing is averaged between workers"
+                islands = f": {_counted(self.num_workers, 'island')} of {self.island_size}, so {what}"
+            return f"{self.ranks:,} on {_counted(self.hosts, 'host')}, {self.engine}{islands}"
         how = "" if launched_rank() is not None else "; `mpirun -np N hvdlocal train …` starts more"
         return f"1, so nothing is averaged between ranks{how}"
 
@@ -137,6 +145,8 @@ def run_facts(session: Session, environment: Mapping[str, Any], output: str) -> 
         threads=environment["threads"],
         ranks=environment["ranks"],
         hosts=len(set(environment["hosts"])),
+        island_size=environment["island_size"],
+        num_workers=environment["ranks"] // environment["island_size"],
         version=__version__,
         output=output,
     )

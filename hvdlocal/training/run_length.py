@@ -26,19 +26,19 @@ class RunLength:
     reference_batches: int
 
 
-def run_length(config: TrainConfig, steps_per_epoch: float, num_workers: int) -> RunLength:
+def run_length(config: TrainConfig, steps_per_epoch: float, ranks: int) -> RunLength:
     """The length of a configured run.
 
     Args:
         config: epochs, schedule, base learning rate and method.
         steps_per_epoch: batches that one rank takes in a pass over the data.
-        num_workers: K.
+        ranks: of the job. Islands of them change nothing here: n times fewer workers take n times the micro-batches.
 
     Raises:
         ValueError: settings of the method or of the schedule contradict each other.
     """
     accumulate = micro_batches_per_step(config.method)
-    reference = build_scaling(config.method).reference_batches(num_workers, accumulate)
-    epoch = steps_per_epoch * num_workers / reference
+    reference = build_scaling(config.method).reference_batches(ranks, accumulate)
+    epoch = steps_per_epoch * ranks / reference
     budget = config.epochs * epoch
     return RunLength(epoch, budget, build_schedule(config.schedule, config.optimizer.lr, budget, epoch), reference)

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from hvdlocal.communicator import Communicator, init
+from hvdlocal.communicator import Communicator
 from hvdlocal.training import interruption
 from hvdlocal.training.callbacks.base import Callback
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.configuration import load_config
 from hvdlocal.training.given import names_of
+from hvdlocal.training.islands import join
 from hvdlocal.training.output_directory import AlreadyFinished
 from hvdlocal.training.recorder import Summary
 from hvdlocal.training.tasks import Task
@@ -45,7 +46,7 @@ def train(
         model: the network to train, in place of the section `model`; afterwards it is the averaged model. All ranks begin with
             rank 0's parameters.
         callbacks: are called at the events of the run, beside those of the configuration.
-        communicator: by default that of `hvdlocal.init()`.
+        communicator: by default that of `hvdlocal.init()`, with the islands of `method.island`.
 
     Returns:
         The summary of the run.
@@ -63,7 +64,7 @@ def train(
     """
     if not isinstance(config, TrainConfig):
         config = load_config(config, names_of(task, model))
-    communicator = communicator or init()
+    communicator = communicator or join(config)
     ended = None
     interruption.install_handlers()
     try:

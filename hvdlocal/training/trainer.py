@@ -34,6 +34,7 @@ from hvdlocal.training.environment import describe_run
 from hvdlocal.training.errors import DivergedError, LostRankError
 from hvdlocal.training.evaluation import Evaluation, Evaluator, described
 from hvdlocal.training.given import with_names
+from hvdlocal.training.islands import require_islands
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics, strict
 from hvdlocal.training.optimizers import build_optimizer, is_local
@@ -92,6 +93,7 @@ class Trainer:
         with ExitStack() as held:
             # Before the directory is made, and before data are read, which may take minutes.
             succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
+            require_islands(config, communicator)
             called = build_callbacks(config, communicator, callbacks)
             self.output = held.enter_context(closing(self._open_directory()))
             self.session = session = held.enter_context(closing(Session(config, communicator, task=task, model=model)))

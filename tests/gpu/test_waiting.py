@@ -44,7 +44,7 @@ def training(device, method, **optimizer):
     config = TrainConfig(
         DataConfig("none"), ModelConfig("digits_cnn"), "none", optimizer=OptimizerConfig(**optimizer), method=method
     )
-    wrapped = build_optimizer(config, model, run_length(config, 100, num_workers=1), SingleProcess(size=2))
+    wrapped = build_optimizer(config, model, run_length(config, 100, ranks=1), SingleProcess(size=2))
     x, y = torch.randn(16, 1, 8, 8).to(device), torch.randint(10, (16,)).to(device)
 
     def gradient():

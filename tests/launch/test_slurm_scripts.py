@@ -134,6 +134,13 @@ def documented() -> dict[int, str]:
     return {int(code): templates for code, templates in rows}
 
 
+def test_srun_needs_pmix_but_for_the_engine_that_needs_no_mpi(node):
+    node.install("srun", LAUNCHER)
+    for engine, plugin in (("torch", "none"), ("mpi4py", "pmix"), ("", "pmix")):
+        assert node.run("gpu-nodes-srun", "run.yaml", SLURM_NTASKS="2", HVDLOCAL_BACKEND=engine)[0] == 0
+        assert [word for word in node.noted("srun") if word.startswith("--mpi=")][-1] == f"--mpi={plugin}"
+
+
 def test_every_exit_code_is_documented():
     assert sorted(documented()) == sorted(ExitCode)
 

@@ -1,8 +1,11 @@
 """Jobs that nothing happens to."""
 
+from pathlib import Path
+
 import pytest
 from cluster import Cluster, SlurmError, wait_until
 from conftest import TEMPLATES
+from jobs import Job
 from small_runs import ENDLESS, records, steps_done, write_config
 
 # Every wait has a deadline of its own, after which the jobs are ended; after this one they are not.
@@ -35,6 +38,33 @@ def test_srun(slurm, sbatch, data, tmp_path):
     job.wait_for_state("COMPLETED", 150)
     assert "2 ranks on n1" in job.text()
     assert "local-ada on 2 ranks" in job.text(), "the summary"
+
+
+ISLAND = ["--method.island", "node", "--method.period.period", "4"]
+
+
+def assert_trained_in_islands(job: Job, output: Path) -> None:
+    """Two nodes of two ranks are two workers."""
+    job.wait_for_state("COMPLETED", 150)
+    assert "4 ranks on n[1-2]" in job.text()
+    assert "2 islands of 2, so K = 2" in job.text(), "the header"
+    end = records(output)[-1]
+    assert (end["ranks"], end["island_size"], end["num_workers"]) == (4, 2, 2)
+    assert end["evaluation"]["accuracy"] > 0.9
+
+
+def test_a_node_is_one_worker(sbatch, data, tmp_path):
+    config = write_config(tmp_path, data, epochs=20)
+    job = sbatch("--ntasks-per-node=2", TEMPLATES / "cpu.sbatch", config, *ISLAND)
+    assert_trained_in_islands(job, tmp_path / "out")
+
+
+def test_srun_without_pmix(sbatch, data, tmp_path):
+    """Engine torch needs no MPI: its ranks meet by what Slurm tells them, on two nodes."""
+    config = write_config(tmp_path, data, epochs=20)
+    shape = ["--ntasks-per-node=2", "--gpus-per-node=2", "--export=ALL,HVDLOCAL_BACKEND=torch"]
+    job = sbatch(*shape, TEMPLATES / "gpu-nodes-srun.sbatch", config, *ISLAND)
+    assert_trained_in_islands(job, tmp_path / "out")
 
 
 def test_data_are_staged_to_a_disk_of_the_node(sbatch, data, tmp_path):

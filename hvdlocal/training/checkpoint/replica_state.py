@@ -42,7 +42,8 @@ class ReplicaState:
     def of_all_ranks(self) -> dict[str, Any]:
         """Returns the numbers that are the same on all ranks, for the manifest."""
         return {
-            "num_workers": self._communicator.size,
+            "num_workers": self._communicator.size,  # of ranks, under the name that it had before there were islands
+            "island_size": self._communicator.island_size,
             "in_sync": self._optimizer.in_sync,
             "progress": self._optimizer.progress,
             **({"shared": True} if self._optimizer.shared_state() else {}),
@@ -53,7 +54,7 @@ class ReplicaState:
 
         Args:
             resumed: the checkpoint.
-            scale: what a unit of its progress is in units of this run, whose number of ranks may be another.
+            scale: what a unit of its progress is in units of this run, whose ranks and islands may be others.
         """
         state = resumed.common
         self._optimizer.load_shared_state(state.get("shared", {}))

@@ -24,11 +24,11 @@ class Resumed:
     Attributes:
         step: optimizer steps done.
         contents: the contents of the manifest.
-        state: this rank's own state; None when the number of ranks has changed.
-        averaged: the common state of all ranks when their number has changed: tensors averaged over the old ranks, everything
-            else from old rank 0.
+        state: this rank's own state; None when the number of ranks or the size of islands has changed.
+        averaged: the common state of all ranks when that has changed: tensors averaged over the old ranks, everything else
+            from old rank 0.
         skipped: newer checkpoints that cannot be used, and why.
-        differing: the names under "states" whose values differ between the ranks when their number has changed.
+        differing: the names under "states" whose values differ between the ranks when there is no state of this rank.
     """
 
     step: int
@@ -51,9 +51,11 @@ class Resumed:
         Args:
             code: digests of the user's own code as it is now, by module.
         """
-        ranks, how = self.contents["num_workers"], ""
+        how = ""
         if self.state is None:
-            how = f", averaged over the {ranks} rank{'s' if ranks > 1 else ''} that wrote it"
+            ranks, size = self.contents["num_workers"], island_size(self.contents)
+            islands = f" in islands of {size}" if size > 1 else ""
+            how = f", averaged over the {ranks} rank{'s' if ranks > 1 else ''}{islands} that wrote it"
         yield f"continuing from the checkpoint of step {self.step}{how}"
         before, now = self.contents["versions"], versions()
         if changed := [f"{name} {before.get(name)} → {now.get(name)}" for name in now if before.get(name) != now[name]]:
@@ -119,6 +121,16 @@ def resume(
     return None
 
 
+def island_size(manifest: Mapping[str, Any]) -> int:
+    """Returns the ranks of an island of the run that wrote a checkpoint; 1 if that was before there were islands."""
+    return int(manifest.get("island_size", 1))
+
+
+def same_layout(manifest: Mapping[str, Any], communicator: Communicator) -> bool:
+    """Whether a checkpoint was written by as many ranks in islands of the same size, so that each finds its own state."""
+    return (manifest["num_workers"], island_size(manifest)) == (communicator.size, communicator.island_size)
+
+
 def averaged_model(path: Path) -> State:
     """Returns the model that a checkpoint stands for, as a plain `state_dict`: the average of its replicas.
 
@@ -136,12 +148,12 @@ def averaged_model(path: Path) -> State:
 
 
 def _read(communicator: Communicator, path: Path, run: str | None) -> tuple[dict[str, Any], State | _Mean]:
-    """Reads the manifest and this rank's own state; with another number of ranks, this rank's share of the average."""
+    """Reads the manifest and this rank's own state; with other ranks or islands, this rank's share of the average."""
     manifest = files.read_manifest(path)
     if run is not None and manifest.get("run", run) != run:
         raise CheckpointError(f"{path} was written by another run")
     old, rank, size = manifest["num_workers"], communicator.rank, communicator.size
-    if old != size:
+    if not same_layout(manifest, communicator):
         mean = _Mean(files.read_state(path, manifest, 0), include=rank == 0)
         for one in range(rank or size, old, size):
             mean.add(files.read_state(path, manifest, one))

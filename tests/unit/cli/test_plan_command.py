@@ -130,7 +130,39 @@ def test_figure(plan, tmp_path):
     assert (tmp_path / "new" / "h.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_islands_are_the_workers(plan):
+    """8 ranks as 2 × 4: K = 2 and a step of four micro-batches, whose gain is Eq. 49's."""
+    settings = ["--no-bytes", "--json", "--grad-var-over-sqr", "10", "--method.period.period", "8", "--epochs", "400"]
+    [found] = json.loads(plan(*settings, "--ranks", "8", "--method.island", "4"))["plans"]
+    assert (found["ranks"], found["workers"], found["island_size"]) == (8, 2, 4)
+    gain = hvdlocal.gain_ratio(1.0, 10.0, num_workers=2, period=8, accumulate=4)
+    assert found["stretches"][0]["gain"] == pytest.approx(gain, rel=0.01)  # the first round's is 1
+    assert found["data_epochs"] == pytest.approx(found["steps"] * 8 * 8 / 96)
+    for same in (["--workers", "2", "--method.island", "4"], ["--ranks", "8", "--method.island", "node"]):
+        [other] = json.loads(plan(*settings, *same, "--ranks-per-node", "4"))["plans"]
+        assert other | {"label": ""} == found | {"label": ""}
+
+
+def test_sizes_of_islands_side_by_side(plan):
+    """On as many ranks; data parallelism has none."""
+    others = ["island=1", "island=4", "preset=sync"]
+    settings = ["--no-bytes", "--ranks", "8", "--ranks-per-node", "2", "--method.island", "node", "--compare", *others]
+    found = json.loads(plan(*settings, "--json"))["plans"]
+    assert [(one["ranks"], one["workers"]) for one in found] == [(8, 4), (8, 8), (8, 2), (8, 8)]
+    assert plan(*settings).startswith("8 ranks × 8 of 96 samples")
+    alone = plan("--no-bytes", "--ranks", "8", "--method.island", "4")
+    assert "  workers       2 islands of 4 ranks\n" in alone
+
+
 MISTAKES = [
+    (["--ranks", "0"], "num_workers is 0"),
+    (["--ranks", "6", "--method.island", "4"], "--ranks 6: no whole number of islands of 4 ranks"),
+    (["--ranks", "8", "--method.island", "node"], "hvdlocal plan takes it as --ranks-per-node"),
+    (["--ranks", "8", "--method.island", "3", "--ranks-per-node", "4"], "an island would hold a part of one"),
+    (["--ranks", "8", "--ranks-per-node", "0"], "--ranks-per-node 0"),
+    (["--ranks", "8", "--method.island", "4", "--method.preset", "sync"], "so it has no islands"),
+    (["--ranks", "8", "--method.island_period", "4"], "without islands"),
+    (["--ranks", "8", "--method.island", "4", "--method.island_period", "4"], "no gain is derived"),
     (["--workers", "0"], "num_workers is 0"),
     (["--workers", "2", "--data.path", "/nowhere"], "say how many training samples there will be: --samples N"),
     (["--workers", "2", "--epoch", "3"], "did you mean 'epochs'?"),

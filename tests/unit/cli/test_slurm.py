@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hvdlocal.cli import main, slurm
+from hvdlocal.communicator import launch
 from hvdlocal.slurm.template import NAMES, Place, Template, directory
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "slurm"
@@ -20,8 +21,8 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "slurm"
 JOBS = {
     "cpu": "--nodes 4 --ntasks-per-node 8 --cpus-per-task 6 --time 1-00:00:00 --account abc --partition long run.yaml",
     "gpu": "--gpus-per-node 8 --job-name first --sbatch qos=high --sbatch exclusive run.yaml --epochs 2",
-    "gpu-nodes": "--nodes 16 --gpus-per-node 8 --time 720 run.yaml --method.preset local --method.period.period 16",
-    "gpu-nodes-srun": "--nodes 16 --site site.sh run.yaml",
+    "gpu-nodes": "--nodes 16 --gpus-per-node 8 --time 720 --island node run.yaml --method.preset local --method.period.period 16",
+    "gpu-nodes-srun": "--nodes 16 --backend torch --site site.sh run.yaml",
     "staging": "--nodes 4 run.yaml --data.path 'data sets/digits' --epochs 2",
     "prepare": "--ntasks-per-node 32 imagenet --source 'raw images' --output data/imagenet --resize 320",
     "sweep": "--nodes 2 --ranks 1,2,8 --periods 4,16 --time 0 run.yaml",
@@ -67,6 +68,23 @@ def test_a_script_takes_the_place_of_a_configuration(hvdlocal_slurm):
     code, script, error = hvdlocal_slurm("--template cpu loop.py --depth '12 or so'")
     assert (code, error) == (0, "")
     assert "set -- loop.py --depth '12 or so'" in script
+
+
+def test_islands_of_a_script_are_a_variable_and_those_of_a_configuration_a_setting(hvdlocal_slurm):
+    code, script, error = hvdlocal_slurm("--template gpu-nodes --island 2 --backend torch loop.py --depth 12")
+    assert (code, error) == (0, "")
+    before = script[: script.index("common.sh\n")]
+    assert "export HVDLOCAL_ISLAND=2\n" in before
+    assert "export HVDLOCAL_BACKEND=torch\n" in before
+    assert "set -- loop.py --depth 12\n" in script
+    code, script, error = hvdlocal_slurm("--template gpu-nodes --island 2 run.yaml --method.island 4")
+    assert (code, error) == (0, "")
+    assert "set -- run.yaml --method.island 4 --method.island=2\n" in script
+    assert "export HVDLOCAL_ISLAND" not in script
+
+
+def test_the_engines_are_those_there_are():
+    assert set(launch.BACKENDS) <= set(slurm.BACKENDS)
 
 
 def test_templates_and_scripts_pass_shellcheck(hvdlocal_slurm, tmp_path):
@@ -166,6 +184,16 @@ MISTAKES = [
     ("--template container run.yaml", "needs --image"),
     ("--template container --image no.sif run.yaml", "no image no.sif"),
     ("--template cpu --output run.yaml run.yaml", "is not a script: not replaced"),
+    (
+        "--template gpu-nodes --island 3 run.yaml",
+        "island=3: with 4 ranks on a node, an island would hold a part of one",
+    ),
+    ("--template gpu-nodes run.yaml --method.island 6", "island=6: with 4 ranks on a node"),
+    ("--template gpu-nodes --island 3 loop.py", "island=3: with 4 ranks on a node, an island would hold a part of one"),
+    ("--template gpu-nodes --island node run.yaml --method.preset sync", "data parallelism averages the gradients"),
+    ("--template gpu-nodes --island nod run.yaml", "--island nod: a whole number of at least 1, or node"),
+    ("--template prepare --island node imagenet", "--island is for training"),
+    ("--template cpu --backend nccl run.yaml", "choose from 'horovod', 'mpi4py', 'torch'"),
     ("--template staging loop.py", "template staging sets the trainer's own options: give it a configuration"),
 ]
 

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hvdlocal.averaging.islands import Islands
 from hvdlocal.communicator import SingleProcess
+from hvdlocal.communicator.islands import form_islands
 from hvdlocal.models import build_model
-from hvdlocal.plan.forecast import Checkpoints
+from hvdlocal.plan.forecast import Checkpoints, Forecast
 from hvdlocal.plan.payload import measure_payload
 from hvdlocal.plan.run_plan import plan_run
+from hvdlocal.training.accounting import RunTotals
 from hvdlocal.training.config import (
     DataConfig,
     MethodConfig,
@@ -43,16 +46,29 @@ def config(preset, epochs=3.0, schedule=None, model="digits_cnn", **method):
     )
 
 
+def sum_slices(islands, sent, name, start=Islands.start_sum_):
+    """The sum across islands in a dry run, whose other ranks sum the other slices."""
+    wait = start(islands, sent, name)
+
+    def finish():
+        wait()
+        sent[sent.numel() // islands.inside.size :] *= islands.across.size
+
+    return finish
+
+
 def run(config, workers, monkeypatch, ratio=RATIO):
     """Trains on nothing, as Trainer does: rounds as (first step, H), the optimizer, collectives and bytes."""
     job = SingleProcess(workers)
+    form_islands(job, config.method.island)
+    monkeypatch.setattr(Islands, "start_sum_", sum_slices)
     torch.manual_seed(0)
     model = build_model(config.model.name, 10, (8, 8, 1))
     accumulate = config.method.period.period if config.method.preset.startswith("acc-") else config.method.accumulate
     length = run_length(config, SAMPLES / BATCH / workers, workers)
     optimizer = build_optimizer(config, model, length, job)
     monkeypatch.setattr(optimizer, "_update_statistics", lambda *_, **__: optimizer._smoothed.update(1.0, ratio, 0.0))
-    collectives, sent = job.traffic.collectives, job.traffic.bytes
+    totals = RunTotals(optimizer)
     rounds, steps, start = [], 0, 0
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
@@ -67,7 +83,7 @@ def run(config, workers, monkeypatch, ratio=RATIO):
         if optimizer.in_sync:
             rounds.append((start, steps - start))
             start = steps
-    return rounds, optimizer, length.epoch, job.traffic.collectives - collectives, job.traffic.bytes - sent
+    return rounds, optimizer, length.epoch, totals
 
 
 QSR = PeriodConfig("qsr", alpha=0.02, h_base=2)
@@ -90,6 +106,13 @@ CASES = {
     "local-ada, exact": config("local-ada", period=PeriodConfig(period=3), statistics="exact"),
     "local-ada, c = 0": config("local-ada", period=QSR, c=0.0, sketch_size=64),
     "local-ada-nostale": config("local-ada-nostale", period=QSR),
+    "islands, constant": config("local", period=PeriodConfig(period=7), island=2),
+    "islands, local-lin, qsr": config("local-lin", period=QSR, island=2),
+    "islands, local-ada, a = 3": config("local-ada", period=QSR, island=2, accumulate=3),
+    "islands, local-ada, averaged moments": config("local-ada", island=4, momentum="average", statistics="exact"),
+    "islands, local-ada-nostale": config("local-ada-nostale", period=QSR, island=2),
+    "islands, averaged inside": config("local", period=PeriodConfig(period=7), island=2, island_period=2),
+    "one island, averaged inside": config("local-lin", period=QSR, island=4, island_period=3, momentum="average"),
     "acc-lin": config("acc-lin", period=PeriodConfig(period=3)),
     "acc-ada": config("acc-ada", period=PeriodConfig(period=3)),
     "sync": config("sync"),
@@ -101,17 +124,21 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_plan_is_what_the_optimizer_does(name, workers, monkeypatch):
     case = CASES[name]
-    rounds, optimizer, epoch, collectives, sent = run(case, workers, monkeypatch)
+    if workers % case.method.island:
+        pytest.skip(f"{workers} ranks are no islands of {case.method.island}")
+    rounds, optimizer, epoch, totals = run(case, workers, monkeypatch)
     ratio = RATIO if "-ada" in case.method.preset else None
-    plan = plan_run(case, SAMPLES, workers, grad_var_over_sqr=ratio)
+    plan = plan_run(case, SAMPLES, workers // case.method.island, grad_var_over_sqr=ratio)
+    assert (plan.ranks, plan.num_workers) == (workers, optimizer.num_workers)
     planned = [(s.step + i * s.period, s.period) for s in plan.phases for i in range(s.rounds)]
     assert planned == rounds
     assert plan.steps == sum(period for _, period in rounds)
     assert plan.epochs * epoch == pytest.approx(optimizer.progress, rel=1e-12)
     assert plan.data_epochs == pytest.approx(plan.steps * optimizer.accumulate * workers * BATCH / SAMPLES)
-    assert plan.collectives == collectives
-    if workers > 1:
-        assert plan.rounds * measure_payload(case, images((8, 8, 1))).round == sent
+    shape = {"island_size": plan.island_size, "islands": plan.num_workers}
+    forecast = Forecast(name, plan, measure_payload(case, images((8, 8, 1)), **shape) if workers > 1 else None)
+    assert plan.collectives == totals.collectives
+    assert (forecast.bytes or 0, forecast.island_bytes or 0) == (totals.bytes_sent, totals.island_bytes_sent)
 
 
 def test_payload_counts_what_the_arena_holds():

@@ -12,9 +12,22 @@ STEP_SECONDS = {"computing": 0.005, "averaging": 0.003, "waiting_for_data": 0.00
 
 
 def write_run(
-    directory: Path, preset="local-ada", *, workers=2, period=4, steps=800, finished=True, seed=0, task=None, **rule
+    directory: Path,
+    preset="local-ada",
+    *,
+    workers=2,
+    island_size=None,
+    period=4,
+    steps=800,
+    finished=True,
+    seed=0,
+    task=None,
+    **rule,
 ) -> Path:
-    """A run at gain 1 whose step takes 10 ms, half of it computing; an evaluation each 100 steps."""
+    """A run at gain 1 whose step takes 10 ms, half of it computing; an evaluation each 100 steps.
+
+    With islands, of which older runs say nothing, a fifth of the computing is a wait inside them.
+    """
     directory.mkdir(parents=True)
     rules = {
         "alpha": None,
@@ -40,7 +53,11 @@ def write_run(
         "log_every_seconds": 1.0,
     }
     (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    (directory / "environment.json").write_text(json.dumps({"ranks": workers} | ({"task": task} if task else {})))
+    ranks = {"ranks": workers} if island_size is None else {"ranks": workers * island_size, "island_size": island_size}
+    (directory / "environment.json").write_text(json.dumps(ranks | ({"task": task} if task else {})))
+    step_seconds = STEP_SECONDS
+    if island_size is not None:
+        step_seconds = STEP_SECONDS | {"computing": 0.004, "inside_islands": 0.001}
     local = preset.startswith("local")
     per_averaging = period if local else 1
     records = []
@@ -66,7 +83,7 @@ def write_run(
                 {"kind": "round", "step": step, "round": step // period, **state, **method, "divergence": 1e-3}
             )
         if step % 50 == 0:
-            seconds = {f"{name}_seconds": step * each for name, each in STEP_SECONDS.items()}
+            seconds = {f"{name}_seconds": step * each for name, each in step_seconds.items()}
             parallel = step * BYTES_PER_AVERAGING if workers > 1 else 0
             records.append(
                 {"kind": "steps", "step": step, **state, **method, **seconds, "data_parallel_bytes": parallel}
@@ -83,7 +100,7 @@ def write_run(
                 "micro_batches": steps,
                 "bytes_sent": records[-1]["bytes_sent"],
                 "data_parallel_bytes": steps * BYTES_PER_AVERAGING if workers > 1 else 0,
-                "seconds": {"elapsed": steps / 100, **{name: steps * each for name, each in STEP_SECONDS.items()}},
+                "seconds": {"elapsed": steps / 100, **{name: steps * each for name, each in step_seconds.items()}},
             }
         )
     (directory / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -41,7 +41,7 @@ def test_one_run(tmp_path):
         "Model": "digits_cnn",
         "Data": "digits",
         "Preset": "local-ada",
-        "K ranks": "2",
+        "K workers": "2",
         "H steps": "H = 4",
         "Batch of a rank": "32",
         "Optimizer and γ, its rate": "sgd 0.05, cosine",
@@ -58,6 +58,15 @@ def test_one_run(tmp_path):
     assert "digits_cnn on digits, local-ada on 2 ranks: finished, best test accuracy 98.75 % at epoch 8.0." in html
     assert "Settings that differ" not in html
     assert "preset: local-ada" in html, "the configuration"
+
+
+def test_a_run_with_islands(tmp_path):
+    islands, ranks = write_run(tmp_path / "a", workers=2, island_size=4), write_run(tmp_path / "b", workers=2)
+    report = make_report([islands, ranks])
+    assert [row["K workers"] for row in table(report.html())] == ["2 × 4 ranks", "2"]
+    assert "inside islands" in [entry.label for entry in report.drawings[-1].legend]
+    assert "local-ada on 8 ranks in islands of 4: finished" in make_report([islands]).html()
+    assert "inside islands" not in [entry.label for entry in make_report([ranks]).drawings[-1].legend]
 
 
 def test_the_best_value_is_not_the_last(tmp_path):

@@ -36,6 +36,26 @@ def test_data_parallelism_has_no_rounds(tmp_path):
     assert run.measured_m == pytest.approx(16 * 0.003 / 0.005)
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_island_is_one_worker(tmp_path, finished):
+    """A local step is its computing and the wait for the island's gradient: m is that of islands."""
+    run = read_run(write_run(tmp_path / "a", workers=2, island_size=4, period=4, finished=finished))
+    assert (run.ranks, run.island_size, run.num_workers) == (8, 4, 2)
+    assert run.seconds["inside_islands"] == pytest.approx(0.8)
+    assert run.measured_m == pytest.approx((0.003 * 4) / 0.005)
+    older = read_run(write_run(tmp_path / "b", workers=2, finished=finished))
+    assert (older.ranks, older.island_size, older.num_workers) == (2, 1, 2)
+    assert older.seconds["inside_islands"] == 0
+
+
+@pytest.mark.parametrize("size", [3, 0, "4", None, True])
+def test_islands_that_are_no_part_of_the_ranks(tmp_path, size):
+    directory = write_run(tmp_path / "a")
+    (directory / "environment.json").write_text(json.dumps({"ranks": 8, "island_size": size}))
+    with pytest.raises(ValueError, match="has no valid island_size"):
+        read_run(directory)
+
+
 def test_one_rank_sends_nothing(tmp_path):
     run = read_run(write_run(tmp_path / "a", workers=1))
     assert run.data_parallel_share is None

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 from hvdlocal.communicator import SingleProcess
+from hvdlocal.communicator.islands import form_islands
 from hvdlocal.training.accounting import RunTotals
 from hvdlocal.training.metrics import NoMetrics
 from hvdlocal.training.recorder import Recorder
@@ -10,7 +11,9 @@ from hvdlocal.training.recorder import Recorder
 
 def parts(communicator):
     """An optimizer, a state and a session without anything in them."""
-    optimizer = SimpleNamespace(accumulate=3, progress=0.0, seconds_averaging=0.0, communicator=communicator)
+    optimizer = SimpleNamespace(
+        accumulate=3, progress=0.0, seconds_averaging=0.0, seconds_inside=0.0, communicator=communicator
+    )
     state = SimpleNamespace(totals=RunTotals(optimizer), loader=SimpleNamespace(stats=lambda: {"samples": 0}))
     session = SimpleNamespace(
         length=SimpleNamespace(epoch=1.0, budget=1.0), parameters=25, communicator=SimpleNamespace(size=2)
@@ -39,6 +42,39 @@ def test_a_round_counts_from_the_end_of_the_one_before():
     taken = resumed.end_round()
     assert (taken["round_averaging_seconds"], taken["round_bytes_sent"]) == (3.0, 100)
     assert resumed.end_round()["round_bytes_sent"] == 0
+
+
+def test_what_stays_inside_an_island_is_counted_apart():
+    communicator = SingleProcess(8)
+    form_islands(communicator, 4)
+    optimizer, state, _ = parts(communicator)
+    inside, across = communicator.island.traffic, communicator.peers.traffic
+    communicator.traffic.bytes += 10
+    inside.bytes, inside.collectives, optimizer.seconds_inside = 100, 7, 2.0
+    across.bytes, across.collectives = 25, 3
+    state.totals.waited(0.5)
+    assert (state.totals.bytes_sent, state.totals.collectives, state.totals.island_bytes_sent) == (35, 3, 100)
+    assert state.totals.inside_islands == state.totals.seconds()["inside_islands"] == 2.0
+    taken = state.totals.end_round()
+    assert (taken["round_bytes_sent"], taken["round_island_bytes_sent"], taken["round_island_seconds"]) == (35, 100, 2)
+    with state.totals.beside_training():
+        inside.bytes += 1000
+    resumed = RunTotals(optimizer)
+    resumed.load_state_dict(state.totals.state_dict())
+    resumed.start()
+    inside.bytes, optimizer.seconds_inside = inside.bytes + 5, 3.0
+    taken = resumed.end_round()
+    assert (taken["round_bytes_sent"], taken["round_island_bytes_sent"], taken["round_island_seconds"]) == (0, 5, 1)
+
+
+def test_a_checkpoint_from_before_there_were_islands():
+    _, state, _ = parts(SingleProcess())
+    saved = state.totals.state_dict() | {"bytes_sent": 70, "round_began": (1.0, 0.5, 50)}
+    del saved["inside_islands"], saved["island_bytes_sent"]
+    state.totals.load_state_dict(saved)
+    state.totals.start()
+    taken = state.totals.end_round()
+    assert (taken["round_bytes_sent"], taken["round_island_bytes_sent"], taken["round_island_seconds"]) == (20, 0, 0)
 
 
 def test_a_checkpoint_without_the_beginning_of_its_round():

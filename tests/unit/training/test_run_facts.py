@@ -35,6 +35,8 @@ def facts(**changes):
         "threads": 2,
         "ranks": 16,
         "hosts": 4,
+        "island_size": 1,
+        "num_workers": 16,
         "version": "0.1.0",
         "output": "runs/digits",
     }
@@ -54,6 +56,15 @@ def test_the_header():
         "  output     runs/digits",
     ]
     assert all(len(line) <= 80 for line in facts().header())
+
+
+def test_islands_are_the_workers():
+    assert facts(island_size=4, num_workers=4).header()[5] == (
+        "  ranks      16 on 4 hosts, horovod: 4 islands of 4, so K = 4"
+    )
+    assert facts(island_size=16, num_workers=1).header()[5] == (
+        "  ranks      16 on 4 hosts, horovod: 1 island of 16, so nothing is averaged between workers"
+    )
 
 
 def test_one_rank_says_so(monkeypatch):
@@ -87,3 +98,8 @@ def test_numbers_and_their_nouns():
 )
 def test_the_method_in_words(preset, period, words):
     assert describe_method(MethodConfig(preset=preset, period=PeriodConfig(**period))) == words
+
+
+def test_islands_in_words():
+    method = MethodConfig("local", PeriodConfig(period=8), island="node", island_period=2)
+    assert describe_method(method) == "local constant H=8 island=node island_period=2"
