@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi mpi-plain mpi-horovod launch gpu-code docs test-faults test-slurm test-gpu bench clean
+.PHONY: setup train test lint unit mpi mpi-plain mpi-horovod mpi-torch launch gpu-code docs test-faults test-slurm test-gpu bench clean
 
 setup:
 	@install/setup.sh
@@ -38,13 +38,13 @@ unit: setup
 	$(IN_PARALLEL) $(WORKERS) --dist worksteal tests/unit
 
 # Everything on one, two and three ranks (an odd number finds mistakes that powers of two hide) over plain MPI, and on two over
-# Horovod; what is near the engine on one and three over Horovod too; what depends on the number of ranks also on eight. One side
-# runs beside the other: Horovod's ranks often wait for its next cycle.
+# Horovod and torch.distributed; what is near the engine on one and three over these, too; what depends on the number of ranks also
+# on eight. They run beside each other: Horovod's ranks often wait for its next cycle, and Gloo's for each other.
 mpi: setup
-	$(MAKE) --jobs=2 --output-sync=target mpi-plain mpi-horovod
+	$(MAKE) --jobs=3 --output-sync=target mpi-plain mpi-horovod mpi-torch
 
 MPI_TEST = timeout 900 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
-NEAR_THE_ENGINE = tests/mpi/test_{communicator,local,resume,state,synchronous}.py
+NEAR_THE_ENGINE = tests/mpi/test_{communicator,groups,local,resume,state,synchronous}.py
 mpi-plain: export HVDLOCAL_BACKEND = mpi4py
 mpi-plain: setup
 	@echo "== tests/mpi: mpi4py, 1 rank (no mpirun: two processes of one rank each)"
@@ -58,10 +58,18 @@ mpi-horovod: setup
 	@echo "== tests/mpi: horovod, 2 ranks"
 	ranks=2; $(MPI_TEST) tests/mpi
 	@echo "== tests/mpi near the engine: horovod, 1 and 3 ranks"
-	ranks=1; $(MPI_TEST) tests/mpi/test_{communicator,local}.py
+	ranks=1; $(MPI_TEST) tests/mpi/test_{communicator,groups,local}.py
 	ranks=3; $(MPI_TEST) $(NEAR_THE_ENGINE)
 	@echo "== tests/mpi: horovod, 8 ranks"
 	ranks=8; $(MPI_TEST) tests/mpi/test_{local,synchronous,large}.py
+
+mpi-torch: export HVDLOCAL_BACKEND = torch
+mpi-torch: setup
+	@echo "== tests/mpi: torch.distributed, 2 ranks"
+	ranks=2; $(MPI_TEST) tests/mpi
+	@echo "== tests/mpi near the engine: torch.distributed, 1 and 3 ranks"
+	ranks=1; $(MPI_TEST) tests/mpi/test_{communicator,groups,local}.py
+	ranks=3; $(MPI_TEST) $(NEAR_THE_ENGINE)
 
 launch: setup
 	$(JOBS_IN_PARALLEL) tests/launch --ignore tests/launch/faults

@@ -1,6 +1,6 @@
 """Compares the time of a round that `hvdlocal advise` predicts with the time in training, on the same ranks and link.
 
-benchmarks/slow_link.sh 1gbit python benchmarks/advise_check.py experiments/cifar10_small.yaml [--section.key value …]
+[RANKS=4] benchmarks/slow_link.sh 1gbit python benchmarks/advise_check.py experiments/cifar10_small.yaml [--section.key value …]
 
 There are several passes, since load and network vary: each makes the measurements of `advise`, and then some rounds of training
 with every method and period, each with its own replica. Predictions use the measurements of all passes together. Neither side
@@ -14,31 +14,64 @@ import json
 import os
 import statistics
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
+os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
 
 from harness import machine
 
 import hvdlocal
 from hvdlocal.advise.advice import Advice, advise
 from hvdlocal.advise.benchmark import Benchmark, StepTimer
+from hvdlocal.advise.candidates import island_sizes
 from hvdlocal.advise.measure import measure
 from hvdlocal.advise.measurements import Measurements
+from hvdlocal.advise.predictions import CostModel, predict, predicted_overlap
 from hvdlocal.advise.text import advice_text, as_dict
 from hvdlocal.cli.configuration import parse
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import Preset
 
-RUNS: list[tuple[Preset, int]] = [
-    ("sync", 1),
-    ("acc-ada", 4),
-    ("local-lin", 4),
-    ("local-ada", 1),
-    ("local-ada", 4),
-    ("local-ada", 16),
-]
+
+@dataclass(frozen=True)
+class Run:
+    """A method that is trained.
+
+    Attributes:
+        preset, period: the method, and H.
+        overlap: whether data parallelism sums gradients during the backward pass.
+        island: n, the ranks of an island.
+    """
+
+    preset: Preset
+    period: int
+    overlap: bool = False
+    island: int = 1
+
+    def __str__(self) -> str:
+        island = f", islands of {self.island}" if self.island > 1 else ""
+        return f"{self.method}{island}"
+
+    @property
+    def method(self) -> str:
+        """Its name in a prediction."""
+        return f"{self.preset} overlapped" if self.overlap else self.preset
+
+    def predicted(self, cost_model: CostModel) -> float:
+        """Returns the predicted seconds of a round."""
+        return predict(cost_model, self.method, self.period, self.island).round
+
+
+def runs(nodes: Sequence[str]) -> list[Run]:
+    """Returns what is trained: data parallelism with and without overlap, local steps, and islands that the ranks can form."""
+    local = [Run("local-lin", 4), *(Run("local-ada", period) for period in (1, 4, 16))]
+    several = island_sizes(nodes)[1:-1]
+    islands = [Run("local-ada", period, island=n) for n in several for period in (4, 16)]
+    parallel = [run for overlap in (False, True) for run in (Run("sync", 1, overlap), Run("acc-ada", 4, overlap))]
+    return [*parallel, *local, *islands]
 
 
 class Training:
@@ -47,22 +80,26 @@ class Training:
     def __init__(self, config: TrainConfig, communicator: hvdlocal.Communicator) -> None:
         self._communicator = communicator
         bench = Benchmark(config, communicator)
-        self._runs = {run: StepTimer(bench, *run) for run in RUNS}
-        for training in self._runs.values():
+        self.runs = {
+            run: StepTimer(bench, run.preset, run.period, overlap=run.overlap, island=run.island)
+            for run in runs(bench.nodes)
+        }
+        for training in self.runs.values():
             training.round()
 
-    def trial(self, advice: Advice, seconds: float) -> dict[tuple[str, int], float]:
+    def trial(self, advice: Advice, seconds: float) -> dict[Run, float]:
         """Trains with each method and period for about this time; returns the seconds of a round on the slowest rank."""
         taken = {}
-        for run, training in self._runs.items():
-            rounds = max(1, round(seconds / advice.table[run].round))
+        for run, training in self.runs.items():
+            rounds = max(1, round(seconds / run.predicted(advice.estimate.cost_model)))
+            rounds = self._communicator.gather(rounds, "bench.rounds")[0]
             self._communicator.barrier("bench.start")
             start = time.perf_counter()
             for _ in range(rounds):
                 training.round()
             taken[run] = (time.perf_counter() - start) / rounds
         everyone = self._communicator.gather(taken, "bench.taken")
-        return {run: max(one[run] for one in everyone) for run in RUNS}
+        return {run: max(one[run] for one in everyone) for run in self.runs}
 
 
 def load() -> float:
@@ -103,19 +140,25 @@ def main() -> None:
         return
     advice = advice_from(measurements, config)
     print(advice_text(advice))
-    print(f"\n{'':12}{'H':>4}{'m':>8}{'predicted ms':>14}{'trained ms':>12}{'predicted/trained':>19}   of each pass")
+    print(f"\n{'':24}{'H':>4}{'m':>8}{'predicted ms':>14}{'trained ms':>12}{'predicted/trained':>19}   of each pass")
     ratios = {}
-    for run in RUNS:
-        method, period = run
-        predicted, taken = advice.table[run].round, statistics.fmean(trial[run] for trial in trials)
+    for run in training.runs:
+        predicted = run.predicted(advice.estimate.cost_model)
+        taken = statistics.fmean(trial[run] for trial in trials)
         every = [
-            advice_from([measured], config).table[run].round / trial[run]
+            run.predicted(advice_from([measured], config).estimate.cost_model) / trial[run]
             for measured, trial in zip(measurements, trials, strict=True)
         ]
-        ratios[f"{method} {period}"] = {"ratio": predicted / taken, "passes": every}
+        ratios[f"{run} {run.period}"] = {"ratio": predicted / taken, "passes": every}
         print(
-            f"{method:12}{period:4}{advice.m[method]:8.2f}{1000 * predicted:14.1f}{1000 * taken:12.1f}"
+            f"{run!s:24}{run.period:4}{advice.m[run.method]:8.2f}{1000 * predicted:14.1f}{1000 * taken:12.1f}"
             f"{predicted / taken:19.2f}   {', '.join(f'{ratio:.2f}' for ratio in every)}"
+        )
+    now = advice.estimate.cost_model
+    for method in ("sync", "acc-ada"):
+        beyond, predicted = now.costs[f"{method} overlapped"].closing, predicted_overlap(now, method)
+        print(
+            f"overlap of {method}: {1000 * predicted:.1f} ms beyond a backward pass by the model, {1000 * beyond:.1f} measured"
         )
     print("load before, between and after the passes: " + ", ".join(f"{one:.1f}" for one in loads))
     if arguments.json:

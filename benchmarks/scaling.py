@@ -63,6 +63,29 @@ def allreduce_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
     )
 
 
+def gather_seconds(num_bytes: float, num_workers: int, link: Link) -> float:
+    """Returns the time of a ring allgather in which every worker gives its slice of n/K bytes and gets all others."""
+    _check(num_workers)
+    return (num_workers - 1) * (link.latency_seconds + num_bytes / num_workers / link.bytes_per_second)
+
+
+def sliced_seconds(num_bytes: float, islands: int, island: int, inside: Link, across: Link, cards: int = 1) -> float:
+    """Returns the time of an average across islands by slices, and of the gather inside of them.
+
+    Args:
+        num_bytes: of the whole message; each of the n ranks of an island sums its n-th part across.
+        islands: M.
+        island: n.
+        inside: the link of a rank inside of its island.
+        across: the link of a network card.
+        cards: network cards of an island, at most n, which its ranks share.
+    """
+    _check(islands)
+    share = Link(across.latency_seconds, across.bytes_per_second * min(cards, island) / island)
+    sums = allreduce_seconds(num_bytes / island, islands, share)
+    return sums + gather_seconds(num_bytes, island, inside)
+
+
 def straggler_factor(num_workers: int, period: int, variation: float, *, rounds: int = 200, seed: int = 0) -> float:
     """Simulates how much longer a round takes because all wait for the slowest worker: the mean of max_k Σ_h t_kh / H.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 
 import numpy as np
@@ -15,13 +16,17 @@ from hvdlocal.advise.predictions import (
     Comparison,
     Cost,
     CostModel,
+    IslandCost,
     Prediction,
     averaging_ratio,
+    best_period,
     compare_methods,
     crossover,
+    exposed_share,
     noise,
     predict,
 )
+from hvdlocal.plan.overlap import SumTime
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,9 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
         statistics: the statistics that local-ada would send, "sketch" or "exact".
     """
     blocks = measured.blocks
-    names = {"sync": "acc-lin", "acc-lin": "acc-lin", "acc-ada": "acc-ada", "local-lin": "local-lin"}
-    names |= {"local-ada": f"local-ada {statistics}"}
+    names = {"sync": "acc-lin", "acc-lin": "acc-lin", "acc-ada": "acc-ada"}
+    names |= {f"{method} overlapped": f"{name} overlapped" for method, name in names.items()}
+    names |= {"local-lin": "local-lin", "local-ada": f"local-ada {statistics}"}
     if "local-ada-nostale" in blocks[0].closings:
         names["local-ada-nostale"] = "local-ada-nostale"
 
@@ -67,9 +73,11 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
         update, collect = (max(getattr(pace, part).mean for pace in paces) for part in ("update", "collect"))
         costs = {}
         for method, name in names.items():
-            closing = SampleSummary.pooled(block.closings[name].step for block in some).mean
-            collecting = SampleSummary.pooled(block.closings[name].collect for block in some).mean
-            costs[method] = Cost(closing, update, collect if method.startswith("local") else collecting)
+            closing, collective, collecting = (
+                SampleSummary.pooled(getattr(block.closings[name], part) for block in some).mean
+                for part in ("step", "collective", "collect")
+            )
+            costs[method] = Cost(closing, update, collect if method.startswith("local") else collecting, collective)
         return CostModel(
             micro_batch=tuple(pace.micro_batch.mean for pace in paces),
             costs=costs,
@@ -79,7 +87,18 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
             accumulate=measured.accumulate,
             c=c,
             epoch=measured.epoch,
+            islands={n: island_cost(n, some) for n in blocks[0].islands},
+            backward=max(pace.backward.mean for pace in paces),
+            buckets=measured.buckets,
         )
+
+    def island_cost(island: int, some: Sequence[Block]) -> IslandCost:
+        latency, gradient, average = (
+            SampleSummary.pooled(getattr(block.islands[island], part) for block in some).mean
+            for part in ("latency", "gradient", "average")
+        )
+        num_bytes = sum(bucket.bytes for bucket in measured.buckets)
+        return IslandCost(SumTime.through(latency, num_bytes, gradient), average)
 
     return Estimate(cost_model(blocks), tuple(cost_model([*blocks[:i], *blocks[i + 1 :]]) for i in range(len(blocks))))
 
@@ -87,7 +106,7 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
 def pooled_paces(blocks: Sequence[Block]) -> list[StepTimes]:
     """Returns the times of each rank, pooled over all blocks."""
     ranks = zip(*(block.paces for block in blocks), strict=True)
-    parts = ("micro_batch", "waiting", "update", "collect")
+    parts = ("micro_batch", "waiting", "update", "collect", "backward")
     return [
         StepTimes(*(SampleSummary.pooled(getattr(pace, part) for pace in rank) for part in parts)) for rank in ranks
     ]
@@ -115,17 +134,19 @@ class Advice:
     Attributes:
         measured: the measurements.
         estimate: the cost model that follows from them.
-        table: predictions by method and period.
+        table: predictions by method and period, without islands.
+        islands: the best prediction for local-ada with H > 1 by n, the ranks of an island.
         now: the comparison with the statistics of the short run.
         scenarios: comparisons with the statistics of the run's beginning and end, and with more noise: σ²/G grows while the loss
             falls.
         m: time of an averaging over the time of a local step, by method.
-        crossover: the m from which local steps pay, by Eqs. 16 and 49; None if they never do.
+        crossover: the m from which local steps pay against data parallelism with overlap, by Eqs. 16 and 49; None if never.
     """
 
     measured: Measurements
     estimate: Estimate
     table: Mapping[tuple[str, int], Prediction]
+    islands: Mapping[int, Prediction]
     now: Comparison
     scenarios: Sequence[Scenario]
     m: Mapping[str, float]
@@ -139,19 +160,26 @@ def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -
     table = {
         (method, period): predict(cost_model, method, period)
         for method in cost_model.costs
-        for period in (PERIODS if method != "sync" else (1,))
+        for period in ((1,) if method.startswith("sync") else PERIODS)
     }
     return Advice(
         measured=measured,
         estimate=found,
         table=table,
+        islands={n: best_period(cost_model, n) for n in cost_model.island_sizes},
         now=compare(found),
         scenarios=tuple(
             Scenario(label, noise(one), compare(found, one.grad_sqr, one.grad_var))
             for label, one in _other_statistics(cost_model, measured)
         ),
         m={name: averaging_ratio(cost_model, name) for name in cost_model.costs},
-        crossover=crossover(noise(cost_model), cost_model.num_workers, cost_model.accumulate, c),
+        crossover=crossover(
+            noise(cost_model),
+            cost_model.num_workers,
+            cost_model.accumulate,
+            c,
+            exposed=partial(exposed_share, cost_model),
+        ),
     )
 
 
@@ -166,7 +194,7 @@ def compare(found: Estimate, grad_sqr: float | None = None, grad_var: float | No
     def ratio(cost_model: CostModel) -> float:
         # The same two predictions: with other measurements another period may be better, but then the ratio hardly differs.
         local, parallel = (
-            predict(given(cost_model), one.method, one.period) for one in (best.local, best.data_parallel)
+            predict(given(cost_model), one.method, one.period, one.island) for one in (best.local, best.data_parallel)
         )
         return local.epoch / parallel.epoch
 

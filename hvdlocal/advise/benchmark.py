@@ -1,4 +1,4 @@
-"""Times real steps and real collectives of temporary replicas, which `measure` runs in alternation.
+"""Times real steps of temporary replicas, beside the collectives (`candidates`) with which `measure` alternates them.
 
 The measured code is that of training: the loader, the forward and backward pass, and `step` of the same optimizers with their
 flat buffers and collectives. Nothing is written.
@@ -6,16 +6,22 @@ flat buffers and collectives. Nothing is written.
 
 from __future__ import annotations
 
+import copy
 import random
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 
-from hvdlocal.advise.measurements import SampleSummary, StepTimes, SyncStepTimes, undo_moving_average
+from hvdlocal.advise.measurements import SampleSummary, StepTimes, undo_moving_average
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+from hvdlocal.averaging.buckets import BUCKET_BYTES
+from hvdlocal.averaging.setup import trainable
 from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator
+from hvdlocal.communicator.islands import form_islands, node_name
 from hvdlocal.training.config import MethodConfig, PeriodConfig, Preset, TrainConfig
 from hvdlocal.training.optimizers import build_optimizer
 from hvdlocal.training.run_length import run_length
@@ -38,6 +44,7 @@ class Benchmark:
         length: length of a run of the timed methods, whose base learning rate is that of one worker.
         reference_batches: divisor of the configured base learning rate for these methods.
         batches: the training batches, without an end.
+        nodes: the name of every rank's node.
 
     Raises:
         SetupError, DisagreementError: as for `measure`.
@@ -49,20 +56,17 @@ class Benchmark:
         self.length = run_length(timed, session.loader.steps_per_epoch, communicator.size)
         self.reference_batches = session.length.reference_batches
         self.batches = session.loader.endless()
+        self.nodes: list[str] = communicator.gather(node_name(), "hvdlocal.nodes")
+        self._pauses = random.Random(0)
+        self._divided = {1: communicator}
 
-    def candidates(self) -> list[Candidate]:
-        """Returns one candidate per distinct payload (sync has acc-lin's, local has local-lin's); a collective."""
-        variants: list[tuple[str, Preset, str]] = [
-            ("acc-lin", "acc-lin", "sketch"),
-            ("acc-ada", "acc-ada", "sketch"),
-            ("local-lin", "local-lin", "sketch"),
-            ("local-ada sketch", "local-ada", "sketch"),
-            ("local-ada exact", "local-ada", "exact"),
-        ]
-        method = self.session.config.method
-        if method.preset == "local-ada-nostale":
-            variants.append(("local-ada-nostale", "local-ada-nostale", method.statistics))
-        return [Candidate(self, *variant) for variant in variants]
+    def begin_together(self) -> None:
+        """Returns on all ranks at the same time, after a pause that is random and equal on all of them; a collective.
+
+        Without it, every barrier would be in phase with Horovod's cycle.
+        """
+        self.session.communicator.barrier("hvdlocal.measure")
+        time.sleep(self._pauses.uniform(0, 0.01))
 
     def close(self) -> None:
         """Ends the loading and closes the data."""
@@ -77,11 +81,27 @@ class Benchmark:
             return method.smoothing
         return default_smoothing(self.session.communicator.size * PERIOD * method.accumulate)
 
-    def optimizer(self, preset: Preset, period: int, statistics: str) -> LocalOptimizer | SynchronousOptimizer:
-        """Returns a configured optimizer with another method and a replica of its own; a collective."""
+    def optimizer(
+        self, preset: Preset, period: int, statistics: str, *, overlap: bool = True, island: int = 1
+    ) -> LocalOptimizer | SynchronousOptimizer:
+        """Returns a configured optimizer with another method and a replica of its own; a collective.
+
+        Args:
+            preset, period, statistics: the method.
+            overlap: whether data parallelism sums gradients during the backward pass.
+            island: n, the ranks of an island.
+        """
         session = self.session
         config = replace(session.config, method=self.method(preset, period, statistics))
-        return build_optimizer(config, session.new_model(), self.length, session.communicator)
+        communicator, bucket_bytes = self.divided(island), BUCKET_BYTES if overlap else None
+        return build_optimizer(config, session.new_model(), self.length, communicator, bucket_bytes=bucket_bytes)
+
+    def divided(self, island: int) -> Communicator:
+        """Returns the communicator with its ranks divided into islands of so many; a collective at the first call."""
+        if island not in self._divided:
+            self._divided[island] = copy.copy(self.session.communicator)
+            form_islands(self._divided[island], island)
+        return self._divided[island]
 
     def method(self, preset: Preset, period: int, statistics: str) -> MethodConfig:
         """Returns the configured method with another preset and a constant period."""
@@ -95,67 +115,22 @@ class Benchmark:
             accumulate=1 if preset.startswith("acc") else method.accumulate,
         )
 
+    @staticmethod
+    def parameters(optimizer: LocalOptimizer | SynchronousOptimizer) -> list[torch.nn.Parameter]:
+        """Returns the parameters that an optimizer trains, in the model's order."""
+        return trainable(optimizer, optimizer.model)[1]
+
     def synchronize_device(self) -> None:
         """Waits until a GPU has finished its work, so that a clock does not count it later."""
         if self.session.device.type == "cuda":
             torch.cuda.synchronize(self.session.device)
 
-
-class Candidate:
-    """Steps that end in a collective, with their own replica. Building it and running a trial are collectives.
-
-    Args:
-        bench: the shared parts.
-        name: name of the candidate.
-        preset: the method.
-        statistics: the statistics of local-ada.
-    """
-
-    def __init__(self, bench: Benchmark, name: str, preset: Preset, statistics: str) -> None:
-        self.name = name
-        self._bench = bench
-        self._optimizer = bench.optimizer(preset, 2 if preset.startswith("acc") else 1, statistics)
-        for group in self._optimizer.param_groups:
-            group["lr"] = 0.0  # the same work, but the model does not change
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]
-        self._gradients = [(p, torch.randn_like(p).mul_(1e-3)) for p in parameters]
-        # Every barrier would be in phase with Horovod's cycle; a random pause, equal on all ranks, prevents that.
-        self._pauses = random.Random(0)
-        self._samples: list[tuple[float, float]] = []
-        self._collect: list[float] = []
-        self._bytes = 0
-
-    def trial(self) -> None:
-        """Times one step; with accumulation, a step of two micro-batches."""
-        optimizer, communicator = self._optimizer, self._bench.session.communicator
-        for _ in range(optimizer.accumulate - 1):
-            self._collect.append(self._step())
-        communicator.barrier("hvdlocal.measure")
-        time.sleep(self._pauses.uniform(0, 0.01))
-        averaging, sent = optimizer.seconds_averaging, communicator.traffic.bytes
-        step = self._step()
-        self._samples.append((step, optimizer.seconds_averaging - averaging))
-        self._bytes = communicator.traffic.bytes - sent
-
-    def take(self) -> SyncStepTimes:
-        """Returns the measurements since the last call; a collective."""
-        communicator = self._bench.session.communicator
-        everyone = communicator.gather((self._samples, SampleSummary.of(self._collect)), "hvdlocal.closing")
-        slowest = [
-            tuple(map(max, zip(*ranks, strict=True))) for ranks in zip(*(one for one, _ in everyone), strict=True)
-        ]
-        step, collective = zip(*slowest, strict=True)
-        collect = max((one for _, one in everyone), key=lambda one: one.mean)
-        self._samples, self._collect = [], []
-        return SyncStepTimes(self._bytes, SampleSummary.of(step), SampleSummary.of(collective), collect)
-
-    def _step(self) -> float:
-        for p, gradient in self._gradients:
-            p.grad = gradient
-        self._bench.synchronize_device()
+    def seconds(self, work: Callable[[], object]) -> float:
+        """Returns the seconds that some work takes, a GPU's part included."""
+        self.synchronize_device()
         start = time.perf_counter()
-        self._optimizer.step()
-        self._bench.synchronize_device()
+        work()
+        self.synchronize_device()
         return time.perf_counter() - start
 
 
@@ -164,7 +139,7 @@ class StepTimer:
 
     Args:
         bench: the shared parts.
-        preset, period: another method; it has no statistics.
+        preset, period, overlap, island: another method, as for `Benchmark.optimizer`.
 
     Attributes:
         optimizer: the optimizer that trains.
@@ -172,27 +147,37 @@ class StepTimer:
         rounds: this rank's seconds of computing in each round.
     """
 
-    def __init__(self, bench: Benchmark, preset: Preset = "local-ada", period: int = PERIOD) -> None:
+    def __init__(
+        self,
+        bench: Benchmark,
+        preset: Preset = "local-ada",
+        period: int = PERIOD,
+        *,
+        overlap: bool = True,
+        island: int = 1,
+    ) -> None:
         self._bench = bench
-        self.optimizer = bench.optimizer(preset, period, bench.session.config.method.statistics)
+        statistics = bench.session.config.method.statistics
+        self.optimizer = bench.optimizer(preset, period, statistics, overlap=overlap, island=island)
         self._step = TrainingStep(bench.session, self.optimizer, self._learning_rate)
         self.averages: list[tuple[float, float]] = []
         self.rounds: list[float] = []
         self.optimizer.model.train()
-        self._times: tuple[list[float], ...] = ([], [], [], [])
+        self._times: tuple[list[float], ...] = ([], [], [], [], [])
 
     def round(self) -> None:
         """Trains up to and including the next averaging."""
         optimizer = self.optimizer
-        micro_batch, waiting, update, collect = self._times
+        micro_batch, waiting, update, collect, backward = self._times
         closed, before = False, len(micro_batch)
         while not closed:
             first = not optimizer.round_under_way
-            waited, computed, stepped = self._micro_batch()
+            waited, forward, passed_back, stepped = self._micro_batch()
             complete = not optimizer.micro_batches
             closed = complete and not optimizer.round_under_way
-            micro_batch.append(waited + computed)
+            micro_batch.append(waited + forward + passed_back)
             waiting.append(waited)
+            backward.append(passed_back)
             if not complete:
                 collect.append(stepped)
             elif not first and not closed:
@@ -222,20 +207,26 @@ class StepTimer:
         """Returns γ of one worker."""
         return self._bench.length.schedule(progress) / self._bench.reference_batches
 
-    def _micro_batch(self) -> tuple[float, float, float]:
+    def _micro_batch(self) -> tuple[float, float, float, float]:
         """Trains on one micro-batch.
 
         Returns:
-            Seconds of waiting for its samples, of forward and backward pass, and of the optimizer's `step`.
+            Seconds of waiting for its samples, of the forward pass, of the backward pass, and of the optimizer's `step`.
         """
         bench = self._bench
-        start = time.perf_counter()
+        times = [time.perf_counter()]
+
+        def note() -> None:
+            bench.synchronize_device()
+            times.append(time.perf_counter())
+
         batch = next(bench.batches)
-        bench.synchronize_device()
-        loaded = time.perf_counter()
-        self._step.compute(batch)
-        bench.synchronize_device()
-        computed = time.perf_counter()
+        note()
+        loss, _ = self._step.loss(batch)
+        note()
+        self._step.backward(loss)
+        note()
         self._step.update()
-        bench.synchronize_device()
-        return loaded - start, computed - loaded, time.perf_counter() - computed
+        note()
+        waited, forward, backward, stepped = (end - start for start, end in pairwise(times))
+        return waited, forward, backward, stepped

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from hvdlocal.advise.benchmark import PERIOD, Benchmark, StepTimer
+from hvdlocal.advise.candidates import Candidates
 from hvdlocal.advise.measurements import Block, Measurements, SampleSummary, rank_jitter
 from hvdlocal.averaging import NonFiniteError
 from hvdlocal.communicator import Communicator
@@ -48,7 +49,7 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
     start = time.monotonic()
     communicator = bench.session.communicator
     run = StepTimer(bench)
-    candidates = [] if communicator.size == 1 else bench.candidates()
+    candidates = None if communicator.size == 1 else Candidates(bench)
 
     def rounds(count: int) -> None:
         for _ in range(count):
@@ -56,15 +57,18 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
 
     def trials(count: int) -> None:
         for _ in range(count):
-            for candidate in candidates:
-                candidate.trial()
+            if candidates:
+                candidates.trial()
 
     for _ in range(2):  # warm-up; the second pass gives a first estimate
         of_round, of_trial = _per_item(rounds, 1), _per_item(trials, 1)
     run.take()
-    for candidate in candidates:
-        candidate.take()
-    paces, apart, closings, ends = [], [], [], []
+    if candidates:
+        candidates.take()
+    paces, apart, taken, ends = [], [], [], []
+    order = sorted(
+        range(communicator.size), key=lambda rank: bench.nodes.index(bench.nodes[rank])
+    )  # islands side by side
     micro_batches = PERIOD * bench.session.config.method.accumulate
     for block in range(BLOCKS):
         left = max(start + seconds - time.monotonic(), 0.0) / (BLOCKS - block)
@@ -72,9 +76,10 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         begun = len(run.rounds)
         of_round = _per_item(rounds, _agreed(communicator, left * share / of_round))
         of_trial = _per_item(trials, _agreed(communicator, left * (1 - share) / of_trial))
-        paces.append(tuple(communicator.gather(run.take(), "hvdlocal.paces")))
+        pace = communicator.gather(run.take(), "hvdlocal.paces")
+        paces.append(tuple(pace[rank] for rank in order))
         apart.append(rank_jitter(communicator.gather(run.rounds[begun:], "hvdlocal.rounds"), micro_batches))
-        closings.append({candidate.name: candidate.take() for candidate in candidates})
+        taken.append(candidates.take() if candidates else ({}, {}))
         ends.append(len(run.averages))
     grad_sqr, grad_var = (
         [SampleSummary.of(estimates[begin:end]) for begin, end in pairwise([0, *ends])] for estimates in run.estimates()
@@ -85,7 +90,13 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         samples=bench.session.loader.samples_per_epoch,
         epoch=bench.length.epoch,
         parameters=bench.session.parameters,
-        blocks=tuple(Block(*parts) for parts in zip(paces, apart, closings, grad_sqr, grad_var, strict=True)),
+        buckets=candidates.buckets() if candidates else (),
+        blocks=tuple(
+            Block(pace, jitter, *steps_and_islands, *statistics)
+            for pace, jitter, steps_and_islands, *statistics in zip(
+                paces, apart, taken, grad_sqr, grad_var, strict=True
+            )
+        ),
         epochs=run.optimizer.progress / bench.length.epoch,
         seconds=max(communicator.gather(time.monotonic() - start, "hvdlocal.seconds")),
     )

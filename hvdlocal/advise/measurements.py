@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
+from hvdlocal.plan.overlap import BucketArrival
+
 ROUNDING = 1e-9
 """Relative size below which a difference counts as a rounding error."""
 
@@ -50,12 +52,14 @@ class StepTimes:
         waiting: the wait for the samples alone.
         update: the update of a local step.
         collect: accumulating a micro-batch that does not complete a local step; no samples without accumulation.
+        backward: the backward pass alone.
     """
 
     micro_batch: SampleSummary
     waiting: SampleSummary
     update: SampleSummary
     collect: SampleSummary
+    backward: SampleSummary
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,9 @@ class SyncStepTimes:
 
     Attributes:
         bytes: bytes that a rank contributes to the collectives of the step.
-        step: the whole step: the method's computations on the gradient, the collective, and the update.
-        collective: the collective alone.
+        step: the whole step: the method's computations on the gradient, the collective, and the update. Where sums overlap with
+            the backward pass, the time of both beyond that of a backward pass alone.
+        collective: the collective alone; no samples where it overlaps with the backward pass.
         collect: accumulating a micro-batch that does not complete the step; no samples without accumulation.
     """
 
@@ -76,20 +81,37 @@ class SyncStepTimes:
 
 
 @dataclass(frozen=True)
+class IslandTimes:
+    """Seconds of the collectives of islands of n ranks, which all ranks begin at the same time, on the slowest rank.
+
+    Attributes:
+        latency: the sum of one number inside of the islands; no samples for islands of one rank.
+        gradient: the sum of the gradient inside of the islands; no samples for islands of one rank.
+        average: the average of the model and its statistics across the islands, by slices; no samples for one island of all.
+    """
+
+    latency: SampleSummary
+    gradient: SampleSummary
+    average: SampleSummary
+
+
+@dataclass(frozen=True)
 class Block:
     """An interval of time in which everything was measured.
 
     Attributes:
-        paces: the times of each rank.
+        paces: the times of each rank; the ranks of a node side by side.
         apart: the variation of a micro-batch's seconds that ranks do not share; see `rank_jitter`.
-        closings: the times of steps with a collective, by method, local-ada's with its statistics ("local-ada sketch"); empty on
-            one rank.
+        closings: the times of steps with a collective, by method, local-ada's with its statistics ("local-ada sketch"), and data
+            parallelism's with and without overlap ("acc-ada", "acc-ada overlapped"); empty on one rank.
+        islands: the times of collectives by n, the ranks of an island, from 1 to all; empty on one rank.
         grad_sqr, grad_var: single estimates of G and σ², clamped but not smoothed; no samples on one rank.
     """
 
     paces: tuple[StepTimes, ...]
     apart: SampleSummary
     closings: Mapping[str, SyncStepTimes]
+    islands: Mapping[int, IslandTimes]
     grad_sqr: SampleSummary
     grad_var: SampleSummary
 
@@ -104,6 +126,7 @@ class Measurements:
         samples: number of training samples of an epoch.
         epoch: N / B, the micro-batches of an epoch for one worker.
         parameters: number of trainable parameters.
+        buckets: the parts in which an overlapped sum takes the gradient; empty on one rank.
         blocks: consecutive blocks. The load of nodes and network varies from minute to minute; the differences between blocks
             show how accurate the measurements are.
         epochs: scale-invariant epochs that the short run covered, from the start of training.
@@ -115,6 +138,7 @@ class Measurements:
     samples: int
     epoch: float
     parameters: int
+    buckets: tuple[BucketArrival, ...]
     blocks: tuple[Block, ...]
     epochs: float
     seconds: float

@@ -10,7 +10,17 @@ from typing import Any
 
 from hvdlocal.advise.advice import Advice, pooled_paces
 from hvdlocal.advise.measurements import Measurements, SampleSummary
-from hvdlocal.advise.predictions import PERIODS, Comparison, Prediction, noise, predict, slowest
+from hvdlocal.advise.predictions import (
+    CERTAIN,
+    PERIODS,
+    Comparison,
+    Prediction,
+    averaging_seconds,
+    noise,
+    predict,
+    predicted_overlap,
+    slowest,
+)
 from hvdlocal.figures.units import bytes_text, seconds_text
 
 KEEPS_UP = 0.05
@@ -61,7 +71,7 @@ def measured_text(measured: Measurements) -> str:
 def advice_text(advice: Advice) -> str:
     """Describes everything: the verdict, the measurements and predictions behind it, and what else follows from them."""
     parts = [_verdict(advice), "", measured_text(advice.measured)]
-    parts += [*_averagings(advice), *_statistics(advice), *_table(advice)]
+    parts += [*_averagings(advice), *_overlap(advice), *_statistics(advice), *_table(advice), *_islands(advice)]
     return "\n".join([*parts, "", *_scenarios(advice), "", *_remarks(advice)])
 
 
@@ -74,6 +84,23 @@ def as_dict(advice: Advice) -> dict[str, Any]:
         "grad_sqr": cost_model.grad_sqr,
         "grad_var": cost_model.grad_var,
         "predictions": [{**asdict(one), "epoch_error": _error(advice, one)} for one in advice.table.values()],
+        "overlap": {
+            method: {
+                "without": cost_model.costs[method].closing,
+                "overlapped": cost_model.costs[f"{method} overlapped"].closing,
+                "predicted": predicted_overlap(cost_model, method),
+            }
+            for method in ("sync", "acc-ada")
+        },
+        "islands": [
+            {
+                **asdict(one),
+                "epoch_error": _error(advice, one),
+                "average_seconds": averaging_seconds(cost_model, one.method, island),
+                "step_seconds": one.round / one.period,
+            }
+            for island, one in advice.islands.items()
+        ],
         "contest": _comparison_dict(advice.now),
         "scenarios": [
             {"statistics": one.label, "grad_var_over_sqr": _finite(one.noise), **_comparison_dict(one.comparison)}
@@ -89,7 +116,7 @@ def _averagings(advice: Advice) -> Iterator[str]:
     yield f"  {'a step that ends with the sum of':38}{'per rank':>10}{'collective':>18}{'whole step':>18}{'m':>8}"
     update = cost_model.costs["local-lin"].update
     step = cost_model.accumulate * max(cost_model.micro_batch) + update
-    for name in blocks[0].closings:
+    for name in (name for name in PAYLOADS if name in blocks[0].closings):
         closings = [block.closings[name] for block in blocks]
         m = max(SampleSummary.pooled(closing.step for closing in closings).mean - update, 0.0) / step
         yield (
@@ -101,6 +128,55 @@ def _averagings(advice: Advice) -> Iterator[str]:
     mean = fmean(cost_model.micro_batch)
     added = ", ".join(f"{100 * (wait / (count * mean) - 1):.1f} % with H = {count}" for count, wait in waits)
     yield f"  waiting for the slowest rank adds {added}"
+
+
+def _overlap(advice: Advice) -> Iterator[str]:
+    cost_model, blocks = advice.estimate.cost_model, advice.measured.blocks
+    shares = [f"{100 * bucket.ready:.0f}" for bucket in cost_model.buckets]
+    shown = ", ".join(shares if len(shares) < 8 else [*shares[:3], "…", *shares[-2:]])
+    pieces = f"{len(shares)} buckets, complete" if len(shares) > 1 else "one bucket, complete"
+    yield ""
+    yield f"  the gradient's sum can overlap with the backward pass of {_ms(cost_model.backward)}: {pieces} after {shown} % of it"
+    yield f"  {'a step beyond its backward pass':38}{'without overlap':>18}{'overlapped':>18}{'predicted':>12}"
+    for method, name in (("sync", "sync, acc-lin"), ("acc-ada", "acc-ada")):
+        measured = "acc-lin" if method == "sync" else method
+        apart, beside = (
+            _sampled([block.closings[one].step for block in blocks]) for one in (measured, f"{measured} overlapped")
+        )
+        yield f"  {name:38}{apart:>18}{beside:>18}{_ms(predicted_overlap(cost_model, method)):>12}"
+
+
+def _islands(advice: Advice) -> Iterator[str]:
+    cost_model, blocks = advice.estimate.cost_model, advice.measured.blocks
+    if len(advice.islands) < 2:
+        return
+    yield ""
+    yield "Islands of n ranks are one worker each: mean gradients inside at every step, averages across after H (local-ada)"
+    heads = f"{'H':>6}{'island step':>14}{'average/H':>12}{'step':>10}{'epoch, s':>18}"
+    yield f"     n{'gradient inside':>18}{'average across':>18}{heads}"
+    for n, one in advice.islands.items():
+        inside = _sampled([block.islands[n].gradient for block in blocks]) if n > 1 else ""
+        across = _sampled([block.islands[n].average for block in blocks])
+        average, step = averaging_seconds(cost_model, one.method, n) / one.period, one.round / one.period
+        epoch = f"{_seconds(one.epoch)} ± {_seconds(_error(advice, one))}"
+        yield (
+            f"{n:6}{inside:>18}{across:>18}{one.period:6}{_ms(step - average):>14}{_ms(average):>12}{_ms(step):>10}{epoch:>18}"
+        )
+    best = min((one for n, one in advice.islands.items() if n > 1), key=lambda one: one.epoch)
+    alone = advice.islands[1]
+    error = advice.estimate.error(
+        lambda given: (
+            predict(given, best.method, best.period, best.island).epoch
+            / predict(given, alone.method, alone.period).epoch
+        )
+    )
+    verdict, ratio = f"Islands of {best.island} ranks", best.epoch / alone.epoch
+    if abs(ratio - 1) <= CERTAIN * error:
+        yield f"  {verdict} take the same time within the noise as none ({ratio:.2f} ± {error:.2f}): leave method.island at 1."
+    elif ratio < 1:
+        yield f"  {verdict} pay: without them local-ada takes {_more(1 / ratio)}. Set method.island: {best.island}."
+    else:
+        yield f"  Islands do not pay here: at best, of {best.island} ranks, they take {_more(ratio)} than none."
 
 
 def _statistics(advice: Advice) -> Iterator[str]:
@@ -117,24 +193,25 @@ def _statistics(advice: Advice) -> Iterator[str]:
 
 
 def _table(advice: Advice) -> Iterator[str]:
-    adaptive = [name for name in ("acc-ada", "local-ada", "local-ada-nostale") if name in advice.m]
-    fixed = ("acc-lin", "local-lin")
-    sync = advice.table["sync", 1]
+    sync = _best_sync(advice)
+    overlap = " overlapped" if sync.method.endswith("overlapped") else ""
+    adaptive = [name for name in (f"acc-ada{overlap}", "local-ada", "local-ada-nostale") if name in advice.m]
+    fixed = (f"acc-lin{overlap}", "local-lin")
     yield ""
     yield "Seconds for a scale-invariant epoch (± one standard error), and the gain; with fixed rules seconds for an epoch"
     yield "of data, and how many times larger their rate is than the statistics justify"
-    heads = "".join(f"{name:>18}   gain" for name in adaptive) + "".join(f"{name:>13}{'':10}" for name in fixed)
+    heads = "".join(f"{name:>20}   gain" for name in adaptive) + "".join(f"{name:>20}{'':10}" for name in fixed)
     yield f"     H{heads}".rstrip()
     for period in PERIODS:
         line = f"{period:6}"
         for one in (advice.table[name, period] for name in adaptive):
-            line += f"{f'{_seconds(one.epoch)} ± {_seconds(_error(advice, one))}':>18}{one.gain:7.3g}"
+            line += f"{f'{_seconds(one.epoch)} ± {_seconds(_error(advice, one))}':>20}{one.gain:7.3g}"
         for one in (advice.table[name, period] for name in fixed):
-            line += f"{_seconds(one.own_epoch):>13}{_excess(one):>10}"
+            line += f"{_seconds(one.own_epoch):>20}{_excess(one):>10}"
         yield line.rstrip()
     yield (
-        f"  sync takes {_seconds(sync.own_epoch)} s for an epoch of data, and {_seconds(sync.epoch)} s for the progress of a "
-        "scale-invariant one"
+        f"  {sync.method} takes {_seconds(sync.own_epoch)} s for an epoch of data, and {_seconds(sync.epoch)} s for the progress "
+        "of a scale-invariant one"
     )
 
 
@@ -145,14 +222,15 @@ def _scenarios(advice: Advice) -> Iterator[str]:
     for label, ratio, found in rows:
         local, parallel = found.local, found.data_parallel
         yield (
-            f"  {label:30}σ²/G {_number(ratio):>8}   H = {local.period:<4}{_seconds(local.epoch):>9} s   "
-            f"{_named(parallel):16}{_seconds(parallel.epoch):>9} s   local/parallel {found.ratio:.2f} ± {found.error:.2f}"
+            f"  {label:30}σ²/G {_number(ratio):>8}   {_island(local):9}H = {local.period:<4}{_seconds(local.epoch):>9} s   "
+            f"{_named(parallel):24}{_seconds(parallel.epoch):>9} s   local/parallel {found.ratio:.2f} ± {found.error:.2f}"
         )
 
 
 def _verdict(advice: Advice) -> str:
     now = advice.now
-    ours, theirs = f"{now.local.method}, H = {now.local.period}", _named(now.data_parallel)
+    island = f", islands of {now.local.island} ranks" if now.local.island > 1 else ""
+    ours, theirs = f"{now.local.method}, H = {now.local.period}{island}", _named(now.data_parallel)
     if now.verdict == "local":
         longer = _more(1 / now.ratio)
         return f"USE LOCAL SGD: {ours}. Data parallelism at its best, {theirs}, takes {longer} to the same progress."
@@ -169,14 +247,16 @@ def _remarks(advice: Advice) -> Iterator[str]:
     if now.error > SHAKY:
         yield "The measurements vary much: something else keeps these nodes or their network busy."
     m = advice.m[now.local.method]
+    local = "local steps without islands" if len(advice.islands) > 1 else "local steps"
+    against = "against overlapped data parallelism with these statistics"
     if advice.crossover is None:
-        yield f"By the formulas alone no m makes local steps pay with these statistics; here m = {m:.2f}."
+        yield f"By the formulas alone no m makes {local} pay {against}; here m = {m:.2f}."
     else:
-        yield f"By the formulas alone local steps pay from m = {advice.crossover:.2g} with these statistics; here m = {m:.2f}."
+        yield f"By the formulas alone {local} pay from m = {advice.crossover:.2g} {against}; here m = {m:.2f}."
     others = {one.comparison.verdict for one in advice.scenarios} - {now.verdict, "undecided"}
     if others:
         yield "The answer changes with the noise, which grows while the loss falls: see the lines above."
-    sync = advice.table["sync", 1]
+    sync = _best_sync(advice)
     fixed = ", ".join(
         f"{advice.table['local-lin', period].own_epoch / sync.own_epoch:.2f} with H = {period}"
         for period in (4, 16, 64)
@@ -188,13 +268,22 @@ def _more(ratio: float) -> str:
     return f"{ratio:.1f} times as long" if ratio >= 2 else f"{100 * (ratio - 1):.0f} % more time"
 
 
+def _best_sync(advice: Advice) -> Prediction:
+    """Returns the prediction for sync with overlap or without, whichever is faster."""
+    return min((advice.table[name, 1] for name in ("sync overlapped", "sync")), key=lambda one: one.round)
+
+
+def _island(one: Prediction) -> str:
+    return f"n = {one.island}" if one.island > 1 else ""
+
+
 def _named(one: Prediction) -> str:
     """Returns the method's name; for acc-* followed by the number of micro-batches."""
-    return one.method if one.method == "sync" else f"{one.method}, {one.period}"
+    return one.method if one.method.startswith("sync") else f"{one.method}, {one.period}"
 
 
 def _error(advice: Advice, one: Prediction) -> float:
-    return advice.estimate.error(lambda cost_model: predict(cost_model, one.method, one.period).epoch)
+    return advice.estimate.error(lambda cost_model: predict(cost_model, one.method, one.period, one.island).epoch)
 
 
 def _excess(one: Prediction) -> str:

@@ -178,7 +178,7 @@ class TensorSample:
     TENSORS = 4
 
     def __init__(self, named: Mapping[str, torch.Tensor], model: torch.nn.Module | None = None) -> None:
-        self._named = [(name, tensor, _is_dense(tensor)) for name, tensor in named.items()]
+        self._named = [(name, tensor, _is_dense(tensor)) for name, tensor in named.items() if tensor.numel()]
         self._model = model
         self._calls = 0
 

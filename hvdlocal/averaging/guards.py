@@ -102,6 +102,19 @@ def renormalised_weights(model: torch.nn.Module, parameters: Iterable[torch.nn.P
     return {name: one.weight for name, one in _embeddings(model, parameters).items() if one.max_norm is not None}
 
 
+def refuse_renormalised_weights(model: torch.nn.Module, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Refuses layers that change their weights in the forward pass, where replicas must be equal after every step.
+
+    Raises:
+        ValueError: naming the layer.
+    """
+    for name in renormalised_weights(model, parameters):
+        raise ValueError(
+            f"{name or 'the model'!r} has a max_norm, with which every rank rescales the rows that it looks up, "
+            "so that the replicas would differ: build it without, and rescale all rows after each step"
+        )
+
+
 def refuse_sparse_layers(model: torch.nn.Module, parameters: Sequence[torch.nn.Parameter], reason: str) -> None:
     """Refuses layers that make sparse gradients.
 

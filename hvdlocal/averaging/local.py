@@ -16,7 +16,12 @@ from hvdlocal.averaging.digest import Fact, rounded
 from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
-from hvdlocal.averaging.guards import refuse_moved_tensors, refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.guards import (
+    refuse_moved_tensors,
+    refuse_renormalised_weights,
+    refuse_sparse_gradients,
+    renormalised_weights,
+)
 from hvdlocal.averaging.island_gradient import IslandGradient
 from hvdlocal.averaging.islands import Islands
 from hvdlocal.averaging.moments import adopt_moments, averaged_moments, refuse_new_moments
@@ -53,6 +58,11 @@ class LocalOptimizer(ReplicaOptimizer):
     What happens when: the period H is chosen before a round's first step and stays; the averaging follows the update of the
     round's last step. With a budget, the last round is shortened to end on the step that uses it up. With `LocalAdaScale`, the
     gain of a round comes from gradients of earlier rounds (`stale=True`) or of its own first step (`stale=False`).
+
+    With islands (`hvdlocal.init(island="node")`) a worker is an island of n ranks: every step uses the mean gradient of its
+    ranks, and the islands are averaged. K of the papers is then the number of islands (`num_workers`), a step stands for n·a
+    micro-batches, and the gradient statistics come from the gradients of all ranks. An island needs memory for the mean gradient,
+    as data parallelism does; see `SynchronousOptimizer`, also for gradients that are changed between backward pass and `step`.
 
     Parameters are views of one large buffer, and torch.save writes whole buffers: clone the tensors of a `state_dict` first.
 
@@ -154,6 +164,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._inside: IslandGradient | None = None
         self._empty = 0
         if self._islands and island_period == 1:
+            refuse_renormalised_weights(model, self._parameters)
             named = dict(zip(self._names, self._parameters, strict=True))
             self._inside = IslandGradient(self._islands.inside, model, named, accumulate)
             self._accumulated = self._inside.sums
@@ -204,6 +215,11 @@ class LocalOptimizer(ReplicaOptimizer):
                     "island_period out"
                 )
             return None
+        if across.size == 1:
+            self._warn(
+                f"all {inside.size} ranks form one island, so that every step is data-parallel and nothing is averaged: give a "
+                "smaller island, or start the job on more nodes"
+            )
         return Islands(inside, across, diverge=period > 1)
 
     def _warn(self, message: str) -> None:
@@ -288,7 +304,7 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def _take_gradient(self) -> None:
-        if self.accumulate > 1 or self._max_norm is not None:  # statistics look by themselves, once a round
+        if self._inside or self.accumulate > 1 or self._max_norm is not None:  # statistics look by themselves
             refuse_sparse_gradients(self._parameters, self._needs_dense_gradients() or "")
         self._unscale()
         if not self._collect():

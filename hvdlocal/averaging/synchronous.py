@@ -14,7 +14,7 @@ from hvdlocal.averaging.buffers import Buffers
 from hvdlocal.averaging.digest import DIGEST_SIZE, Fact, TensorSample, rounded
 from hvdlocal.averaging.gain import LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import squared_norm
-from hvdlocal.averaging.guards import refuse_sparse_gradients, renormalised_weights
+from hvdlocal.averaging.guards import refuse_renormalised_weights, refuse_sparse_gradients
 from hvdlocal.averaging.mean_gradient import MeanGradient
 from hvdlocal.averaging.nonfinite import CheckedScale
 from hvdlocal.averaging.replica import ReplicaOptimizer
@@ -101,11 +101,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
             communicator=communicator,
         )
         scaling.gain(self._progress.context(1))  # refuses a rule that needs a budget now, not at the first step
-        for name in renormalised_weights(model, self._parameters):
-            raise ValueError(
-                f"{name or 'the model'!r} has a max_norm, with which every rank rescales the rows that it looks up, "
-                "so that the replicas would differ: build it without, and rescale all rows after each step"
-            )
+        refuse_renormalised_weights(model, self._parameters)
         self._sample = TensorSample(dict(zip(self._names, self._parameters, strict=True)))
         self._accumulated: MeanGradient = MeanGradient(
             self.communicator,

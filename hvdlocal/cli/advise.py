@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,8 @@ def run(arguments: Sequence[str]) -> int:
     from hvdlocal.advise.text import ALONE, advice_text, as_dict, measured_text
     from hvdlocal.communicator import init, succeed_together
 
-    communicator = init()
+    os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # islands of several sizes are formed after the start
+    communicator = init(island=1)
 
     def prepare() -> None:
         if options.json and communicator.rank == 0:

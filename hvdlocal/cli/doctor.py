@@ -111,6 +111,8 @@ def launcher() -> Iterator[Finding]:
         yield Finding(
             "ok", "srun", "no mpirun here; start ranks with srun --mpi=pmix (srun --mpi=list shows what there is)"
         )
+    elif _backend() == "torch":
+        yield Finding("ok", "torchrun", "neither mpirun nor srun on PATH; start ranks with torchrun")
     else:
         yield Finding(
             "wrong", "launcher", "neither mpirun nor srun on PATH", "load the site's MPI module, or run `make setup`"
@@ -154,7 +156,7 @@ def horovod() -> Iterator[Finding]:
     )
     lines = _python(probe)
     if isinstance(lines, str):
-        remedy = "run `make setup`, or see docs/install.md; HVDLOCAL_BACKEND=mpi4py does without Horovod"
+        remedy = "run `make setup`, or see docs/install.md; HVDLOCAL_BACKEND=mpi4py and =torch do without Horovod"
         yield Finding(_level("horovod"), "Horovod", lines, remedy)
         return
     version, mpi, gloo, nccl, file = json.loads(lines[-1])
@@ -217,10 +219,10 @@ def cores() -> Iterator[Finding]:
 
 def two_ranks() -> Iterator[Finding]:
     """Computes a real sum on two ranks, over each backend."""
-    if not shutil.which("mpirun"):
+    if not shutil.which("mpirun") and _backend() != "torch":
         yield Finding("note", "two ranks", "not tried: no mpirun", "try inside a job: srun -n 2 hvdlocal train …")
         return
-    for backend in ("horovod", "mpi4py"):
+    for backend in ("horovod", "mpi4py", "torch") if shutil.which("mpirun") else ("torch",):
         if backend != _backend() and isinstance(_python(f"import {backend}"), str):
             continue
         found = _trial(backend)
@@ -228,6 +230,8 @@ def two_ranks() -> Iterator[Finding]:
             yield Finding("ok", f"2 × {backend}", "an allreduce of two ranks gives the right sum")
             continue
         remedy = "mpirun must be that of the MPI which the backend was built with; on a login node, try inside a job"
+        if backend == "torch":
+            remedy = "set MASTER_ADDR to this host's name and GLOO_SOCKET_IFNAME to its network interface, or try inside a job"
         if found == REFUSES_ROOT:
             remedy = ALLOW_ROOT
         yield Finding(_level(backend), f"2 × {backend}", found, remedy)
@@ -254,7 +258,11 @@ def _trial(backend: str) -> str | None:
         f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
         "c.sum_(t, 'hvdlocal.doctor'); print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
     )
-    command = without_leftovers([*launcher_words(), "2", sys.executable, "-c", program])
+    if shutil.which("mpirun"):
+        command = without_leftovers([*launcher_words(), "2", sys.executable, "-c", program])
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*torchrun, "--no-python", sys.executable, "-c", program]
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL

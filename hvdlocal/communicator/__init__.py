@@ -1,4 +1,4 @@
-"""The only package that imports Horovod or MPI. Everything above it uses a `Communicator`."""
+"""The only package that imports Horovod, MPI or torch.distributed. Everything above it uses a `Communicator`."""
 
 from lazy_loader import attach_stub
 

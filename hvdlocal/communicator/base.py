@@ -1,6 +1,7 @@
 """What hvdlocal asks of a message-passing library: three collectives, and a wait that ends.
 
-Everything above this package talks to a `Communicator`; only the backends beside this file import Horovod or MPI.
+Everything above this package talks to a `Communicator`; only the engines beside this file import Horovod, MPI or
+torch.distributed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -39,10 +40,23 @@ class Pending(Protocol):
 
 @dataclass
 class Traffic:
-    """What this rank has handed to collectives since the start."""
+    """What this rank has handed to collectives since the start.
+
+    Attributes:
+        collectives, bytes: of a communicator; those of a job include those of its groups.
+        job: where the traffic of a group is counted too.
+    """
 
     collectives: int = 0
     bytes: int = 0
+    job: Traffic | None = field(default=None, repr=False)
+
+    def count(self, sent: int) -> None:
+        """Adds one collective of so many bytes."""
+        self.collectives += 1
+        self.bytes += sent
+        if self.job:
+            self.job.count(sent)
 
 
 class Communicator(ABC):
@@ -52,12 +66,12 @@ class Communicator(ABC):
     with an error that names the collective and the rank when `timeout_seconds` have passed.
 
     Attributes:
-        backend: "horovod", "mpi4py", or "single" (`SingleProcess`).
+        backend: "horovod", "mpi4py", "torch", or "single" (`SingleProcess`).
         rank, size: this process among the processes of this communicator.
         job_ranks: the ranks of this communicator as they are numbered in the job; in messages ranks have these numbers.
         local_rank, local_size: this process among those on its node.
         timeout_seconds: how long one collective may take, the wait for the slowest rank included.
-        traffic: collectives and bytes of this communicator so far.
+        traffic: collectives and bytes of this communicator so far, and of its groups.
         island: the ranks of this rank's island; None without islands (`hvdlocal.init(island=…)`).
         peers: the ranks that have this rank's place in their islands, this one included; None without islands.
     """
@@ -149,8 +163,7 @@ class Communicator(ABC):
             return [value]
         with self._explained(name):
             parts = self._gather_bytes(pickle.dumps(value), name)
-        self.traffic.collectives += 1
-        self.traffic.bytes += len(parts[self.rank])
+        self.traffic.count(len(parts[self.rank]))
         return [pickle.loads(part) for part in parts]  # our own ranks wrote it
 
     def barrier(self, name: str) -> None:
@@ -182,7 +195,7 @@ class Communicator(ABC):
         mine = next(group for group in divided if self.rank in group)
         part = copy.copy(self)  # what belongs to the job is shared: connection, thread, deadline
         part.rank, part.size, part.job_ranks = mine.index(self.rank), len(mine), mine
-        part.traffic = Traffic()
+        part.traffic = Traffic(job=self.traffic)
         part.island = part.peers = None
         with self._explained(name):
             part._join_group(divided, name)
@@ -235,8 +248,7 @@ class Communicator(ABC):
 
     def _count(self, tensor: torch.Tensor) -> None:
         if self.size > 1:
-            self.traffic.collectives += 1
-            self.traffic.bytes += tensor.numel() * tensor.element_size()
+            self.traffic.count(tensor.numel() * tensor.element_size())
 
     def _wait(self, pending: Pending, name: str) -> Any:
         """Polls and sleeps rather than blocks, so that signal handlers run, the core is free and the deadline holds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from typing import Literal
 
 from hvdlocal.communicator.base import Communicator
@@ -11,8 +12,9 @@ from hvdlocal.communicator.horovod_backend import HorovodCommunicator
 from hvdlocal.communicator.islands import Island, form_islands, parse_island
 from hvdlocal.communicator.launched import launched_size
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
+from hvdlocal.communicator.torch_backend import TorchCommunicator
 
-BACKENDS = ("horovod", "mpi4py")
+BACKENDS = ("horovod", "mpi4py", "torch")
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 
 _current: Communicator | None = None
@@ -21,7 +23,7 @@ _island: Island = 1
 
 
 def init(
-    backend: Literal["horovod", "mpi4py"] | None = None,
+    backend: Literal["horovod", "mpi4py", "torch"] | None = None,
     *,
     island: Literal["node"] | int | None = None,
     timeout_seconds: float | None = None,
@@ -32,7 +34,8 @@ def init(
     a process.
 
     Args:
-        backend: "horovod" or "mpi4py"; by default the environment variable HVDLOCAL_BACKEND, else Horovod.
+        backend: "horovod", "mpi4py" or "torch" (torch.distributed); by default the environment variable HVDLOCAL_BACKEND, else
+            Horovod.
         island: "node", or a number of ranks: so many ranks, between which communication is cheap, are one worker. They lie in
             one node, or are those of several whole nodes. By default the environment variable HVDLOCAL_ISLAND, else 1, which
             means no islands.
@@ -75,6 +78,8 @@ def init(
         communicator = _horovod(timeout_seconds, divisible=chosen_island != 1)
     elif chosen == "mpi4py":
         communicator = _mpi4py(timeout_seconds)
+    elif chosen == "torch":
+        communicator = TorchCommunicator(timeout_seconds)
     else:
         raise ValueError(f"unknown backend {chosen!r}: choose one of {', '.join(BACKENDS)}")
     _check_world(communicator.size, chosen)
@@ -98,9 +103,12 @@ def _horovod(timeout_seconds: float, *, divisible: bool) -> Communicator:
     try:
         return HorovodCommunicator(timeout_seconds, divisible=divisible)
     except ImportError as error:
+        others = "torch.distributed: HVDLOCAL_BACKEND=torch"
+        if find_spec("mpi4py"):
+            others = f"plain MPI: HVDLOCAL_BACKEND=mpi4py, or {others}"
         raise ImportError(
             f"Horovod cannot be used here ({type(error).__name__}: {error}). Build it for this torch and MPI with `make setup` "
-            "(see docs/install.md), or use plain MPI instead: HVDLOCAL_BACKEND=mpi4py."
+            f"(see docs/install.md), or use {others}."
         ) from error
 
 
@@ -110,7 +118,7 @@ def _mpi4py(timeout_seconds: float) -> Communicator:
     except ImportError as error:
         raise ImportError(
             f"mpi4py cannot be used here ({error}). `pip install mpi4py`, and have the MPI library that started this job on "
-            "LD_LIBRARY_PATH."
+            "LD_LIBRARY_PATH; or use torch.distributed: HVDLOCAL_BACKEND=torch."
         ) from error
 
 

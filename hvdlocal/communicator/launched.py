@@ -1,21 +1,69 @@
-"""Rank and number of ranks as the launcher sets them in the environment, known before MPI starts."""
+"""Ranks as the launcher numbers them in the environment, known before any message is sent."""
 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
-_LAUNCHER_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-"""The variables in which Open MPI, MPICH/Intel MPI/Cray, MVAPICH and srun give the number of ranks. Slurm's comes last: below
-an mpirun that srun started it counts mpirun's daemons."""
 
-_LAUNCHER_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+class _Variables(NamedTuple):
+    """The variables of one launcher; empty where it has none."""
+
+    rank: str
+    size: str
+    local_rank: str = ""
+    local_size: str = ""
+
+
+_TORCHRUN = _Variables("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_SRUN = _Variables("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_LAUNCHERS = (
+    _Variables(
+        "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"
+    ),
+    _Variables("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI, Cray
+    _Variables("PMIX_RANK", ""),
+    _Variables("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    # Slurm's come last: below an mpirun that srun started they count mpirun's daemons.
+    _SRUN,
+)
 
 
 def launched_size() -> int | None:
     """The number of ranks that the launcher started; None without a launcher that is known."""
-    return next((int(told) for name in _LAUNCHER_SIZES if (told := os.environ.get(name, "")).isdigit()), None)
+    return _first("size")
 
 
 def launched_rank() -> int | None:
     """The launcher's number for this process; None as for `launched_size`."""
-    return next((int(told) for name in _LAUNCHER_RANKS if (told := os.environ.get(name, "")).isdigit()), None)
+    return _first("rank")
+
+
+def launched_local() -> tuple[int, int] | None:
+    """The launcher's number for this process on its node, and its number of processes there; None if it tells not both."""
+    rank, size = _first("local_rank"), _first("local_size")
+    return None if rank is None or size is None else (rank, size)
+
+
+def launched_by_srun() -> bool:
+    """Whether `launched_size` is that of a step of Slurm."""
+    return _number(_SRUN.size) is not None and all(
+        _number(one.size) is None for one in _launchers() if one is not _SRUN
+    )
+
+
+def _first(field: str) -> int | None:
+    numbers = (_number(getattr(launcher, field)) for launcher in _launchers())
+    return next((number for number in numbers if number is not None), None)
+
+
+def _launchers() -> tuple[_Variables, ...]:
+    # WORLD_SIZE alone is often exported for a job of which the ranks are started otherwise. Where torchrun was started by mpirun
+    # or srun, its own numbers count.
+    by_torchrun = _number(_TORCHRUN.rank) is not None and _number(_TORCHRUN.size) is not None
+    return (_TORCHRUN,) if by_torchrun else _LAUNCHERS
+
+
+def _number(variable: str) -> int | None:
+    told = os.environ.get(variable, "") if variable else ""
+    return int(told) if told.isdigit() else None

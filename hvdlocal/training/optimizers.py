@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 import torch
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+from hvdlocal.averaging.buckets import BUCKET_BYTES
 from hvdlocal.communicator import Communicator
 from hvdlocal.import_path import call, is_import_path
 from hvdlocal.training.config import OptimizerConfig, TrainConfig
@@ -49,9 +50,22 @@ def build_inner(config: OptimizerConfig, model: torch.nn.Module) -> torch.optim.
 
 
 def build_optimizer(
-    config: TrainConfig, model: torch.nn.Module, length: RunLength, communicator: Communicator
+    config: TrainConfig,
+    model: torch.nn.Module,
+    length: RunLength,
+    communicator: Communicator,
+    *,
+    bucket_bytes: int | None = BUCKET_BYTES,
 ) -> LocalOptimizer | SynchronousOptimizer:
-    """Returns the optimizer of the configured method around the configured torch optimizer; all ranks call it together."""
+    """Returns the optimizer of the configured method around the configured torch optimizer; all ranks call it together.
+
+    Args:
+        config: optimizer and method.
+        model: the replica.
+        length: of the run.
+        communicator: the ranks.
+        bucket_bytes: see `SynchronousOptimizer`.
+    """
     method = config.method
     buffers = cast("Buffers", method.buffers)
     inner = build_inner(config.optimizer, model)
@@ -80,6 +94,7 @@ def build_optimizer(
         buffers=buffers,
         budget=length.budget,
         max_norm=config.optimizer.max_norm,
+        bucket_bytes=bucket_bytes,
         communicator=communicator,
     )
 

@@ -16,7 +16,8 @@ from hvdlocal.training.tasks import Batch
 class TrainingStep:
     """Forward pass, backward pass and update, in the configured precision and at the scheduled learning rate.
 
-    A micro-batch is one call of `compute` and one of `update`, so that a caller can record or time what lies between.
+    A micro-batch is one call of `compute` (or of `loss` and `backward`) and one of `update`, so that a caller can record or time
+    what lies between.
 
     Args:
         session: settings and device.
@@ -49,17 +50,25 @@ class TrainingStep:
         Returns:
             The loss, and what the task's metrics need.
         """
+        loss, output = self.loss(batch)
+        self.backward(loss)
+        return loss, output
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Any]:
+        """Sets the scheduled learning rate and makes the forward pass; arguments and results are those of `compute`."""
         optimizer = self._optimizer
         if not optimizer.micro_batches:
             lr = self._schedule(optimizer.progress)
             for group, share in zip(optimizer.param_groups, self._shares, strict=True):
                 group["lr"] = lr * share
         with self._session.autocast():
-            loss, output = self._session.task.loss(self.forward, self._session.formatted(batch))
-        optimizer.zero_grad()
+            return self._session.task.loss(self.forward, self._session.formatted(batch))
+
+    def backward(self, loss: Tensor) -> None:
+        """Makes the backward pass."""
+        self._optimizer.zero_grad()
         self.scaler.scale(loss).backward()
-        optimizer.record_loss(loss)
-        return loss, output
+        self._optimizer.record_loss(loss)
 
     def update(self) -> None:
         """Hands the gradient to the optimizer, which steps after its last micro-batch; may be a collective."""

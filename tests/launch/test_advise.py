@@ -10,20 +10,34 @@ from hvdlocal.cli.configuration import parse
 from hvdlocal.plan.payload import measure_payload
 
 
-def test_two_ranks(config, tmp_path):
-    result = mpirun(2, *HVDLOCAL, "advise", str(config), "--seconds", "3", "--json", str(tmp_path / "advice.json"))
+def test_four_ranks(config, tmp_path):
+    result = mpirun(4, *HVDLOCAL, "advise", str(config), "--seconds", "3", "--json", str(tmp_path / "advice.json"))
     assert result.code == 0, result.err
     assert not (tmp_path / "out").exists(), "nothing is written where the run would be"
     assert "scale-invariant epoch" in result.out
     advice = json.loads((tmp_path / "advice.json").read_text())
-    assert set(advice["m"]) == {"sync", "acc-lin", "acc-ada", "local-lin", "local-ada"}
+    parallel = {"sync", "acc-lin", "acc-ada"}
+    assert set(advice["m"]) == parallel | {f"{name} overlapped" for name in parallel} | {"local-lin", "local-ada"}
     assert all(one["epoch"] > 0 and one["epoch_error"] >= 0 for one in advice["predictions"])
     assert advice["contest"]["verdict"] in ("local", "data-parallel", "undecided")
+    assert set(advice["overlap"]) == {"sync", "acc-ada"}
+    assert [one["island"] for one in advice["islands"]] == [1, 2], "four are one island: data parallelism"
+    assert "Islands" in result.out
+    measured = advice["measured"]["blocks"][0]["islands"]
+    counts = {
+        n: [times[part]["count"] > 0 for part in ("latency", "gradient", "average")] for n, times in measured.items()
+    }
+    assert counts == {"1": [False, False, True], "2": [True, True, True], "4": [True, True, False]}
+    assert sum(bucket["bytes"] for bucket in advice["measured"]["buckets"]) == closings_bytes(advice, "acc-lin")
     images = SimpleNamespace(kind="images", shape=(8, 8, 1), classes=("a", "b", "c"))
-    closings = advice["measured"]["blocks"][0]["closings"]
     for name, preset in (("acc-lin", "sync"), ("local-lin", "local"), ("local-ada sketch", "local-ada")):
         configured = parse([str(config), "--method.preset", preset])
-        assert closings[name]["bytes"] == measure_payload(configured, images).round
+        assert closings_bytes(advice, name) == measure_payload(configured, images).round
+
+
+def closings_bytes(advice, name):
+    """The bytes of a step that ends in a collective."""
+    return advice["measured"]["blocks"][0]["closings"][name]["bytes"]
 
 
 def test_one_rank(config):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.launch import HVDLOCAL, MPIRUN, ROOT, environment, launch, mpirun
 
+BACKENDS = ["horovod", "mpi4py", "torch"]
+
 # One of each stage of the start; tests/unit/cli has the rest.
 MISTAKES = [
     (["--method.presett", "sync"], r"no key 'method.presett': did you mean 'method.preset'\?"),
@@ -81,7 +83,7 @@ def on_rank(rank: int, then: str, otherwise: str) -> list[str]:
     return ["bash", "-c", script]
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_setting_that_differs_on_one_rank(config, backend):
     train = f"exec {' '.join(HVDLOCAL)} train {config}"
     result = mpirun(3, *on_rank(1, f"{train} --optimizer.lr 0.5", train), HVDLOCAL_BACKEND=backend, timeout=60)
@@ -91,7 +93,7 @@ def test_a_setting_that_differs_on_one_rank(config, backend):
     assert result.err.count("config optimizer.lr: rank 1 has 0.5, rank 0 has 0.02") == 3
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_data_that_is_missing_on_one_rank(config, backend):
     train = f"exec {' '.join(HVDLOCAL)} train {config}"
     result = mpirun(2, *on_rank(1, f"{train} --data.path /elsewhere", train), HVDLOCAL_BACKEND=backend, timeout=60)
@@ -130,7 +132,7 @@ for i in range(10_000):
 """
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_exception_on_one_rank_ends_the_job(tmp_path, backend):
     script = tmp_path / "script.py"
     script.write_text(LIBRARY_SCRIPT)
@@ -141,7 +143,7 @@ def test_an_exception_on_one_rank_ends_the_job(tmp_path, backend):
     assert "a bug of the user's script on rank 1" in result.err
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_rank_that_leaves_ends_the_job(tmp_path, backend):
     """sys.exit on one rank: no exception that a hook could see, and MPI_Finalize would wait for the others."""
     script = tmp_path / "script.py"
@@ -153,7 +155,7 @@ def test_a_rank_that_leaves_ends_the_job(tmp_path, backend):
     assert "'hvdlocal.average' cannot complete, because another rank has left the job" in result.err
 
 
-@pytest.mark.parametrize("backend", ["horovod", "mpi4py"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_killed_rank_ends_the_job(tmp_path, backend):
     script = tmp_path / "script.py"
     script.write_text(LIBRARY_SCRIPT + "\n")

@@ -27,7 +27,8 @@ for _ in range(3):
 
 
 @pytest.mark.parametrize(
-    ("backend", "mpi4py", "works"), [("mpi4py", "later", True), ("horovod", "first", True), ("horovod", "later", False)]
+    ("backend", "mpi4py", "works"),
+    [("mpi4py", "later", True), ("torch", "later", True), ("horovod", "first", True), ("horovod", "later", False)],
 )
 def test_init_after_shutdown(backend, mpi4py, works):
     """A new communicator, or a refusal on every rank: never the dead one."""

@@ -1,5 +1,6 @@
 """LocalOptimizer whose workers are islands: the mean gradient inside at every step, the average across at the end of a round."""
 
+import copy
 import math
 import warnings
 
@@ -17,6 +18,12 @@ from hvdlocal.averaging.rounds import plan_rounds
 @pytest.fixture(params=[n for n in (2, 3, 4) if SIZE % n == 0], ids=lambda n: f"{SIZE // n}x{n}")
 def islands(request, comm):
     """The communicator with islands of so many ranks."""
+    return with_islands(comm, request.param)
+
+
+@pytest.fixture(params=[n for n in (1, 2, 3, 4) if SIZE % n == 0], ids=lambda n: f"{SIZE // n}x{n}")
+def layout(request, comm):
+    """The communicator with islands of so many ranks, one included."""
     return with_islands(comm, request.param)
 
 
@@ -38,8 +45,8 @@ def train(optimizer, model, steps, first=0):
         optimizer.step()
 
 
-def test_an_island_steps_on_its_mean_gradient_and_the_islands_average(islands):
-    comm = islands
+def test_an_island_steps_on_its_mean_gradient_and_the_islands_average(layout):
+    comm = layout
     model = Slope(start=0.0)
     optimizer = local(model, 2, communicator=comm)
     mine = means(comm)[island_of(comm)]
@@ -56,8 +63,8 @@ def test_an_island_steps_on_its_mean_gradient_and_the_islands_average(islands):
 
 @pytest.mark.parametrize("stale", [True, False])
 @pytest.mark.parametrize("kind", ["exact", "sketch"])
-def test_statistics_are_those_of_the_gradients_of_all_ranks(islands, kind, stale):
-    comm = islands
+def test_statistics_are_those_of_the_gradients_of_all_ranks(layout, kind, stale):
+    comm = layout
     model = Slope(numel=1, start=0.0)
     scaling = hvdlocal.LocalAdaScale(stale=stale, statistics=kind, smoothing=0.0)
     optimizer = local(model, 2, optimizer=sgd(model, lr=1e-3), scaling=scaling, communicator=comm)
@@ -75,10 +82,10 @@ def test_statistics_are_those_of_the_gradients_of_all_ranks(islands, kind, stale
         assert optimizer.gain == pytest.approx(1.167209, rel=1e-5)
 
 
-def test_a_period_of_one_is_data_parallelism(islands):
+def test_a_period_of_one_is_data_parallelism(layout):
     ours, theirs = small_network(), small_network()
-    optimizer = local(ours, 1, optimizer=sgd(ours, lr=0.05), communicator=islands)
-    baseline = SynchronousOptimizer(sgd(theirs, lr=0.05), theirs, communicator=islands)
+    optimizer = local(ours, 1, optimizer=sgd(ours, lr=0.05), communicator=layout)
+    baseline = SynchronousOptimizer(sgd(theirs, lr=0.05), theirs, communicator=layout)
     for _ in range(5):
         train(optimizer, ours, 1)
         train(baseline, theirs, 1)
@@ -87,9 +94,9 @@ def test_a_period_of_one_is_data_parallelism(islands):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("momentum", ["local", "average", "reset"])
-def test_it_is_local_sgd_of_as_many_workers_with_larger_batches(islands, momentum, accumulate):
+def test_it_is_local_sgd_of_as_many_workers_with_larger_batches(layout, momentum, accumulate):
     """A serial simulation of M workers, each with the micro-batches of its n ranks."""
-    comm, n, lr, beta = islands, islands.island_size, 0.05, 0.9
+    comm, n, lr, beta = layout, layout.island_size, 0.05, 0.9
     model = small_network()
     optimizer = local(
         model,
@@ -148,21 +155,19 @@ def test_messages_across_the_islands_are_slices_and_there_is_one_a_round(islands
     comm = islands
     model = Slope(numel=10_000, start=0.0)
     optimizer = local(model, 4, communicator=comm)
-    inside, across = vars(comm.island.traffic).copy(), vars(comm.peers.traffic).copy()
-    everywhere = comm.traffic.collectives
+    all_ranks, inside, across = (copy.copy(one.traffic) for one in (comm, comm.island, comm.peers))
     for _ in range(8):
         step(optimizer, model, 1.0)
-    assert comm.traffic.collectives == everywhere, "none over all ranks"
-    if comm.num_islands == 1:
-        return
-    assert comm.peers.traffic.collectives - across["collectives"] == 2
-    sent = (comm.peers.traffic.bytes - across["bytes"]) / 2
-    assert 40_000 / comm.island_size <= sent <= 41_000 / comm.island_size
+    collectives = comm.island.traffic.collectives - inside.collectives
+    assert comm.traffic.collectives - all_ranks.collectives == collectives + 2 * (comm.num_islands > 1)
     # Inside: the gradient of every step; in a round the sum of what is each rank's own, and the slices.
-    collectives = comm.island.traffic.collectives - inside["collectives"]
-    assert collectives == 8 + 2 * 2
-    moved = comm.island.traffic.bytes - inside["bytes"]
-    assert 40_000 * 10 <= moved <= 41_000 * 10
+    assert collectives == 8 + 2 * (2 if comm.num_islands > 1 else 1)
+    moved = comm.island.traffic.bytes - inside.bytes
+    assert 40_000 * (8 + 2 * (comm.num_islands > 1)) <= moved <= 41_000 * 10
+    if comm.num_islands > 1:
+        assert comm.peers.traffic.collectives - across.collectives == 2
+        sent = (comm.peers.traffic.bytes - across.bytes) / 2
+        assert 40_000 / comm.island_size <= sent <= 41_000 / comm.island_size
 
 
 @pytest.mark.parametrize("policy", ["average", "local"])
@@ -296,8 +301,8 @@ def test_parameters_averaged_inside_an_island_every_few_steps(islands):
     assert across + inside > 0
 
 
-def test_linear_scaling_counts_all_ranks(islands):
-    comm = islands
+def test_linear_scaling_counts_all_ranks(layout):
+    comm = layout
     model = Slope(start=0.0)
     optimizer = local(model, 1, scaling=hvdlocal.LinearScaling(warmup=0), accumulate=2, communicator=comm)
     for _ in range(2):
@@ -368,8 +373,8 @@ def test_a_parameter_without_a_gradient_on_some_ranks_counts_as_zero(islands):
     torch.testing.assert_close(model[1].w.detach(), torch.full((10,), -1.0))
 
 
-def test_the_rounds_are_those_of_a_plan_with_islands(islands):
-    comm = islands
+def test_the_rounds_are_those_of_a_plan_with_islands(layout):
+    comm = layout
     rule, schedule = hvdlocal.PostLocal(switch=6, period=3), (lambda progress: 0.1)
     model = Slope(numel=1, start=0.0)
     scaling = hvdlocal.LinearScaling(warmup=0.5)
@@ -385,3 +390,66 @@ def test_the_rounds_are_those_of_a_plan_with_islands(islands):
             assert (optimizer.period, optimizer.steps_in_round) == (round_.period, 0)
             assert optimizer.progress == pytest.approx(round_.end)
     assert optimizer.finished
+
+
+class Layers(torch.nn.Module):
+    """Three parameters of 1.6 MB each, whose gradients arrive one after the other, from the last to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([Slope(numel=400_000, start=0.0) for _ in range(3)])
+
+    def forward(self, c: float) -> torch.Tensor:
+        return sum(layer(c) for layer in self.layers)
+
+
+@pytest.mark.parametrize("stale", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_sums_of_an_island_begin_during_the_backward_pass(islands, monkeypatch, accumulate, stale):
+    comm = islands
+    monkeypatch.setattr("hvdlocal.averaging.island_gradient.BUCKET_BYTES", 2_000_000)
+    model = Layers()
+    scaling = hvdlocal.LocalAdaScale(stale=stale, smoothing=0.0)
+    optimizer = local(
+        model, 2, optimizer=sgd(model, lr=1e-3), scaling=scaling, accumulate=accumulate, communicator=comm
+    )
+    expected = torch.zeros(10)
+    for i in range(6 * accumulate):
+        before = comm.island.traffic.collectives
+        optimizer.zero_grad()
+        # The last layer's gradient is late on one rank in one step: its sum begins in step() there.
+        late = i == 5 * accumulate - 1 and comm.rank == 1
+        loss = sum(layer(odd(comm)[comm.rank]) for layer in model.layers[: 2 if late else 3])
+        loss.backward()
+        begun = comm.island.traffic.collectives - before
+        last_micro_batch = i % accumulate == accumulate - 1
+        assert begun == (2 if last_micro_batch and i >= accumulate and not late else 0), i
+        optimizer.step()
+        if last_micro_batch:
+            expected -= 1e-3 * optimizer.gain * means(comm)[island_of(comm)]
+        if optimizer.in_sync and last_micro_batch:
+            expected = torch.full((10,), mean(comm.gather(float(expected[0]), "test.expected")))
+        torch.testing.assert_close(model.layers[0].w.detach()[:10], expected)
+
+
+def test_layers_whose_ranks_change_their_weights_in_the_forward_pass_are_refused(islands):
+    embedding = torch.nn.Embedding(4, 2, max_norm=1.0)
+    with pytest.raises(ValueError, match="has a max_norm, with which every rank rescales the rows"):
+        local(embedding, 2, communicator=islands)
+    local(torch.nn.Embedding(4, 2, max_norm=1.0), 2, island_period=2, communicator=islands)
+    with pytest.raises(ValueError, match=f"sparse gradients, but island={islands.island_size} needs dense ones"):
+        local(torch.nn.Embedding(4, 2, sparse=True), 2, communicator=islands)
+
+
+def test_one_island_of_all_ranks_is_data_parallelism_and_is_told(comm):
+    if comm.size == 1:
+        pytest.skip("one rank is no island")
+    model = Slope(start=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = local(model, 3, communicator=with_islands(comm, comm.size))
+    told = [str(one.message) for one in caught if "form one island" in str(one.message)]
+    assert len(told) == (comm.rank == 0)
+    step(optimizer, model, odd(comm)[comm.rank])
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), -mean(odd(comm))))
+    assert (optimizer.num_workers, optimizer.steps_in_round) == (1, 1)

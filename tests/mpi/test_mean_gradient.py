@@ -1,10 +1,14 @@
 """MeanGradient: sums of gradients in buckets that begin during the backward pass."""
 
+import copy
+import gc
+import io
 import warnings
+import weakref
 
 import pytest
 import torch
-from support.models import everywhere_equal, flat, sgd
+from support.models import Slope, everywhere_equal, flat, mean, sgd, slopes
 from torch.utils.checkpoint import checkpoint
 
 import hvdlocal
@@ -329,3 +333,346 @@ def test_gradients_that_change_end_the_overlap_with_a_warning_on_rank_0(comm, sp
         if comm.size > 1:
             assert len(told) == (comm.rank == 0 and i == (0 if found_first else 3)), (i, told)
             assert (len(spy.taken()) == 12) == (not found_first and 1 <= i <= 3), "only such steps repeat their sums"
+
+
+# -- by other values than a second run -------------------------------------------------------------------------------------
+
+
+def test_second_backward_passes_count_on_one_rank_only(comm):
+    """Gradients 1 and, on rank 0 only, 1 + 3, which begins when sums overlap already: w = 5 − 1 − … − (1 + 3/K) …"""
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, 256, optimizer=sgd(model))
+    for i in range(6):
+        optimizer.zero_grad()
+        sum(one(1.0) for one in model).backward()
+        if comm.rank == 0 and i in (2, 4):
+            sum(one(3.0) for one in model).backward()
+        optimizer.step()
+    torch.testing.assert_close(flat(model), torch.full((192,), 5 - 6 - 2 * 3 / comm.size))
+
+
+def test_a_gradient_that_comes_late_counts(comm, spy):
+    """The last model takes part from the third step on, on rank 0 only; from the fourth step on its gradient is waited for."""
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, 256, optimizer=sgd(model))
+    for i in range(5):
+        optimizer.zero_grad()
+        spy.taken()
+        # The graph is run from its end: what is added first comes last.
+        terms = [model[2](1.0)] if comm.rank == 0 and i >= 2 else []
+        sum([*terms, model[0](1.0), model[1](1.0)]).backward()
+        optimizer.step()
+        if comm.size > 1:
+            assert len(spy.taken()) in ((3, 6) if i == 2 else (3,))
+    expected = [5 - 5.0] * 128 + [5 - 3 / comm.size] * 64
+    torch.testing.assert_close(flat(model), torch.tensor(expected))
+
+
+def test_a_user_may_read_a_gradient_between_backward_and_step(comm):
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, 256, optimizer=sgd(model))
+    c = slopes(comm)
+    for set_to_none in (True, True, False, False):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        sum(one(c[comm.rank]) for one in model).backward()
+        comm.barrier("test.sums_are_there")
+        for one in model:
+            torch.testing.assert_close(one.w.grad, torch.full((64,), c[comm.rank]), msg="this rank's own")
+        optimizer.step()
+        for one in model:
+            torch.testing.assert_close(one.w.grad, torch.full((64,), mean(c)), msg="the mean")
+
+
+def test_the_last_micro_batch_is_summed_while_it_is_computed(comm, spy):
+    c = slopes(comm)
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, 256, optimizer=sgd(model), accumulate=2)
+    for i in range(3):
+        for factor in (1, 2):
+            spy.taken()
+            optimizer.zero_grad()
+            spy.backward(sum(one(factor * c[comm.rank]) for one in model))
+            optimizer.step()
+            early = [("0", "backward"), ("1", "backward"), ("gradients", "step")]
+            if comm.size > 1 and i > 0:
+                assert spy.taken() == (early if factor == 2 else [])
+    torch.testing.assert_close(flat(model), torch.full((192,), 5 - 3 * 1.5 * mean(c)))
+
+
+def test_a_grad_scaler_ends_the_overlap_without_a_warning(comm, spy, recwarn):
+    """An overflow on rank 0 in the first step skips it everywhere, and the next scale differs between the ranks."""
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, 256, optimizer=sgd(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    for i in range(4):
+        optimizer.zero_grad()
+        c = float("inf") if comm.rank == 0 and i == 1 else 1.0
+        spy.taken()
+        spy.backward(scaler.scale(sum(one(c) for one in model)))
+        if i == 3:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        if comm.size > 1:
+            assert spy.taken() == [("0", "step"), ("1", "step"), ("gradients", "step")]
+    torch.testing.assert_close(flat(model), torch.full((192,), 5.0 - 3))
+    assert not recwarn.list
+
+
+def test_a_grad_scaler_may_come_later(comm):
+    """Scales that differ between the ranks from the first scaled step on."""
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, 256, optimizer=sgd(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 ** (3 + comm.rank))
+    for i in range(5):
+        optimizer.zero_grad()
+        loss = sum(one(1.0) for one in model)
+        if i < 2:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    torch.testing.assert_close(flat(model), torch.full((192,), 5.0 - 5))
+
+
+def test_a_sum_under_way_ends_in_synchronize(comm, spy):
+    """After a backward pass without a step, on every rank or on some; the next step is right, and overlaps again after it."""
+    model = Layers()
+    optimizer = synchronous(model)
+    reference = Layers()
+    serial = synchronous(reference, None)
+    for i in range(7):
+        if i in (3, 4):
+            optimizer.zero_grad()
+            if i == 4 or comm.rank == 0:
+                model(3 * inputs(comm, i)).backward()
+            optimizer.synchronize()
+        for one, its in ((optimizer, model), (serial, reference)):
+            one.zero_grad()
+            spy.taken()
+            spy.backward(its(inputs(comm, i)))
+            one.step()
+            if comm.size > 1 and one is optimizer and i > 0:
+                assert spy.taken() == EARLY
+    assert_same(comm, flat(model), flat(reference))
+
+
+def test_a_rank_in_a_step_meets_one_in_synchronize(comm):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    model = Layers()
+    optimizer = synchronous(model)
+    for i in range(3):
+        optimizer.zero_grad()
+        model(inputs(comm, i)).backward()
+        if i < 2:
+            optimizer.step()
+    meet = optimizer.step if comm.rank == 0 else optimizer.synchronize
+    with pytest.raises(hvdlocal.CommunicationError, match=r"hvdlocal\.gradients"):
+        meet()
+
+
+def test_an_error_of_a_sum_comes_out_of_the_backward_pass(comm, monkeypatch):
+    model = Layers()
+    optimizer = synchronous(model)
+    for i in range(2):
+        optimizer.zero_grad()
+        model(inputs(comm, i)).backward()
+        optimizer.step()
+
+    def refuse(tensor, name):
+        raise hvdlocal.CommunicationError("one clear sentence")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(comm, "start_sum_", refuse)
+        optimizer.zero_grad()
+        loss = model(inputs(comm, 2))
+        if comm.size > 1:
+            with pytest.raises(hvdlocal.CommunicationError, match=r"^one clear sentence$"):
+                loss.backward()
+
+
+def test_two_optimizers_whose_backward_passes_meet(comm):
+    """As in an adversarial pair: the loss of one model has gradients for both."""
+    models = [Layers(), Layers()]
+    references = [Layers(), Layers()]
+    for pair, size in ((models, ROW), (references, None)):
+        optimizers = [synchronous(model, size) for model in pair]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for i in range(6):
+                x = inputs(comm, i)
+                optimizers[0].zero_grad()
+                (pair[0](x) * pair[1](x)).backward()
+                optimizers[0].step()
+                optimizers[1].zero_grad()
+                (pair[1](x) - pair[0](x).detach()).backward()
+                optimizers[1].step()
+    for model, reference in zip(models, references, strict=True):
+        assert_same(comm, flat(model), flat(reference))
+
+
+def test_two_optimizers_with_the_halves_of_a_model(comm, spy):
+    model = Layers()
+    reference = Layers()
+    serial = synchronous(reference, None)
+    halves = [torch.nn.ModuleList(model.layers[:3]), torch.nn.ModuleList(model.layers[3:])]
+    optimizers = [synchronous(half) for half in halves]
+    for i in range(4):
+        for half in optimizers:
+            half.zero_grad()
+        spy.taken()
+        spy.backward(model(inputs(comm, i)))
+        for half in optimizers:
+            half.step()
+        if comm.size > 1:
+            assert [phase for _, phase in spy.taken()].count("backward") == (4 if i else 0)
+        serial.zero_grad()
+        reference(inputs(comm, i)).backward()
+        serial.step()
+    assert_same(comm, flat(model), flat(reference))
+
+
+class Tied(Layers):
+    def __init__(self):
+        super().__init__()
+        self.layers[5].weight = self.layers[1].weight
+
+
+class Images(torch.nn.Module):
+    """Convolutions whose weights lie in memory channels last."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(4, 4, 3, padding=1) for _ in range(4)]
+        self.layers = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+
+    def forward(self, x):
+        return self.layers(x.view(1, 4, 2, 4)).square().sum()
+
+
+class Odd(torch.nn.Module):
+    """Parameters of no and of one element, and one that is larger than a bucket."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.none = torch.nn.Parameter(torch.empty(0, 3))
+        self.one = torch.nn.Parameter(torch.tensor(1.0))
+        self.large = torch.nn.Parameter(0.1 * torch.randn(WIDTH, 5 * WIDTH))
+        self.last = torch.nn.Linear(5 * WIDTH, 1)
+
+    def forward(self, x):
+        return self.last(x @ self.large * self.one).square().sum() + self.none.sum()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("make", [Layers, Tied, Images, Odd])
+def test_other_models(comm, spy, recwarn, make, compiled):
+    model, reference = make(), make()
+    pairs = [(model, synchronous(model)), (reference, synchronous(reference, None))]
+    forwards = [torch.compile(one, backend="aot_eager") if compiled else one for one in (model, reference)]
+    for i in range(5):
+        for (_, optimizer), forward in zip(pairs, forwards, strict=True):
+            optimizer.zero_grad()
+            loss = forward(inputs(comm, i))
+            spy.taken()
+            spy.backward(loss)
+            early = spy.taken()
+            optimizer.step()
+            if comm.size > 1:
+                assert bool(early) == (optimizer is pairs[0][1] and i > 0)
+    assert_same(comm, flat(model), flat(reference))
+    assert not [one for one in recwarn.list if "gradients" in str(one.message)]
+
+
+# -- what hooks must not do ------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_the_model_have_no_hooks(comm, spy):
+    model = Layers()
+    optimizer = synchronous(model)
+    copied = copy.deepcopy(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for i in range(2):
+        optimizer.zero_grad()
+        model(inputs(comm, i)).backward()
+        optimizer.step()
+    spy.taken()
+    for other in (copied, loaded):
+        spy.backward(other(inputs(comm, 0)))
+    assert not spy.taken()
+
+
+def test_hooks_end_with_their_optimizer(comm, spy):
+    model = Layers()
+    optimizer = synchronous(model)
+    for i in range(2):
+        optimizer.zero_grad()
+        model(inputs(comm, i)).backward()
+        optimizer.step()
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    spy.taken()
+    spy.backward(model(inputs(comm, 0)))
+    assert not spy.taken()
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("bucket_bytes", [0, -1, 2.5, "25 MB"])
+def test_sizes_that_are_none_are_refused(comm, bucket_bytes):
+    with pytest.raises(ValueError, match=r"bucket_bytes=.*positive number of bytes, or None"):
+        synchronous(Layers(), bucket_bytes)
+
+
+# -- state -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, ROW), (ROW, None), (ROW, ROW)], ids=str)
+def test_a_state_within_an_accumulation_goes_on_with_other_buckets(comm, before, after):
+    """What was collected is saved in the model's order, as before there were buckets."""
+    model = Layers()
+    optimizer = synchronous(model, before, accumulate=3)
+    reference = Layers()
+    serial = synchronous(reference, None, accumulate=3)
+    for i in range(8):
+        if i == 5:
+            state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model = Layers()
+            optimizer = synchronous(model, after, accumulate=3)
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+            assert optimizer.micro_batches == 2
+        for one, its in ((optimizer, model), (serial, reference)):
+            one.zero_grad()
+            its(inputs(comm, i)).backward()
+            one.step()
+    assert optimizer.micro_batches == 2
+    assert_same(comm, flat(model), flat(reference))
+
+
+def test_a_state_that_is_loaded_during_sums(comm):
+    model = Layers()
+    optimizer = synchronous(model)
+    reference = Layers()
+    serial = synchronous(reference, None)
+    for i in range(5):
+        if i == 3:
+            saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            optimizer.zero_grad()
+            model(inputs(comm, 99)).backward()
+            model.load_state_dict(saved[0])
+            optimizer.load_state_dict(saved[1])
+        for one, its in ((optimizer, model), (serial, reference)):
+            one.zero_grad()
+            its(inputs(comm, i)).backward()
+            one.step()
+    assert_same(comm, flat(model), flat(reference))

@@ -41,6 +41,7 @@ DEATHS = {
         "kill:ending:0:1",
     ],
     "mpi4py": ["kill:averaging:1:3", "kill:checkpointing:0:3", "memory:computing:1:12", "raise:evaluating:0:2"],
+    "torch": ["kill:averaging:0:3", "kill:checkpointing:1:3", "memory:computing:1:12", "raise:evaluating:0:2"],
 }
 
 
@@ -58,7 +59,7 @@ def test_a_run_of_which_ranks_die(make, undisturbed, backend):
     assert_the_same(run, undisturbed())
 
 
-@pytest.mark.parametrize("backend", ["mpi4py", "horovod"])
+@pytest.mark.parametrize("backend", ["mpi4py", "horovod", "torch"])
 def test_a_run_of_which_a_rank_leaves(make, backend):
     """In order, without an error: the others do not call it one, and end with their own code instead of crashing in MPI."""
     run = make()
@@ -76,6 +77,7 @@ def test_a_run_of_which_a_rank_leaves(make, backend):
 STOPS = {
     "horovod": ["stop:computing:1:23", "stop:averaging:0:3", "stop:checkpointing:1:3", "stop:evaluating:0:2"],
     "mpi4py": ["stop:averaging:1:3"],
+    "torch": ["stop:averaging:0:3"],
 }
 
 

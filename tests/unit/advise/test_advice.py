@@ -4,6 +4,7 @@ import json
 import math
 import re
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from scaling import straggler_factor
 from hvdlocal.advise.advice import Estimate, advise, compare, estimate
 from hvdlocal.advise.measurements import (
     Block,
+    IslandTimes,
     Measurements,
     SampleSummary,
     StepTimes,
@@ -23,18 +25,25 @@ from hvdlocal.advise.predictions import (
     PERIODS,
     Cost,
     CostModel,
+    IslandCost,
     averaging_ratio,
+    averaging_seconds,
     compare_methods,
     crossover,
     predict,
+    predicted_overlap,
     slowest,
+    slowest_island,
 )
 from hvdlocal.advise.text import advice_text, as_dict
 from hvdlocal.averaging.gain import gain_ratio
 from hvdlocal.averaging.statistics import MovingAverage
 from hvdlocal.plan import pseudo_wall_clock
+from hvdlocal.plan.overlap import BucketArrival, SumTime
 
-METHODS = ("sync", "acc-lin", "acc-ada", "local-lin", "local-ada")
+SERIAL = ("sync", "acc-lin", "acc-ada")
+METHODS = (*SERIAL, *(f"{name} overlapped" for name in SERIAL), "local-lin", "local-ada")
+BYTES = 4000
 
 
 def cost_model(m=0.0, noise=1.0, workers=8, **more):
@@ -114,36 +123,131 @@ def test_the_slowest_rank():
     assert slowest([1.0, 3.0], 0.1, 64) == pytest.approx(192, rel=1e-3), "a rank that is always slow"
 
 
+# -- overlap and islands ------------------------------------------------------------------------------------------------
+
+
+def with_islands(average, sum_inside=0.0, noise=10.0, m=4.0, backward=0.0):
+    """Eight ranks whose islands of two and four sum a gradient in this time, and average in that."""
+    islands = {1: IslandCost(SumTime(0.0, 0.0), m)}
+    islands |= {n: IslandCost(SumTime(0.0, sum_inside / BYTES), average) for n in (2, 4)}
+    islands |= {8: IslandCost(SumTime(0.0, m / BYTES), 0.0)}
+    buckets = [BucketArrival(0.5, BYTES // 2), BucketArrival(1.0, BYTES // 2)]
+    now = cost_model(m, noise, islands=islands, buckets=buckets, backward=backward)
+    costs = dict.fromkeys(METHODS, Cost(closing=m, collective=m))
+    return replace(now, costs=costs)
+
+
+def test_overlap_of_one_bucket_is_the_step_without_overlap():
+    now = replace(with_islands(0.0, backward=0.5), buckets=[BucketArrival(1.0, BYTES)])
+    assert predicted_overlap(now, "sync") == pytest.approx(now.costs["sync"].closing)
+
+
+@pytest.mark.parametrize(("backward", "exposed"), [(0.0, 4.0), (1.0, 3.5), (100.0, 2.0)])
+def test_overlap_leaves_what_the_backward_pass_does_not_hide(backward, exposed):
+    """Two buckets of 2 s each, the first of which is complete after half of the backward pass."""
+    assert predicted_overlap(with_islands(0.0, backward=backward), "sync") == pytest.approx(exposed)
+
+
+@pytest.mark.parametrize("island", [2, 4])
+@pytest.mark.parametrize("period", [2, 16])
+def test_islands_in_closed_form(island, period):
+    now = with_islands(average=3.0, sum_inside=0.25)
+    one = predict(now, "local-ada", period, island)
+    assert one.round == pytest.approx(period * (1 + 0.25) + 3.0)
+    assert one.gain == gain_ratio(1, 10, 8 // island, period, accumulate=island)
+    assert one.epoch == pytest.approx((1.25 + 3.0 / period) / one.gain)
+    assert averaging_seconds(now, "local-ada", island) == pytest.approx(3.0)
+    linear = predict(now, "local-lin", period, island)
+    assert linear.own_epoch == pytest.approx((1.25 + 3.0 / period) / 8), "an epoch of data: all ranks read it"
+
+
+def test_an_island_accumulates_micro_batches_too():
+    one = predict(replace(with_islands(3.0, 0.25), accumulate=3), "local-ada", 4, 2)
+    assert one.round == pytest.approx(4 * (3 + 0.25) + 3.0)
+    assert one.gain == gain_ratio(1, 10, 4, 4, accumulate=6)
+
+
+def test_islands_of_one_rank_are_no_islands():
+    now = with_islands(3.0)
+    assert predict(now, "local-ada", 4, 1) == predict(replace(now, islands={}), "local-ada", 4)
+
+
+def test_the_ranks_of_an_island_wait_at_every_step():
+    """Step times are 1, 2, 1, 2 …: every island steps with its slower rank."""
+    now = replace(with_islands(3.0), micro_batch=(1.0, 2.0) * 4)
+    assert predict(now, "local-ada", 8, 2).round == pytest.approx(8 * 2 + 3.0)
+    sorted_ranks = replace(now, micro_batch=(1.0,) * 4 + (2.0,) * 4)
+    assert predict(sorted_ranks, "local-ada", 8, 4).round == pytest.approx(8 * 2 + 3.0)
+    together = slowest_island([1.0] * 8, 0.05, 1, 1, 8)
+    assert together == pytest.approx(slowest([1.0] * 8, 0.05, 1), rel=1e-6), "one island of all waits as one round does"
+
+
+def test_free_sums_inside_and_dear_averages_want_large_islands():
+    """Averages are equally dear: at no cost a step of an island makes more progress than one of a rank."""
+    best = compare_methods(with_islands(average=50.0, m=50.0))
+    assert best.local.island == 4
+    assert best.verdict == "local"
+
+
+def test_dear_sums_inside_want_no_islands():
+    best = compare_methods(with_islands(average=50.0, sum_inside=50.0, m=50.0))
+    assert best.local.island == 1
+
+
+def test_overlap_moves_the_crossover():
+    """As above, but a step hides 0.5: (0.5 + m)/1.777778 of sync meets (2 + m)/(2 · 1.253785) of H = 2."""
+    found = crossover(1.0, 8, periods=(1, 2), exposed=lambda m: max(m - 0.5, 0.0))
+    assert found == pytest.approx((1 / 1.253785 - 0.5 / 1.777778) / (1 / 1.777778 - 0.5 / 1.253785), rel=1e-4)
+
+
 # -- from measurements -------------------------------------------------------------------------------------------------
 
 
-def measurements(averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0, 10.0, 10.0), grad_sqr=1.0):
+def measurements(
+    averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0, 10.0, 10.0), grad_sqr=1.0, hidden=0.0, inside=0.01
+):
+    """Four ranks on one node; a share of the sum of the gradient is hidden by a backward pass of 0.6 of a step."""
     none = SampleSummary.of([])
     blocks = []
     for averaging, step, var in zip(averagings, steps, noise, strict=True):
         pace = StepTimes(
-            SampleSummary(step, 0.05, 10), SampleSummary(0.01, count=10), SampleSummary(0.1, count=10), none
+            SampleSummary(step, 0.05, 10),
+            SampleSummary(0.01, count=10),
+            SampleSummary(0.1, count=10),
+            none,
+            SampleSummary(0.6 * step, count=10),
         )
         closing = SyncStepTimes(
-            4000, SampleSummary(averaging + 0.1, count=10), SampleSummary(averaging, count=10), none
+            BYTES, SampleSummary(averaging + 0.1, count=10), SampleSummary(averaging, count=10), none
         )
+        overlapped = SyncStepTimes(BYTES, SampleSummary((1 - hidden) * averaging + 0.1, count=10), none, none)
         names = ("acc-lin", "acc-ada", "local-lin", "local-ada sketch", "local-ada exact")
+        closings = dict.fromkeys(names, closing)
+        closings |= {f"{name} overlapped": overlapped for name in ("acc-lin", "acc-ada")}
+        nothing, whole = SampleSummary(0.0, count=10), SampleSummary(averaging, count=10)
+        islands = {
+            1: IslandTimes(none, none, whole),
+            2: IslandTimes(nothing, SampleSummary(inside, count=10), SampleSummary(averaging / 2, count=10)),
+            4: IslandTimes(nothing, whole, none),
+        }
         blocks.append(
             Block(
                 (pace,) * 4,
                 SampleSummary(0.0, 0.05, 9),
-                dict.fromkeys(names, closing),
+                closings,
+                islands,
                 SampleSummary(grad_sqr, count=10),
                 SampleSummary(var, count=10),
             )
         )
-    return Measurements(1, 32, 3200, 100.0, 1000, tuple(blocks), epochs=0.5, seconds=60.0)
+    buckets = (BucketArrival(0.5, BYTES // 2), BucketArrival(1.0, BYTES // 2))
+    return Measurements(1, 32, 3200, 100.0, 1000, buckets, tuple(blocks), epochs=0.5, seconds=60.0)
 
 
 def test_a_situation_from_blocks():
     now = estimate(measurements(averagings=(0.4, 0.5, 0.6)), c=1.0, statistics="sketch").cost_model
     assert now.micro_batch == (1.0,) * 4
-    assert now.costs["local-ada"] == Cost(pytest.approx(0.6), pytest.approx(0.1), 0.0)
+    assert now.costs["local-ada"] == Cost(pytest.approx(0.6), pytest.approx(0.1), 0.0, pytest.approx(0.5))
     assert now.variation == pytest.approx(0.05)
     assert averaging_ratio(now, "local-ada") == pytest.approx(0.5 / 1.1)
 
@@ -182,6 +286,35 @@ def test_the_table_has_aligned_columns():
     table = text[text.index("     H ") :].splitlines()[1 : len(PERIODS) + 1]
     assert re.fullmatch(r" +128( +[\d.]+ ± [\d.e-]+ +[\d.]+)+( +[\d.]+ +\([\d.]+×\)){2}", table[-1]), table[-1]
     assert len({len(line) for line in table[-3:]}) == 1
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"), [(0.01, "Islands of 2 ranks pay"), (30.0, "Islands do not pay here"), (None, None)]
+)
+def test_the_text_says_whether_islands_pay(inside, said):
+    measured = measurements(averagings=(6.0,) * 3, inside=inside or 0.0)
+    if said is None:
+        blocks = tuple(replace(block, islands={n: block.islands[n] for n in (1, 4)}) for block in measured.blocks)
+        text = advice_text(advise(replace(measured, blocks=blocks)))
+        assert "slands" not in text
+    else:
+        text = advice_text(advise(measured))
+        assert said in text
+        assert ("method.island: 2" in text) is (inside < 1)
+
+
+def test_the_stronger_data_parallelism_is_the_baseline():
+    without = advise(measurements(averagings=(1.0,) * 3, noise=(1.0,) * 3))
+    overlapped = advise(measurements(averagings=(1.0,) * 3, noise=(1.0,) * 3, hidden=0.6))
+    slower = advise(measurements(averagings=(1.0,) * 3, noise=(1.0,) * 3, hidden=-1.0))
+    assert overlapped.now.data_parallel.method.endswith("overlapped")
+    assert overlapped.now.ratio > without.now.ratio
+    assert slower.now == without.now
+    assert as_dict(overlapped)["overlap"]["sync"] == {
+        "without": pytest.approx(1.1),
+        "overlapped": pytest.approx(0.5),
+        "predicted": pytest.approx(0.1 + 1.0 - 0.3),
+    }
 
 
 def test_gradients_that_are_nothing_but_noise():

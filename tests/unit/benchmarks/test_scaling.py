@@ -7,8 +7,10 @@ from scaling import (
     Link,
     allreduce_seconds,
     doubling_seconds,
+    gather_seconds,
     halving_seconds,
     ring_seconds,
+    sliced_seconds,
     straggler_factor,
 )
 
@@ -41,6 +43,24 @@ def test_latency_and_bandwidth_with_many_workers():
 def test_the_best_algorithm_depends_on_the_length():
     assert allreduce_seconds(4, 64, LINK) == doubling_seconds(4, 64, LINK)
     assert allreduce_seconds(1e9, 64, LINK) == halving_seconds(1e9, 64, LINK)
+
+
+def test_a_gather_is_half_an_allreduce():
+    assert gather_seconds(1e6, 8, LINK) == pytest.approx(ring_seconds(1e6, 8, LINK) / 2)
+    assert gather_seconds(1e6, 1, LINK) == 0
+
+
+def test_slices_with_a_card_per_rank_are_as_many_small_allreduces():
+    """Two islands of four ranks: 1 MB in slices of 250 kB across, then three quarters of it inside."""
+    inside = Link(0, 1e10)
+    one_card, four_cards = (sliced_seconds(1e6, 2, 4, inside, Link(0, 1e9), cards) for cards in (1, 4))
+    assert four_cards == pytest.approx(250e-6 + 75e-6)
+    assert one_card == pytest.approx(1000e-6 + 75e-6), "four slices share a card"
+
+
+def test_one_rank_has_no_slices_and_one_island_nothing_to_average():
+    assert sliced_seconds(1e6, 8, 1, LINK, LINK) == allreduce_seconds(1e6, 8, LINK)
+    assert sliced_seconds(1e6, 1, 8, LINK, LINK) == gather_seconds(1e6, 8, LINK)
 
 
 def test_nobody_waits_without_variation_or_alone():
