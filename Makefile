@@ -106,6 +106,10 @@ bench: setup data/digits/test/manifest.json
 	benchmarks/slow_link.sh 100mbit python benchmarks/slow_link.py --rate 100mbit --steps 8 --trials 1
 	set -e; for rate in 1gbit 10gbit; do \
 	  benchmarks/slow_link.sh $$rate python benchmarks/slow_link.py --rate $$rate --json $(RESULTS)/link-$$rate.json; done
+	set -e; for engine in mpi4py horovod; do export HVDLOCAL_BACKEND=$$engine; \
+	  install/mpirun -np 4 python benchmarks/islands.py --json $(RESULTS)/islands-$$engine.json; \
+	  for rate in 1gbit 10gbit; do RANKS=4 benchmarks/slow_link.sh $$rate \
+	    python benchmarks/islands.py --rate $$rate --json $(RESULTS)/islands-$$engine-$$rate.json; done; done
 	if [ -d $(CIFAR10) ]; then \
 	  python -m data_prep cifar10 --source $(CIFAR10) --output data/cifar10 && python benchmarks/sketch.py data/cifar10 && \
 	  python benchmarks/data_gather.py --data $(CIFAR10) && python benchmarks/data_cifar.py --data $(CIFAR10); fi
