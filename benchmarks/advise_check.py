@@ -27,10 +27,12 @@ import hvdlocal
 from hvdlocal.advise.advice import Advice, advise
 from hvdlocal.advise.benchmark import Benchmark, StepTimer
 from hvdlocal.advise.candidates import island_sizes
+from hvdlocal.advise.cost_model import CostModel, predicted_overlap
+from hvdlocal.advise.facts import as_dict
 from hvdlocal.advise.measure import measure
 from hvdlocal.advise.measurements import Measurements
-from hvdlocal.advise.predictions import CostModel, predict, predicted_overlap
-from hvdlocal.advise.text import advice_text, as_dict
+from hvdlocal.advise.predictions import predict
+from hvdlocal.advise.text import advice_text
 from hvdlocal.cli.configuration import parse
 from hvdlocal.training import TrainConfig
 from hvdlocal.training.config import Preset

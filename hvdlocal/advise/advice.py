@@ -10,22 +10,10 @@ from statistics import fmean
 
 import numpy as np
 
+from hvdlocal.advise.comparison import Comparison, best_period, compare_methods, crossover
+from hvdlocal.advise.cost_model import Cost, CostModel, IslandCost, averaging_ratio, exposed_share, noise
 from hvdlocal.advise.measurements import Block, Measurements, SampleSummary, StepTimes
-from hvdlocal.advise.predictions import (
-    PERIODS,
-    Comparison,
-    Cost,
-    CostModel,
-    IslandCost,
-    Prediction,
-    averaging_ratio,
-    best_period,
-    compare_methods,
-    crossover,
-    exposed_share,
-    noise,
-    predict,
-)
+from hvdlocal.advise.predictions import PERIODS, Prediction, predict
 from hvdlocal.plan.overlap import SumTime
 
 
@@ -151,6 +139,10 @@ class Advice:
     scenarios: Sequence[Scenario]
     m: Mapping[str, float]
     crossover: float | None
+
+    def error(self, one: Prediction) -> float:
+        """Returns the standard error of `one.epoch`."""
+        return self.estimate.error(lambda given: predict(given, one.method, one.period, one.island).epoch)
 
 
 def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -> Advice:

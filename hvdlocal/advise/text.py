@@ -1,26 +1,16 @@
-"""Formats advice as text for a terminal, and as JSON for programs."""
+"""Formats advice as text for a terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from statistics import fmean, stdev
-from typing import Any
 
 from hvdlocal.advise.advice import Advice, pooled_paces
+from hvdlocal.advise.comparison import CERTAIN
+from hvdlocal.advise.cost_model import averaging_seconds, noise, predicted_overlap
 from hvdlocal.advise.measurements import Measurements, SampleSummary
-from hvdlocal.advise.predictions import (
-    CERTAIN,
-    PERIODS,
-    Comparison,
-    Prediction,
-    averaging_seconds,
-    noise,
-    predict,
-    predicted_overlap,
-    slowest,
-)
+from hvdlocal.advise.predictions import PERIODS, Prediction, predict, slowest
 from hvdlocal.figures.units import bytes_text, seconds_text
 
 KEEPS_UP = 0.05
@@ -75,41 +65,6 @@ def advice_text(advice: Advice) -> str:
     return "\n".join([*parts, "", *_scenarios(advice), "", *_remarks(advice)])
 
 
-def as_dict(advice: Advice) -> dict[str, Any]:
-    """Returns the same for programs, in seconds and bytes."""
-    cost_model = advice.estimate.cost_model
-    return {
-        "measured": asdict(advice.measured),
-        "m": dict(advice.m),
-        "grad_sqr": cost_model.grad_sqr,
-        "grad_var": cost_model.grad_var,
-        "predictions": [{**asdict(one), "epoch_error": _error(advice, one)} for one in advice.table.values()],
-        "overlap": {
-            method: {
-                "without": cost_model.costs[method].closing,
-                "overlapped": cost_model.costs[f"{method} overlapped"].closing,
-                "predicted": predicted_overlap(cost_model, method),
-            }
-            for method in ("sync", "acc-ada")
-        },
-        "islands": [
-            {
-                **asdict(one),
-                "epoch_error": _error(advice, one),
-                "average_seconds": averaging_seconds(cost_model, one.method, island),
-                "step_seconds": one.round / one.period,
-            }
-            for island, one in advice.islands.items()
-        ],
-        "contest": _comparison_dict(advice.now),
-        "scenarios": [
-            {"statistics": one.label, "grad_var_over_sqr": _finite(one.noise), **_comparison_dict(one.comparison)}
-            for one in advice.scenarios
-        ],
-        "crossover_m": advice.crossover,
-    }
-
-
 def _averagings(advice: Advice) -> Iterator[str]:
     cost_model, blocks = advice.estimate.cost_model, advice.measured.blocks
     yield ""
@@ -158,7 +113,7 @@ def _islands(advice: Advice) -> Iterator[str]:
         inside = _sampled([block.islands[n].gradient for block in blocks]) if n > 1 else ""
         across = _sampled([block.islands[n].average for block in blocks])
         average, step = averaging_seconds(cost_model, one.method, n) / one.period, one.round / one.period
-        epoch = f"{_seconds(one.epoch)} ± {_seconds(_error(advice, one))}"
+        epoch = f"{_seconds(one.epoch)} ± {_seconds(advice.error(one))}"
         yield (
             f"{n:6}{inside:>18}{across:>18}{one.period:6}{_ms(step - average):>14}{_ms(average):>12}{_ms(step):>10}{epoch:>18}"
         )
@@ -173,10 +128,12 @@ def _islands(advice: Advice) -> Iterator[str]:
     verdict, ratio = f"Islands of {best.island} ranks", best.epoch / alone.epoch
     if abs(ratio - 1) <= CERTAIN * error:
         yield f"  {verdict} take the same time within the noise as none ({ratio:.2f} ± {error:.2f}): leave method.island at 1."
-    elif ratio < 1:
-        yield f"  {verdict} pay: without them local-ada takes {_more(1 / ratio)}. Set method.island: {best.island}."
+    elif ratio > 1:
+        yield f"  Islands do not pay here: with {best.island} ranks in each, local-ada takes {_more(ratio)} to equal progress."
+    elif advice.now.verdict == "data-parallel":
+        yield f"  {verdict} take {ratio:.2f} of the time that local-ada takes without them, but data parallelism is faster still."
     else:
-        yield f"  Islands do not pay here: at best, of {best.island} ranks, they take {_more(ratio)} than none."
+        yield f"  {verdict} pay: without them local-ada takes {_more(1 / ratio)}. Set method.island: {best.island}."
 
 
 def _statistics(advice: Advice) -> Iterator[str]:
@@ -205,7 +162,7 @@ def _table(advice: Advice) -> Iterator[str]:
     for period in PERIODS:
         line = f"{period:6}"
         for one in (advice.table[name, period] for name in adaptive):
-            line += f"{f'{_seconds(one.epoch)} ± {_seconds(_error(advice, one))}':>20}{one.gain:7.3g}"
+            line += f"{f'{_seconds(one.epoch)} ± {_seconds(advice.error(one))}':>20}{one.gain:7.3g}"
         for one in (advice.table[name, period] for name in fixed):
             line += f"{_seconds(one.own_epoch):>20}{_excess(one):>10}"
         yield line.rstrip()
@@ -282,19 +239,11 @@ def _named(one: Prediction) -> str:
     return one.method if one.method.startswith("sync") else f"{one.method}, {one.period}"
 
 
-def _error(advice: Advice, one: Prediction) -> float:
-    return advice.estimate.error(lambda cost_model: predict(cost_model, one.method, one.period, one.island).epoch)
-
-
 def _excess(one: Prediction) -> str:
     times = one.gain / one.justified
     if times * TRUSTED <= 1:
         return ""
     return f"({times:.1f}×)" if times < 9.95 else f"({min(times, 9999):.0f}×)"
-
-
-def _comparison_dict(comparison: Comparison) -> dict[str, Any]:
-    return {**asdict(comparison), "verdict": comparison.verdict}
 
 
 def _sampled(blocks: Sequence[SampleSummary]) -> str:
@@ -315,7 +264,3 @@ def _number(value: float) -> str:
     if math.isinf(value):
         return "∞"
     return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -22,8 +22,9 @@ def run(arguments: Sequence[str]) -> int:
         raise ValueError("no configuration: mpirun -np N hvdlocal advise CONFIG.yaml (see experiments/)")
     config = parse(rest)
     from hvdlocal.advise.advice import advise
+    from hvdlocal.advise.facts import as_dict
     from hvdlocal.advise.measure import measure  # loads torch
-    from hvdlocal.advise.text import ALONE, advice_text, as_dict, measured_text
+    from hvdlocal.advise.text import ALONE, advice_text, measured_text
     from hvdlocal.communicator import init, succeed_together
 
     os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")  # islands of several sizes are formed after the start

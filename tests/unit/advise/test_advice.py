@@ -11,6 +11,16 @@ import pytest
 from scaling import straggler_factor
 
 from hvdlocal.advise.advice import Estimate, advise, compare, estimate
+from hvdlocal.advise.comparison import compare_methods, crossover
+from hvdlocal.advise.cost_model import (
+    Cost,
+    CostModel,
+    IslandCost,
+    averaging_ratio,
+    averaging_seconds,
+    predicted_overlap,
+)
+from hvdlocal.advise.facts import as_dict
 from hvdlocal.advise.measurements import (
     Block,
     IslandTimes,
@@ -21,21 +31,8 @@ from hvdlocal.advise.measurements import (
     rank_jitter,
     undo_moving_average,
 )
-from hvdlocal.advise.predictions import (
-    PERIODS,
-    Cost,
-    CostModel,
-    IslandCost,
-    averaging_ratio,
-    averaging_seconds,
-    compare_methods,
-    crossover,
-    predict,
-    predicted_overlap,
-    slowest,
-    slowest_island,
-)
-from hvdlocal.advise.text import advice_text, as_dict
+from hvdlocal.advise.predictions import PERIODS, predict, slowest, slowest_island
+from hvdlocal.advise.text import advice_text
 from hvdlocal.averaging.gain import gain_ratio
 from hvdlocal.averaging.statistics import MovingAverage
 from hvdlocal.plan import pseudo_wall_clock
