@@ -304,9 +304,10 @@ def test_the_stronger_data_parallelism_is_the_baseline():
     without = advise(measurements(averagings=(1.0,) * 3, noise=(1.0,) * 3))
     overlapped = advise(measurements(averagings=(1.0,) * 3, noise=(1.0,) * 3, hidden=0.6))
     slower = advise(measurements(averagings=(1.0,) * 3, noise=(1.0,) * 3, hidden=-1.0))
-    assert overlapped.now.data_parallel.method.endswith("overlapped")
+    assert overlapped.now.data_parallel.method == "sync overlapped"
     assert overlapped.now.ratio > without.now.ratio
     assert slower.now == without.now
+    assert overlapped.crossover > crossover(1.0, 4), "what is hidden needs no local steps"
     assert as_dict(overlapped)["overlap"]["sync"] == {
         "without": pytest.approx(1.1),
         "overlapped": pytest.approx(0.5),
