@@ -65,6 +65,7 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
                 SampleSummary.pooled(getattr(block.closings[name], part) for block in some).mean
                 for part in ("step", "collective", "collect")
             )
+            closing = max(closing, 0.0)  # of overlapped sums it is a difference, which may be lost in the noise
             costs[method] = Cost(closing, update, collect if method.startswith("local") else collecting, collective)
         return CostModel(
             micro_batch=tuple(pace.micro_batch.mean for pace in paces),

@@ -36,7 +36,7 @@ class Benchmark:
     """The parts that all measurements share. Building it is a collective.
 
     Args:
-        config: model, data, optimizer and method.
+        config: model, data, optimizer and method; its islands are left out.
         communicator: the ranks.
 
     Attributes:
@@ -51,6 +51,7 @@ class Benchmark:
     """
 
     def __init__(self, config: TrainConfig, communicator: Communicator) -> None:
+        config = replace(config, method=replace(config.method, island=1, island_period=1))  # `divided` forms islands
         self.session = session = Session(config, communicator, with_test_data=False)
         timed = replace(config, method=self.method("local-ada", PERIOD, config.method.statistics))
         self.length = run_length(timed, session.loader.steps_per_epoch, communicator.size)

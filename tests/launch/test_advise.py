@@ -11,7 +11,8 @@ from hvdlocal.plan.payload import measure_payload
 
 
 def test_four_ranks(config, tmp_path):
-    result = mpirun(4, *HVDLOCAL, "advise", str(config), "--seconds", "3", "--json", str(tmp_path / "advice.json"))
+    options = ["--method.preset", "local-ada", "--method.island", "2", "--seconds", "3"]
+    result = mpirun(4, *HVDLOCAL, "advise", str(config), *options, "--json", str(tmp_path / "advice.json"))
     assert result.code == 0, result.err
     assert not (tmp_path / "out").exists(), "nothing is written where the run would be"
     assert "scale-invariant epoch" in result.out
