@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
 os.environ.setdefault("HOROVOD_DYNAMIC_PROCESS_SETS", "1")
 
 from harness import machine

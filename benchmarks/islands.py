@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("HOROVOD_CYCLE_TIME", "1")
-
 import torch
 from harness import machine
 
