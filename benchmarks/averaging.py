@@ -140,7 +140,7 @@ def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Calla
     return run, prepare
 
 
-def steps(model: torch.nn.Module, gradients: list[torch.Tensor]) -> Iterator[Candidate]:
+def steps(model: torch.nn.Module, gradients: list[torch.Tensor], mpi: Mpi4pyCommunicator) -> Iterator[Candidate]:
     """Yields ways to take one data-parallel step: backward pass, exchange, update."""
     import horovod.torch as hvd
 
@@ -152,17 +152,23 @@ def steps(model: torch.nn.Module, gradients: list[torch.Tensor]) -> Iterator[Can
 
         return run
 
-    for name in ("no exchange", "hvdlocal sync", "hvd.DistributedOptimizer", "PyTorch DDP, Gloo"):
-        network: torch.nn.Module = Weights(model)
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-        if name == "hvdlocal sync":
-            optimizer = hvdlocal.SynchronousOptimizer(optimizer, network)
-        elif name == "hvd.DistributedOptimizer":
-            named = [(f"ddp.{key}", p) for key, p in network.named_parameters()]
-            optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=named)
-        elif name == "PyTorch DDP, Gloo":
-            network = DistributedDataParallel(network)
-        yield Candidate(name, step(network, optimizer))
+    def sgd(network: torch.nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(network.parameters(), lr=0.0)
+
+    plain = Weights(model)
+    yield Candidate("no exchange", step(plain, sgd(plain)))
+    network = Weights(model)
+    named = [(f"ddp.{key}", p) for key, p in network.named_parameters()]
+    yield Candidate(
+        "hvd.DistributedOptimizer", step(network, hvd.DistributedOptimizer(sgd(network), named_parameters=named))
+    )
+    parallel = DistributedDataParallel(Weights(model))
+    yield Candidate("PyTorch DDP, Gloo", step(parallel, sgd(parallel)))
+    for engine, communicator in (("horovod", hvdlocal.init("horovod")), ("mpi4py", mpi)):
+        for name, settings in (("buckets", {}), ("one collective", {"bucket_bytes": None})):
+            network = Weights(model)
+            optimizer = hvdlocal.SynchronousOptimizer(sgd(network), network, communicator=communicator, **settings)
+            yield Candidate(f"hvdlocal sync, {name}, {engine}", step(network, optimizer))
 
 
 def mpi_world() -> MPI.Comm:
@@ -216,17 +222,19 @@ def gloo() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def measure(name: str, trials: int, mpi: Mpi4pyCommunicator, peers: bool) -> dict[str, Any]:
-    """Makes both comparisons for one model; prints and returns the results."""
+def measure(name: str, trials: int, mpi: Mpi4pyCommunicator, peers: bool, kinds: list[str]) -> dict[str, Any]:
+    """Makes the comparisons of these kinds for one model; prints and returns the results."""
     torch.manual_seed(0)
     model = build_model(name, 1000, SHAPES[name])
     numel = sum(p.numel() for p in model.parameters())
     gradients = FlatViews(list(model.parameters())).of(torch.randn(FlatViews(list(model.parameters())).numel))
     results: dict[str, Any] = {"parameters": numel}
-    for kind in ("averaging", "step") if peers else ("averaging",):
-        candidates = list(averagings(model, gradients, mpi, peers) if kind == "averaging" else steps(model, gradients))
+    for kind in kinds:
+        candidates = list(
+            averagings(model, gradients, mpi, peers) if kind == "averaging" else steps(model, gradients, mpi)
+        )
         run_trials(candidates, trials)
-        floors = candidates[:3] if kind == "averaging" else candidates[:1]
+        floors = candidates[:3]
         if mpi.rank == 0:
             print(
                 "\n".join(table(f"\n{name} ({numel / 1e6:.1f} M parameters): one {kind}", candidates, floors)),
@@ -246,6 +254,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1, help="of torch, per rank (default: %(default)s)")
     parser.add_argument("--without-peers", action="store_true", help="hvdlocal and the bare allreduces only")
+    parser.add_argument("--kinds", nargs="+", default=["averaging", "step"], choices=["averaging", "step"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -262,7 +271,8 @@ def main() -> None:
         print(", ".join(f"{key}: {value}" for key, value in facts.items() if key != "versions"))
     peers = not arguments.without_peers
     with gloo() if peers else nullcontext():
-        results = {name: measure(name, arguments.trials, mpi, peers) for name in arguments.models}
+        kinds = arguments.kinds if peers else ["averaging"]
+        results = {name: measure(name, arguments.trials, mpi, peers, kinds) for name in arguments.models}
     if mpi.rank == 0 and arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps({"machine": facts, "results": results}, indent=2) + "\n")

@@ -13,8 +13,11 @@ from hvdlocal.averaging.flat_buffer import FlatViews, aligned
 BUCKET_BYTES = 25 * 2**20
 """The default size of a bucket."""
 
-LAST_BUCKET_BYTES = 2**20
-"""What may wait for the end of the backward pass, as nothing hides the last bucket."""
+SMALL_BUCKET_BYTES = 2**20
+"""What may wait for the end of the backward pass, as nothing hides the last bucket; and what is not worth a collective more."""
+
+MOST_SHARE = 8
+"""A bucket has at most one part in so many of the gradients: when it is complete, this much is left to hide it behind."""
 
 _FLOAT_BYTES = 4
 
@@ -57,8 +60,8 @@ class BucketLayout:
     Args:
         parameters: whose gradients travel.
         scalars: numbers that travel with the last bucket.
-        bucket_bytes: the most bytes of a bucket, as far as single parameters are not larger; None for one bucket. The last
-            bucket has at most 1 MiB where the first parameter is not larger.
+        bucket_bytes: the most bytes of a bucket, as far as single parameters are not larger; None for one bucket. Buckets are
+            smaller when there would be fewer than eight, but not below 1 MiB for that, and the last one has at most 1 MiB.
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor], scalars: int, bucket_bytes: int | None) -> None:
@@ -86,8 +89,9 @@ def _boundaries(starts: Sequence[int], bucket_bytes: int) -> list[int]:
         starts: where each parameter begins and the last one ends, in floats.
         bucket_bytes: the most bytes of a bucket.
     """
-    size = bucket_bytes // _FLOAT_BYTES
-    last = min(size, LAST_BUCKET_BYTES // _FLOAT_BYTES)
+    small = SMALL_BUCKET_BYTES // _FLOAT_BYTES
+    size = min(bucket_bytes // _FLOAT_BYTES, max(starts[-1] // MOST_SHARE, small))
+    last = min(size, small)
     count = len(starts) - 1
     tail = max([1, *(i for i in range(1, count + 1) if starts[i] <= last)])
     boundaries, end = [], count
