@@ -60,9 +60,10 @@ def test_a_node_is_one_worker(sbatch, data, tmp_path):
 
 
 def test_srun_without_pmix(sbatch, data, tmp_path):
-    """Engine torch needs no MPI: its ranks meet by what Slurm tells them, on two nodes."""
+    """Engine torch needs no MPI: Slurm alone tells its ranks what they are, on two nodes, whose names are no hosts here."""
     config = write_config(tmp_path, data, epochs=20)
-    shape = ["--ntasks-per-node=2", "--gpus-per-node=2", "--export=ALL,HVDLOCAL_BACKEND=torch"]
+    variables = "--export=ALL,HVDLOCAL_BACKEND=torch,MASTER_ADDR=127.0.0.1"
+    shape = ["--ntasks-per-node=2", "--gpus-per-node=2", variables]
     job = sbatch(*shape, TEMPLATES / "gpu-nodes-srun.sbatch", config, *ISLAND)
     assert_trained_in_islands(job, tmp_path / "out")
 
