@@ -188,7 +188,7 @@ def test_buffers_differ_between_the_ranks_of_an_island_and_are_averaged_over_all
 
 def test_an_island_with_a_replica_that_is_not_finite_is_left_out_as_a_whole(islands):
     comm = islands
-    model = Slope(start=0.0)
+    model = Slope(numel=1000, start=0.0)
     optimizer = local(model, 2, communicator=comm)
     step(optimizer, model, odd(comm)[comm.rank])
     with pytest.raises(hvdlocal.NonFiniteError) as caught:
@@ -199,15 +199,15 @@ def test_an_island_with_a_replica_that_is_not_finite_is_left_out_as_a_whole(isla
     first = comm.size - comm.island_size
     assert f"ranks {', '.join(map(str, range(first, comm.size)))} of {comm.size}" in str(caught.value)
     others = means(comm)[:-1]
-    torch.testing.assert_close(model.w.detach(), torch.full((10,), -2 * mean(others)))
+    torch.testing.assert_close(model.w.detach(), torch.full((1000,), -2 * mean(others)))
     for _ in range(2):
         step(optimizer, model, 1.0)
-    torch.testing.assert_close(model.w.detach(), torch.full((10,), -2 * mean(others) - 2))
+    torch.testing.assert_close(model.w.detach(), torch.full((1000,), -2 * mean(others) - 2))
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_takes_its_island_out(islands):
     comm = islands
-    model = Slope(start=0.0)
+    model = Slope(numel=1000, start=0.0)  # so that every rank has parameters in its slice
     optimizer = local(model, 1, communicator=comm)
     optimizer.zero_grad()
     model(odd(comm)[comm.rank]).backward()
@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_takes_its_island_out(islands):
     with pytest.raises(hvdlocal.NonFiniteError):
         optimizer.step()
     if comm.num_islands > 1:
-        torch.testing.assert_close(model.w.detach(), torch.full((10,), -mean(means(comm)[1:])))
+        torch.testing.assert_close(model.w.detach(), torch.full((1000,), -mean(means(comm)[1:])))
 
 
 def test_nonfinite_buffers_of_one_rank_leave_the_others_in_the_mean(islands):
