@@ -44,6 +44,8 @@ mpi: setup
 	$(MAKE) --jobs=3 --output-sync=target mpi-plain mpi-horovod mpi-torch
 
 MPI_TEST = timeout 900 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
+# Islands as 2 × 2 and 1 × 4 ranks, and what counts ranks and islands also as 3 × 2, 2 × 3 and (over plain MPI) 4 × 2.
+ISLANDS_OF_MANY = tests/mpi/test_islands.py -k "average or statistics or larger_batches or messages"
 NEAR_THE_ENGINE = tests/mpi/test_{communicator,groups,local,resume,state,synchronous}.py
 mpi-plain: export HVDLOCAL_BACKEND = mpi4py
 mpi-plain: setup
@@ -53,6 +55,10 @@ mpi-plain: setup
 	set -e; ranks=2; for dtype in bfloat16 float64; do \
 	  echo "== tests/mpi: inside hvdlocal the default dtype is $$dtype"; export TEST_DEFAULT_DTYPE=$$dtype; \
 	  $(MPI_TEST) tests/mpi/test_{local,policies,state,synchronous,refusals}.py; done
+	@echo "== islands: mpi4py, 4, 6 and 8 ranks"
+	ranks=4; $(MPI_TEST) tests/mpi/test_{groups,islands,train_islands}.py
+	ranks=6; $(MPI_TEST) $(ISLANDS_OF_MANY)
+	ranks=8; $(MPI_TEST) tests/mpi/test_islands.py -k "larger_batches and 4x2"
 
 mpi-horovod: setup
 	@echo "== tests/mpi: horovod, 2 ranks"
@@ -62,6 +68,9 @@ mpi-horovod: setup
 	ranks=3; $(MPI_TEST) $(NEAR_THE_ENGINE)
 	@echo "== tests/mpi: horovod, 8 ranks"
 	ranks=8; $(MPI_TEST) tests/mpi/test_{local,synchronous,large}.py
+	@echo "== islands: horovod, 4 and 6 ranks"
+	ranks=4; $(MPI_TEST) tests/mpi/test_{groups,islands}.py
+	ranks=6; $(MPI_TEST) $(ISLANDS_OF_MANY)
 
 mpi-torch: export HVDLOCAL_BACKEND = torch
 mpi-torch: setup
@@ -70,6 +79,9 @@ mpi-torch: setup
 	@echo "== tests/mpi near the engine: torch.distributed, 1 and 3 ranks"
 	ranks=1; $(MPI_TEST) tests/mpi/test_{communicator,groups,local}.py
 	ranks=3; $(MPI_TEST) $(NEAR_THE_ENGINE)
+	@echo "== islands: torch.distributed, 4 and 6 ranks"
+	ranks=4; $(MPI_TEST) tests/mpi/test_{groups,islands}.py
+	ranks=6; $(MPI_TEST) $(ISLANDS_OF_MANY)
 
 launch: setup
 	$(JOBS_IN_PARALLEL) tests/launch --ignore tests/launch/faults

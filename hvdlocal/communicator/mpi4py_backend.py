@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hvdlocal.communicator.base import MAX_ELEMENTS, Pending
 from hvdlocal.communicator.groups import Groups
 from hvdlocal.communicator.threaded import DEPARTURE_GRACE_SECONDS, Call, ThreadedCommunicator
 from hvdlocal.terminal import Guarded
@@ -89,6 +90,15 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
 
         what = f"broadcast of {flat.numel()} {flat.dtype} from rank {self.job_ranks[root]} ({name})"
         return self._in_host_memory(flat, what, collective)
+
+    def _start_sharing(self, flat: torch.Tensor, name: str) -> list[tuple[Pending, str]]:
+        if flat.numel() > MAX_ELEMENTS:
+            return super()._start_sharing(flat, name)
+
+        def collective(host: torch.Tensor) -> None:
+            self._ranks.Allgather(self._mpi.IN_PLACE, _memory(host))
+
+        return [(self._in_host_memory(flat, f"slices of {flat.numel()} {flat.dtype} ({name})", collective), name)]
 
     def _maximum_(self, numbers: NDArray[np.int64]) -> None:
         self._ranks.Allreduce(self._mpi.IN_PLACE, numbers, op=self._mpi.MAX)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from hvdlocal.communicator.base import Pending
 from hvdlocal.communicator.errors import LaunchError
 from hvdlocal.communicator.groups import Groups
 from hvdlocal.communicator.islands import node_name
@@ -99,6 +100,13 @@ class TorchCommunicator(ThreadedCommunicator):
 
         what = f"broadcast of {flat.numel()} {flat.dtype} from rank {self.job_ranks[root]} ({name})"
         return self._start(flat, what, collective)
+
+    def _start_sharing(self, flat: torch.Tensor, name: str) -> list[tuple[Pending, str]]:
+        def collective(group: Any, tensor: torch.Tensor) -> dist.Work:
+            mine = tensor.split(tensor.numel() // self.size)[self.rank]
+            return group._allgather_base(tensor, mine)
+
+        return [(self._start(flat, f"slices of {flat.numel()} {flat.dtype} ({name})", collective), name)]
 
     def _start(self, flat: torch.Tensor, what: str, collective: Callable[[Any, torch.Tensor], dist.Work]) -> Call:
         def on_cpu(host: torch.Tensor) -> None:

@@ -192,3 +192,14 @@ def test_a_group_of_one_process_that_stands_for_several():
     part.sum_(tensor, "test.sum")
     assert tensor.eq(3).all()
     assert part.gather("x", "test.gather") == ["x"] * 3
+
+
+def test_slices_are_shared_in_place(comm, groups):
+    for part in (comm, *groups[:2]):
+        numbers = torch.full((5 * part.size,), float("nan"), dtype=torch.float32)
+        place = numbers.data_ptr()
+        numbers.split(5)[part.rank].fill_(part.rank + 1)
+        before = part.traffic.collectives
+        part.share_slices_(numbers, "test.share")
+        assert numbers.view(part.size, 5).T.tolist() == [[float(rank + 1) for rank in range(part.size)]] * 5
+        assert (numbers.data_ptr(), part.traffic.collectives - before) == (place, int(part.size > 1))

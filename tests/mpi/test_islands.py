@@ -61,24 +61,28 @@ def test_an_island_steps_on_its_mean_gradient_and_the_islands_average(layout):
     assert (optimizer.num_workers, optimizer.accumulate, optimizer.round) == (comm.num_islands, 1, 1)
 
 
-@pytest.mark.parametrize("stale", [True, False])
-@pytest.mark.parametrize("kind", ["exact", "sketch"])
-def test_statistics_are_those_of_the_gradients_of_all_ranks(layout, kind, stale):
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("kind", "stale"), [("exact", True), ("exact", False), ("sketch", True)])
+def test_statistics_are_those_of_the_gradients_of_all_ranks(layout, kind, stale, accumulate):
     comm = layout
     model = Slope(numel=1, start=0.0)
     scaling = hvdlocal.LocalAdaScale(stale=stale, statistics=kind, smoothing=0.0)
-    optimizer = local(model, 2, optimizer=sgd(model, lr=1e-3), scaling=scaling, communicator=comm)
-    for _ in range(3):
+    inner = sgd(model, lr=1e-3)
+    optimizer = local(model, 2, optimizer=inner, scaling=scaling, accumulate=accumulate, communicator=comm)
+    for _ in range(3 * accumulate):
         step(optimizer, model, odd(comm)[comm.rank])
     c = odd(comm)
     # 2 × 2 ranks: mean ‖g‖² = 21, ‖ḡ‖² = 16, σ² = 20/3, G = 43/3.
     grad_sqr, grad_var = hvdlocal.gradient_statistics(mean([x * x for x in c]), mean(c) ** 2, comm.size)
-    assert optimizer.grad_sqr == pytest.approx(grad_sqr, rel=1e-5)
-    assert optimizer.grad_var == pytest.approx(grad_var, rel=1e-5)
-    gain = hvdlocal.gain_ratio(grad_sqr, grad_var, comm.num_islands, 2, accumulate=comm.island_size)
-    assert optimizer.gain == pytest.approx(gain, rel=1e-5)
     if (comm.size, comm.island_size) == (4, 2):
         assert (grad_sqr, grad_var) == (pytest.approx(43 / 3), pytest.approx(20 / 3))
+    grad_var *= accumulate  # of one micro-batch, when the mean of so many has that variance
+    assert optimizer.grad_sqr == pytest.approx(grad_sqr, rel=1e-5)
+    assert optimizer.grad_var == pytest.approx(grad_var, rel=1e-5)
+    per_step = accumulate * comm.island_size
+    gain = hvdlocal.gain_ratio(grad_sqr, grad_var, comm.num_islands, 2, accumulate=per_step)
+    assert optimizer.gain == pytest.approx(gain, rel=1e-5)
+    if (comm.size, comm.island_size, accumulate) == (4, 2, 1):
         assert optimizer.gain == pytest.approx(1.167209, rel=1e-5)
 
 
@@ -216,6 +220,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_takes_its_island_out(islands):
         optimizer.step()
     if comm.num_islands > 1:
         torch.testing.assert_close(model.w.detach(), torch.full((1000,), -mean(means(comm)[1:])))
+        healthy = means(comm)[1:]
+        variance = mean([(m - mean(healthy)) ** 2 for m in healthy])
+        assert optimizer.divergence == pytest.approx(1000 * variance, rel=1e-4, abs=1e-3)
 
 
 def test_nonfinite_buffers_of_one_rank_leave_the_others_in_the_mean(islands):
