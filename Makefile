@@ -119,6 +119,7 @@ bench: setup data/digits/test/manifest.json
 	set -e; for rate in 1gbit 10gbit; do \
 	  benchmarks/slow_link.sh $$rate python benchmarks/slow_link.py --rate $$rate --json $(RESULTS)/link-$$rate.json; done
 	set -e; for engine in mpi4py horovod; do export HVDLOCAL_BACKEND=$$engine; \
+	  benchmarks/slow_link.sh 1gbit python benchmarks/overlap.py; \
 	  install/mpirun -np 4 python benchmarks/islands.py --json $(RESULTS)/islands-$$engine.json; \
 	  for rate in 1gbit 10gbit; do RANKS=4 benchmarks/slow_link.sh $$rate \
 	    python benchmarks/islands.py --rate $$rate --json $(RESULTS)/islands-$$engine-$$rate.json; done; done
