@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -40,23 +40,15 @@ class Pending(Protocol):
 
 @dataclass
 class Traffic:
-    """What this rank has handed to collectives since the start.
-
-    Attributes:
-        collectives, bytes: of a communicator; those of a job include those of its groups.
-        job: where the traffic of a group is counted too.
-    """
+    """What this rank has handed to the collectives of a communicator since the start; that of a group is counted apart."""
 
     collectives: int = 0
     bytes: int = 0
-    job: Traffic | None = field(default=None, repr=False)
 
     def count(self, sent: int) -> None:
         """Adds one collective of so many bytes."""
         self.collectives += 1
         self.bytes += sent
-        if self.job:
-            self.job.count(sent)
 
 
 class Communicator(ABC):
@@ -71,7 +63,7 @@ class Communicator(ABC):
         job_ranks: the ranks of this communicator as they are numbered in the job; in messages ranks have these numbers.
         local_rank, local_size: this process among those on its node.
         timeout_seconds: how long one collective may take, the wait for the slowest rank included.
-        traffic: collectives and bytes of this communicator so far, and of its groups.
+        traffic: collectives and bytes of this communicator so far.
         island: the ranks of this rank's island; None without islands (`hvdlocal.init(island=…)`).
         peers: the ranks that have this rank's place in their islands, this one included; None without islands.
     """
@@ -195,7 +187,7 @@ class Communicator(ABC):
         mine = next(group for group in divided if self.rank in group)
         part = copy.copy(self)  # what belongs to the job is shared: connection, thread, deadline
         part.rank, part.size, part.job_ranks = mine.index(self.rank), len(mine), mine
-        part.traffic = Traffic(job=self.traffic)
+        part.traffic = Traffic()
         part.island = part.peers = None
         with self._explained(name):
             part._join_group(divided, name)

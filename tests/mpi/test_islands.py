@@ -163,7 +163,7 @@ def test_messages_across_the_islands_are_slices_and_there_is_one_a_round(islands
     for _ in range(8):
         step(optimizer, model, 1.0)
     collectives = comm.island.traffic.collectives - inside.collectives
-    assert comm.traffic.collectives - all_ranks.collectives == collectives + 2 * (comm.num_islands > 1)
+    assert comm.traffic == all_ranks, "nothing over all ranks"
     # Inside: the gradient of every step; in a round the sum of what is each rank's own, and the slices.
     assert collectives == 8 + 2 * (2 if comm.num_islands > 1 else 1)
     moved = comm.island.traffic.bytes - inside.bytes
