@@ -3,8 +3,8 @@
 [RANKS=4] benchmarks/slow_link.sh 1gbit python benchmarks/advise_check.py experiments/cifar10_small.yaml [--section.key value …]
 
 There are several passes, since load and network vary: each makes the measurements of `advise`, and then some rounds of training
-with every method and period, each with its own replica. Predictions use the measurements of all passes together. Neither side
-includes evaluations, checkpoints and the log.
+with every method and period, each with its own replica. The ratio is the median of those of single passes. Neither side includes
+evaluations, checkpoints and the log.
 """
 
 from __future__ import annotations
@@ -145,15 +145,16 @@ def main() -> None:
     ratios = {}
     for run in training.runs:
         predicted = run.predicted(advice.estimate.cost_model)
-        taken = statistics.fmean(trial[run] for trial in trials)
+        taken = statistics.median(trial[run] for trial in trials)
         every = [
             run.predicted(advice_from([measured], config).estimate.cost_model) / trial[run]
             for measured, trial in zip(measurements, trials, strict=True)
         ]
-        ratios[f"{run} {run.period}"] = {"ratio": predicted / taken, "passes": every}
+        ratio = statistics.median(every)
+        ratios[f"{run} {run.period}"] = {"ratio": ratio, "passes": every}
         print(
             f"{run!s:24}{run.period:4}{advice.m[run.method]:8.2f}{1000 * predicted:14.1f}{1000 * taken:12.1f}"
-            f"{predicted / taken:19.2f}   {', '.join(f'{ratio:.2f}' for ratio in every)}"
+            f"{ratio:19.2f}   {', '.join(f'{one:.2f}' for one in every)}"
         )
     now = advice.estimate.cost_model
     for method in ("sync", "acc-ada"):
