@@ -19,6 +19,7 @@ MISTAKES = [
     (["--method.period.period", "0"], r"period=0"),
     (["--data.image_size", "3"], r"digits_cnn cannot take images of 3×3 pixels .*set data.image_size to 4 or more"),
     (["--output", "/proc/run"], r"/proc/run"),
+    (["--method.island", "3"], r"island=3 does not divide 2 ranks: give island=\"node\", a number that"),
 ]
 
 
