@@ -78,7 +78,7 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
             f"{bytes_text(forecast.data_parallel_bytes)}",
         )
     if forecast.payload and plan.island_size > 1:
-        yield "inside islands", f"{bytes_text(forecast.island_bytes or 0)} per rank"
+        yield "in islands", f"{bytes_text(forecast.island_bytes or 0)} per rank"
     if forecast.checkpoints:
         every, lost = forecast.checkpoints.seconds, forecast.checkpoints.lost_share
         steps = f" ({every / forecast.step_seconds:,.0f} steps)" if forecast.step_seconds else ""

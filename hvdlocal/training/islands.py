@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+
 from hvdlocal.communicator import Communicator, SetupError, init
-from hvdlocal.communicator.islands import divide, node_name
+from hvdlocal.communicator.islands import divide, node_name, parse_island
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import check_ranges
 
@@ -15,7 +17,13 @@ def join(config: TrainConfig) -> Communicator:
         ValueError: a setting cannot be used, or the ranks do not make such islands; and what `init` raises.
     """
     check_ranges(config)
-    return init(island=config.method.island)
+    island, variable = config.method.island, os.environ.get("HVDLOCAL_ISLAND")
+    if variable and parse_island(variable, "HVDLOCAL_ISLAND") != island:
+        raise ValueError(
+            f"HVDLOCAL_ISLAND={variable}, but method.island={island}: the configuration decides, so set method.island to what "
+            "you want, and unset the variable"
+        )
+    return init(island=island)
 
 
 def require_islands(config: TrainConfig, communicator: Communicator) -> None:

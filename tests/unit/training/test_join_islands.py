@@ -1,0 +1,21 @@
+"""The configuration's islands and the environment's."""
+
+import pytest
+
+from hvdlocal.training.config import MethodConfig, TrainConfig
+from hvdlocal.training.islands import join
+
+
+@pytest.mark.parametrize(("island", "variable"), [(1, "2"), (4, "2"), ("node", "4"), (2, "node")])
+def test_an_environment_that_asks_for_other_islands_is_refused(monkeypatch, island, variable):
+    monkeypatch.setenv("HVDLOCAL_ISLAND", variable)
+    told = rf"HVDLOCAL_ISLAND={variable}, but method\.island={island}: the configuration decides"
+    with pytest.raises(ValueError, match=told):
+        join(TrainConfig(method=MethodConfig("local", island=island)))
+
+
+@pytest.mark.parametrize(("island", "variable"), [(1, "1"), (2, "2"), ("node", "node"), (2, "")])
+def test_one_that_asks_for_the_same_is_not(monkeypatch, island, variable):
+    monkeypatch.setenv("HVDLOCAL_ISLAND", variable)
+    monkeypatch.setattr("hvdlocal.training.islands.init", lambda island: ("joined", island))
+    assert join(TrainConfig(method=MethodConfig("local", island=island))) == ("joined", island)
