@@ -18,6 +18,10 @@ from hvdlocal.communicator.groups import Groups
 from hvdlocal.communicator.threaded import DEPARTURE_GRACE_SECONDS, Call, ThreadedCommunicator
 from hvdlocal.terminal import Guarded
 
+PIECE_BYTES = 2**22
+"""Of a sum in shared memory. For a longer one Open MPI's default algorithm allocates a buffer of its length each time, of which
+the kernel must clear every page: two to three times the work of the sum itself."""
+
 
 class _PeerLeftError(RuntimeError):
     """Another rank has left the job."""
@@ -49,6 +53,7 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
         self._departures = _Departures(MPI.COMM_WORLD.Dup())
         node = self._ranks.Split_type(MPI.COMM_TYPE_SHARED)
         super().__init__(self._ranks.rank, self._ranks.size, node.rank, node.size, timeout_seconds)
+        self._in_shared_memory = node.size == self.size
         node.Free()
 
     def abort(self, exit_code: int) -> None:
@@ -72,15 +77,22 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
         return isinstance(error, _PeerLeftError)
 
     def _join_group(self, groups: Groups, name: str) -> None:
-        def work() -> Any:
+        def work() -> tuple[Any, bool]:
             self._agree_on(f"split ({name})")
-            return self._ranks.Split(color=groups.index(self.job_ranks), key=self.rank)
+            ranks = self._ranks.Split(color=groups.index(self.job_ranks), key=self.rank)
+            node = ranks.Split_type(self._mpi.COMM_TYPE_SHARED)
+            in_shared_memory = node.size == ranks.size
+            node.Free()
+            return ranks, in_shared_memory
 
-        self._ranks = self._wait(self._submit(work), name)
+        self._ranks, self._in_shared_memory = self._wait(self._submit(work), name)
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> Call:
         def collective(host: torch.Tensor) -> None:
-            self._ranks.Allreduce(self._mpi.IN_PLACE, _memory(host), op=self._mpi.SUM)
+            memory = _memory(host)
+            piece = max(1, PIECE_BYTES // memory.itemsize) if self._in_shared_memory else memory.size
+            for start in range(0, memory.size, piece):
+                self._ranks.Allreduce(self._mpi.IN_PLACE, memory[start : start + piece], op=self._mpi.SUM)
 
         return self._in_host_memory(flat, f"sum of {flat.numel()} {flat.dtype} ({name})", collective)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hvdlocal
-from hvdlocal.communicator import CollectiveTimeoutError, DisagreementError, base, require_agreement
+from hvdlocal.communicator import CollectiveTimeoutError, DisagreementError, base, mpi4py_backend, require_agreement
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int32, torch.int64])
@@ -28,6 +28,15 @@ def test_sum_of_more_elements_than_one_collective_takes(comm, monkeypatch):
     comm.sum_(tensor, "test.pieces")
     ranks = comm.size * (comm.size - 1) / 2
     assert torch.equal(tensor, torch.arange(4321, dtype=torch.float32) * comm.size + ranks)
+
+
+@pytest.mark.parametrize("piece", [1000, 4004, 17_284])
+def test_sum_in_pieces(comm, monkeypatch, piece):
+    """Plain MPI sums pieces of so many bytes where ranks share memory; it is one collective all the same."""
+    monkeypatch.setattr(mpi4py_backend, "PIECE_BYTES", piece)
+    tensor = torch.arange(4321, dtype=torch.float32) * (comm.rank + 1)
+    comm.sum_(tensor, "test.sum")
+    assert torch.equal(tensor, torch.arange(4321, dtype=torch.float32) * (comm.size * (comm.size + 1) // 2))
 
 
 def test_sum_refuses_what_it_would_have_to_copy(comm):
