@@ -2,8 +2,14 @@
 
 import pytest
 
-from hvdlocal.training.config import MethodConfig, TrainConfig
+from hvdlocal.training.config import DataConfig, MethodConfig, ModelConfig, TrainConfig
 from hvdlocal.training.islands import join
+
+
+def configured(island):
+    return TrainConfig(
+        DataConfig("data"), ModelConfig("digits_cnn"), "out", method=MethodConfig("local", island=island)
+    )
 
 
 @pytest.mark.parametrize(("island", "variable"), [(1, "2"), (4, "2"), ("node", "4"), (2, "node")])
@@ -11,11 +17,11 @@ def test_an_environment_that_asks_for_other_islands_is_refused(monkeypatch, isla
     monkeypatch.setenv("HVDLOCAL_ISLAND", variable)
     told = rf"HVDLOCAL_ISLAND={variable}, but method\.island={island}: the configuration decides"
     with pytest.raises(ValueError, match=told):
-        join(TrainConfig(method=MethodConfig("local", island=island)))
+        join(configured(island))
 
 
 @pytest.mark.parametrize(("island", "variable"), [(1, "1"), (2, "2"), ("node", "node"), (2, "")])
 def test_one_that_asks_for_the_same_is_not(monkeypatch, island, variable):
     monkeypatch.setenv("HVDLOCAL_ISLAND", variable)
     monkeypatch.setattr("hvdlocal.training.islands.init", lambda island: ("joined", island))
-    assert join(TrainConfig(method=MethodConfig("local", island=island))) == ("joined", island)
+    assert join(configured(island)) == ("joined", island)
