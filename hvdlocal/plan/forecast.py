@@ -76,7 +76,7 @@ class Forecast:
         """Bytes that one rank sends in training between the workers, without evaluations."""
         if self.payload is None:
             return None
-        return self.plan.rounds * self.payload.round if self.plan.num_workers > 1 else 0
+        return self.plan.rounds * self.payload.round if self.plan.ranks > 1 else 0
 
     @property
     def data_parallel_bytes(self) -> int | None:

@@ -68,7 +68,8 @@ def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: 
     # The statistics travel with the average or, when they are not stale, before it.
     before = buffer.with_statistics_scalars.numel() if method.preset == "local-ada-nostale" else 0
     sent = buffer.flat.numel() - before
-    between = 4 * (sent // island_size + before)  # of the average, each rank of an island sends a slice
+    slice_ = sent // island_size if islands > 1 else 0  # of the average, each rank of an island sends a slice
+    between = 4 * (slice_ + before)
     if island_size == 1:
         return Payload(numel, 4 * numel, between)
     gathered = sent if islands > 1 else 0

@@ -58,7 +58,7 @@ class RunPlan:
         epochs: scale-invariant epochs at the end of the run.
         data_epochs: passes over the data.
         mean_gain: mean ρ over the steps.
-        collectives: number of collectives of training between the workers; 0 for one worker.
+        collectives: number of collectives of training between the workers; 0 on one rank.
         schedule: γ as a function of scale-invariant epochs.
     """
 
@@ -191,7 +191,8 @@ def plan_run(
         phases = (Phase(0, 0.0, end / epoch, 1, steps, schedule(0), end / steps),)
     steps = sum(phase.period * phase.rounds for phase in phases)
     averagings = sum(phase.rounds for phase in phases)
-    per_round = 0 if num_workers == 1 else 2 if method.preset == "local-ada-nostale" else 1
+    # Statistics that are not stale are summed over all ranks, also those of one island.
+    per_round = (num_workers > 1) + (ranks > 1 and method.preset == "local-ada-nostale")
     return RunPlan(
         num_workers=num_workers,
         island_size=size,

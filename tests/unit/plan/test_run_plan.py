@@ -113,6 +113,7 @@ CASES = {
     "islands, local-ada-nostale": config("local-ada-nostale", period=QSR, island=2),
     "islands, averaged inside": config("local", period=PeriodConfig(period=7), island=2, island_period=2),
     "one island, averaged inside": config("local-lin", period=QSR, island=4, island_period=3, momentum="average"),
+    "one island, local-ada-nostale": config("local-ada-nostale", island=4),
     "acc-lin": config("acc-lin", period=PeriodConfig(period=3)),
     "acc-ada": config("acc-ada", period=PeriodConfig(period=3)),
     "sync": config("sync"),
