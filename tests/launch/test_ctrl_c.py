@@ -126,10 +126,10 @@ def test_a_second_ctrl_c_stops_at_once(terminal, config, tmp_path, arguments):
     assert "Traceback" not in screen.text
 
 
-@pytest.mark.parametrize("arguments", [(), EVERY_STEPS])
-def test_ctrl_c_under_mpirun_says_what_is_saved(terminal, config, tmp_path, arguments):
+@pytest.mark.parametrize(("arguments", "backend"), [((), "horovod"), (EVERY_STEPS, "horovod"), (EVERY_STEPS, "torch")])
+def test_ctrl_c_under_mpirun_says_what_is_saved(terminal, config, tmp_path, arguments, backend):
     """Mpirun kills its ranks, and Open MPI 5 prints nothing of theirs any more."""
-    ranks = [*MPIRUN, "-np", "2", *FAULTY]
+    ranks = ["env", f"HVDLOCAL_BACKEND={backend}", *MPIRUN, "-np", "2", *FAULTY]
     screen = terminal(*ranks, "block:computing:0:9", "block:computing:1:9", "train", str(config), *arguments)
     screen.wait_for("(?s)block at.*block at")
     screen.press_ctrl_c()
@@ -141,10 +141,10 @@ def test_ctrl_c_under_mpirun_says_what_is_saved(terminal, config, tmp_path, argu
     assert ("continuing from the checkpoint of step " in again.out) == bool(arguments)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
-def test_signals_in_the_last_moments_change_nothing(config, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "backend"), [(0, "horovod"), (2, "horovod"), (2, "torch")])
+def test_signals_in_the_last_moments_change_nothing(config, tmp_path, ranks, backend):
     """Not those that come while Python ends, either."""
-    start = [*MPIRUN, "-np", str(ranks)] if ranks else []
+    start = ["env", f"HVDLOCAL_BACKEND={backend}", *([*MPIRUN, "-np", str(ranks)] if ranks else [])]
     train = ["train", str(config)]
     stopped = launch(*start, *FAULTY, "usr2:computing:0:3", "bombard:settled:0:1", *train)
     assert stopped.code == 85, stopped.err
