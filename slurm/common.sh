@@ -110,7 +110,8 @@ remove_private() {
 # -- starting ranks ----------------------------------------------------------------------------------------------------
 # Open MPI hands on its own settings and Slurm's on the first node; these have to be named.
 handed_on='PATH|LD_LIBRARY_PATH|SLURM_JOB_END_TIME|SLURM_RESTART_COUNT'
-handed_on+='|PYTHON.*|OMP_.*|HVDLOCAL_.*|HOROVOD_.*|NCCL_.*|OFI_NCCL_.*|FI_.*|UCX_.*'
+handed_on+='|PYTHON.*|OMP_.*|HVDLOCAL_.*|HOROVOD_.*|NCCL_.*|RCCL_.*|OFI_NCCL_.*|FI_.*|UCX_.*'
+handed_on+='|GLOO_.*|TORCH_.*|MASTER_ADDR|MASTER_PORT'
 
 mpirun_over() {
   local name program=${MPIRUN:-mpirun}

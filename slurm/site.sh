@@ -10,6 +10,7 @@
 
 # -- the engine, where it is not Horovod. torch needs neither Horovod nor MPI, and takes NCCL from torch's own wheel
 # export HVDLOCAL_BACKEND=torch
+# export GLOO_SOCKET_IFNAME=ib0     # with torch: the interface of tensors on CPUs, where Gloo chooses a wrong one
 
 # -- Horovod
 # export HOROVOD_CYCLE_TIME=5       # ms; hvdlocal's default. Shorter answers sooner and costs more of a core

@@ -22,7 +22,7 @@ from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
 from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
 from hvdlocal.training.config_checks import unused_settings
-from hvdlocal.training.rules import RULE_SETTINGS, describe_method, island_size
+from hvdlocal.training.rules import RULE_SETTINGS, count_workers, describe_method
 
 if TYPE_CHECKING:
     from hvdlocal.training.tasks import DataDescription
@@ -45,6 +45,10 @@ def run(arguments: Sequence[str]) -> int:
             "assume nothing"
         )
     forecasts = [_forecast(label, one, data, options) for label, one in variants]
+    if len(sizes := sorted({forecast.plan.ranks for forecast in forecasts})) > 1:
+        raise ValueError(
+            f"--workers {options.workers} compares jobs of {' and '.join(map(str, sizes))} ranks: give --ranks N instead"
+        )
     if options.figure:
         from hvdlocal.figures.style import save  # loads Matplotlib
         from hvdlocal.plan.figure import plan_figure
@@ -227,10 +231,7 @@ def _workers(options: argparse.Namespace, config: TrainConfig) -> int:
     """Returns K of a configuration."""
     if options.ranks is None:
         return int(options.workers)
-    size = island_size(config.method.island, options.ranks_per_node)
-    if options.ranks % size:
-        raise ValueError(f"--ranks {options.ranks}: no whole number of islands of {size} ranks")
-    return int(options.ranks) // size
+    return count_workers(options.ranks, config.method.island, options.ranks_per_node)
 
 
 def _assumed(options: argparse.Namespace, ranks: int) -> str:

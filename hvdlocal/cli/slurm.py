@@ -17,7 +17,7 @@ from hvdlocal.directory import user_file
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.slurm import options as check
 from hvdlocal.slurm.template import NAMES, Place, Template, directory
-from hvdlocal.training.rules import island_size
+from hvdlocal.training.rules import count_workers
 
 BACKENDS = ("horovod", "mpi4py", "torch")
 COUNTS = ("nodes", "ntasks-per-node", "cpus-per-task", "gpus-per-node")
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
             raise ValueError(f"--sbatch array={tasks}: with these --ranks and --periods the tasks are 0 to {last}")
     script = template.render(
         options,
-        _job_arguments(given, template.name, int({**template.options, **options}["ntasks-per-node"] or 1)),
+        _job_arguments(given, template.name, _ranks(template, options, numbers)),
         _place(given.site),
         f"hvdlocal slurm {shlex.join(arguments)}",
         numbers,
@@ -183,8 +183,27 @@ def _numbers(given: argparse.Namespace, template: Template, options: dict[str, s
     return numbers
 
 
-def _job_arguments(given: argparse.Namespace, template: str, ranks_per_node: int) -> list[str]:
-    """Returns the arguments of the job after the name of its template, checked as far as possible on this machine."""
+def _ranks(template: Template, options: dict[str, str | None], numbers: dict[str, list[int]]) -> list[tuple[int, int]]:
+    """Returns the ranks of the job and those of a node; of a sweep, those of every task."""
+    resources = {**template.options, **options}
+    per_node = int(resources["ntasks-per-node"] or 1)
+    counts = numbers.get("ranks", [int(resources["nodes"] or 1) * per_node])
+    return [(ranks, min(ranks, per_node)) for ranks in counts]
+
+
+def _job_arguments(given: argparse.Namespace, template: str, jobs: Sequence[tuple[int, int]]) -> list[str]:
+    """Returns the arguments of the job after the name of its template, checked as far as possible on this machine.
+
+    Args:
+        given: the command line.
+        template: name of the template.
+        jobs: the ranks, and those of a node, of every training that is started.
+    """
+
+    def check_islands(island: Literal["node"] | int) -> None:
+        for ranks, per_node in jobs:
+            count_workers(ranks, island, per_node)
+
     if given.image is not None and template != "container":
         raise ValueError("--image is an option of template container")
     if template == "prepare":
@@ -200,7 +219,7 @@ def _job_arguments(given: argparse.Namespace, template: str, ranks_per_node: int
         raise ValueError(f"no configuration {given.run[0]} here")
     if given.run[0].endswith(".py"):
         if given.island is not None:
-            island_size(given.island, ranks_per_node)
+            check_islands(given.island)
         if template in ("staging", "sweep"):
             raise ValueError(
                 f"template {template} sets the trainer's own options: give it a configuration, not a script"
@@ -212,7 +231,7 @@ def _job_arguments(given: argparse.Namespace, template: str, ranks_per_node: int
     run = given.run if given.island is None else [*given.run, f"--method.island={given.island}"]
     config = parse(run)
     check_ranges(config)
-    island_size(config.method.island, ranks_per_node)
+    check_islands(config.method.island)
     if not Path(config.data.path).exists() and not glob.glob(config.data.path):
         print(f"hvdlocal slurm: no data at {config.data.path} yet", file=sys.stderr)
     if template == "staging":

@@ -23,8 +23,10 @@ def compare(forecasts: Sequence[Forecast]) -> str:
     """Puts plans side by side, with a sketch of each below."""
     timed = any(forecast.step_seconds for forecast in forecasts)
     counted = any(forecast.payload for forecast in forecasts)
+    islands = counted and any(forecast.plan.island_size > 1 for forecast in forecasts)
     head = ["", "rounds", "steps", "epochs of data", "mean gain", "mean H", "longest H"]
     head += ["= time"] * timed + ["collectives"] + ["bytes per rank", "of data parallel"] * counted
+    head += ["in islands"] * islands
     table = [head]
     for forecast in forecasts:
         plan = forecast.plan
@@ -33,6 +35,7 @@ def compare(forecasts: Sequence[Forecast]) -> str:
         row += [_or_dash(forecast.seconds(plan.longest.period), seconds_text)] * timed
         row += [_percent(plan.collective_share)]
         row += [_or_dash(forecast.bytes, bytes_text), _or_dash(forecast.byte_share, _percent)] * counted
+        row += [_or_dash(forecast.island_bytes, bytes_text)] * islands
         table.append(row)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     text = []

@@ -51,11 +51,14 @@ class Place:
 
     def commands(self, arguments: Sequence[str], variables: Mapping[str, str]) -> str:
         """Returns the lines that replace those with which an unchanged template finds its directory and arguments."""
-        given = {"HVDLOCAL_SITE": self.site, "HVDLOCAL_BIN": self.executables, **variables}
-        lines = [f"cd {shlex.quote(self.directory)}"]
-        lines += [f"export {name}={shlex.quote(path)}" for name, path in given.items() if path is not None]
-        lines.append(f"source {shlex.quote(self.templates + '/common.sh')}")
-        lines.append(f"set -- {shlex.join(arguments)}")
+        paths = {"HVDLOCAL_SITE": self.site, "HVDLOCAL_BIN": self.executables}
+        lines = [
+            f"cd {shlex.quote(self.directory)}",
+            *(f"export {name}={shlex.quote(path)}" for name, path in paths.items() if path is not None),
+            f"source {shlex.quote(self.templates + '/common.sh')}",
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            f"set -- {shlex.join(arguments)}",
+        ]
         return "\n".join(lines) + "\n"
 
 
@@ -111,7 +114,7 @@ class Template:
             place: the paths that the job uses.
             made_by: the command that made the script, for its reader.
             numbers: lists of numbers that replace those of the template.
-            variables: of the environment, which the job exports before common.sh reads them.
+            variables: of the environment, which the job exports after the site's settings, so that they count.
 
         Raises:
             ValueError: a part of the script contains a control character.

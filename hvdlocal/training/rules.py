@@ -84,6 +84,23 @@ def island_size(island: Literal["node"] | int, ranks_per_node: int | None) -> in
     return island
 
 
+def count_workers(ranks: int, island: Literal["node"] | int, ranks_per_node: int | None) -> int:
+    """Returns K, the number of islands.
+
+    Args:
+        ranks: of the job.
+        island: as `method.island` has it.
+        ranks_per_node: None if it is not known.
+
+    Raises:
+        ValueError: the ranks do not make whole islands, and what `island_size` raises.
+    """
+    size = island_size(island, ranks_per_node)
+    if ranks % size:
+        raise ValueError(f"islands of {size} ranks need a multiple of {size} ranks, not {ranks}")
+    return ranks // size
+
+
 def build_period(config: PeriodConfig, peak_lr: float, warmup: float, epoch: float) -> PeriodRule:
     """Returns the rule for H.
 

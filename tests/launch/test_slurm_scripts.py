@@ -311,13 +311,14 @@ def test_a_script_of_the_users_own(node):
 def test_what_the_ranks_get(node):
     shape = {"SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4", "SLURM_CPUS_PER_TASK": "6"}
     times = {"SLURM_JOB_END_TIME": "1800000000", "SLURM_RESTART_COUNT": "1"}
-    own = {"HOROVOD_CYCLE_TIME": "3", "NCCL_DEBUG": "WARN", "OTHER": "x"}
-    assert node.run("cpu", "my run.yaml", "--epochs", "2", **shape, **times, **own)[0] == 0
+    own = {"HOROVOD_CYCLE_TIME": "3", "NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "ib0", "MASTER_PORT": "29400"}
+    own |= {"HVDLOCAL_BACKEND": "torch"}
+    assert node.run("cpu", "my run.yaml", "--epochs", "2", **shape, **times, **own, OTHER="x")[0] == 0
     arguments = node.noted("mpirun")
     assert arguments[:6] == ["-np", "8", "--bind-to", "none", "--map-by", "ppr:4:node"]
     assert arguments[-7:] == ["python", "-m", "hvdlocal", "train", "my run.yaml", "--epochs", "2"]
     handed_on = {name for flag, name in itertools.pairwise(arguments) if flag == "-x"}
-    assert handed_on >= {"PATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", *times, "HOROVOD_CYCLE_TIME", "NCCL_DEBUG"}
+    assert handed_on >= {"PATH", "OMP_NUM_THREADS", "PYTHONUNBUFFERED", *times, *own}
     assert "OTHER" not in handed_on
     assert {"OMP_NUM_THREADS=5", "PYTHONFAULTHANDLER=1"} <= set(node.noted("mpirun.environment"))
 

@@ -10,6 +10,7 @@ import pytest
 
 import hvdlocal
 from hvdlocal.cli import main
+from hvdlocal.figures.units import bytes_text
 
 EXPERIMENTS = Path(__file__).parents[3] / "experiments"
 IMAGENET = ["--workers", "16", "--samples", "1281167"]
@@ -150,13 +151,19 @@ def test_sizes_of_islands_side_by_side(plan):
     found = json.loads(plan(*settings, "--json"))["plans"]
     assert [(one["ranks"], one["workers"]) for one in found] == [(8, 4), (8, 8), (8, 2), (8, 8)]
     assert plan(*settings).startswith("8 ranks × 8 of 96 samples")
+    settings = ["--ranks", "8", "--method.island", "4", "--compare", "island=1"]
+    inside = json.loads(plan(*settings, "--json"))["plans"][0]["island_bytes"]
+    head, islands, none = plan(*settings).splitlines()[2:5]
+    assert head.endswith("of data parallel  in islands")
+    assert islands.endswith(f"  {bytes_text(inside)}")
+    assert none.endswith("  0.0 kB")
     alone = plan("--no-bytes", "--ranks", "8", "--method.island", "4")
     assert "  workers       2 islands of 4 ranks\n" in alone
 
 
 MISTAKES = [
     (["--ranks", "0"], "num_workers is 0"),
-    (["--ranks", "6", "--method.island", "4"], "--ranks 6: no whole number of islands of 4 ranks"),
+    (["--ranks", "6", "--method.island", "4"], "islands of 4 ranks need a multiple of 4 ranks, not 6"),
     (["--ranks", "8", "--method.island", "node"], "hvdlocal plan takes it as --ranks-per-node"),
     (["--ranks", "8", "--method.island", "3", "--ranks-per-node", "4"], "an island would hold a part of one"),
     (["--ranks", "8", "--ranks-per-node", "0"], "--ranks-per-node 0"),
@@ -164,6 +171,7 @@ MISTAKES = [
     (["--ranks", "8", "--method.island_period", "4"], "without islands"),
     (["--ranks", "8", "--method.island", "4", "--method.island_period", "4"], "no gain is derived"),
     (["--workers", "0"], "num_workers is 0"),
+    (["--workers", "4", "--compare", "island=2"], "--workers 4 compares jobs of 4 and 8 ranks: give --ranks N instead"),
     (["--workers", "2", "--data.path", "/nowhere"], "say how many training samples there will be: --samples N"),
     (["--workers", "2", "--epoch", "3"], "did you mean 'epochs'?"),
     (["--workers", "2", "--method.period.rule", "adacomm"], "AdaComm depends on the training loss"),

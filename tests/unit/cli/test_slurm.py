@@ -73,9 +73,9 @@ def test_a_script_takes_the_place_of_a_configuration(hvdlocal_slurm):
 def test_islands_of_a_script_are_a_variable_and_those_of_a_configuration_a_setting(hvdlocal_slurm):
     code, script, error = hvdlocal_slurm("--template gpu-nodes --island 2 --backend torch loop.py --depth 12")
     assert (code, error) == (0, "")
-    before = script[: script.index("common.sh\n")]
-    assert "export HVDLOCAL_ISLAND=2\n" in before
-    assert "export HVDLOCAL_BACKEND=torch\n" in before
+    after = script[script.index("common.sh\n") :]  # which reads the site's settings: the command line has the last word
+    assert "export HVDLOCAL_ISLAND=2\n" in after
+    assert "export HVDLOCAL_BACKEND=torch\n" in after
     assert "set -- loop.py --depth 12\n" in script
     code, script, error = hvdlocal_slurm("--template gpu-nodes --island 2 run.yaml --method.island 4")
     assert (code, error) == (0, "")
@@ -190,6 +190,8 @@ MISTAKES = [
     ),
     ("--template gpu-nodes run.yaml --method.island 6", "island=6: with 4 ranks on a node"),
     ("--template gpu-nodes --island 3 loop.py", "island=3: with 4 ranks on a node, an island would hold a part of one"),
+    ("--template gpu-nodes --nodes 2 --island 16 run.yaml", "islands of 16 ranks need a multiple of 16 ranks, not 8"),
+    ("--template sweep --ranks 1,2,4 --island 2 run.yaml", "islands of 2 ranks need a multiple of 2 ranks, not 1"),
     ("--template gpu-nodes --island node run.yaml --method.preset sync", "data parallelism averages the gradients"),
     ("--template gpu-nodes --island nod run.yaml", "--island nod: a whole number of at least 1, or node"),
     ("--template prepare --island node imagenet", "--island is for training"),
