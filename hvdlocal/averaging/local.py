@@ -215,7 +215,7 @@ class LocalOptimizer(ReplicaOptimizer):
                     "island_period out"
                 )
             return None
-        if across.size == 1:
+        if across.size == period == 1:
             self._warn(
                 f"all {inside.size} ranks form one island, so that every step is data-parallel and nothing is averaged: give a "
                 "smaller island, or start the job on more nodes"

@@ -92,8 +92,9 @@ class MeanGradient:
         self._arrived: set[int] = set()
         self._late: set[int] = set()
         self._ever_late: set[int] = set()
+        self._still: set[int] = set()
         self._await(range(len(parameters)))
-        self._changed = self._unscaled = False
+        self._unscaled = False
         self._repeats = 0
         self.overlaps = False
         self._watches = several
@@ -127,11 +128,12 @@ class MeanGradient:
 
     def own_sums(self) -> list[torch.Tensor | None]:
         """This rank's sum of the step's gradients for every parameter, before `sum`; None where there is none."""
-        latest = [parameter.grad for parameter in self._parameters]
-        if self._collected is None:
-            return latest
-        before = [self._collected.sum_of(i) for i in range(len(latest))]
-        return [a if b is None else b if a is None else a + b for a, b in zip(latest, before, strict=True)]
+        return [self._own_sum(i) for i in range(len(self._parameters))]
+
+    def _own_sum(self, i: int) -> torch.Tensor | None:
+        latest = self._parameters[i].grad
+        before = self._collected.sum_of(i) if self._collected else None
+        return latest if before is None else before if latest is None else latest + before
 
     @torch.no_grad()
     def sum(self) -> None:
@@ -139,6 +141,7 @@ class MeanGradient:
 
         Afterwards the parameters have no gradients; see `give_back`.
         """
+        self._still = {i for i, p in enumerate(self._parameters) if not p.requires_grad and self._own_sum(i) is None}
         if self._single:
             assert self._collected is not None
             self._collected.fill_unseen()
@@ -155,9 +158,9 @@ class MeanGradient:
         self._restart()
 
     def give_back(self) -> None:
-        """Makes the sum, or what it has become, the parameters' gradients."""
-        for parameter, view in zip(self._parameters, self.views, strict=True):
-            parameter.grad = view
+        """Makes the sum, or what it has become, the parameters' gradients; one that was frozen since has none, and stays."""
+        for i, (parameter, view) in enumerate(zip(self._parameters, self.views, strict=True)):
+            parameter.grad = None if i in self._still else view
         self.drop()
 
     def drop(self) -> None:
@@ -173,7 +176,7 @@ class MeanGradient:
             while len(self._pending) < len(self._buckets) - 1:
                 self._begin_next()
             self._wait()
-            self._restart()
+        self._restart()
 
     def state(self) -> dict[str, object]:
         """What was collected so far; empty between two steps."""
@@ -234,7 +237,7 @@ class MeanGradient:
             if grad is not None and self._watches and _share_memory(grad, self.flat):
                 # zero_grad(set_to_none=False) keeps it there, where backward would add to it during the sum.
                 grad = parameter.grad = grad.clone()
-            self._taken[i] = (grad, 0 if grad is None else grad._version)
+            self._taken[i] = (grad, _version(grad))
             parts = [] if grad is None or grad.layout is not torch.strided else [grad]  # `step` refuses a sparse one
             if self._collected and (before := self._collected.sum_of(i)) is not None:
                 parts.insert(0, before)
@@ -261,7 +264,7 @@ class MeanGradient:
                 again.append(i)
                 continue
             grad, version = self._taken[i]
-            stale = parameter.grad is not grad or (grad is not None and grad._version != version)
+            stale = parameter.grad is not grad or _version(grad) != version
             if self._bucket_of[i].begun:
                 flags[Flag.LATE if i in self._late else Flag.CHANGED] |= stale
             elif first_step:
@@ -360,6 +363,11 @@ def _hook(mean_gradient: weakref.ref[MeanGradient], i: int) -> Callable[[torch.T
 def _remove(hooks: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
+
+
+def _version(grad: torch.Tensor | None) -> int:
+    """How often a gradient was changed in place; torch does not count it for a tensor made in inference mode."""
+    return 0 if grad is None or grad.is_inference() else grad._version
 
 
 def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:

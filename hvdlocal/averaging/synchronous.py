@@ -33,8 +33,8 @@ class SynchronousOptimizer(ReplicaOptimizer):
 
     ACC-LIN and ACC-ADA of Balles et al. (Alg. 2), and with `accumulate=1` and no scaling plain data parallelism. Loop,
     learning-rate schedulers and GradScaler as with `LocalOptimizer`; every rank must call `step` the same number of times. A
-    parameter without a gradient on a rank counts as one with gradient zero; a micro-batch without any gradient gives no estimate
-    of the statistics.
+    parameter without a gradient on a rank counts as one with gradient zero, unless it was frozen (`requires_grad_(False)`, on all
+    ranks): then it is left alone. A micro-batch without any gradient gives no estimate of the statistics.
 
     Gradients are summed in buckets while the backward pass of a step's last micro-batch goes on, as far as the model is larger
     than 1 MiB. The last bucket, which begins in `step`, carries the scalars that the ranks must agree on and, for AdaScale, each

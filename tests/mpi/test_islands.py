@@ -380,6 +380,19 @@ def test_a_parameter_without_a_gradient_on_some_ranks_counts_as_zero(islands):
     torch.testing.assert_close(model[1].w.detach(), torch.full((10,), -1.0))
 
 
+def test_a_layer_that_is_frozen_later_stays_where_it_is(layout):
+    comm = layout
+    model = torch.nn.ModuleList([Slope(start=0.0), Slope(start=0.0)])
+    optimizer = local(model, 3, optimizer=sgd(model, momentum=0.5), communicator=comm)
+    for i in range(3):
+        model[1].requires_grad_(i == 0)
+        optimizer.zero_grad()
+        (model[0](1.0) + model[1](1.0)).backward()
+        optimizer.step()
+    torch.testing.assert_close(model[0].w.detach(), torch.full((10,), -1 - 1.5 - 1.75))
+    torch.testing.assert_close(model[1].w.detach(), torch.full((10,), -1.0))
+
+
 def test_the_rounds_are_those_of_a_plan_with_islands(layout):
     comm = layout
     rule, schedule = hvdlocal.PostLocal(switch=6, period=3), (lambda progress: 0.1)
@@ -460,3 +473,15 @@ def test_one_island_of_all_ranks_is_data_parallelism_and_is_told(comm):
     step(optimizer, model, odd(comm)[comm.rank])
     torch.testing.assert_close(model.w.detach(), torch.full((10,), -mean(odd(comm))))
     assert (optimizer.num_workers, optimizer.steps_in_round) == (1, 1)
+
+
+def test_one_island_that_averages_parameters_is_not_told_of_data_parallelism(comm, recwarn):
+    if comm.size == 1:
+        pytest.skip("one rank is no island")
+    model = Slope(start=0.0)
+    optimizer = local(model, 4, island_period=2, communicator=with_islands(comm, comm.size))
+    assert not recwarn.list
+    own, everyone = odd(comm)[comm.rank], mean(odd(comm))
+    for expected in (-own, -2 * everyone, -2 * everyone - own, -4 * everyone):
+        step(optimizer, model, own)
+        torch.testing.assert_close(model.w.detach(), torch.full((10,), expected))

@@ -144,6 +144,14 @@ def replaced(model, optimizer, x):
         p.grad = p.grad * 2
 
 
+def replaced_in_inference_mode(model, optimizer, x):
+    """Torch counts no changes of such tensors."""
+    model(x).backward()
+    with torch.inference_mode():
+        for p in model.parameters():
+            p.grad = p.grad * 2
+
+
 def one_taken_away(model, optimizer, x):
     model(x).backward()
     model.layers[4].weight.grad = None
@@ -251,6 +259,7 @@ LOOPS = [
     clipped_past_autograd,
     scaled_in_inference_mode,
     replaced,
+    replaced_in_inference_mode,
     one_taken_away,
     assigned,
     abandoned,
@@ -383,6 +392,51 @@ def test_a_gradient_that_comes_late_counts(comm, spy):
             assert len(spy.taken()) == (6 if i == 2 else 3)
     expected = [5 - 5.0] * 128 + [5 - 3 / comm.size] * 64
     torch.testing.assert_close(flat(model), torch.tensor(expected))
+
+
+@pytest.mark.parametrize("bucket_bytes", [256, None])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_layer_that_is_frozen_later_stays_where_it_is(comm, bucket_bytes, accumulate):
+    """It would go on moving by its momentum if its gradient counted as zero."""
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, bucket_bytes, optimizer=sgd(model, momentum=0.5), accumulate=accumulate)
+    for i in range(4 * accumulate):
+        model[1].requires_grad_(not accumulate <= i < 3 * accumulate)
+        optimizer.zero_grad()
+        sum(one(1.0) for one in model).backward()
+        optimizer.step()
+    moved = 1 + 1.5 + 1.75 + 1.875
+    expected = [5 - moved] * 64 + [5 - 1 - 1.5] * 64 + [5 - moved] * 64
+    torch.testing.assert_close(flat(model), torch.tensor(expected))
+
+
+def test_a_layer_that_is_frozen_between_backward_and_step_takes_the_step(comm):
+    """As in an adversarial pair, whose other model is frozen while the first computes its gradients."""
+    model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+    optimizer = synchronous(model, 256, optimizer=sgd(model))
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(one(1.0) for one in model).backward()
+        model.requires_grad_(False)
+        optimizer.step()
+        model.requires_grad_(True)
+    torch.testing.assert_close(flat(model), torch.full((192,), 2.0))
+
+
+def test_synchronize_forgets_a_backward_pass_before_the_first_step(comm, spy, recwarn):
+    model = Layers()
+    optimizer = synchronous(model)
+    model(inputs(comm, 0)).backward()
+    optimizer.zero_grad()
+    optimizer.synchronize()
+    for i in range(2):
+        optimizer.zero_grad()
+        spy.taken()
+        spy.backward(model(inputs(comm, i), without=(0,)))
+        optimizer.step()
+    assert not recwarn.list
+    if comm.size > 1:
+        assert spy.taken() == EARLY
 
 
 def test_a_user_may_read_a_gradient_between_backward_and_step(comm):
