@@ -26,6 +26,7 @@ from hvdlocal.averaging.gain import gain_ratio
 from hvdlocal.plan.overlap import even_buckets, exposed_seconds
 
 WORKERS = (2, 8, 64, 512, 4096, 16384)
+NODES = (8, 64, 512, 2048)
 PERIODS = (1, 4, 16, 64)
 
 
@@ -86,10 +87,8 @@ def _islands(arguments: argparse.Namespace, num_bytes: int, step: float, inside:
     )
     heads = ("sync", "overlapped", *(f"n = {size}, H = {period}" for size in (1, n) for period in periods))
     print(f"{'K':>6}" + "".join(f"{head:>15}" for head in heads))
-    for workers in WORKERS:
-        if workers % n or workers == n:
-            continue
-        nodes = workers // n
+    for nodes in NODES:
+        workers = n * nodes
 
         def everyone(part: float, nodes: int = nodes) -> float:
             # The gradients of a node differ: its ranks first sum them to slices, which takes what a gather takes.

@@ -95,7 +95,8 @@ def _test(lines: Sequence[RunStyle]) -> Drawing | None:
     ]
     caption = (
         "The average of all ranks on the test data, against what it cost. A scale-invariant epoch is the progress that a "
-        "pass over the data makes at gain 1; elapsed time includes evaluations; bytes are those of one rank for training."
+        "pass over the data makes at gain 1; elapsed time includes evaluations; bytes are those that one rank sends to other "
+        "workers for training."
     )
     title = f"Test {names[0]}" if len(names) == 1 else f"Test {', '.join(names[:-1])} and {names[-1]}"
     return Drawing("test", title, caption, panels, len(across), _legend(seen))
