@@ -164,11 +164,16 @@ def steps(model: torch.nn.Module, gradients: list[torch.Tensor], mpi: Mpi4pyComm
     )
     parallel = DistributedDataParallel(Weights(model))
     yield Candidate("PyTorch DDP, Gloo", step(parallel, sgd(parallel)))
-    for engine, communicator in (("horovod", hvdlocal.init("horovod")), ("mpi4py", mpi)):
-        for name, settings in (("buckets", {}), ("one collective", {"bucket_bytes": None})):
-            network = Weights(model)
-            optimizer = hvdlocal.SynchronousOptimizer(sgd(network), network, communicator=communicator, **settings)
-            yield Candidate(f"hvdlocal sync, {name}, {engine}", step(network, optimizer))
+    horovod = hvdlocal.init("horovod")
+    variants: dict[str, dict[str, Any]] = {
+        "horovod": {"communicator": horovod},
+        "horovod, one sum": {"communicator": horovod, "bucket_bytes": None},
+        "mpi4py": {"communicator": mpi},
+    }
+    for name, settings in variants.items():
+        network = Weights(model)
+        optimizer = hvdlocal.SynchronousOptimizer(sgd(network), network, **settings)
+        yield Candidate(f"hvdlocal sync, {name}", step(network, optimizer))
 
 
 def mpi_world() -> MPI.Comm:
