@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="hvdlocal advise",
         usage="mpirun -np N hvdlocal advise CONFIG.yaml [--section.key value …] [--seconds 60] [--json FILE]",
         description="Measures steps, averagings and gradient statistics with the model, data and optimizer of a configuration on "
-        "these ranks, and says whether local steps pay, and with which H. Trains nothing for keeps.",
+        "these ranks, and says whether local steps pay, with which H and which islands. Trains nothing for keeps.",
         epilog="CONFIG.yaml and --section.key are those of hvdlocal train; its --help lists them.",
         allow_abbrev=False,
     )
