@@ -134,7 +134,7 @@ def _round(optimizer: hvdlocal.LocalOptimizer, communicator: Any) -> tuple[Calla
 
     def run() -> None:
         if optimizer._statistics is not None:
-            optimizer._take_statistics(valid=True)  # the first step of a round does this: part of the cost
+            optimizer._write_statistics(optimizer._statistics)  # the first step of a round does this: part of the cost
         optimizer.synchronize()
 
     return run, prepare
