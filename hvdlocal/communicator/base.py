@@ -66,6 +66,7 @@ class Communicator(ABC):
         traffic: collectives and bytes of this communicator so far.
         island: the ranks of this rank's island; None without islands (`hvdlocal.init(island=…)`).
         peers: the ranks that have this rank's place in their islands, this one included; None without islands.
+        islands: the ranks of every island; empty without islands.
     """
 
     backend: str
@@ -80,6 +81,7 @@ class Communicator(ABC):
         self.traffic = Traffic()
         self.island: Communicator | None = None
         self.peers: Communicator | None = None
+        self.islands: Sequence[Sequence[int]] = ()
         self.job_size = size
 
     @property

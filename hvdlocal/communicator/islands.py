@@ -35,11 +35,11 @@ def parse_island(value: object, where: str) -> Island:
 
 
 def form_islands(communicator: Communicator, island: Island) -> None:
-    """Divides the ranks into islands, and sets `island` and `peers` of the communicator; a collective.
+    """Divides the ranks into islands, and sets `island`, `peers` and `islands` of the communicator; a collective.
 
     Args:
         communicator: all ranks of the job.
-        island: ranks of an island; with 1 there are none, and both attributes stay None.
+        island: ranks of an island; with 1 there are none, and the attributes stay as they are.
 
     Raises:
         ValueError: on every rank: the ranks ask for different islands, or cannot be divided like this.
@@ -57,7 +57,7 @@ def form_islands(communicator: Communicator, island: Island) -> None:
     peers = [sorted(group) for group in zip(*islands, strict=True)]
     inside = communicator.split(islands, "hvdlocal.islands")
     across = communicator.split(peers, "hvdlocal.peers")
-    communicator.island, communicator.peers = inside, across
+    communicator.island, communicator.peers, communicator.islands = inside, across, islands
 
 
 def divide(island: Island, nodes: Sequence[str]) -> list[list[int]]:

@@ -41,7 +41,7 @@ class Restored(NamedTuple):
     Attributes:
         steps: optimizer steps done.
         ranks: ranks that wrote it.
-        averaged: whether the model is the average of their replicas, because their number or that of an island has changed.
+        averaged: whether the model is the average of their replicas, because their number or their islands have changed.
     """
 
     steps: int
@@ -62,8 +62,7 @@ class Checkpoints:
                 checkpoints.after_step()         # at a request to stop: a checkpoint, and exit code 85
         checkpoints.finish()
 
-    With the same number of ranks, and islands of the same size, the continued run is bit for bit the uninterrupted one, also
-    from the middle of a round; with others it continues from the average of the replicas. What is restored: the model, the
+    With the same number of ranks, in the same islands, the continued run is bit for bit the uninterrupted one, also from the middle of a round; with others it continues from the average of the replicas. What is restored: the model, the
     optimizer, the states of `loader` and `state`, and the random state of torch (CPU and the model's GPU), NumPy and Python's
     `random`. Everything else that the loop changes belongs into `state`.
 

@@ -52,8 +52,8 @@ from hvdlocal.training.tasks import Batch, Task
 class Trainer:
     """One rank's part of a run. Building it and `run` are collectives.
 
-    An interrupted run continues from its newest checkpoint. With the same number of ranks, and islands of the same size, it is
-    bit for bit identical to an uninterrupted run.
+    An interrupted run continues from its newest checkpoint. With the same number of ranks, in the same islands, it is bit
+    for bit identical to an uninterrupted run.
 
     Args:
         config: what to do.

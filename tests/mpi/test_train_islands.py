@@ -1,5 +1,6 @@
 """The trainer with islands: every local preset with every rule for H, killed and continued, on the same ranks and on others."""
 
+import copy
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from support.killed import train
 from support.models import everywhere_equal, flat
 
 from hvdlocal.communicator import SetupError
+from hvdlocal.communicator.islands import form_islands
 from hvdlocal.training import Trainer
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.checkpoint.resume import averaged_model
@@ -158,6 +160,22 @@ def test_other_islands_go_on_with_the_average(comm, place, request, monkeypatch)
         assert records(trainer, "end")[0]["island_size"] == now
 
 
+def test_islands_of_other_ranks_go_on_with_the_average(comm, place, request, monkeypatch):
+    """As after `--map-by node`: each of the new islands would hold replicas of two old ones."""
+    if comm.size % 4:
+        pytest.skip("needs four ranks")
+    half = comm.size // 2
+    old, new = with_islands(comm, half), copy.copy(comm)
+    for module in ("communicator", "training"):
+        monkeypatch.setattr(f"hvdlocal.{module}.islands.node_name", lambda: f"node {comm.rank % 2}")
+    form_islands(new, half)
+    settings = config(place, request, MethodConfig("local", PeriodConfig(period=50)), old, every_steps=4, epochs=8.0)
+    train(old, settings, monkeypatch, 10)
+    trainer = train(new, settings, monkeypatch)
+    assert trainer.resumed.state is None
+    assert everywhere_equal(comm, flat(trainer.session.model))
+
+
 def test_a_checkpoint_from_before_there_were_islands(comm, place, request, monkeypatch):
     method = MethodConfig("local", period=PeriodConfig(period=50))
     settings = config(place, request, method, comm, every_steps=4, epochs=8.0)
@@ -167,7 +185,7 @@ def test_a_checkpoint_from_before_there_were_islands(comm, place, request, monke
             path = files.directory(root, step) / files.MANIFEST
             manifest = json.loads(path.read_text())
             del (
-                manifest["island_size"],
+                manifest["islands"],
                 manifest["settings"]["method.island"],
                 manifest["settings"]["method.island_period"],
             )

@@ -15,7 +15,8 @@ def with_islands(comm: Communicator, size: int) -> Communicator:
     view.island = view.peers = None
     if size > 1:
         ranks = range(comm.size)
-        view.island = comm.split([ranks[first : first + size] for first in ranks[::size]], f"test.islands.{size}")
+        view.islands = [ranks[first : first + size] for first in ranks[::size]]
+        view.island = comm.split(view.islands, f"test.islands.{size}")
         view.peers = comm.split([ranks[place::size] for place in range(size)], f"test.peers.{size}")
     return view
 

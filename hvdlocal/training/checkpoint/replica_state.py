@@ -43,7 +43,7 @@ class ReplicaState:
         """Returns the numbers that are the same on all ranks, for the manifest."""
         return {
             "num_workers": self._communicator.size,  # of ranks, under the name that it had before there were islands
-            "island_size": self._communicator.island_size,
+            "islands": [list(ranks) for ranks in self._communicator.islands],
             "in_sync": self._optimizer.in_sync,
             "progress": self._optimizer.progress,
             **({"shared": True} if self._optimizer.shared_state() else {}),

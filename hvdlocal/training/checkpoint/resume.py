@@ -24,7 +24,7 @@ class Resumed:
     Attributes:
         step: optimizer steps done.
         contents: the contents of the manifest.
-        state: this rank's own state; None when the number of ranks or the size of islands has changed.
+        state: this rank's own state; None when the number of ranks or their islands have changed.
         averaged: the common state of all ranks when that has changed: tensors averaged over the old ranks, everything else
             from old rank 0.
         skipped: newer checkpoints that cannot be used, and why.
@@ -122,13 +122,21 @@ def resume(
 
 
 def island_size(manifest: Mapping[str, Any]) -> int:
-    """Returns the ranks of an island of the run that wrote a checkpoint; 1 if that was before there were islands."""
-    return int(manifest.get("island_size", 1))
+    """Returns the ranks of an island of the run that wrote a checkpoint; 1 if it had none."""
+    return len(_islands(manifest)[0]) if _islands(manifest) else 1
 
 
 def same_layout(manifest: Mapping[str, Any], communicator: Communicator) -> bool:
-    """Whether a checkpoint was written by as many ranks in islands of the same size, so that each finds its own state."""
-    return (manifest["num_workers"], island_size(manifest)) == (communicator.size, communicator.island_size)
+    """Whether a checkpoint was written by as many ranks in the same islands, so that each finds its own state.
+
+    Islands of other ranks, as after a start with `--map-by node`, would hold replicas that differ.
+    """
+    now = [list(ranks) for ranks in communicator.islands]
+    return manifest["num_workers"] == communicator.size and _islands(manifest) == now
+
+
+def _islands(manifest: Mapping[str, Any]) -> list[list[int]]:
+    return manifest.get("islands") or []  # checkpoints from before there were islands lack them
 
 
 def averaged_model(path: Path) -> State:

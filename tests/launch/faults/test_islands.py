@@ -28,7 +28,7 @@ def test_ranks_die_inside_a_round(make, undisturbed, backend):
         assert result.code not in (0, 2, 85), result.err
         step = run.checkpoints[-1]
         manifest = json.loads((run.output / f"checkpoints/step-{step:010}/manifest.json").read_text())
-        assert (manifest["in_sync"], manifest["num_workers"], manifest["island_size"]) == (False, 4, 2)
+        assert (manifest["in_sync"], manifest["num_workers"], manifest["islands"]) == (False, 4, [[0, 1], [2, 3]])
     assert run.start(HVDLOCAL_BACKEND=backend).code == 0
     assert_the_same(run, undisturbed(*LONG_ROUNDS, *ISLANDS, ranks=4))
 
