@@ -62,9 +62,10 @@ class Checkpoints:
                 checkpoints.after_step()         # at a request to stop: a checkpoint, and exit code 85
         checkpoints.finish()
 
-    With the same number of ranks, in the same islands, the continued run is bit for bit the uninterrupted one, also from the middle of a round; with others it continues from the average of the replicas. What is restored: the model, the
-    optimizer, the states of `loader` and `state`, and the random state of torch (CPU and the model's GPU), NumPy and Python's
-    `random`. Everything else that the loop changes belongs into `state`.
+    With the same number of ranks, in the same islands, the continued run is bit for bit the uninterrupted one, also from the
+    middle of a round; with others it continues from the average of the replicas. What is restored: the model, the optimizer,
+    the states of `loader` and `state`, and the random state of torch (CPU and the model's GPU), NumPy and Python's `random`.
+    Everything else that the loop changes belongs into `state`.
 
     From here to `finish` or `close`, the signals USR2, USR1, TERM and INT are requests to stop, as the end of a Slurm job is. As
     a context manager, it is closed at the end of the block; only `finish` marks the run as finished.
