@@ -84,11 +84,13 @@ class ThreadedCommunicator(Communicator):
 
     def _in_host_memory(self, flat: torch.Tensor, what: str, collective: Callable[[torch.Tensor], None]) -> Call:
         """Submits a collective that needs its tensor on the CPU; a CUDA tensor is copied there and back."""
-        if flat.is_cuda:
-            torch.cuda.current_stream(flat.device).synchronize()  # the copy below is made on another thread's stream
+        # The thread's own stream does not wait for the kernels that compute the tensor; this thread goes on to the next ones.
+        computed = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
 
         def work() -> None:
             self._agree_on(what)
+            if computed is not None:
+                computed.synchronize()
             through_host_memory(flat, collective)
 
         return self._submit(work)

@@ -114,14 +114,18 @@ class TorchCommunicator(ThreadedCommunicator):
 
         if not flat.is_cuda:
             return self._in_host_memory(flat, what, on_cpu)
-        stream = torch.cuda.current_stream(flat.device)  # on which the tensor was computed
+        computed = torch.cuda.current_stream(flat.device).record_event()
 
         def work() -> None:
             self._agree_on(what)
             group = self._gpu_group(flat.device)
+            # A stream that waits for the tensor, and not for the kernels that the caller has begun since.
+            stream = torch.cuda.Stream(flat.device)
+            stream.wait_event(computed)
             with torch.cuda.stream(stream):
                 if group is None:
                     through_host_memory(flat, on_cpu)
+                    stream.synchronize()
                     return
                 pending = collective(group, flat)
             while not pending.is_completed():

@@ -188,11 +188,19 @@ def test_cuda_tensors(environment, monkeypatch, uuids):
     """NCCL sums them where they are; where ranks share a GPU, Gloo sums copies, and that is said once."""
     ranks = TorchCommunicator(5.0)
     gloo, nccl = Group(10), Group(1)
-    streams = []
+    used = []
 
     class Stream:
+        def __init__(self, device):
+            self.awaited = []
+            self.synchronize = lambda: None
+
+        def wait_event(self, event):
+            self.awaited.append(event)
+
+    class Using:
         def __init__(self, stream):
-            streams.append((stream, threading.current_thread().name))
+            used.append((stream.awaited, threading.current_thread().name))
 
         __enter__ = __exit__ = lambda *args: None
 
@@ -201,8 +209,10 @@ def test_cuda_tensors(environment, monkeypatch, uuids):
     monkeypatch.setattr(ranks, "_exchange", lambda data: [f"node {uuid}".encode() for uuid in uuids])
     monkeypatch.setattr(ranks, "_nccl", lambda device: nccl)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="x"))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "the caller's")
-    monkeypatch.setattr(torch.cuda, "stream", Stream)
+    caller = types.SimpleNamespace(record_event=lambda: "what the caller has begun")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: caller)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", Using)
     tensor = GpuTensor()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -213,5 +223,5 @@ def test_cuda_tensors(environment, monkeypatch, uuids):
     assert [str(one.message)[:30] for one in said] == (
         ["several ranks use one GPU, whi"] if uuids == ("x", "x") else []
     )
-    assert streams == [("the caller's", "hvdlocal-torch")] * 2
+    assert used == [(["what the caller has begun"], "hvdlocal-torch")] * 2
     ranks.shutdown()
