@@ -86,6 +86,35 @@ def test_statistics_are_those_of_the_gradients_of_all_ranks(layout, kind, stale,
         assert optimizer.gain == pytest.approx(1.167209, rel=1e-5)
 
 
+@pytest.mark.parametrize("stale", [True, False])
+def test_the_moving_averages_count_the_micro_batches_of_all_ranks(layout, stale):
+    """Variances v and 9v in rounds of two steps of two micro-batches: b = θ(1 − θ)v + (1 − θ)9v, divided by 1 − θ²."""
+    comm = layout
+    model = Slope(numel=1, start=0.0)
+    scaling = hvdlocal.LocalAdaScale(stale=stale, statistics="exact")
+    optimizer = local(model, 2, optimizer=sgd(model, lr=1e-3), scaling=scaling, accumulate=2, communicator=comm)
+    for factor in (1, 3):
+        for _ in range(4):
+            step(optimizer, model, factor * odd(comm)[comm.rank])
+    c = odd(comm)
+    variance = 2 * hvdlocal.gradient_statistics(mean([x * x for x in c]), mean(c) ** 2, comm.size)[1]
+    theta = 1 - 4 * comm.size / 1000
+    assert optimizer.grad_var == pytest.approx(variance * (theta + 9) / (1 + theta), rel=1e-5)
+
+
+def test_a_micro_batch_without_a_gradient_gives_no_estimate(layout):
+    comm = layout
+    model = Slope(numel=1, start=0.0)
+    optimizer = local(model, 1, scaling=hvdlocal.LocalAdaScale(), accumulate=2, communicator=comm)
+    for empty in (True, False):
+        for micro_batch in range(2):
+            optimizer.zero_grad()
+            if not (empty and micro_batch == 0 and comm.rank == comm.size - 1):
+                model(odd(comm)[comm.rank]).backward()
+            optimizer.step()
+        assert (optimizer.grad_var is None) == empty
+
+
 def test_a_period_of_one_is_data_parallelism(layout):
     ours, theirs = small_network(), small_network()
     optimizer = local(ours, 1, optimizer=sgd(ours, lr=0.05), communicator=layout)
@@ -288,6 +317,21 @@ def test_an_overflow_on_one_rank_skips_the_step_of_its_island(islands):
     steps = [1 if m == 0 else 2 for m in range(comm.num_islands)]
     expected = mean([-count * m for count, m in zip(steps, means(comm), strict=True)])
     torch.testing.assert_close(model.w.detach(), torch.full((10,), expected))
+
+
+def test_synchronize_forgets_the_overflow_of_a_micro_batch_that_it_drops(layout):
+    comm = layout
+    model = Slope(start=0.0)
+    optimizer = local(model, 1, accumulate=2, communicator=comm)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for i in range(3):
+        optimizer.zero_grad()
+        scaler.scale(model(math.inf if i == 0 and comm.rank == 0 else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if i == 0:
+            optimizer.synchronize()
+    torch.testing.assert_close(model.w.detach(), torch.full((10,), -1.0))
 
 
 def test_parameters_averaged_inside_an_island_every_few_steps(islands):
