@@ -259,8 +259,10 @@ def _trial(backend: str) -> str | None:
         "c.sum_(t, 'hvdlocal.doctor'); print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
     )
     if shutil.which("mpirun"):
+        launcher = "mpirun"
         command = without_leftovers([*launcher_words(), "2", sys.executable, "-c", program])
     else:
+        launcher = "torchrun"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*torchrun, "--no-python", sys.executable, "-c", program]
     try:
@@ -277,7 +279,7 @@ def _trial(backend: str) -> str | None:
         return "each of the two ranks is alone: mpirun and the library belong to different MPIs"
     if refused_root(result.stderr):
         return REFUSES_ROOT
-    return f"mpirun ended with code {result.returncode}: {_last_words(result.stderr or result.stdout)}"
+    return f"{launcher} ended with code {result.returncode}: {_last_words(result.stderr or result.stdout)}"
 
 
 def _python(program: str) -> list[str] | str:

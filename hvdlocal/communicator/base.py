@@ -145,7 +145,7 @@ class Communicator(ABC):
             name: as for `sum_`.
         """
         self._count(tensor)
-        if self.size == 1:
+        if self.size == 1 or tensor.numel() == 0:
             return
         with self._explained(name):
             for one, piece_name in self._start_sharing(tensor.detach().view(-1), name):

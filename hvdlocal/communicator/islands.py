@@ -99,8 +99,12 @@ def divide(island: Island, nodes: Sequence[str]) -> list[list[int]]:
 
 
 def node_name() -> str:
-    """The name of this rank's node: Slurm's, since several of its nodes may be one host, else the host's."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    """The name of this rank's node: Slurm's and the host's.
+
+    Several nodes of Slurm may be one host; and MPICH's mpiexec gives the Slurm variables of its own node to the ranks of all.
+    """
+    host, node = socket.gethostname(), os.environ.get("SLURMD_NODENAME")
+    return f"{node} ({host})" if node and node != host.partition(".")[0] else host
 
 
 def _counts(ranks_of: dict[str, list[int]]) -> str:

@@ -10,7 +10,7 @@ from hvdlocal.communicator.base import Communicator
 from hvdlocal.communicator.errors import LaunchError
 from hvdlocal.communicator.horovod_backend import HorovodCommunicator
 from hvdlocal.communicator.islands import Island, form_islands, parse_island
-from hvdlocal.communicator.launched import launched_size
+from hvdlocal.communicator.launched import launched_by_torchrun, launched_size
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
 from hvdlocal.communicator.torch_backend import TorchCommunicator
 
@@ -136,8 +136,14 @@ def _timeout_from_environment() -> float:
 def _check_world(size: int, backend: str) -> None:
     """Refuses the classic silent mistake: K processes that each believe to be alone, because mpirun is another MPI's."""
     told = launched_size()
-    if told not in (None, size):
+    if told in (None, size):
+        return
+    if launched_by_torchrun():
         raise LaunchError(
-            f"the launcher started {told} ranks, but {backend} sees {size}: mpirun or srun belongs to another MPI than the one "
-            f"that {backend} was built with. Use the mpirun of that MPI (`hvdlocal doctor` names it), or rebuild."
+            f"torchrun's variables tell of {told} ranks (WORLD_SIZE), but {backend} sees {size}: torchrun starts ranks for "
+            "HVDLOCAL_BACKEND=torch alone; unset RANK and WORLD_SIZE if they are left over from elsewhere"
         )
+    raise LaunchError(
+        f"the launcher started {told} ranks, but {backend} sees {size}: mpirun or srun belongs to another MPI than the one "
+        f"that {backend} was built with. Use the mpirun of that MPI (`hvdlocal doctor` names it), or rebuild."
+    )

@@ -31,17 +31,17 @@ _LAUNCHERS = (
 
 def launched_size() -> int | None:
     """The number of ranks that the launcher started; None without a launcher that is known."""
-    return _first("size")
+    return _first("size", _launchers())
 
 
 def launched_rank() -> int | None:
     """The launcher's number for this process; None as for `launched_size`."""
-    return _first("rank")
+    return _first("rank", _launchers())
 
 
 def launched_local() -> tuple[int, int] | None:
     """The launcher's number for this process on its node, and its number of processes there; None if it tells not both."""
-    rank, size = _first("local_rank"), _first("local_size")
+    rank, size = _first("local_rank", _launchers()), _first("local_size", _launchers())
     return None if rank is None or size is None else (rank, size)
 
 
@@ -52,18 +52,28 @@ def launched_by_srun() -> bool:
     )
 
 
-def _first(field: str) -> int | None:
-    numbers = (_number(getattr(launcher, field)) for launcher in _launchers())
+def launched_by_torchrun() -> bool:
+    """Whether the numbers are those of torchrun, or of a script that sets its variables."""
+    rank, size = _number(_TORCHRUN.rank), _number(_TORCHRUN.size)
+    if (
+        rank is None or size is None
+    ):  # WORLD_SIZE alone is often exported for a job of which the ranks are started otherwise
+        return False
+    others = _first("size", _LAUNCHERS) or 1
+    # The variables may be left over from elsewhere. Below mpirun or srun only torchrun itself counts, which each of their ranks
+    # has started, with at least one rank of its own.
+    return others == 1 or ("TORCHELASTIC_RUN_ID" in os.environ and size >= others)
+
+
+def _first(field: str, launchers: tuple[_Variables, ...]) -> int | None:
+    numbers = (_number(getattr(launcher, field)) for launcher in launchers)
     return next((number for number in numbers if number is not None), None)
 
 
 def _launchers() -> tuple[_Variables, ...]:
-    # WORLD_SIZE alone is often exported for a job of which the ranks are started otherwise. Where torchrun was started by mpirun
-    # or srun, its own numbers count.
-    by_torchrun = _number(_TORCHRUN.rank) is not None and _number(_TORCHRUN.size) is not None
-    return (_TORCHRUN,) if by_torchrun else _LAUNCHERS
+    return (_TORCHRUN,) if launched_by_torchrun() else _LAUNCHERS
 
 
 def _number(variable: str) -> int | None:
     told = os.environ.get(variable, "") if variable else ""
-    return int(told) if told.isdigit() else None
+    return int(told) if told.isascii() and told.isdigit() else None

@@ -11,10 +11,13 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from hvdlocal.communicator.errors import LaunchError
-from hvdlocal.communicator.launched import launched_by_srun
+from hvdlocal.communicator.launched import launched_by_srun, launched_by_torchrun
 
 DEFAULT_PORT = 29500
 """That of torchrun."""
+
+FOREVER = timedelta(days=365)
+"""The deadlines are the communicator's own, whose messages name rank and collective."""
 
 REMEDY = "set MASTER_ADDR to the host of rank 0 (and MASTER_PORT to a free port of it) on all ranks"
 
@@ -58,15 +61,15 @@ def open_store(point: MeetingPoint, rank: int, timeout_seconds: float) -> dist.S
     Raises:
         LaunchError: the address cannot be used, or rank 0 was not there within `timeout_seconds`.
     """
-    # torchrun serves a store for its ranks itself.
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    torchrun_serves = launched_by_torchrun() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = rank == 0 and not torchrun_serves
     try:
         socket.getaddrinfo(point.host, point.port)
         return dist.TCPStore(
             point.host,
             point.port,
             is_master=serves,
-            timeout=timedelta(seconds=timeout_seconds),
+            timeout=timedelta(seconds=min(timeout_seconds, FOREVER.total_seconds())),
             wait_for_workers=False,
             multi_tenant=True,  # a script's own init_process_group may serve the same address
         )

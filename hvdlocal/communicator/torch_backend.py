@@ -6,7 +6,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from itertools import count
 from typing import Any
 
@@ -20,11 +19,8 @@ from hvdlocal.communicator.errors import LaunchError
 from hvdlocal.communicator.groups import Groups
 from hvdlocal.communicator.islands import node_name
 from hvdlocal.communicator.launched import launched_local, launched_rank, launched_size
-from hvdlocal.communicator.rendezvous import find_meeting_point, open_store
+from hvdlocal.communicator.rendezvous import FOREVER, find_meeting_point, open_store
 from hvdlocal.communicator.threaded import Call, ThreadedCommunicator, through_host_memory
-
-FOREVER = timedelta(days=365)
-"""The deadlines are the communicator's own, whose messages name rank and collective."""
 
 _joins = count()
 """Numbers the communicators of this process, which may meet at one address."""
@@ -37,12 +33,17 @@ class TorchCommunicator(ThreadedCommunicator):
     NCCL, unless ranks share a GPU, which NCCL refuses: then they are staged through host memory.
 
     Raises:
-        LaunchError: the ranks do not find each other.
+        LaunchError: the ranks do not find each other, or the launcher's numbers contradict each other.
     """
 
     backend = "torch"
 
     def __init__(self, timeout_seconds: float) -> None:
+        if launched_size() is None and (given := os.environ.get("RANK")):
+            raise LaunchError(
+                f"RANK={given!r}, WORLD_SIZE={os.environ.get('WORLD_SIZE', '')!r}: give both as numbers, or start the ranks with "
+                "mpirun, srun or torchrun, which do"
+            )
         rank, size = launched_rank() or 0, launched_size() or 1
         if rank >= size:
             raise LaunchError(
@@ -55,7 +56,8 @@ class TorchCommunicator(ThreadedCommunicator):
         if size == 1:
             return
         point = find_meeting_point(size)
-        store = self._wait(self._submit(lambda: open_store(point, rank, timeout_seconds)), "hvdlocal.meet")
+        meeting = self._submit(lambda: open_store(point, rank, timeout_seconds))
+        store = self._wait(meeting, f"hvdlocal.meet at port {point.port} of {point.host}")
         place = f"hvdlocal/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_joins)}"
         self._store = dist.PrefixStore(place, store)
         self._wait(self._submit(self._connect), "hvdlocal.connect")
@@ -65,7 +67,14 @@ class TorchCommunicator(ThreadedCommunicator):
 
     def _connect(self) -> None:
         """Connects the ranks of this communicator with each other; blocks."""
-        self._groups[self.job_ranks] = dist.ProcessGroupGloo(self._own_store("gloo"), self.rank, self.size, FOREVER)
+        try:
+            group = dist.ProcessGroupGloo(self._own_store("gloo"), self.rank, self.size, FOREVER)
+        except RuntimeError as error:
+            raise LaunchError(
+                f"{self.describe()}: Gloo does not connect the ranks {list(self.job_ranks)} ({error}): look for a rank that "
+                f"ended, and name the network interface with GLOO_SOCKET_IFNAME (now {os.environ.get('GLOO_SOCKET_IFNAME')!r})"
+            ) from error
+        self._groups[self.job_ranks] = group
 
     def _own_store(self, kind: str) -> dist.Store:
         return dist.PrefixStore(f"{kind}/{','.join(map(str, self.job_ranks))}", self._store)

@@ -201,3 +201,4 @@ def test_slices_are_shared_in_place(comm, groups):
         part.share_slices_(numbers, "test.share")
         assert numbers.view(part.size, 5).T.tolist() == [[float(rank + 1) for rank in range(part.size)]] * 5
         assert (numbers.data_ptr(), part.traffic.collectives - before) == (place, int(part.size > 1))
+        part.share_slices_(torch.empty(0, dtype=torch.float32), "test.nothing")

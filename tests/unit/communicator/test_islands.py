@@ -73,8 +73,11 @@ def test_init_refuses_it_before_it_joins(monkeypatch):
 
 
 def test_two_nodes_of_slurm_on_one_host(monkeypatch):
+    """And, with MPICH, one node of Slurm told to the ranks of all hosts."""
+    monkeypatch.setattr("socket.gethostname", lambda: "host.site")
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    assert node_name() == "n1"
+    assert node_name() == "n1 (host.site)"
+    monkeypatch.setenv("SLURMD_NODENAME", "host")
+    assert node_name() == "host.site"
     monkeypatch.delenv("SLURMD_NODENAME")
-    monkeypatch.setattr("socket.gethostname", lambda: "host")
-    assert node_name() == "host"
+    assert node_name() == "host.site"

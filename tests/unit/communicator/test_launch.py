@@ -28,6 +28,16 @@ def test_processes_that_do_not_see_each_other(monkeypatch, variable):
         launch._check_world(1, "horovod")
 
 
+def test_torchrun_starts_ranks_of_one_engine_only(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch._check_world(2, "torch")
+    with pytest.raises(
+        RuntimeError, match=r"tell of 2 ranks .* but mpi4py sees 1: .* HVDLOCAL_BACKEND=torch alone; unset RANK"
+    ):
+        launch._check_world(1, "mpi4py")
+
+
 def test_slurm_counts_the_daemons_of_mpirun(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "8")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")

@@ -1,5 +1,6 @@
 """The engine over torch.distributed: how its ranks find each other, and what it does with CUDA tensors."""
 
+import math
 import socket
 import sys
 import threading
@@ -9,12 +10,14 @@ import warnings
 import pytest
 import torch
 
-from hvdlocal.communicator import LaunchError, launch, launched
+from hvdlocal.communicator import CollectiveTimeoutError, LaunchError, launch, launched
 from hvdlocal.communicator.rendezvous import MeetingPoint, find_meeting_point, first_node, open_store
 from hvdlocal.communicator.torch_backend import TorchCommunicator
 
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[03-04]"}
-TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+BY_HAND = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+TORCHRUN = BY_HAND | {"TORCHELASTIC_RUN_ID": "none"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "none"}
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "2",
     "OMPI_COMM_WORLD_SIZE": "6",
@@ -35,8 +38,11 @@ def environment(monkeypatch):
         "SLURM_STEP_NODELIST",
         "SLURM_JOB_NODELIST",
         "TORCHELASTIC_USE_AGENT_STORE",
+        "TORCHELASTIC_RUN_ID",
     ):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("hvdlocal.communicator.threaded.atexit.register", lambda leave: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     return lambda **variables: [monkeypatch.setenv(name, value) for name, value in variables.items()]
 
 
@@ -50,7 +56,14 @@ def environment(monkeypatch):
         (SLURM | TORCHRUN, 5, 8, (1, 4), False),
         (SLURM | OPEN_MPI, 2, 6, (0, 2), False),
         (OPEN_MPI | TORCHRUN, 5, 8, (1, 4), False),
+        (BY_HAND, 5, 8, (1, 4), False),
+        (BY_HAND | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, 5, 8, (1, 4), False),
+        # Left over from elsewhere.
+        (OPEN_MPI | BY_HAND, 2, 6, (0, 2), False),
+        (OPEN_MPI | ALONE, 2, 6, (0, 2), False),
+        (SLURM | ALONE, 1, 4, None, True),
         (SLURM | {"WORLD_SIZE": "64"}, 1, 4, None, True),
+        ({"RANK": "²", "WORLD_SIZE": "8"}, None, None, None, False),
         ({"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}, 0, 2, (0, 2), False),
     ],
 )
@@ -136,6 +149,33 @@ def test_a_rank_that_its_launcher_does_not_count(environment):
     environment(PMI_RANK="3", PMI_SIZE="2")
     with pytest.raises(LaunchError, match="numbers this process 3 of 2 ranks"):
         TorchCommunicator(5.0)
+
+
+@pytest.mark.parametrize("size", [{}, {"WORLD_SIZE": "two"}])
+def test_a_rank_without_a_number_of_ranks(environment, size):
+    """It would be a job of its own, and so would be all others."""
+    environment(RANK="1", **size)
+    with pytest.raises(LaunchError, match=r"RANK='1', WORLD_SIZE='(two)?': give both"):
+        TorchCommunicator(5.0)
+
+
+def test_a_network_interface_that_is_not_there(environment):
+    """As well: a deadline without an end."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        environment(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=str(free.getsockname()[1]))
+    environment(GLOO_SOCKET_IFNAME="ib99")
+    with pytest.raises(LaunchError, match=r"rank 0 of 2 on .*ib99.*GLOO_SOCKET_IFNAME \(now 'ib99'\)"):
+        TorchCommunicator(math.inf)
+
+
+def test_the_deadline_names_where_the_ranks_meet(environment, monkeypatch):
+    environment(RANK="1", WORLD_SIZE="2", MASTER_ADDR="head", MASTER_PORT="1234")
+    never = threading.Event()
+    monkeypatch.setattr("hvdlocal.communicator.torch_backend.open_store", lambda *point: never.wait(60))
+    with pytest.raises(CollectiveTimeoutError, match=r"rank 1 of 2 on .* 'hvdlocal\.meet at port 1234 of head'"):
+        TorchCommunicator(0.05)
+    never.set()
 
 
 @pytest.mark.parametrize(
