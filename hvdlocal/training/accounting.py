@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,22 +21,10 @@ class _Communication(NamedTuple):
     island_bytes: int = 0
 
     def plus(self, other: _Communication) -> _Communication:
-        return _Communication(
-            self.seconds + other.seconds,
-            self.bytes + other.bytes,
-            self.collectives + other.collectives,
-            self.island_seconds + other.island_seconds,
-            self.island_bytes + other.island_bytes,
-        )
+        return _Communication(*map(operator.add, self, other))
 
     def minus(self, other: _Communication) -> _Communication:
-        return _Communication(
-            self.seconds - other.seconds,
-            self.bytes - other.bytes,
-            self.collectives - other.collectives,
-            self.island_seconds - other.island_seconds,
-            self.island_bytes - other.island_bytes,
-        )
+        return _Communication(*map(operator.sub, self, other))
 
 
 _OF_A_ROUND = (
