@@ -275,7 +275,7 @@ class ReplicaOptimizer(WrappedOptimizer):
             progress: `progress` of the old run in units of this one, whose steps stand for another number of samples.
         """
         own = {**state_dict.get("hvdlocal", {}), "progress": progress, "rank": self.communicator.rank}
-        own |= {"num_workers": self.communicator.size, "ranks_per_worker": self._ranks_per_worker}
+        own |= {"num_workers": self.communicator.size, "worker": self._ranks_of_worker}
         own |= {"loss_count": 0, "accumulated": {}, "overflowed": False}
         own["loss_sum"] = torch.zeros((), dtype=torch.float32, device="cpu")
         self.load_state_dict({**state_dict, "hvdlocal": {**own, **self._after_averaging(own)}})
@@ -291,7 +291,7 @@ class ReplicaOptimizer(WrappedOptimizer):
             "version": STATE_VERSION,
             "class": type(self).__name__,
             "num_workers": self.communicator.size,
-            "ranks_per_worker": self._ranks_per_worker,
+            "worker": self._ranks_of_worker,
             "rank": self.communicator.rank,
             "optimizer": type(self.optimizer).__name__,
             "accumulate": self.accumulate,
@@ -314,11 +314,11 @@ class ReplicaOptimizer(WrappedOptimizer):
                 f"continued by rank {self.communicator.rank} of {self.communicator.size}: load each rank's own, or save after "
                 "synchronize()"
             )
-        ranks = own.get("ranks_per_worker", 1)  # older states lack it
-        if ranks != self._ranks_per_worker and own.get("steps_in_round"):
+        worker = own.get("worker", [own["rank"]])  # older states lack it
+        if worker != self._ranks_of_worker and own.get("steps_in_round"):
             raise ValueError(
-                f"this state was saved in the middle of a round of islands of {ranks} rank{'s' * (ranks > 1)} and cannot be "
-                f"continued with islands of {self._ranks_per_worker}: initialise with the same island, or save after "
+                f"this state was saved in the middle of a round in which the ranks {worker} were one worker, and cannot be "
+                f"continued where the ranks {self._ranks_of_worker} are one: start with the same islands, or save after "
                 "synchronize()"
             )
         if own["accumulated"] and own["accumulate"] != self.accumulate:
@@ -361,6 +361,12 @@ class ReplicaOptimizer(WrappedOptimizer):
     def _ranks_per_worker(self) -> int:
         """n, the ranks of an island where islands are workers; else 1."""
         return self.communicator.island_size if self._averages_parameters else 1
+
+    @property
+    def _ranks_of_worker(self) -> list[int]:
+        """The ranks of this rank's island where islands are workers; else this rank."""
+        island = self.communicator.island if self._averages_parameters else None
+        return list(island.job_ranks) if island else [self.communicator.rank]
 
     def _needs_dense_gradients(self) -> str | None:
         """The setting with which gradients must be dense, if there is one."""

@@ -288,19 +288,20 @@ def test_resumption_inside_a_round_is_bit_identical(islands, interrupt, island_p
         assert getattr(after, name) == getattr(uninterrupted, name), name
 
 
-def test_a_state_inside_a_round_belongs_to_islands_of_its_size(islands):
-    comm = islands
+@pytest.mark.parametrize("others", ["none", "of other ranks"])
+def test_a_state_inside_a_round_belongs_to_its_island(islands, others):
+    comm, other = islands, copy.copy(with_islands(islands, 1))
+    if others == "of other ranks":
+        other.island, other.peers = comm.peers, comm.island
     model = Slope()
     optimizer = local(model, 2, communicator=comm)
     step(optimizer, model, 1.0)
-    alone = local(Slope(), 2, communicator=with_islands(comm, 1))
-    with pytest.raises(
-        ValueError, match=f"islands of {comm.island_size} ranks and cannot be continued with islands of 1"
-    ):
-        alone.load_state_dict(optimizer.state_dict())
+    elsewhere = local(Slope(), 2, communicator=other)
+    with pytest.raises(ValueError, match=r"the ranks \[.*\] were one worker, and cannot be continued where the ranks"):
+        elsewhere.load_state_dict(optimizer.state_dict())
     optimizer.synchronize()
-    alone.load_state_dict(optimizer.state_dict())
-    assert alone.progress == 1
+    elsewhere.load_state_dict(optimizer.state_dict())
+    assert elsewhere.progress == 1
 
 
 def test_an_overflow_on_one_rank_skips_the_step_of_its_island(islands):
