@@ -150,10 +150,9 @@ def _statistics(advice: Advice) -> Iterator[str]:
 
 
 def _table(advice: Advice) -> Iterator[str]:
-    sync = _best_sync(advice)
-    overlap = " overlapped" if sync.method.endswith("overlapped") else ""
-    adaptive = [name for name in (f"acc-ada{overlap}", "local-ada", "local-ada-nostale") if name in advice.m]
-    fixed = (f"acc-lin{overlap}", "local-lin")
+    sync, acc_ada, acc_lin = (_faster(advice, method) for method in ("sync", "acc-ada", "acc-lin"))
+    adaptive = [name for name in (acc_ada.method, "local-ada", "local-ada-nostale") if name in advice.m]
+    fixed = (acc_lin.method, "local-lin")
     yield ""
     yield "Seconds for a scale-invariant epoch (± one standard error), and the gain; with fixed rules seconds for an epoch"
     yield "of data, and how many times larger their rate is than the statistics justify"
@@ -213,7 +212,7 @@ def _remarks(advice: Advice) -> Iterator[str]:
     others = {one.comparison.verdict for one in advice.scenarios} - {now.verdict, "undecided"}
     if others:
         yield "The answer changes with the noise, which grows while the loss falls: see the lines above."
-    sync = _best_sync(advice)
+    sync = _faster(advice, "sync")
     fixed = ", ".join(
         f"{advice.table['local-lin', period].own_epoch / sync.own_epoch:.2f} with H = {period}"
         for period in (4, 16, 64)
@@ -225,9 +224,9 @@ def _more(ratio: float) -> str:
     return f"{ratio:.1f} times as long" if ratio >= 2 else f"{100 * (ratio - 1):.0f} % more time"
 
 
-def _best_sync(advice: Advice) -> Prediction:
-    """Returns the prediction for sync with overlap or without, whichever is faster."""
-    return min((advice.table[name, 1] for name in ("sync overlapped", "sync")), key=lambda one: one.round)
+def _faster(advice: Advice, method: str) -> Prediction:
+    """Returns the prediction for a step of data parallelism with overlap or without, whichever is faster."""
+    return min((advice.table[name, 1] for name in (f"{method} overlapped", method)), key=lambda one: one.round)
 
 
 def _island(one: Prediction) -> str:

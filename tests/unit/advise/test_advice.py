@@ -315,6 +315,14 @@ def test_the_stronger_data_parallelism_is_the_baseline():
     }
 
 
+def test_the_table_has_the_faster_of_each_method_with_overlap_and_without():
+    measured = measurements(hidden=-1.0)
+    slow = SyncStepTimes(BYTES, SampleSummary(9.0, count=10), SampleSummary(8.0, count=10), SampleSummary.of([]))
+    blocks = [replace(block, closings={**block.closings, "acc-ada": slow}) for block in measured.blocks]
+    head = next(line for line in advice_text(advise(replace(measured, blocks=blocks))).splitlines() if "gain  " in line)
+    assert head.split() == ["H", "acc-ada", "overlapped", "gain", "local-ada", "gain", "acc-lin", "local-lin"]
+
+
 def test_gradients_that_are_nothing_but_noise():
     advice = advise(measurements(grad_sqr=0.0, averagings=(3.0, 3.0, 3.0)))
     assert advice.table["local-ada", 64].gain == pytest.approx(4)
