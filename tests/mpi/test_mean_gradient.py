@@ -152,6 +152,13 @@ def replaced_in_inference_mode(model, optimizer, x):
             p.grad = p.grad * 2
 
 
+def first_layer_changed(model, optimizer, x):
+    """A change in the last bucket, which has not begun when `step` is called."""
+    model(x).backward()
+    if optimizer.round:
+        model.layers[0].weight.grad.mul_(2)
+
+
 def one_taken_away(model, optimizer, x):
     model(x).backward()
     model.layers[4].weight.grad = None
@@ -260,6 +267,7 @@ LOOPS = [
     scaled_in_inference_mode,
     replaced,
     replaced_in_inference_mode,
+    first_layer_changed,
     one_taken_away,
     assigned,
     abandoned,
@@ -307,7 +315,9 @@ def test_buckets_change_nothing(comm, loop, settings):
     assert optimizers[0].gain == pytest.approx(optimizers[1].gain, rel=1e-6)
 
 
-@pytest.mark.parametrize("loop", [plain, disjoint_losses, kept_in_place, unused_alike, frozen_later, checkpointed])
+@pytest.mark.parametrize(
+    "loop", [plain, disjoint_losses, first_layer_changed, kept_in_place, unused_alike, frozen_later, checkpointed]
+)
 def test_such_loops_go_on_overlapping(comm, spy, recwarn, loop):
     model = Layers()
     optimizer = synchronous(model)
@@ -392,6 +402,21 @@ def test_a_gradient_that_comes_late_counts(comm, spy):
             assert len(spy.taken()) == (6 if i == 2 else 3)
     expected = [5 - 5.0] * 128 + [5 - 3 / comm.size] * 64
     torch.testing.assert_close(flat(model), torch.tensor(expected))
+
+
+def test_a_late_layer_that_is_frozen_is_no_longer_waited_for(comm, spy):
+    """Layer 1 takes part in the third step only, in which its bucket has not waited for it."""
+    model = Layers()
+    optimizer = synchronous(model)
+    for i in range(5):
+        if i == 3:
+            model.layers[1].requires_grad_(False)
+        optimizer.zero_grad()
+        spy.taken()
+        spy.backward(model(inputs(comm, i), without=() if i >= 2 else (1,)))
+        optimizer.step()
+    if comm.size > 1:
+        assert spy.taken() == EARLY
 
 
 @pytest.mark.parametrize("bucket_bytes", [256, None])

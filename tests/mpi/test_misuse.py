@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support.islands import with_islands
 from support.models import Slope, local, mean, sgd, slopes, step
 
 import hvdlocal
@@ -140,6 +141,15 @@ def test_sparse_gradients_of_unknown_layers(comm, make, settings, reason):
     model(torch.tensor([1, 2])).sum().backward()
     if comm.size > 1 or "scaling" not in settings:  # a single rank takes no statistics
         with pytest.raises(ValueError, match="sparse=False"):
+            optimizer.step()
+
+
+def test_sparse_gradients_of_unknown_layers_with_islands(comm):
+    model = Table()
+    optimizer = local(model, 2, communicator=with_islands(comm, comm.size))
+    model(torch.tensor([1, 2])).sum().backward()
+    if comm.size > 1:
+        with pytest.raises(ValueError, match=f"island={comm.size} needs dense ones: use sparse=False"):
             optimizer.step()
 
 
