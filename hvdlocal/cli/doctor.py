@@ -108,9 +108,8 @@ def launcher() -> Iterator[Finding]:
     if mpirun:
         yield Finding("ok", "mpirun", f"{_first_line([mpirun, '--version'])} at {mpirun}")
     elif shutil.which("srun"):
-        yield Finding(
-            "ok", "srun", "no mpirun here; start ranks with srun --mpi=pmix (srun --mpi=list shows what there is)"
-        )
+        how = "srun" if _backend() == "torch" else "srun --mpi=pmix (srun --mpi=list shows what there is)"
+        yield Finding("ok", "srun", f"no mpirun here; start ranks with {how}")
     elif _backend() == "torch":
         yield Finding("ok", "torchrun", "neither mpirun nor srun on PATH; start ranks with torchrun")
     else:
@@ -208,6 +207,9 @@ def cores() -> Iterator[Finding]:
     cycle = os.environ.get("HOROVOD_CYCLE_TIME")
     if cycle is None:
         yield Finding("ok", "Horovod's cycle", "5 ms (hvdlocal's default; HOROVOD_CYCLE_TIME changes it)")
+    elif not re.fullmatch(r"\d+(\.\d*)?|\.\d+", cycle):
+        remedy = "give a number of milliseconds, or leave it unset for 5 ms"
+        yield Finding("note", "Horovod's cycle", f"HOROVOD_CYCLE_TIME={cycle!r} is not a number", remedy)
     elif float(cycle) < 2:
         remedy = (
             "below about 2 ms Horovod's background thread can take a whole core from training; leave it unset for 5 ms"
@@ -307,4 +309,6 @@ def _first_line(command: list[str]) -> str:
 
 
 def _last_words(output: str) -> str:
-    return last_words(output, lambda line: "Error" in line or "error" in line)
+    # torchrun's table and the other ranks' words come after the exception that is the reason.
+    raised = [line for line in output.splitlines() if re.match(r"[\w.]*(Error|Exception): *\S", line)]
+    return last_words("\n".join(raised) or output, lambda line: "error" in line.lower())

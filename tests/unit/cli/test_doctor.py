@@ -1,5 +1,7 @@
 """What `hvdlocal doctor` finds, by modules that stand in for a real installation."""
 
+import subprocess
+
 import pytest
 
 from hvdlocal.cli import doctor
@@ -38,3 +40,48 @@ def test_none_that_loads(stand_in):
     assert found.level == "note"
     assert found.found.startswith("does not import: ")
     assert "libcudart.so.13" in found.found
+
+
+RANK = """Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+hvdlocal.communicator.errors.LaunchError: the 2 ranks do not find each other
+rank 1 of 2 on host: uncaught LaunchError; ending the job
+"""
+TORCHRUN = """E1128 api.py:1002] failed (exitcode: 1) local_rank: 0
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+============
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "output", "reason"),
+    [
+        ("mpirun", RANK, "hvdlocal.communicator.errors.LaunchError: the 2 ranks do not find each other"),
+        ("torchrun", RANK + TORCHRUN, "hvdlocal.communicator.errors.LaunchError: the 2 ranks do not find each other"),
+        ("mpirun", "mpirun: Error: unknown option\nType 'mpirun --help'.\n", "mpirun: Error: unknown option"),
+    ],
+)
+def test_why_two_ranks_failed(monkeypatch, launcher, output, reason):
+    """The exception of a rank, and not what the launcher says after it."""
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == launcher else None)
+    ended = subprocess.CompletedProcess([], 1, stdout="", stderr=output)
+    monkeypatch.setattr(doctor.subprocess, "run", lambda *args, **kwargs: ended)
+    assert doctor._trial("torch") == f"{launcher} ended with code 1: {reason}"
+
+
+@pytest.mark.parametrize(
+    ("cycle", "level"), [("1", "note"), ("5.5", "ok"), ("fast", "note"), ("nan", "note"), ("-1", "note")]
+)
+def test_the_cycle_of_horovod(monkeypatch, cycle, level):
+    monkeypatch.setenv("HOROVOD_CYCLE_TIME", cycle)
+    (found,) = (one for one in doctor.cores() if one.subject == "Horovod's cycle")
+    assert (found.level, cycle in found.found) == (level, True)
+
+
+@pytest.mark.parametrize(("backend", "how"), [("torch", "with srun"), ("mpi4py", "with srun --mpi=pmix (srun")])
+def test_srun_alone(monkeypatch, backend, how):
+    monkeypatch.setenv("HVDLOCAL_BACKEND", backend)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == "srun" else None)
+    (found,) = doctor.launcher()
+    assert f"start ranks {how}" in found.found

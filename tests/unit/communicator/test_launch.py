@@ -145,7 +145,9 @@ def test_horovod_starts_with_a_long_cycle_and_without_fusion(monkeypatch, chosen
         if chosen is None:
             monkeypatch.delenv(variable)
     horovod = types.ModuleType("horovod.torch")
-    horovod.init = lambda process_sets: started.append(tuple(os.environ[variable] for variable in variables))
+    horovod.init = lambda process_sets: started.append(
+        (process_sets, *(os.environ[variable] for variable in variables))
+    )
     horovod.global_process_set = None
     horovod.rank = horovod.local_rank = lambda: 0
     horovod.size = horovod.local_size = lambda: 1
@@ -156,4 +158,5 @@ def test_horovod_starts_with_a_long_cycle_and_without_fusion(monkeypatch, chosen
     monkeypatch.setitem(sys.modules, "horovod", parent)
     monkeypatch.setitem(sys.modules, "horovod.torch", horovod)
     HorovodCommunicator(timeout_seconds=1.0)
-    assert started == [expected]
+    HorovodCommunicator(timeout_seconds=1.0, divisible=True)
+    assert started == [(None, *expected), ("dynamic", *expected)], "the dynamic mode costs every cycle something"
