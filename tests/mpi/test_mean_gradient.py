@@ -772,3 +772,26 @@ def test_a_state_that_is_loaded_during_sums(comm):
             its(inputs(comm, i)).backward()
             one.step()
     assert_same(comm, flat(model), flat(reference))
+
+
+@pytest.mark.parametrize("bucket_bytes", [256, None])
+def test_a_state_holds_that_a_micro_batch_had_no_gradient(comm, bucket_bytes):
+    def make():
+        model = torch.nn.ModuleList([Slope(64) for _ in range(3)])
+        return model, synchronous(
+            model, bucket_bytes, optimizer=sgd(model, lr=1e-3), accumulate=2, scaling=hvdlocal.AdaScale()
+        )
+
+    model, optimizer = make()
+    if comm.rank:
+        sum(one(1.0) for one in model).backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    model, optimizer = make()
+    optimizer.load_state_dict(state)
+    for steps in range(2):
+        for _ in range(1 + steps):
+            optimizer.zero_grad()
+            sum(one(1.0) for one in model).backward()
+            optimizer.step()
+        assert (optimizer.grad_sqr is None) == (steps == 0)
