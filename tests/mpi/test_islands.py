@@ -353,6 +353,18 @@ def test_parameters_averaged_inside_an_island_every_few_steps(islands):
     assert across + inside > 0
 
 
+def test_moments_averaged_inside_an_island_every_few_steps(islands):
+    """Velocities 1, 1.5 of the own gradient, then their mean: the third step moves by 0.75 of the mean and the own gradient."""
+    comm = islands
+    model = Slope(start=0.0)
+    inner = sgd(model, momentum=0.5)
+    optimizer = local(model, 5, optimizer=inner, momentum="average", island_period=2, communicator=comm)
+    mine, own = means(comm)[island_of(comm)], odd(comm)[comm.rank]
+    for expected in (-own, -2.5 * mine, -3.25 * mine - own):
+        step(optimizer, model, own)
+        torch.testing.assert_close(model.w.detach(), torch.full((10,), expected))
+
+
 def test_linear_scaling_counts_all_ranks(layout):
     comm = layout
     model = Slope(start=0.0)
