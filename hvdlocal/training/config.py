@@ -203,11 +203,6 @@ class MethodConfig:
     period: PeriodConfig = field(default_factory=PeriodConfig)
     accumulate: Annotated[int, BATCH, NOT_ACCUMULATED] = 1
     """Micro-batches per optimizer step, for sync and the local presets."""
-    island: Annotated[Literal["node"] | int, COUNT, EXECUTION, LOCAL] = 1
-    """Ranks that are one worker of the local presets, averaging their gradients at every step: those of a node, or a number that
-    divides them, or those of several whole nodes; 1 for no islands."""
-    island_period: Annotated[int, COUNT, EXECUTION, LOCAL, ISLANDS] = 1
-    """Steps between two averages of the parameters inside an island; 1 averages gradients instead. For local and local-lin."""
     momentum: Annotated[Literal["local", "average", "reset"], LOCAL] = "local"
     """What becomes of the optimizer's moments at an averaging: each rank keeps its own, they are averaged, or set to 0."""
     buffers: str | dict[str, str] = "average"
@@ -225,6 +220,11 @@ class MethodConfig:
     """θ of the statistics' moving averages; by default max(1 − M/1000, 0) for M micro-batches between two estimates."""
     linear_warmup: Annotated[float, SHARE, LINEAR] = 0.05
     """Share of the budget over which acc-lin and local-lin raise the gain from 1."""
+    island: Annotated[Literal["node"] | int, COUNT, EXECUTION, LOCAL] = 1
+    """Ranks that are one worker of the local presets, averaging their gradients at every step: those of a node, or a number that
+    divides them, or those of several whole nodes; 1 for no islands."""
+    island_period: Annotated[int, COUNT, EXECUTION, LOCAL, ISLANDS] = 1
+    """Steps between two averages of the parameters inside an island; 1 averages gradients instead. For local and local-lin."""
 
     @property
     def is_local(self) -> bool:

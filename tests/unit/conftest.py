@@ -1,9 +1,22 @@
-"""The way to real data, where there are any."""
+"""The way to real data, where there are any; and what a run in this process leaves behind."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+from hvdlocal.training import interruption
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """A run ignores signals at its end, for as long as its process lives; the next test is another process, as it were."""
+    before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
+    yield
+    interruption.restore_handlers()
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def real_data(name: str, what: str) -> Path:
