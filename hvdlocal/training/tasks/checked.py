@@ -22,6 +22,7 @@ RECORD_FIELDS = frozenset(
         "epoch",
         "data_epoch",
         "bytes_sent",
+        "island_bytes_sent",
         "data_parallel_bytes",
         "base_lr",
         "lr",
