@@ -154,6 +154,7 @@ def test_different_or_unordered_groups_are_refused_on_all_ranks(comm):
 
 def test_islands(comm, monkeypatch):
     monkeypatch.setattr(comm, "island", None)
+    monkeypatch.setattr(comm, "islands", ())
     monkeypatch.setattr(comm, "peers", None)
     assert (comm.island_size, comm.num_islands) == (1, comm.size)
     for size in [n for n in range(2, comm.size + 1) if comm.size % n == 0]:

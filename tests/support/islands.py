@@ -13,6 +13,7 @@ def with_islands(comm: Communicator, size: int) -> Communicator:
     """A view of the communicator in which consecutive ranks form islands of `size`; a collective at its first call."""
     view = copy.copy(comm)
     view.island = view.peers = None
+    view.islands = ()
     if size > 1:
         ranks = range(comm.size)
         view.islands = [ranks[first : first + size] for first in ranks[::size]]
