@@ -49,7 +49,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
 
     On two ranks the sums have the same bits whatever the buckets are. On more, an allreduce adds the ranks' numbers in an order
     that may depend on the length of the message, so `bucket_bytes` then changes rounding errors. So does Horovod where it fuses
-    buckets, which depends on time, if HOROVOD_FUSION_THRESHOLD is set to more than hvdlocal's 0.
+    buckets that are ready within one cycle, which depends on time: HOROVOD_FUSION_THRESHOLD=0 makes such runs repeatable.
 
     Memory beside model and optimizer, in multiples of the parameters: 2 during the backward pass and the sum (the gradients
     and the flat buffer), 3 with accumulation; with bucket_bytes=None 2 during the backward pass and 1 during the sum.

@@ -16,11 +16,6 @@ DEFAULT_CYCLE_MILLISECONDS = "5"
 it can take a whole core. An averaging happens once in H steps and loses at most about one cycle."""
 
 
-WITHOUT_FUSION = "0"
-"""Horovod copies tensors that are ready within one cycle into a buffer of its own and sums them together. hvdlocal's messages are
-long, so this only costs time; and which of them it takes together depends on time, and with it the last bits of a sum."""
-
-
 class HorovodCommunicator(Communicator):
     """All ranks of `mpirun`, `srun` or `horovodrun`, through Horovod. See `Communicator`.
 
@@ -37,7 +32,6 @@ class HorovodCommunicator(Communicator):
 
     def __init__(self, timeout_seconds: float, *, divisible: bool = False) -> None:
         os.environ.setdefault("HOROVOD_CYCLE_TIME", DEFAULT_CYCLE_MILLISECONDS)
-        os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", WITHOUT_FUSION)
         import horovod.torch as hvd
 
         hvd.init(process_sets="dynamic" if divisible else None)
