@@ -509,6 +509,21 @@ def test_the_sums_of_an_island_begin_during_the_backward_pass(islands, monkeypat
         torch.testing.assert_close(model.layers[0].w.detach()[:10], expected)
 
 
+def test_synchronize_ends_the_sums_of_a_backward_pass_without_a_step(islands, monkeypatch):
+    """On one rank only, whose sums no other rank would come to."""
+    comm = islands
+    monkeypatch.setattr("hvdlocal.averaging.island_gradient.BUCKET_BYTES", 2_000_000)
+    model = Layers()
+    optimizer = local(model, 2, optimizer=sgd(model, lr=1e-3), communicator=comm)
+    for _ in range(2):
+        for _ in range(2):
+            step(optimizer, model, odd(comm)[comm.rank])
+        if comm.rank == 0:
+            model(100.0).backward()
+        optimizer.synchronize()
+    torch.testing.assert_close(flat(model), torch.full((1_200_000,), -4e-3 * mean(odd(comm))))
+
+
 def test_layers_whose_ranks_change_their_weights_in_the_forward_pass_are_refused(islands):
     embedding = torch.nn.Embedding(4, 2, max_norm=1.0)
     with pytest.raises(ValueError, match="has a max_norm, with which every rank rescales the rows"):
