@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatReplica
@@ -33,17 +34,22 @@ class ApplyMean(ABC):
         """
 
     def shared_state(self) -> dict[str, Any]:
-        """What all ranks hold alike and a run needs to go on, plain values and tensors: a checkpoint holds it once."""
+        """This rank's part of what all islands hold alike and a run needs to go on, plain values and tensors: a checkpoint
+        holds the parts of one island's ranks, which are slices. Without islands every rank has the whole.
+        """
         return {}
 
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Continues from a `shared_state`, of a run with any number of ranks.
+    def load_shared_state(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Continues from the parts of the ranks of one island, in order, of a run with any number of ranks.
 
         Raises:
             ValueError: the state is not one of this rule.
         """
-        if state:
-            raise ValueError(f"the shared state holds {', '.join(state)}, which {type(self).__name__} does not use")
+        if names := {name for part in parts for name in part}:
+            raise ValueError(
+                f"the state holds {', '.join(sorted(names))} of an outer optimizer, and this run averages without one: give "
+                "LocalOptimizer the outer optimizer of the run that saved it"
+            )
 
 
 class ReplaceByMean(ApplyMean):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -516,9 +517,9 @@ class LocalOptimizer(ReplicaOptimizer):
         """See `ReplicaOptimizer`."""
         return self._mean.shared_state()
 
-    def load_shared_state(self, state: dict[str, Any]) -> None:
+    def load_shared_state(self, parts: Sequence[dict[str, Any]]) -> None:
         """See `ReplicaOptimizer`."""
-        self._mean.load_shared_state(state)
+        self._mean.load_shared_state(parts)
 
     def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
         """See `ReplicaOptimizer`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, NoReturn
@@ -328,20 +328,26 @@ class ReplicaOptimizer(WrappedOptimizer):
             )
 
     def shared_state(self) -> dict[str, Any]:
-        """What all ranks hold alike beside the model, and a `state_dict` leaves out: to be saved once, not on every rank.
+        """This rank's part of what all workers hold alike beside the model, and a `state_dict` leaves out.
 
-        It is empty as long as an averaging makes the mean everyone's model and keeps nothing.
+        It is to be saved once: without islands by rank 0, which has the whole; with islands by the ranks of one island, each of
+        which has a slice. It is empty as long as an averaging makes the mean everyone's model and keeps nothing.
         """
         return {}
 
-    def load_shared_state(self, state: dict[str, Any]) -> None:
-        """Continues from a `shared_state`, on any number of ranks; to be called before the state of the rank is loaded.
+    def load_shared_state(self, parts: Sequence[dict[str, Any]]) -> None:
+        """Continues from the `shared_state` of the ranks of one island, on any number of ranks in any islands.
+
+        To be called before the state of the rank is loaded.
+
+        Args:
+            parts: of all ranks of the island, in their order; without islands that of rank 0 alone.
 
         Raises:
             ValueError: the state is not one of this optimizer.
         """
-        if state:
-            raise ValueError(f"the shared state holds {', '.join(state)}, which a {type(self).__name__} does not use")
+        if names := {name for part in parts for name in part}:
+            raise ValueError(f"the state holds {', '.join(sorted(names))}, which a {type(self).__name__} does not use")
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         self._progress.done = own["progress"]

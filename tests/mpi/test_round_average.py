@@ -38,7 +38,8 @@ class Nesterov(ApplyMean):
     def shared_state(self):
         return copy.deepcopy({"begin": self._begin.data, "outer": self._outer.state_dict()})
 
-    def load_shared_state(self, state):
+    def load_shared_state(self, parts):
+        [state] = parts
         self._begin.data.copy_(state["begin"])
         self._outer.load_state_dict(state["outer"])
 
@@ -101,8 +102,9 @@ def test_by_default_the_mean_takes_the_place_of_the_replica_in_one_collective_wi
     assert model.w.data_ptr() == place
     assert comm.traffic.collectives - before == (2 if comm.size > 1 else 0)
     assert optimizer.shared_state() == {}
-    with pytest.raises(ValueError, match="the shared state holds begin, which ReplaceByMean does not use"):
-        optimizer.load_shared_state({"begin": 1})
+    optimizer.load_shared_state([{}])
+    with pytest.raises(ValueError, match="the state holds begin of an outer optimizer, and this run averages without"):
+        optimizer.load_shared_state([{"begin": 1}])
 
 
 class Halfway(ApplyMean):
@@ -160,7 +162,7 @@ def test_the_shared_state_continues_a_run(comm, steps):
         step(before, whole, slope_of(comm))
     model, after = make()
     model.load_state_dict(whole.state_dict())
-    after.load_shared_state(before.shared_state())
+    after.load_shared_state([before.shared_state()])
     after.load_state_dict(before.state_dict())
     for _ in range(4 - steps):
         step(before, whole, slope_of(comm))
@@ -177,7 +179,7 @@ def test_averaged_replicas_of_a_checkpoint_are_applied_like_a_mean(comm):
     step(optimizer, model, slope_of(comm))
     shared, state = optimizer.shared_state(), optimizer.state_dict()
     model.w.data.fill_(-2.0)
-    optimizer.load_shared_state(shared)
+    optimizer.load_shared_state([shared])
     optimizer.load_averaged_state_dict(state, progress=1.0)
     assert model.w.tolist() == pytest.approx([-2.66] * 10)  # 0.7 · 1.9 · 2
     assert optimizer.in_sync

@@ -31,7 +31,7 @@ class ReplicaState:
         if self._optimizer.in_sync and self._communicator.rank:
             same = {p.data_ptr() for p in self._model.parameters()}
             replica = {name: value for name, value in replica.items() if value.data_ptr() not in same}
-        shared = {} if self._communicator.rank else self._optimizer.shared_state()
+        shared = self._optimizer.shared_state() if self._saves_what_is_shared else {}
         return {
             "model": replica,
             "optimizer": self._optimizer.state_dict(),
@@ -49,6 +49,11 @@ class ReplicaState:
             **({"shared": True} if self._optimizer.shared_state() else {}),
         }
 
+    @property
+    def _saves_what_is_shared(self) -> bool:
+        """Whether this rank is one of the first island, or rank 0 where there are none."""
+        return (self._communicator.peers or self._communicator).rank == 0
+
     def restore(self, resumed: Resumed, scale: float) -> None:
         """Continues from a checkpoint: from this rank's own replica, or from the average of all.
 
@@ -57,7 +62,7 @@ class ReplicaState:
             scale: what a unit of its progress is in units of this run, whose ranks and islands may be others.
         """
         state = resumed.common
-        self._optimizer.load_shared_state(state.get("shared", {}))
+        self._optimizer.load_shared_state(resumed.shared)
         self._model.load_state_dict(state["model"])
         if resumed.state is not None:
             self._optimizer.load_state_dict(state["optimizer"])

@@ -28,6 +28,7 @@ class Resumed:
         averaged: the common state of all ranks when that has changed: tensors averaged over the old ranks, everything else
             from old rank 0.
         skipped: newer checkpoints that cannot be used, and why.
+        shared: what the ranks of the first island wrote for all, in their order; see `ReplicaOptimizer.shared_state`.
         differing: the names under "states" whose values differ between the ranks when there is no state of this rank.
     """
 
@@ -36,6 +37,7 @@ class Resumed:
     state: State | None
     averaged: State | None
     skipped: list[str]
+    shared: list[State]
     differing: frozenset[str] = frozenset()
 
     @property
@@ -101,7 +103,7 @@ def resume(
             skipped.append(text + where)
             continue
         assert found is not None
-        manifest, state = found
+        manifest, state, shared = found
         try:
             foreign = check(manifest)
         except (KeyError, TypeError, AttributeError) as error:
@@ -111,8 +113,8 @@ def resume(
         if isinstance(state, _Mean):
             state.reduce(communicator)
             differing = frozenset().union(*communicator.gather(state.differing, "hvdlocal.resume.differing"))
-            return Resumed(step, manifest, None, state.result(), skipped, differing)
-        return Resumed(step, manifest, state, None, skipped)
+            return Resumed(step, manifest, None, state.result(), skipped, shared, differing)
+        return Resumed(step, manifest, state, None, skipped, shared)
     if skipped:
         raise CheckpointError(
             f"none of the {len(skipped)} checkpoints in {root} can be used: {skipped[0]}. "
@@ -155,25 +157,28 @@ def averaged_model(path: Path) -> State:
     return mean.result()["model"]
 
 
-def _read(communicator: Communicator, path: Path, run: str | None) -> tuple[dict[str, Any], State | _Mean]:
-    """Reads the manifest and this rank's own state; with other ranks or islands, this rank's share of the average."""
+def _read(communicator: Communicator, path: Path, run: str | None) -> tuple[dict[str, Any], State | _Mean, list[State]]:
+    """Reads the manifest and this rank's own state; with other ranks or islands, this rank's share of the average.
+
+    What is shared comes last.
+    """
     manifest = files.read_manifest(path)
     if run is not None and manifest.get("run", run) != run:
         raise CheckpointError(f"{path} was written by another run")
     old, rank, size = manifest["num_workers"], communicator.rank, communicator.size
+    shared = []
+    if manifest.get("shared"):
+        first_island = _islands(manifest)[0] if _islands(manifest) else [0]
+        shared = [files.read_state(path, manifest, one).get("shared", {}) for one in first_island]
     if not same_layout(manifest, communicator):
         mean = _Mean(files.read_state(path, manifest, 0), include=rank == 0)
         for one in range(rank or size, old, size):
             mean.add(files.read_state(path, manifest, one))
-        return manifest, mean
+        return manifest, mean, shared
     own = files.read_state(path, manifest, rank)
-    if rank and (manifest["in_sync"] or manifest.get("shared")):  # only rank 0 has written what is the same on all
-        first = files.read_state(path, manifest, 0)
-        if manifest["in_sync"]:
-            own["model"] = {**first["model"], **own["model"]}
-        if "shared" in first:
-            own["shared"] = first["shared"]
-    return manifest, own
+    if rank and manifest["in_sync"]:  # only rank 0 has written what is the same on all
+        own["model"] = {**files.read_state(path, manifest, 0)["model"], **own["model"]}
+    return manifest, own, shared
 
 
 class _Mean:

@@ -296,9 +296,17 @@ class OneOfTwo(SingleProcess):
 def test_what_all_ranks_share_is_written_once_and_read_by_all(tmp_path):
     shared = {"momentum": torch.tensor([1.0, 2.0])}
     write(tmp_path, 3, [state(0, 2.0, shared=shared), state(1, 4.0)], shared=True)
-    other = resume(OneOfTwo(), tmp_path, lambda manifest: None).state
-    assert other["model"]["w"].tolist() == [4.0, 1.0]
-    assert other["shared"]["momentum"].tolist() == [1.0, 2.0]
-    averaged = resume(SingleProcess(), tmp_path, lambda manifest: None).averaged
-    assert averaged["model"]["w"].tolist() == [3.0, 1.0]
-    assert averaged["shared"]["momentum"].tolist() == [1.0, 2.0]
+    other = resume(OneOfTwo(), tmp_path, lambda manifest: None)
+    assert other.state["model"]["w"].tolist() == [4.0, 1.0]
+    averaged = resume(SingleProcess(), tmp_path, lambda manifest: None)
+    assert averaged.averaged["model"]["w"].tolist() == [3.0, 1.0]
+    for resumed in (other, averaged):
+        assert [part["momentum"].tolist() for part in resumed.shared] == [[1.0, 2.0]]
+
+
+def test_the_first_island_writes_what_is_shared_in_slices(tmp_path):
+    states = [state(rank, 2.0, shared={"phi": torch.tensor([float(rank)])}) for rank in (0, 1)]
+    write(tmp_path, 3, [*states, state(2, 4.0), state(3, 4.0)], shared=True, islands=[[0, 1], [2, 3]])
+    resumed = resume(SingleProcess(), tmp_path, lambda manifest: None)
+    assert [part["phi"].tolist() for part in resumed.shared] == [[0.0], [1.0]]
+    assert resumed.averaged["model"]["w"].tolist() == [3.0, 1.0]
