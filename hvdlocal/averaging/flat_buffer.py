@@ -2,9 +2,12 @@
 
 Layout of `FlatBuffer.flat`, float32, every part beginning at a multiple of 64 bytes:
 
-    [ parameters | averaged moments | averaged buffers | scalars, digest | statistics vector | statistics scalars ]
-      `weights`, equal on the ranks   └ `own`: every rank's, also inside of an island
+    [ parameters | moments of every round | averaged buffers | scalars, digest | statistics vector, scalars | later moments ]
+      `weights`, equal on the ranks         └ `own`: every rank's, also inside of an island
       of an island
+
+Moments with a longer period lie behind, in ascending order of it. As the periods divide one another, what is sent in any round is
+a prefix. Statistics that are summed on their own lie behind everything.
 
 Parameters and buffers become views of it; `Tensor.data` is re-pointed, so module and optimizer keep their tensor objects.
 """
@@ -74,42 +77,90 @@ class FlatBuffer:
     Args:
         layout: places of the parameters, and of each of their moments.
         buffer_layout: places of the averaged module buffers.
-        moments: number of optimizer moments per parameter.
+        moments: the period of each moment of the parameters, in rounds and in ascending order; each divides the next one.
         statistics: length of the gradient statistics' vector; 0 for none, in which case its scalars are left out too.
         device: where the buffer lies.
-        slices: the number of equal parts into which the buffer can be cut, with and without the statistics.
+        slices: the number of equal parts into which what is sent in a round can be cut.
+        with_statistics: whether the statistics are sent with the average.
     """
 
     def __init__(
         self,
         layout: FlatViews,
         buffer_layout: FlatViews,
-        moments: int,
+        moments: Sequence[int],
         statistics: int,
         device: torch.device,
         slices: int = 1,
+        *,
+        with_statistics: bool = True,
     ) -> None:
-        weights = (1 + moments) * layout.numel
+        self._moment_periods = tuple(moments)
+        self._slices = slices
+        weights = (1 + self._moment_periods.count(1)) * layout.numel
         buffers, scalars = weights, weights + aligned(buffer_layout.numel)
-        vector = aligned(scalars + len(Scalar) + DIGEST_SIZE, slices)
-        counts = vector + aligned(statistics)
-        end = aligned(counts + len(StatisticsScalar), slices) if statistics else vector
+        own_end = aligned(scalars + len(Scalar) + DIGEST_SIZE, slices)
+        statistics_numel = aligned(aligned(statistics) + len(StatisticsScalar), slices) if statistics else 0
+        self.with_statistics = with_statistics and statistics > 0
+        vector = own_end
+        if self.with_statistics:
+            own_end += statistics_numel
+        self._ends = {1: own_end}  # of what is sent when moments with this period are due
+        later, end = [], own_end
+        for period in sorted({*self._moment_periods} - {1}):
+            part = slice(end, end + self._moment_periods.count(period) * layout.numel)
+            later.append((period, part))
+            self._ends[period] = end = aligned(part.stop, slices)
+        if not self.with_statistics:
+            vector, end = end, end + statistics_numel
         self.flat = torch.zeros(end, dtype=torch.float32, device=device)
 
         self.layout = layout
         self.parameters = self.flat[: layout.numel]
         self.weights = self.flat[:weights]
-        self.moments = [layout.of(part) for part in self.weights.split(layout.numel)[1:]]
+        self._later = [(period, self.flat[part]) for period, part in later]
+        moment_parts = [self.flat[layout.numel : weights], *(part for _, part in self._later)]
+        self.moments = [layout.of(one) for part in moment_parts if part.numel() for one in part.split(layout.numel)]
         self.buffer_layout = buffer_layout
         self.buffers = self.flat[buffers : buffers + buffer_layout.numel]
         self.replica = self.flat[:scalars]
         self.scalars = self.flat[scalars : scalars + len(Scalar) + DIGEST_SIZE]
         self.digest = self.scalars[len(Scalar) :]
-        self.without_statistics = self.flat[:vector]
-        self.statistics = self.flat[vector : vector + statistics]
-        self.statistics_scalars = self.flat[counts : counts + len(StatisticsScalar)] if statistics else None
-        self.with_statistics_scalars = self.flat[vector:]
-        self.own_start = weights
+        self.own = self.flat[weights:own_end]
+        self.with_statistics_scalars = self.flat[vector : vector + statistics_numel]
+        self.statistics = self.with_statistics_scalars[:statistics]
+        counts = aligned(statistics)
+        self.statistics_scalars = (
+            self.with_statistics_scalars[counts : counts + len(StatisticsScalar)] if statistics else None
+        )
+
+    def sent(self, round_number: int) -> torch.Tensor:
+        """What is sent in a round, a prefix of the buffer.
+
+        Args:
+            round_number: 1 for the first round. A moment is due in every round that its period divides.
+        """
+        return self.flat[: max(end for period, end in self._ends.items() if round_number % period == 0)]
+
+    def scaled(self, round_number: int) -> list[torch.Tensor]:
+        """The parts of what is sent in a round whose mean over the workers is wanted: the parameters and the moments due."""
+        return [self.weights, *(part for period, part in self._later if round_number % period == 0)]
+
+    def moments_due(self, round_number: int) -> int:
+        """How many of the moments are due in a round: so many at the beginning of `moments`."""
+        return sum(round_number % period == 0 for period in self._moment_periods)
+
+    def zeros_like(self) -> FlatBuffer:
+        """Another buffer of the same layout."""
+        return FlatBuffer(
+            self.layout,
+            self.buffer_layout,
+            self._moment_periods,
+            self.statistics.numel(),
+            self.flat.device,
+            self._slices,
+            with_statistics=self.with_statistics,
+        )
 
 
 class FlatReplica(FlatBuffer):
@@ -121,17 +172,28 @@ class FlatReplica(FlatBuffer):
         moments: see `FlatBuffer`.
         statistics: see `FlatBuffer`.
         slices: see `FlatBuffer`.
+        with_statistics: see `FlatBuffer`.
     """
 
     def __init__(
         self,
         parameters: Sequence[torch.Tensor],
         buffers: Sequence[torch.Tensor],
-        moments: int,
+        moments: Sequence[int],
         statistics: int,
         slices: int = 1,
+        *,
+        with_statistics: bool = True,
     ) -> None:
-        super().__init__(FlatViews(parameters), FlatViews(buffers), moments, statistics, parameters[0].device, slices)
+        super().__init__(
+            FlatViews(parameters),
+            FlatViews(buffers),
+            moments,
+            statistics,
+            parameters[0].device,
+            slices,
+            with_statistics=with_statistics,
+        )
         self.views = [*self.layout.of(self.parameters), *self.buffer_layout.of(self.buffers)]
         with torch.no_grad():
             for tensor, view in zip([*parameters, *buffers], self.views, strict=True):

@@ -30,31 +30,34 @@ class Islands:
         self.across = across
         self._diverge = diverge
 
-    def merge(self, message: FlatBuffer, sent: torch.Tensor) -> torch.Tensor:
+    def merge(self, message: FlatBuffer, round_number: int) -> torch.Tensor:
         """Makes one contribution of those of the island's ranks: the mean of their weights and the sums of what is their own.
 
         An island with a rank whose replica is not finite contributes no weights.
 
         Args:
             message: with its scalars and its digest; `Scalar.NONFINITE` becomes n or 0.
-            sent: the part of the message that is sent.
+            round_number: of the round, 1 for the first.
 
         Returns:
             Whether the island contributes no weights: 0 or 1, float32 of shape (), on the device.
         """
+        scaled = message.scaled(round_number)
         if self._diverge:
-            self.inside.sum_(sent, INSIDE)
-            message.weights.div_(self.inside.size)
+            self.inside.sum_(message.sent(round_number), INSIDE)
+            for part in scaled:
+                part.div_(self.inside.size)
         else:
-            self.inside.sum_(sent[message.own_start :], INSIDE)
+            self.inside.sum_(message.own, INSIDE)
         scalars = message.scalars
         left_out = scalars[Scalar.NONFINITE] > 0
         scalars[Scalar.NONFINITE].copy_(left_out).mul_(self.inside.size)
         scalars[Scalar.DISPLACEMENT].masked_fill_(left_out, 0.0)
         if left_out.device.type != "cpu":
-            message.weights.masked_fill_(left_out, 0.0)  # reads all of it, which costs a GPU less than to be waited for
+            for part in scaled:
+                part.masked_fill_(left_out, 0.0)  # reads all of it, which costs a GPU less than to be waited for
         elif left_out:
-            message.weights.zero_()
+            torch._foreach_zero_(scaled)
         return left_out.to(torch.float32)
 
     def start_sum_(self, sent: torch.Tensor, name: str) -> Callable[[], None]:

@@ -25,7 +25,7 @@ from hvdlocal.averaging.guards import (
 )
 from hvdlocal.averaging.island_gradient import IslandGradient
 from hvdlocal.averaging.islands import Islands
-from hvdlocal.averaging.moments import adopt_moments, averaged_moments, refuse_new_moments
+from hvdlocal.averaging.moments import Momentum, adopt_moments, averages_all_moments, moment_periods, refuse_new_moments
 from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
@@ -34,8 +34,6 @@ from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statisti
 from hvdlocal.averaging.rounds import RoundPlanner
 from hvdlocal.averaging.setup import check_island_period, owner_of
 from hvdlocal.communicator import Communicator
-
-MOMENTUM_POLICIES = ("local", "average", "reset")
 
 
 class LocalOptimizer(ReplicaOptimizer):
@@ -73,7 +71,9 @@ class LocalOptimizer(ReplicaOptimizer):
         period: the rule for H.
         scaling: the rule for the gain; `NoScaling()` or None for none.
         momentum: the optimizer's moments at an averaging: "local" keeps each rank's own (both papers' choice), "average" averages
-            them (SGD, Adam and AdamW; a rank on which a parameter has none yet counts as zero), "reset" starts them anew.
+            them (SGD, Adam, AdamW and Muon; a rank on which a parameter has none yet counts as zero), "reset" starts them anew.
+            A mapping averages each moment that it names with every n-th round only, and keeps each rank's own of the others:
+            {"exp_avg": 3, "exp_avg_sq": 6} (DES-LOC, Iacob et al. 2025). Of any two periods, one must divide the other.
         buffers: the running statistics of batch and instance norm: "average" with the parameters, "local", or "reestimate" by
             calling `reestimate_buffers` before an evaluation. Every other buffer is each rank's own after the start. For
             something else, a mapping of names of buffers or modules, with * for any part of them, to these three; the first
@@ -101,7 +101,7 @@ class LocalOptimizer(ReplicaOptimizer):
         *,
         period: PeriodRule,
         scaling: Scaling | None = None,
-        momentum: Literal["local", "average", "reset"] = "local",
+        momentum: Momentum = "local",
         buffers: Buffers = "average",
         accumulate: int = 1,
         budget: float | None = None,
@@ -119,8 +119,6 @@ class LocalOptimizer(ReplicaOptimizer):
             raise ValueError(
                 "AdaScale has no local steps: use LocalAdaScale(), or LocalAdaScale(c=0) for AdaScale's gain"
             )
-        if momentum not in MOMENTUM_POLICIES:
-            raise ValueError(f"momentum={momentum!r}: choose one of {', '.join(MOMENTUM_POLICIES)}")
         if rate_for_period not in ("scaled", "base"):
             raise ValueError(f"rate_for_period={rate_for_period!r}: choose 'scaled' or 'base'")
         check_island_period(island_period, scaling)
@@ -140,7 +138,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._island_period = int(island_period)
         self._planner = RoundPlanner(period, self._progress, rate_for_period)
         self._momentum_policy = momentum
-        self._moment_names = averaged_moments(optimizer) if momentum == "average" else ()
+        self._moment_periods = moment_periods(optimizer, momentum)
 
         averaged, aliases = split_aliases(self._buffers_to_average())
         check_averaged(averaged, self._parameters[0].device, torch.float32)
@@ -153,9 +151,10 @@ class LocalOptimizer(ReplicaOptimizer):
         self._flat_replica = FlatReplica(
             self._parameters,
             list(averaged.values()),
-            len(self._moment_names),
+            list(self._moment_periods.values()),
             self._statistics.size if self._statistics else 0,
             slices=self._ranks_per_worker,
+            with_statistics=self._stale,
         )
         for alias, name in aliases:
             alias.data = averaged[name].data
@@ -182,7 +181,7 @@ class LocalOptimizer(ReplicaOptimizer):
         self._start_together(
             {
                 "period": repr(period),
-                "momentum": momentum,
+                "momentum": momentum if isinstance(momentum, str) else self._moment_periods,
                 "rate_for_period": rate_for_period,
                 "island_size": self._ranks_per_worker,
                 "island_period": self._island_period,
@@ -198,7 +197,6 @@ class LocalOptimizer(ReplicaOptimizer):
             self._sample,
             # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
             compares_origin=not renormalised_weights(model, self._parameters),
-            with_statistics=self._statistics is not None and self._stale,
         )
         self._mean: ApplyMean = ReplaceByMean(self._flat_replica)
 
@@ -423,7 +421,8 @@ class LocalOptimizer(ReplicaOptimizer):
     def _begin_average(self) -> None:
         """Begins the average of the round."""
         self._prepare_replica()
-        self._round_average.begin(self._mean.message(), self._facts(), self._loss_sum, self._loss_count, self._stop)
+        message, facts = self._mean.message(), self._facts()
+        self._round_average.begin(self._round + 1, message, facts, self._loss_sum, self._loss_count, self._stop)
         self._loss_sum.zero_()
         self._loss_count = 0
 
@@ -435,8 +434,8 @@ class LocalOptimizer(ReplicaOptimizer):
             [*self._owners, *self._buffer_owners], [*self._parameters, *buffers], self._flat_replica.views
         )
         if self._momentum_policy == "average":
-            refuse_new_moments(self.optimizer, self._moment_names)
-        adopt_moments(self.optimizer, self._moment_names, self._parameters, self._flat_replica)
+            refuse_new_moments(self.optimizer, self._moment_periods)
+        adopt_moments(self.optimizer, self._moment_periods, self._parameters, self._flat_replica)
 
     def _use_average(self, averaged: Averaged) -> None:
         """Applies the mean, and takes in what came with it.
@@ -454,7 +453,8 @@ class LocalOptimizer(ReplicaOptimizer):
             self._use_statistics(*averaged.statistics)
         self._stop_requested = averaged.stop
         mine_is_bad = not averaged.mine_is_finite
-        if self._momentum_policy == "reset" or averaged.lost or (mine_is_bad and self._momentum_policy == "local"):
+        own_moments = not averages_all_moments(self.optimizer, self._moment_periods, averaged.round_number)
+        if self._momentum_policy == "reset" or averaged.lost or (mine_is_bad and own_moments):
             self.state.clear()
         complete = averaged.replicas == self.num_workers
         self._use_loss(averaged.loss, needed=complete)

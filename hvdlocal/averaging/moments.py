@@ -2,31 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from numbers import Integral
+from typing import Literal
 
 import torch
 
 from hvdlocal.averaging.flat_buffer import FlatReplica
 
+Momentum = Literal["local", "average", "reset"] | Mapping[str, int]
+"""What becomes of the optimizer's moments at an averaging: one policy for all, or the periods of those that are averaged."""
 
-def averaged_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
-    """The names under which a torch optimizer keeps the moments that momentum="average" averages.
+POLICIES = ("local", "average", "reset")
+
+
+def moment_periods(optimizer: torch.optim.Optimizer, momentum: Momentum) -> dict[str, int]:
+    """The moments that are averaged and their periods in rounds, in the order of their places: by period.
+
+    Args:
+        optimizer: the one that keeps the moments.
+        momentum: see `LocalOptimizer`.
 
     Raises:
-        ValueError: the optimizer is none of SGD, Adam and AdamW.
+        ValueError: the policy is unknown; the optimizer has no such moments; a period is not a whole number of at least 1; one
+            of two periods does not divide the other.
+    """
+    if isinstance(momentum, str) and momentum in POLICIES:
+        return dict.fromkeys(kept_moments(optimizer), 1) if momentum == "average" else {}
+    if not (isinstance(momentum, Mapping) and momentum):
+        raise ValueError(
+            f"momentum={momentum!r}: choose one of {', '.join(POLICIES)}, or give moments and how many rounds lie between two "
+            'averages of each, such as {"exp_avg": 3, "exp_avg_sq": 6}'
+        )
+    kept = kept_moments(optimizer)
+    for name, period in momentum.items():
+        if name not in kept:
+            raise ValueError(
+                f"momentum={dict(momentum)}: this {type(optimizer).__name__} keeps no {name!r}; "
+                + (f"choose among {', '.join(kept)}" if kept else "choose 'local', or build it with a momentum")
+            )
+        if isinstance(period, bool) or not (isinstance(period, Integral) and period >= 1):
+            raise ValueError(f"momentum={dict(momentum)}: the period of {name} must be a whole number of at least 1")
+    named = [name for name in kept if name in momentum]
+    periods = {name: int(momentum[name]) for name in sorted(named, key=lambda name: momentum[name])}
+    for (shorter, few), (longer, many) in pairwise(periods.items()):
+        if many % few:
+            raise ValueError(
+                f"momentum={dict(momentum)}: the period of {longer}, {many}, must be a multiple of {few}, that of {shorter}, so "
+                f"that both travel in one message: choose {many - many % few} or {many - many % few + few}"
+            )
+    return periods
+
+
+def kept_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:
+    """The names under which a torch optimizer keeps moments that can be averaged.
+
+    Raises:
+        ValueError: the optimizer is none of SGD, Adam, AdamW and Muon.
     """
     if isinstance(optimizer, torch.optim.SGD):
         return ("momentum_buffer",) if any(group["momentum"] for group in optimizer.param_groups) else ()
     if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
         amsgrad = any(group["amsgrad"] for group in optimizer.param_groups)
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if amsgrad else ()))
+    if isinstance(optimizer, getattr(torch.optim, "Muon", ())):  # torch 2.9 brought it
+        return ("momentum_buffer",)
     raise ValueError(
-        f"momentum='average' works for SGD, Adam and AdamW, not for {type(optimizer).__name__}: "
-        "choose 'local' or 'reset'"
+        f"moments can be averaged for SGD, Adam, AdamW and Muon, not for {type(optimizer).__name__}: choose 'local' or 'reset'"
     )
 
 
-def refuse_new_moments(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> None:
+def averages_all_moments(optimizer: torch.optim.Optimizer, periods: Mapping[str, int], round_number: int) -> bool:
+    """Whether the average of a round holds all moments of the optimizer.
+
+    Args:
+        optimizer: the wrapped one.
+        periods: of the moments that are averaged.
+        round_number: 1 for the first round.
+    """
+    due = {name for name, period in periods.items() if round_number % period == 0}
+    return bool(due) and due.issuperset(kept_moments(optimizer))
+
+
+def refuse_new_moments(optimizer: torch.optim.Optimizer, names: Iterable[str]) -> None:
     """Refuses moments that the optimizer has kept only since the flat buffer was laid out.
 
     Args:
@@ -36,7 +95,7 @@ def refuse_new_moments(optimizer: torch.optim.Optimizer, names: Sequence[str]) -
     Raises:
         RuntimeError: naming the moments.
     """
-    later = [name for name in averaged_moments(optimizer) if name not in names]
+    later = [name for name in kept_moments(optimizer) if name not in names]
     if later:
         raise RuntimeError(
             f"the {type(optimizer).__name__} keeps {', '.join(later)} now, but did not when the LocalOptimizer was "
@@ -47,7 +106,7 @@ def refuse_new_moments(optimizer: torch.optim.Optimizer, names: Sequence[str]) -
 
 def adopt_moments(
     optimizer: torch.optim.Optimizer,
-    names: Sequence[str],
+    names: Iterable[str],
     parameters: Sequence[torch.nn.Parameter],
     replica: FlatReplica,
 ) -> None:

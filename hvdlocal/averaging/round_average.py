@@ -25,6 +25,7 @@ class Averaged:
     """What came of an average; the same on all ranks but for `mine_is_finite`, `finite_buffers` and `seconds`.
 
     Attributes:
+        round_number: of the round that ended with it, 1 for the first.
         mean: the message, which now holds the mean.
         replicas: number of workers' replicas in the mean; those that are not finite are left out.
         lost: whether no rank holds a finite mean.
@@ -38,6 +39,7 @@ class Averaged:
         seconds: that this rank spent on beginning the collective and on waiting for it.
     """
 
+    round_number: int
     mean: FlatBuffer
     replicas: int
     lost: bool
@@ -56,6 +58,7 @@ class _Pending:
     """An average that was begun.
 
     Attributes:
+        round_number: of the round that ends with it.
         message: what is summed.
         wait: returns when the sum is there.
         nonfinite: whether a replica of this worker's ranks is not finite: 0 or 1, on the device and of shape ().
@@ -63,6 +66,7 @@ class _Pending:
         seconds: that it took to begin.
     """
 
+    round_number: int
     message: FlatBuffer
     wait: Callable[[], None]
     nonfinite: torch.Tensor
@@ -79,7 +83,6 @@ class RoundAverage:
         islands: the islands of the ranks; None where every rank is a worker.
         sample: of the replica's parameters; its origin is where the round began.
         compares_origin: whether that origin must be equal on all ranks.
-        with_statistics: whether the gradient statistics travel with the average.
     """
 
     def __init__(
@@ -90,7 +93,6 @@ class RoundAverage:
         sample: CoordinateSample,
         *,
         compares_origin: bool,
-        with_statistics: bool,
     ) -> None:
         self.communicator = communicator
         self._islands = islands
@@ -98,7 +100,6 @@ class RoundAverage:
         self._digest = digest
         self._sample = sample
         self._compares_origin = compares_origin
-        self._with_statistics = with_statistics
         self._scale = CheckedScale(sample.origin.device)
         self._pending: _Pending | None = None
 
@@ -108,11 +109,18 @@ class RoundAverage:
         return self._pending is not None
 
     def begin(
-        self, message: FlatBuffer, facts: Mapping[Fact, Any], loss_sum: torch.Tensor, loss_count: int, stop: bool
+        self,
+        round_number: int,
+        message: FlatBuffer,
+        facts: Mapping[Fact, Any],
+        loss_sum: torch.Tensor,
+        loss_count: int,
+        stop: bool,
     ) -> None:
         """Begins the average and does not wait for the other ranks. Until `finish`, `message` must be left alone.
 
         Args:
+            round_number: of the round that ends, 1 for the first; it says which moments are sent.
             message: what is summed in place. If this rank's replica is not finite, its contribution becomes zero.
             facts: what must be equal on all ranks.
             loss_sum: sum of the losses that this rank recorded, of shape ().
@@ -120,16 +128,16 @@ class RoundAverage:
             stop: whether this rank asks all to stop.
         """
         assert self._pending is None
-        nonfinite, finite_buffers = self._write_scalars(message, loss_sum, loss_count, stop)
+        sent = message.sent(round_number)
+        nonfinite, finite_buffers = self._write_scalars(message, sent, loss_sum, loss_count, stop)
         self._write_digest(message, facts)
-        sent = message.flat if self._with_statistics else message.without_statistics
         start = time.perf_counter()
         if self._islands:
-            nonfinite = self._islands.merge(message, sent)
+            nonfinite = self._islands.merge(message, round_number)
             wait = self._islands.start_sum_(sent, AVERAGE)
         else:
             wait = self.communicator.start_sum_(sent, AVERAGE)
-        self._pending = _Pending(message, wait, nonfinite, finite_buffers, time.perf_counter() - start)
+        self._pending = _Pending(round_number, message, wait, nonfinite, finite_buffers, time.perf_counter() - start)
 
     def finish(self) -> Averaged:
         """Waits for the sum, and divides it by the number of replicas in it.
@@ -147,12 +155,12 @@ class RoundAverage:
         per_worker = self._ranks_per_worker
         on_device = message.scalars
         healthy_workers = (ranks - on_device[Scalar.NONFINITE]).div_(per_worker).clamp_(min=1)
-        nonfinite = self._scale([message.weights], healthy_workers.reciprocal_())
+        nonfinite = self._scale(message.scaled(pending.round_number), healthy_workers.reciprocal_())
         buffers = message.buffers.div_((ranks - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
         # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
         moved = self._sample.distance(message.parameters).view(1)
         wanted = [on_device, nonfinite, pending.nonfinite.view(1), moved, buffers.isfinite().all().view(1)]
-        if self._with_statistics:
+        if message.with_statistics:
             wanted.append(summed_statistics(message))
         numbers = torch.cat(wanted).tolist()
         scalars, (found, bad, moved, finite_sum, *statistics) = (
@@ -165,6 +173,7 @@ class RoundAverage:
         divergence = max(scalars[Scalar.DISPLACEMENT] / healthy_ranks - moved, 0.0) if healthy_ranks else None
         count = scalars[Scalar.LOSS_COUNT]
         return Averaged(
+            round_number=pending.round_number,
             mean=message,
             replicas=healthy_ranks // per_worker,
             lost=not healthy_ranks or found > 0,
@@ -194,7 +203,7 @@ class RoundAverage:
         self._digest.check(message.digest.tolist())
 
     def _write_scalars(
-        self, message: FlatBuffer, loss_sum: torch.Tensor, loss_count: int, stop: bool
+        self, message: FlatBuffer, sent: torch.Tensor, loss_sum: torch.Tensor, loss_count: int, stop: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes the numbers that travel along; takes the contribution of a replica back that is found not to be finite.
 
@@ -212,9 +221,9 @@ class RoundAverage:
         scalars[Scalar.LOSS_COUNT].fill_(loss_count)
         bad = displacement.isfinite().logical_and_(loss_sum.isfinite()).logical_not_()
         if bad.device.type != "cpu":
-            message.flat.masked_fill_(bad, 0.0)  # reads all of it, which costs a GPU less than to be waited for
+            sent.masked_fill_(bad, 0.0)  # reads all of it, which costs a GPU less than to be waited for
         elif bad:
-            message.flat.zero_()
+            sent.zero_()
         finite = message.buffers.isfinite()
         bad_buffers = finite.all().logical_not_()
         message.buffers.masked_fill_(bad_buffers, 0.0)

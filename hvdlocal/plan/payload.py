@@ -11,7 +11,7 @@ from hvdlocal.averaging import island_gradient
 from hvdlocal.averaging.buckets import BUCKET_BYTES, BucketLayout
 from hvdlocal.averaging.buffers import Buffers, averaged_buffers, choose_policies
 from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatViews
-from hvdlocal.averaging.moments import averaged_moments
+from hvdlocal.averaging.moments import moment_periods
 from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
 from hvdlocal.import_path import is_import_path
@@ -66,8 +66,8 @@ def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: 
         return Payload(numel, 4 * numel, 4 * BucketLayout(parameters, NUM_SCALARS, BUCKET_BYTES).numel)
     buffer = _flat_buffer(config, model, parameters, numel, island_size)
     # The statistics travel with the average or, when they are not stale, before it.
-    before = buffer.with_statistics_scalars.numel() if method.preset == "local-ada-nostale" else 0
-    sent = buffer.flat.numel() - before
+    before = 0 if buffer.with_statistics else buffer.with_statistics_scalars.numel()
+    sent = buffer.sent(1).numel()
     slice_ = sent // island_size if islands > 1 else 0  # of the average, each rank of an island sends a slice
     between = 4 * (slice_ + before)
     if island_size == 1:
@@ -76,18 +76,19 @@ def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: 
     if method.island_period > 1:
         return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), 4 * (sent + gathered))
     step = BucketLayout(parameters, island_gradient.NUM_SCALARS, BUCKET_BYTES).numel
-    return Payload(numel, 4 * numel, between, 4 * step, 4 * (sent - buffer.own_start + gathered))
+    return Payload(numel, 4 * numel, between, 4 * step, 4 * (buffer.own.numel() + gathered))
 
 
 def _flat_buffer(
     config: TrainConfig, model: torch.nn.Module, parameters: list[torch.nn.Parameter], numel: int, slices: int
 ) -> FlatBuffer:
     method, scaling = config.method, build_scaling(config.method)
-    moments = averaged_moments(build_inner(config.optimizer, model)) if method.momentum == "average" else ()
+    moments = moment_periods(build_inner(config.optimizer, model), method.momentum).values()
     buffers = list(averaged_buffers(model, choose_policies(model, cast(Buffers, method.buffers))).values())
     vector = 0
     if scaling.uses_statistics:
         sketch = min(method.sketch_size or default_size(numel), numel)
         vector = sketch if method.statistics == "sketch" else numel
     layouts = FlatViews(parameters), FlatViews(buffers)
-    return FlatBuffer(*layouts, len(moments), vector, torch.device("meta"), slices)
+    stale = method.preset != "local-ada-nostale"
+    return FlatBuffer(*layouts, list(moments), vector, torch.device("meta"), slices, with_statistics=stale)

@@ -8,7 +8,6 @@ from support.models import Slope, everywhere_equal, local, sgd, step
 
 import hvdlocal
 from hvdlocal.averaging.apply import ApplyMean
-from hvdlocal.averaging.flat_buffer import FlatBuffer
 
 
 def slope_of(comm) -> float:
@@ -49,8 +48,7 @@ class Carried(ApplyMean):
 
     def __init__(self, replica):
         self._replica = replica
-        sizes = len(replica.moments), replica.statistics.numel()
-        self._message = FlatBuffer(replica.layout, replica.buffer_layout, *sizes, replica.flat.device)
+        self._message = replica.zeros_like()
         self._sent = torch.zeros_like(replica.replica)
 
     def message(self):
