@@ -20,12 +20,21 @@ from hvdlocal.import_path import OwnCodeError
 from hvdlocal.plan.forecast import Checkpoints, Forecast
 from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
-from hvdlocal.training.config import MethodConfig, PeriodConfig, TrainConfig
+from hvdlocal.training.config import OUTER_OF_PRESET, MethodConfig, PeriodConfig, TrainConfig, takes_local_steps
 from hvdlocal.training.config_checks import unused_settings
 from hvdlocal.training.rules import RULE_SETTINGS, count_workers, describe_method
 
 if TYPE_CHECKING:
     from hvdlocal.training.tasks import DataDescription
+
+_NO_LOCAL_STEPS = {
+    "method.island": "1",
+    "method.island_period": "1",
+    "method.outer.name": "null",
+    "method.overlap": "0",
+    "method.mixing": "null",
+}
+"""Settings that data parallelism refuses, without their effect."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -168,7 +177,8 @@ def _alternatives(
 ) -> Iterator[tuple[str, TrainConfig]]:
     """Yields the configurations of --compare, each with its label.
 
-    A new rule does not inherit the old one's settings, and data parallelism no islands.
+    A new rule does not inherit the old one's settings, data parallelism nothing that only local steps have, and a preset with an
+    outer optimizer of its own no other one.
     """
     for text in texts:
         words = shlex.split(re.sub(r",\s*(?=[\w.]+=)", " ", text))  # a comma separates settings as well as a space does
@@ -177,8 +187,10 @@ def _alternatives(
         if rule != config.method.period.rule:
             settings = {f"method.period.{name}": "null" for name in RULE_SETTINGS} | settings
         preset = settings.get("method.preset", config.method.preset)
-        if config.method.is_local and not preset.startswith("local"):
-            settings = {"method.island": "1", "method.island_period": "1"} | settings
+        if config.method.is_local and not takes_local_steps(preset):
+            settings = _NO_LOCAL_STEPS | settings
+        elif preset in OUTER_OF_PRESET:
+            settings = {"method.outer.name": "null"} | settings
         yield text, parse([*arguments, *(f"--{key}={value}" for key, value in settings.items())])
 
 
@@ -189,7 +201,8 @@ def _setting(word: str) -> tuple[str, str]:
     key = key.removeprefix("--")
     if key in {field.name for field in fields(PeriodConfig)}:
         return f"method.period.{key}", value
-    return f"method.{key}" if key in {field.name for field in fields(MethodConfig)} else key, value
+    section = key.split(".")[0]
+    return f"method.{key}" if section in {field.name for field in fields(MethodConfig)} else key, value
 
 
 def _forecast(label: str, config: TrainConfig, data: _Data, options: argparse.Namespace) -> Forecast:

@@ -62,7 +62,7 @@ def draw_as(runs: Sequence[Run]) -> list[RunStyle]:
 def describe_period(run: Run) -> str:
     """Describes the rule for H in a few words."""
     period = run.config["method"]["period"]
-    if not run.preset.startswith("local"):
+    if not run.is_local:
         return f"a = {run.accumulate}" if run.accumulate > 1 else "H = 1"
     rule, limit = period["rule"], f", ≤ {period['max_period']}" if period["max_period"] else ""
     base = f"≥ {period['h_base']}"

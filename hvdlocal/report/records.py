@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from hvdlocal.report.task_metrics import TaskMetrics
 from hvdlocal.terminal import plain
+from hvdlocal.training.config import takes_local_steps
 from hvdlocal.untrusted_files import from_json, from_yaml, read_lines, read_text
 
 Column = npt.NDArray[np.float64]
@@ -116,6 +117,11 @@ class Run:
         return str(self.config["method"]["preset"])
 
     @property
+    def is_local(self) -> bool:
+        """Whether its replicas are averaged after local steps."""
+        return takes_local_steps(self.preset)
+
+    @property
     def ranks(self) -> int:
         """The processes of the run."""
         return int(self.environment["ranks"])
@@ -149,7 +155,7 @@ class Run:
     @property
     def num_averagings(self) -> int:
         """Averagings so far: the rounds of a local method, the steps of other methods."""
-        return int(self.rounds.last("round") or 0) if self.preset.startswith("local") else self.num_steps
+        return int(self.rounds.last("round") or 0) if self.is_local else self.num_steps
 
     @property
     def task(self) -> TaskMetrics:

@@ -12,7 +12,12 @@ from typing import Annotated, Literal
 
 from hvdlocal.training.settings import LARGE, Affects, Arguments, Named, NeededBy, Range, UsedIf, settings_of
 
-Preset = Literal["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
+Preset = Literal[
+    "sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale", "diloco", "slowmo"
+]
+
+OUTER_OF_PRESET = {"diloco": "nesterov", "slowmo": "slowmo"}
+"""The presets that are local steps with an outer optimizer, and its name."""
 
 COUNT = Range(1, 2**31 - 1)
 BATCH = Range(1, 2**20)
@@ -46,8 +51,14 @@ NOT_ACCUMULATED = UsedIf(lambda run: not run.method.accumulates)
 REESTIMATE = UsedIf(lambda run: "reestimate" in run.method.buffer_policies)
 SKETCH = UsedIf(lambda run: run.method.statistics == "sketch")
 POWERS = UsedIf(lambda run: run.method.period.rule in ("qsr", "power"))
+OUTER = UsedIf(lambda run: run.method.outer_optimizer != "none")
 ISLANDS = UsedIf(lambda run: run.method.island != 1)
 PERIOD = UsedIf(lambda run: run.method.accumulates or (run.method.is_local and run.method.period.rule in WITH_PERIOD))
+
+
+def takes_local_steps(preset: str) -> bool:
+    """Whether a preset averages replicas after local steps; else it averages gradients."""
+    return preset != "sync" and not preset.startswith("acc-")
 
 
 def needed_by_rule(*rules: str) -> NeededBy:
@@ -195,16 +206,35 @@ class PeriodConfig:
 
 
 @dataclass
+class OuterConfig:
+    """The outer optimizer, which steps on the way from where a round began to the mean of its replicas."""
+
+    name: Annotated[Literal["none", "nesterov", "slowmo"] | None, LOCAL] = None
+    """nesterov is DiLoCo's, slowmo a heavy ball over steps divided by the rate; none lets every replica become the mean. By
+    default the preset's: nesterov for diloco, slowmo for slowmo, else none."""
+    lr: Annotated[float | None, POSITIVE, LOCAL, OUTER] = None
+    """Its learning rate; by default 0.7 for nesterov and 1 for slowmo."""
+    momentum: Annotated[float | None, SHARE, LOCAL, OUTER] = None
+    """Its momentum; by default 0.9 for nesterov, and for slowmo what suits K: 0 below 4 workers, 0.2 from 4, 0.5 from 8, 0.6 from
+    16 on."""
+    normalize: Annotated[bool | None, LOCAL, OUTER] = None
+    """Whether it sees the way divided by the sum of the round's rates, as it should where H or the rate changes; by default true
+    for slowmo and false for nesterov."""
+
+
+@dataclass
 class MethodConfig:
     """How the ranks work together."""
 
     preset: Preset = "local-ada"
-    """sync is data parallelism, local is Local SGD without scaling; the others are the methods of Balles et al."""
+    """sync is data parallelism, local is Local SGD without scaling, diloco and slowmo are the same with an outer optimizer; the
+    others are the methods of Balles et al."""
     period: PeriodConfig = field(default_factory=PeriodConfig)
     accumulate: Annotated[int, BATCH, NOT_ACCUMULATED] = 1
     """Micro-batches per optimizer step, for sync and the local presets."""
-    momentum: Annotated[Literal["local", "average", "reset"], LOCAL] = "local"
-    """What becomes of the optimizer's moments at an averaging: each rank keeps its own, they are averaged, or set to 0."""
+    momentum: Annotated[Literal["local", "average", "reset"] | dict[str, int], LOCAL] = "local"
+    """What becomes of the optimizer's moments at an averaging: each rank keeps its own, they are averaged, or set to 0. Or a
+    mapping of moments to n, each averaged in every n-th round: {exp_avg: 3, exp_avg_sq: 6}; others are each rank's own."""
     buffers: str | dict[str, str] = "average"
     """Batch-norm statistics: average, local or reestimate; every other buffer is each rank's own. Or a mapping of names of
     buffers or modules, with * for any part of them, to these three."""
@@ -224,12 +254,19 @@ class MethodConfig:
     """Ranks that are one worker of the local presets, averaging their gradients at every step: those of a node, or a number that
     divides them, or those of several whole nodes; 1 for no islands."""
     island_period: Annotated[int, COUNT, EXECUTION, LOCAL, ISLANDS] = 1
-    """Steps between two averages of the parameters inside an island; 1 averages gradients instead. For local and local-lin."""
+    """Steps between two averages of the parameters inside an island; 1 averages gradients instead. For presets without
+    statistics."""
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    overlap: Annotated[int, Range(0, 2**31 - 1), LOCAL] = 0
+    """τ: steps that are taken while an average is under way, before it is applied; 0 waits for it."""
+    mixing: Annotated[float | None, SHARE, LOCAL] = None
+    """α: with overlap, the replica becomes α · itself + (1 − α) · the average; by default the steps taken meanwhile are carried
+    over to the average."""
 
     @property
     def is_local(self) -> bool:
         """Whether ranks take local steps between two averagings."""
-        return self.preset.startswith("local")
+        return takes_local_steps(self.preset)
 
     @property
     def is_adaptive(self) -> bool:
@@ -240,6 +277,16 @@ class MethodConfig:
     def accumulates(self) -> bool:
         """Whether `period` counts the micro-batches of one step (acc-lin, acc-ada)."""
         return self.preset.startswith("acc-")
+
+    @property
+    def outer_optimizer(self) -> str:
+        """The outer optimizer, or "none"."""
+        return self.outer.name or OUTER_OF_PRESET.get(self.preset, "none")
+
+    @property
+    def moment_periods(self) -> dict[str, int]:
+        """The rounds between two averagings of each moment that `momentum` names."""
+        return self.momentum if isinstance(self.momentum, dict) else {}
 
     @property
     def buffer_policies(self) -> tuple[str, ...]:

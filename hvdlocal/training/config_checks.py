@@ -8,10 +8,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hvdlocal.import_path import is_import_path
-from hvdlocal.training.config import SETTINGS, CheckpointConfig, MethodConfig, TrainConfig
+from hvdlocal.training.config import SETTINGS, CheckpointConfig, TrainConfig
+from hvdlocal.training.method_checks import check_method
 from hvdlocal.training.settings import Range
-
-BUFFER_POLICIES = ("average", "local", "reestimate")
 
 NAMES = {"optimizer.name": ("sgd", "adamw"), "schedule.name": ("constant", "cosine", "linear", "step")}
 """What settings may name beside import paths."""
@@ -43,10 +42,7 @@ def check_ranges(config: TrainConfig) -> None:
             raise ValueError(f"{name}={path!r}: name a directory")
         if "\0" in path:
             raise ValueError(f"{name}={path!r}: a path has no zero byte")
-    if not set(config.method.buffer_policies) <= set(BUFFER_POLICIES):
-        remedy = f"choose one of {', '.join(BUFFER_POLICIES)}, or a mapping of names to these"
-        raise ValueError(f"method.buffers={config.method.buffers}: {remedy}")
-    _check_islands(config.method)
+    check_method(config.method)
     check_checkpoints(config.checkpoint, "checkpoint.")
 
 
@@ -73,26 +69,6 @@ def check_checkpoints(config: CheckpointConfig, prefix: str = "") -> None:
     if config.every_steps is not None and config.every_minutes is not None:
         raise ValueError(
             f"{prefix}every_minutes={config.every_minutes} and {prefix}every_steps={config.every_steps}: give one of them"
-        )
-
-
-def _check_islands(method: MethodConfig) -> None:
-    if method.island != 1 and not method.is_local:
-        raise ValueError(
-            f"method.island={method.island} with method.preset={method.preset}: data parallelism averages the gradients of all "
-            "ranks, so it has no islands; leave method.island at 1, or choose a local preset"
-        )
-    if method.island_period == 1:
-        return
-    given = f"method.island_period={method.island_period}"
-    if method.island == 1:
-        raise ValueError(
-            f"{given} without islands: set method.island to node or to a number of ranks, or leave it at 1"
-        )
-    if method.is_adaptive:
-        raise ValueError(
-            f"{given} with method.preset={method.preset}: no gain is derived for ranks that take steps of their own inside an "
-            "island; choose local or local-lin, or leave it at 1"
         )
 
 

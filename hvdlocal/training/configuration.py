@@ -117,6 +117,11 @@ def _explain(message: str) -> str:
             r"Does not validate .*? Subtypes: \[typing\.Literal(\[.*?\]), (<class '\w+'>)\] Errors: .* Given value: ?",
             r"Expected one of \1 or a \2. Got value: ",
         ),
+        (
+            r"Does not validate .*? Subtypes: \[typing\.Literal(\[.*?\]), dict\[str, int\]\] Errors: .* Given value: ?",
+            r"Expected one of \1 or a mapping of names to whole numbers. Got value: ",
+        ),
+        (r"a <class 'NoneType'>", "null"),
         (r"a <class 'int'>", "a whole number"),
         (r"a <class 'float'>", "a number"),
         (r"a <class 'bool'>", "true or false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from hvdlocal.averaging import (
@@ -26,10 +27,10 @@ RULE_SETTINGS = {name: found.needed_by for name, found in settings_of(PeriodConf
 
 def build_scaling(method: MethodConfig) -> Scaling:
     """Returns the preset's rule for the gain."""
-    if method.preset in ("sync", "local"):
-        return NoScaling()
     if method.preset in ("acc-lin", "local-lin"):
         return LinearScaling(method.linear_warmup)
+    if not method.is_adaptive:
+        return NoScaling()
     if method.preset == "acc-ada":
         return AdaScale(method.smoothing)
     return LocalAdaScale(
@@ -152,4 +153,20 @@ def describe_method(method: MethodConfig) -> str:
         words.append(f"island={method.island}")
     if method.island_period > 1:
         words.append(f"island_period={method.island_period}")
+    if method.is_local:
+        words += _what_becomes_of_the_mean(method)
     return " ".join(words)
+
+
+def _what_becomes_of_the_mean(method: MethodConfig) -> Iterator[str]:
+    """Yields the settings that differ from plain averaging, or from the preset."""
+    for name, value in vars(method.outer).items():
+        if value is not None and method.outer_optimizer != "none":
+            yield f"outer.{name}={str(value).lower() if isinstance(value, bool) else value}"
+    if method.overlap:
+        yield f"overlap={method.overlap}"
+    if method.mixing is not None:
+        yield f"mixing={method.mixing:g}"
+    if method.moment_periods:
+        periods = ", ".join(f"{name}: {period}" for name, period in method.moment_periods.items())
+        yield f"momentum={{{periods}}}"

@@ -144,6 +144,25 @@ def test_islands_are_the_workers(plan):
         assert other | {"label": ""} == found | {"label": ""}
 
 
+def test_outer_optimizers_and_overlap_side_by_side(plan):
+    """Data parallelism has neither, and the presets that have an outer optimizer keep their own."""
+    mean = [
+        "--method.preset",
+        "local",
+        "--method.outer.name",
+        "slowmo",
+        "--method.overlap",
+        "2",
+        "--method.mixing",
+        "0.5",
+    ]
+    others = ["preset=sync", "preset=diloco", "outer.name=nesterov overlap=4", "preset=acc-lin"]
+    found = json.loads(plan("--no-bytes", "--workers", "4", *mean, "--json", "--compare", *others))["plans"]
+    assert found[0]["label"].endswith(" outer.name=slowmo overlap=2 mixing=0.5")
+    assert [one["label"] for one in found[1:]] == others
+    assert found[0]["rounds"] == found[2]["rounds"] == found[3]["rounds"]
+
+
 def test_sizes_of_islands_side_by_side(plan):
     """On as many ranks; data parallelism has none."""
     others = ["island=1", "island=4", "preset=sync"]

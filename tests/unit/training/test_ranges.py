@@ -7,10 +7,10 @@ from typing import get_args, get_type_hints
 import pytest
 from support.configs import digits_config
 
-from hvdlocal.training.config import SETTINGS, TrainConfig
+from hvdlocal.training.config import SETTINGS, MethodConfig, TrainConfig
 from hvdlocal.training.config_checks import check_ranges, flatten
 
-CONFIG = digits_config()
+CONFIG = digits_config(method=MethodConfig(overlap=1))  # without which mixing is refused, whatever its value
 
 
 def numbers(kind, prefix=""):

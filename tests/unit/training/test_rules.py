@@ -18,6 +18,8 @@ from hvdlocal.training.run_length import RunLength
     [
         (MethodConfig("sync"), NoScaling()),
         (MethodConfig("local"), NoScaling()),
+        (MethodConfig("diloco"), NoScaling()),
+        (MethodConfig("slowmo"), NoScaling()),
         (MethodConfig("acc-lin", linear_warmup=0.1), LinearScaling(0.1)),
         (MethodConfig("local-lin", linear_warmup=0.2), LinearScaling(0.2)),
         (MethodConfig("acc-ada", smoothing=0.5), AdaScale(0.5)),

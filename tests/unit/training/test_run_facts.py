@@ -1,8 +1,10 @@
 """What a run is, in the lines before training."""
 
+from dataclasses import replace
+
 import pytest
 
-from hvdlocal.training.config import MethodConfig, PeriodConfig
+from hvdlocal.training.config import MethodConfig, OuterConfig, PeriodConfig
 from hvdlocal.training.rules import describe_method
 from hvdlocal.training.run_facts import RunFacts
 
@@ -98,6 +100,23 @@ def test_numbers_and_their_nouns():
 )
 def test_the_method_in_words(preset, period, words):
     assert describe_method(MethodConfig(preset=preset, period=PeriodConfig(**period))) == words
+
+
+def test_what_becomes_of_the_mean_in_words():
+    method = MethodConfig(
+        "diloco",
+        PeriodConfig(period=8),
+        momentum={"exp_avg": 3, "exp_avg_sq": 6},
+        outer=OuterConfig(lr=0.5, normalize=True),
+        overlap=2,
+        mixing=0.5,
+    )
+    assert describe_method(method) == (
+        "diloco constant H=8 outer.lr=0.5 outer.normalize=true overlap=2 mixing=0.5 momentum={exp_avg: 3, exp_avg_sq: 6}"
+    )
+    assert describe_method(replace(method, preset="sync")) == "sync"
+    without = MethodConfig("local", outer=OuterConfig("none", lr=0.5))
+    assert describe_method(without) == "local constant H=8"
 
 
 def test_islands_in_words():
