@@ -188,6 +188,7 @@ class Round(NamedTuple):
         gain: ρ of its first step.
         progress: scale-invariant iterations done when it starts.
         end: and when it ends.
+        overlapped: the steps of the next round during which its average is under way.
     """
 
     start: int
@@ -196,6 +197,7 @@ class Round(NamedTuple):
     gain: float
     progress: float
     end: float
+    overlapped: int = 0
 
 
 def plan_rounds(
@@ -209,6 +211,8 @@ def plan_rounds(
     statistics: tuple[float, float] | None = None,
     stale: bool = True,
     rate: Literal["scaled", "base"] = "scaled",
+    overlap: int = 0,
+    evaluate_every: float = math.inf,
 ) -> Iterator[Round]:
     """The rounds that `LocalOptimizer` makes of a run.
 
@@ -222,6 +226,10 @@ def plan_rounds(
         statistics: (G, σ²) that every estimate is taken to give; None for no estimate.
         stale: whether the first estimate comes with the first averaging (Alg. 1), or with the first step (Alg. 4).
         rate: which η the rule sees, "scaled" (gain · base rate) or "base".
+        overlap: τ, the steps of the next round after which an average is applied; 0 applies it at once. A rule uses what travels
+            with it from the beginning of the round after that on.
+        evaluate_every: progress between two evaluations, each at the first end of a round that is due. An evaluation and the end
+            of the run wait for the average.
 
     Raises:
         ValueError: the rule depends on the loss.
@@ -233,12 +241,25 @@ def plan_rounds(
     none, later = AssumedEstimates(), AssumedEstimates(*(statistics or ()))
     progress = Progress(scaling or NoScaling(), num_workers, accumulate, budget, none if stale else later)
     planner = RoundPlanner(rule, progress, rate)
-    start = 0
+    start, evaluation = 0, evaluate_every
+    pending: Round | None = None  # the average of this round is applied in the next one
     while not progress.ended():
         period, lr, end, _ = planner.next_round(schedule(progress.done))
         assert end is not None
-        yield Round(start, period, lr, progress.scaling.gain(progress.context(period)), progress.done, end)
-        start, progress.done, progress.estimates = start + period, end, later
+        now = Round(start, period, lr, progress.scaling.gain(progress.context(period)), progress.done, end)
+        start, progress.done = start + period, end
+        if pending:
+            yield pending._replace(overlapped=min(overlap, period))
+            progress.estimates = later
+        evaluated = end >= evaluation
+        if evaluated:
+            evaluation = (end // evaluate_every + 1) * evaluate_every
+        pending = now if overlap and not evaluated else None
+        if not pending:
+            yield now
+            progress.estimates = later
+    if pending:
+        yield pending
 
 
 def plan_steps(

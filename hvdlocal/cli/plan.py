@@ -17,6 +17,7 @@ from hvdlocal.data.format.manifest import MANIFEST_NAME, Manifest, split_directo
 from hvdlocal.data.kinds import KINDS
 from hvdlocal.data.kinds.tokens import with_block
 from hvdlocal.import_path import OwnCodeError
+from hvdlocal.plan.averaging_time import AveragingTime
 from hvdlocal.plan.forecast import Checkpoints, Forecast
 from hvdlocal.plan.run_plan import adapts, plan_run
 from hvdlocal.plan.text import compare, describe
@@ -63,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
         from hvdlocal.plan.figure import plan_figure
 
         options.figure.parent.mkdir(parents=True, exist_ok=True)
-        save(plan_figure([(forecast.label, forecast.plan) for forecast in forecasts]), options.figure)
+        save(plan_figure([(forecast.legend, forecast.plan) for forecast in forecasts]), options.figure)
     if options.json:
         print(json.dumps({"samples": data.samples, "plans": [forecast.as_dict() for forecast in forecasts]}, indent=1))
     else:
@@ -95,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--classes", type=int, metavar="N", help="classes, when the data are not here; with data.image_size, for bytes")
     add("--bytes", action=argparse.BooleanOptionalAction, default=True, help="count bytes too, which loads torch")
     add("--step-seconds", type=positive, metavar="S", help="time of one optimizer step without communication")
+    add(
+        "--averaging-seconds",
+        type=positive,
+        metavar="S",
+        help="time of one averaging, or of data parallelism's sum beyond the backward pass",
+    )
     add("--checkpoint-seconds", type=positive, metavar="S", help="time for which one checkpoint holds up training")
     add(
         "--mtbf-hours",
@@ -237,7 +244,10 @@ def _forecast(label: str, config: TrainConfig, data: _Data, options: argparse.Na
     if options.checkpoint_seconds is not None:
         hours = config.checkpoint.failure_hours if options.mtbf_hours is None else options.mtbf_hours
         checkpoints = Checkpoints.best(options.checkpoint_seconds, hours)
-    return Forecast(label, plan, payload, options.step_seconds, checkpoints, tuple(notes))
+    averaging = None
+    if options.averaging_seconds is not None:
+        averaging = AveragingTime.of(plan, options.averaging_seconds, options.step_seconds)
+    return Forecast(label, plan, payload, options.step_seconds, averaging, checkpoints, tuple(notes))
 
 
 def _workers(options: argparse.Namespace, config: TrainConfig) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hvdlocal.figures.units import seconds_text
+from hvdlocal.plan.averaging_time import AveragingTime
 from hvdlocal.plan.run_plan import RunPlan
 from hvdlocal.training.checkpoint.interval import young_interval
 
@@ -52,6 +54,7 @@ class Forecast:
         plan: the run.
         payload: bytes of the run's collectives; None if they were not asked for.
         step_seconds: time of one optimizer step without communication; None if it is not known.
+        averaging: None if the time of an averaging is not known.
         checkpoints: None if the cost of a checkpoint is not known.
         notes: assumptions and remarks, as sentences.
     """
@@ -60,8 +63,16 @@ class Forecast:
     plan: RunPlan
     payload: Payload | None = None
     step_seconds: float | None = None
+    averaging: AveragingTime | None = None
     checkpoints: Checkpoints | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def legend(self) -> str:
+        """The label, with the exposed time of averaging if it is known."""
+        if self.averaging is None:
+            return self.label
+        return f"{self.label}: {seconds_text(self.averaging.exposed)} of averaging exposed"
 
     @property
     def island_bytes(self) -> int | None:
@@ -125,6 +136,11 @@ class Forecast:
             "data_parallel_bytes": self.data_parallel_bytes,
             "byte_share": self.byte_share,
             "computing_seconds": self.seconds(plan.steps),
+            "averaging_seconds": self.averaging and self.averaging.each,
+            "exposed_seconds": self.averaging and self.averaging.exposed,
+            "hidden_seconds": self.averaging and self.averaging.hidden,
+            "exposed_seconds_per_round": self.averaging and self.averaging.exposed / plan.rounds,
+            "free_from_overlap": self.averaging and self.averaging.free_from,
             "checkpoint_seconds": self.checkpoints and self.checkpoints.seconds,
             "notes": list(self.notes),
             "stretches": [phase._asdict() for phase in plan.phases],

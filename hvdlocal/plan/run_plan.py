@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -60,6 +61,8 @@ class RunPlan:
         mean_gain: mean ρ over the steps.
         collectives: number of collectives of training between the workers; 0 on one rank.
         schedule: γ as a function of scale-invariant epochs.
+        overlapped: number of averages by the steps of the next round during which they are under way. The last one, and each one
+            before an evaluation, is waited for at once.
     """
 
     num_workers: int
@@ -74,6 +77,7 @@ class RunPlan:
     mean_gain: float
     collectives: int
     schedule: Schedule
+    overlapped: Mapping[int, int]
 
     @property
     def ranks(self) -> int:
@@ -174,7 +178,7 @@ def plan_run(
     epoch, budget, schedule = length.epoch, length.budget, length.schedule
     if method.is_local:
         warmup = config.schedule.warmup_epochs * epoch
-        rounds = plan_rounds(
+        planned = plan_rounds(
             build_period(method.period, config.optimizer.lr, warmup, epoch),
             schedule,
             budget,
@@ -184,11 +188,16 @@ def plan_run(
             statistics=statistics,
             stale=method.preset != "local-ada-nostale",
             rate=method.period.rate,
+            overlap=method.overlap,
+            evaluate_every=config.evaluate_every_epochs * epoch,
         )
+        rounds = list(planned)
         phases = tuple(_phases(rounds, schedule, epoch))
+        overlapped = Counter(one.overlapped for one in rounds)
     else:
         steps, end = plan_steps(budget, scaling, num_workers=num_workers, accumulate=accumulate, statistics=statistics)
         phases = (Phase(0, 0.0, end / epoch, 1, steps, schedule(0), end / steps),)
+        overlapped = Counter({0: steps})
     steps = sum(phase.period * phase.rounds for phase in phases)
     averagings = sum(phase.rounds for phase in phases)
     # Statistics that are not stale are summed over all ranks, also those of one island.
@@ -206,6 +215,7 @@ def plan_run(
         mean_gain=phases[-1].end * epoch / steps,
         collectives=averagings * per_round,
         schedule=lambda epochs: schedule(epochs * epoch),
+        overlapped=overlapped,
     )
 
 

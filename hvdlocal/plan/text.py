@@ -25,7 +25,10 @@ def compare(forecasts: Sequence[Forecast]) -> str:
     counted = any(forecast.payload for forecast in forecasts)
     islands = counted and any(forecast.plan.island_size > 1 for forecast in forecasts)
     head = ["", "rounds", "steps", "epochs of data", "mean gain", "mean H", "longest H"]
-    head += ["= time"] * timed + ["collectives"] + ["bytes per rank", "of data parallel"] * counted
+    exposed = any(forecast.averaging for forecast in forecasts)
+    head += (
+        ["= time"] * timed + ["exposed"] * exposed + ["collectives"] + ["bytes per rank", "of data parallel"] * counted
+    )
     head += ["in islands"] * islands
     table = [head]
     for forecast in forecasts:
@@ -33,6 +36,7 @@ def compare(forecasts: Sequence[Forecast]) -> str:
         row = [forecast.label, f"{plan.rounds:,}", f"{plan.steps:,}", f"{plan.data_epochs:.1f}"]
         row += [f"{plan.mean_gain:.3g}", f"{plan.mean_period:.1f}", f"{plan.longest.period:,}"]
         row += [_or_dash(forecast.seconds(plan.longest.period), seconds_text)] * timed
+        row += [_or_dash(forecast.averaging and forecast.averaging.exposed, seconds_text)] * exposed
         row += [_percent(plan.collective_share)]
         row += [_or_dash(forecast.bytes, bytes_text), _or_dash(forecast.byte_share, _percent)] * counted
         row += [_or_dash(forecast.island_bytes, bytes_text)] * islands
@@ -82,6 +86,13 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
         )
     if forecast.payload and plan.island_size > 1:
         yield "in islands", f"{bytes_text(forecast.island_bytes or 0)} per rank"
+    if forecast.averaging and plan.num_workers > 1:
+        time, unit = forecast.averaging, "step" if synchronous else "round"
+        hidden = f", and {seconds_text(time.hidden)} goes on behind steps" if time.hidden else ""
+        exposed = f"{_brief(time.exposed / plan.rounds)} is exposed: {seconds_text(time.exposed)} in the run{hidden}"
+        yield "averaging", f"{_brief(time.each)} a {unit}, of which {exposed}"
+        if time.free_from is not None and not synchronous:
+            yield "", _free(plan, time.free_from)
     if forecast.checkpoints:
         every, lost = forecast.checkpoints.seconds, forecast.checkpoints.lost_share
         steps = f" ({every / forecast.step_seconds:,.0f} steps)" if forecast.step_seconds else ""
@@ -89,6 +100,17 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
             "checkpoints",
             f"every {seconds_text(every)}{steps}; they and failures then take {_percent(lost)} of the time",
         )
+
+
+def _free(plan: RunPlan, overlap: int) -> str:
+    """Says with which τ nothing of an averaging is exposed; a last round that is cut short does not count."""
+    periods = [phase.period for phase in plan.phases]
+    if len(periods) > 1 and plan.phases[-1].rounds == 1:
+        periods.pop()
+    if overlap > max(periods):
+        return f"no τ makes averaging free: it takes {overlap:,} steps, and a round has at most {max(periods):,}"
+    rounds = "" if overlap <= min(periods) else f" in rounds of {overlap:,} steps or more"
+    return f"averaging is free from τ = {overlap:,} on{rounds} (method.overlap)"
 
 
 def _varies(plan: RunPlan) -> bool:
@@ -115,6 +137,10 @@ def _notes(forecasts: Sequence[Forecast]) -> list[str]:
 def _timed(forecast: Forecast, steps: int) -> str:
     seconds = forecast.seconds(steps)
     return "" if seconds is None else f" ({seconds_text(seconds)} of computing)"
+
+
+def _brief(seconds: float) -> str:
+    return seconds_text(seconds) if seconds >= 1 or not seconds else f"{1000 * seconds:.3g} ms"
 
 
 def _percent(share: float) -> str:

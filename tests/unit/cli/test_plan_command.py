@@ -96,6 +96,20 @@ def test_data_here_need_no_more_to_be_said(plan):
     assert "assumed a gain of 1" in text
 
 
+def test_what_overlap_hides_side_by_side(plan):
+    """18 rounds of 8 steps: 11 end in an evaluation (after 16, 24, 40, 48 … steps), and one ends the run."""
+    settings = ["--workers", "2", "--no-bytes", "--step-seconds", "1", "--averaging-seconds", "3"]
+    compared = [*settings, "--compare", "overlap=2", "overlap=3", "preset=sync"]
+    found = json.loads(plan(*compared, "--json"))["plans"]
+    assert [one["exposed_seconds"] for one in found] == [54, 12 * 3 + 6 * 1, 12 * 3, 144 // 2 * 3]
+    assert [one["hidden_seconds"] for one in found] == [0, 12, 18, 0]
+    assert {one["free_from_overlap"] for one in found} == {3}
+    assert "  54.0 s" in plan(*compared).splitlines()[3]
+    text = plan(*settings, "--method.overlap", "2")
+    assert "3.0 s a round, of which 2.3 s is exposed: 42.0 s in the run, and 12.0 s goes on behind steps\n" in text
+    assert "averaging is free from τ = 3 on (method.overlap)\n" in text
+
+
 def test_the_gain_follows_from_the_ratio(plan):
     """Eq. 49's check value for K = 8, H = 8, σ²/G = 10."""
     [found] = json.loads(plan("--workers", "8", "--grad-var-over-sqr", "10", "--no-bytes", "--json"))["plans"]
@@ -199,6 +213,7 @@ MISTAKES = [
     (["--workers", "2", "--compare", "method.presett=sync"], "did you mean 'method.preset'?"),
     (["--workers", "2", "--method.preset", "sync", "--gain", "2"], "assume nothing"),
     (["--workers", "2", "--samples", "0"], "0 training samples"),
+    (["--workers", "2", "--method.overlap", "2", "--averaging-seconds", "3"], "give --step-seconds"),
     (["--workers", "2", "--model.name", "resnet50"], "3 channels, not 1"),
     (["--workers", "2", "--figure", "plan.txt"], "not supported"),
 ]
