@@ -95,6 +95,7 @@ class ReplicaOptimizer(WrappedOptimizer):
         self._stop = False
         self._stop_requested = False
         self.seconds_averaging = 0.0
+        self.seconds_hidden = 0.0
         self.seconds_inside = 0.0
 
     # -- what a training loop reads ----------------------------------------------------------------------------------

@@ -31,6 +31,9 @@ PARTS = {
 }
 """What the time of a run is spent on, and the colours for it."""
 
+HIDDEN = COLORS[3]
+"""The colour of the time for which averages were hidden behind steps."""
+
 
 def draw(lines: Sequence[RunStyle]) -> list[Drawing]:
     """Draws all figures for which there are records."""
@@ -205,32 +208,42 @@ def _plot_gain(lines: Sequence[RunStyle], colors: Mapping[str, str], top: float,
 
 
 def _time(lines: Sequence[RunStyle]) -> Drawing | None:
-    seen = [line for line in lines if len(line.run.seconds) > len(PARTS) and line.run.seconds["elapsed"] > 0]
+    seen = [
+        line for line in lines if {*PARTS, "elapsed"} <= line.run.seconds.keys() and line.run.seconds["elapsed"] > 0
+    ]
     if not seen:
         return None
     caption = (
         "Times of rank 0. Averaging includes the wait for the slowest rank; computing is the remainder, including augmentation "
         "and record keeping."
     )
+    hidden = any(line.run.seconds["hidden"] for line in seen)
+    if hidden:
+        caption += " Hidden averages were under way during other work, mostly steps, and took no time of their own."
     panel = Panel("Share of the elapsed time [%]", "", partial(_plot_time, seen))
     islands = any(line.run.island_size > 1 for line in seen)
     spent = {name: color for name, color in PARTS.items() if islands or name != "inside_islands"}
     legend = [LegendEntry(name.replace("_", " "), color) for name, color in spent.items()]
-    return Drawing("time", "Where the time went", caption, [panel], 1, legend, width=5.0, height=0.8 + 0.26 * len(seen))
+    legend += [LegendEntry("hidden averaging", HIDDEN)] * hidden
+    height = 0.8 + (0.36 if hidden else 0.26) * len(seen)
+    return Drawing("time", "Where the time went", caption, [panel], 1, legend, width=5.0, height=height)
 
 
 def _plot_time(lines: Sequence[RunStyle], axes: Axes) -> None:
     at = np.arange(len(lines))[::-1]
     left = np.zeros(len(lines))
+    hidden = np.array([100 * line.run.seconds["hidden"] / line.run.seconds["elapsed"] for line in lines])
+    axes.barh(at - 0.34, hidden, color=HIDDEN, height=0.22)  # below the bar, which becomes lower
+    height, middle = (0.52, at + 0.06) if hidden.any() else (0.72, at)
     for name, color in PARTS.items():
         share = np.array([100 * line.run.seconds[name] / line.run.seconds["elapsed"] for line in lines])
-        axes.barh(at, share, left=left, color=color, height=0.72, edgecolor="white")
-        for y, start, width in zip(at, left, share, strict=True):
+        axes.barh(middle, share, left=left, color=color, height=height, edgecolor="white")
+        for y, start, width in zip(middle, left, share, strict=True):
             if width >= 4:
                 ink = "black" if name in ("waiting_for_data", "evaluating") else "white"
                 axes.annotate(f"{width:.0f}", (start + width / 2, y), ha="center", va="center", color=ink, fontsize=8)
         left += share
-    for y, line in zip(at, lines, strict=True):
+    for y, line in zip(middle, lines, strict=True):
         axes.annotate(
             seconds_text(line.run.seconds["elapsed"]), (101, y), va="center", fontsize=8, annotation_clip=False
         )

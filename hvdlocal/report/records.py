@@ -47,6 +47,8 @@ _NO_METRICS = (*_NEEDED["steps"], "step", "samples")
 """The numbers in the record of an evaluation that are not metrics."""
 
 _SPENT = ("elapsed", "computing", "averaging", "waiting_for_data", "evaluating")
+_SPENT_LATER = ("inside_islands", "hidden")
+"""Seconds that runs from before there were islands, or overlap, have not recorded."""
 
 
 class RecordedState(Enum):
@@ -187,21 +189,25 @@ class Run:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds of rank 0 so far: elapsed, computing, averaging, inside_islands, waiting_for_data, evaluating; empty before the
-        first line.
+        """Seconds of rank 0 so far: elapsed, computing, averaging, inside_islands, waiting_for_data, evaluating, and hidden (for
+        which averages were under way behind further steps); empty before the first line.
         """
         if self.end is not None:
-            inside = {"inside_islands": _number(self.end["seconds"].get("inside_islands", 0.0))}
-            return inside | {name: float(self.end["seconds"][name]) for name in _SPENT}
+            spent = self.end["seconds"]
+            later = {name: _number(spent.get(name, 0.0)) for name in _SPENT_LATER}
+            return later | {name: float(spent[name]) for name in _SPENT}
         found = {name: self.steps.last(f"{name}_seconds") for name in _SPENT}
         if not len(self.steps):
             return {}
-        inside = {"inside_islands": self.steps.last("inside_islands_seconds") or 0.0}
-        return inside | {name: value for name, value in found.items() if value is not None}
+        later = {name: self.steps.last(f"{name}_seconds") or 0.0 for name in _SPENT_LATER}
+        return later | {name: value for name, value in found.items() if value is not None}
 
     @property
     def measured_m(self) -> float | None:
-        """The m of Eq. 16: time of an averaging with its waits for the slowest rank, over that of a micro-batch without it."""
+        """The m of Eq. 16: time of an averaging with its waits for the slowest rank, over that of a micro-batch without it.
+
+        The time for which an averaging was hidden behind steps is part of it.
+        """
         spent, averagings, batches = self.seconds, self.num_averagings, self.num_steps * self.accumulate
         if (
             self.num_workers == 1
@@ -211,7 +217,8 @@ class Run:
             or "averaging" not in spent
         ):
             return None
-        return (spent["averaging"] / averagings) / ((spent["computing"] + spent["inside_islands"]) / batches)
+        averaging = spent["averaging"] + spent["hidden"]
+        return (averaging / averagings) / ((spent["computing"] + spent["inside_islands"]) / batches)
 
     def bytes_at(self, steps: Column) -> Column:
         """Returns the bytes that rank 0 had sent for training after the given steps, interpolated between two records."""

@@ -59,7 +59,15 @@ def run_table(lines: Sequence[RunStyle]) -> list[TableColumn]:
         column("Sent", "per rank", _sent),
         column("Sent", "% of parallel", lambda run: _number(run.data_parallel_share, 100, ".1f")),
         column("m", "Eq. 16", lambda run: _number(run.measured_m, 1, ".2f")),
-        column("Time", "", lambda run: seconds_text(run.seconds["elapsed"]) if "elapsed" in run.seconds else NONE),
+        *(
+            [
+                column("Averaging", "exposed", lambda run: _time(run, "averaging")),
+                column("Averaging", "hidden", _hidden),
+            ]
+            if any(run.seconds.get("hidden") for run in runs)
+            else []
+        ),
+        column("Time", "", lambda run: _time(run, "elapsed")),
     ]
 
 
@@ -116,6 +124,19 @@ def _optimizer(run: Run) -> str:
 
 def _epochs(run: Run, name: str) -> str:
     return _number(run.history.last(name), 1, ".1f")
+
+
+def _time(run: Run, name: str) -> str:
+    return seconds_text(run.seconds[name]) if name in run.seconds else NONE
+
+
+def _hidden(run: Run) -> str:
+    """Returns the time for which averages were hidden behind steps, and its share of all their time."""
+    spent = run.seconds
+    if not spent.get("hidden") or "averaging" not in spent:
+        return NONE
+    share = spent["hidden"] / (spent["hidden"] + spent["averaging"])
+    return f"{seconds_text(spent['hidden'])} ({100 * share:.0f} %)"
 
 
 def _number(value: float | None, factor: float, form: str) -> str:

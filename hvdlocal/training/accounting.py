@@ -12,13 +12,14 @@ from hvdlocal.averaging import ReplicaOptimizer
 
 
 class _Communication(NamedTuple):
-    """What one rank has spent on collectives: between the workers, and inside its island."""
+    """What one rank has spent on collectives: between the workers, inside its island, and behind further steps."""
 
     seconds: float = 0.0
     bytes: int = 0
     collectives: int = 0
     island_seconds: float = 0.0
     island_bytes: int = 0
+    hidden_seconds: float = 0.0
 
     def plus(self, other: _Communication) -> _Communication:
         return _Communication(*map(operator.add, self, other))
@@ -33,6 +34,7 @@ _OF_A_ROUND = (
     "round_bytes_sent",
     "round_island_seconds",
     "round_island_bytes_sent",
+    "round_hidden_seconds",
 )
 
 
@@ -51,7 +53,7 @@ class RunTotals:
         self._before = _Communication()
         self.waiting_for_data = 0.0
         self.evaluating = 0.0
-        self._round_began: tuple[float, ...] = (0.0, 0.0, 0, 0.0, 0)
+        self._round_began: tuple[float, ...] = (0.0, 0.0, 0, 0.0, 0, 0.0)
         self.start()
 
     def start(self) -> None:
@@ -73,6 +75,11 @@ class RunTotals:
     def bytes_sent(self) -> int:
         """Bytes that training has handed to collectives between the workers."""
         return self._counted().bytes
+
+    @property
+    def hidden(self) -> float:
+        """Seconds for which averages were under way behind further steps."""
+        return self._counted().hidden_seconds
 
     @property
     def inside_islands(self) -> float:
@@ -98,19 +105,26 @@ class RunTotals:
 
     @contextmanager
     def beside_training(self) -> Iterator[None]:
-        """Does not count the communication inside the context."""
+        """Does not count the communication inside the context.
+
+        An average that was hidden behind steps and is completed inside is counted all the same.
+        """
         before = self._so_far()
         try:
             yield
         finally:
-            self._not_counted = self._not_counted.plus(self._so_far().minus(before))
+            beside = self._so_far().minus(before)
+            self._not_counted = self._not_counted.plus(beside._replace(hidden_seconds=0.0))
 
     def waited(self, seconds: float) -> None:
         """Adds a wait for other ranks to the time of averaging, which includes waiting for the slowest rank anyway."""
         self._before = self._before.plus(_Communication(seconds))
 
     def seconds(self) -> dict[str, float]:
-        """Returns all seconds by name; the time that is not accounted for was spent on computing."""
+        """Returns all seconds by name; the time that is not accounted for was spent on computing.
+
+        Hidden averages passed during the others, and take no time of their own.
+        """
         spent = {
             "averaging": self.averaging,
             "inside_islands": self.inside_islands,
@@ -118,7 +132,7 @@ class RunTotals:
             "evaluating": self.evaluating,
         }
         elapsed = self.elapsed
-        return {"elapsed": elapsed, "computing": elapsed - sum(spent.values()), **spent}
+        return {"elapsed": elapsed, "computing": elapsed - sum(spent.values()), **spent, "hidden": self.hidden}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers for a checkpoint."""
@@ -132,12 +146,13 @@ class RunTotals:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a `state_dict`; to be followed by `start`."""
         self._elapsed_before = state["elapsed"]
-        # Checkpoints from before there were islands lack what was spent inside them.
+        # Checkpoints from before there were islands, or overlap, lack what was spent on them.
         island = state.get("inside_islands", 0.0), state.get("island_bytes_sent", 0)
-        self._before = _Communication(state["averaging"], state["bytes_sent"], state["collectives"], *island)
+        hidden = state.get("hidden", 0.0)
+        self._before = _Communication(state["averaging"], state["bytes_sent"], state["collectives"], *island, hidden)
         self.waiting_for_data, self.evaluating = state["waiting_for_data"], state["evaluating"]
         # In checkpoints from before these were kept, the round under way counts from here.
-        now = (state["elapsed"], state["averaging"], state["bytes_sent"], *island)
+        now = (state["elapsed"], state["averaging"], state["bytes_sent"], *island, hidden)
         began = tuple(state.get("round_began", ()))
         self._round_began = began + now[len(began) :]
 
@@ -151,10 +166,13 @@ class RunTotals:
             sum(traffic.collectives for traffic in between),
             optimizer.seconds_inside,
             communicator.island.traffic.bytes if communicator.island else 0,
+            optimizer.seconds_hidden,
         )
 
     def _now(self) -> tuple[float, ...]:
-        return self.elapsed, self.averaging, self.bytes_sent, self.inside_islands, self.island_bytes_sent
+        counted = self._counted()
+        inside = counted.island_seconds, counted.island_bytes
+        return self.elapsed, counted.seconds, counted.bytes, *inside, counted.hidden_seconds
 
     def _counted(self) -> _Communication:
         return self._before.plus(self._so_far().minus(self._not_counted))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 
@@ -77,7 +77,7 @@ def build_optimizer(
             model,
             period=build_period(method.period, config.optimizer.lr, warmup, length.epoch),
             scaling=scaling,
-            momentum=cast(Any, method.momentum),
+            momentum=method.momentum,
             buffers=buffers,
             accumulate=micro_batches_per_step(method),
             budget=length.budget,

@@ -33,7 +33,8 @@ class RunView:
     Attributes:
         rank, num_workers: this rank, and the number of all ranks.
         device: of the model on this rank.
-        model: this rank's replica. It is the average of all replicas in `on_round`, `on_evaluation` and at the end of a run.
+        model: this rank's replica. It is the average of all replicas in `on_evaluation` and at the end of a run; without overlap
+            in `on_round`, too.
         config: the configuration with all defaults, as config.yaml has it; a copy.
         directory: the output directory, in which a callback may make files of its own.
         run_id: 16 hexadecimal digits, which stay the same when the run continues after an interruption.

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import yaml
 
+from hvdlocal.training.config import takes_local_steps
+
 BUDGET_EPOCHS = 8.0
 STEPS_PER_EPOCH = 100
 BYTES_PER_AVERAGING = 1000
@@ -22,11 +24,13 @@ def write_run(
     finished=True,
     seed=0,
     task=None,
+    hidden=None,
     **rule,
 ) -> Path:
     """A run at gain 1 whose step takes 10 ms, half of it computing; an evaluation each 100 steps.
 
-    With islands, of which older runs say nothing, a fifth of the computing is a wait inside them.
+    With islands, of which older runs say nothing, a fifth of the computing is a wait inside them. `hidden` is the time of a step
+    for which averages are under way behind it, of which older runs say nothing either.
     """
     directory.mkdir(parents=True)
     rules = {
@@ -58,7 +62,9 @@ def write_run(
     step_seconds = STEP_SECONDS
     if island_size is not None:
         step_seconds = STEP_SECONDS | {"computing": 0.004, "inside_islands": 0.001}
-    local = preset.startswith("local")
+    if hidden is not None:
+        step_seconds = step_seconds | {"hidden": hidden}
+    local = takes_local_steps(preset)
     per_averaging = period if local else 1
     records = []
     for step in range(1, steps + 1):

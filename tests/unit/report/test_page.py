@@ -69,6 +69,18 @@ def test_a_run_with_islands(tmp_path):
     assert "inside islands" not in [entry.label for entry in make_report([ranks]).drawings[-1].legend]
 
 
+def test_a_run_with_overlap(tmp_path):
+    """In the table and below the bar: 2.4 s of averaging are exposed, and 4.8 s hidden behind steps."""
+    runs = [write_run(tmp_path / "overlap", "diloco", hidden=0.006), write_run(tmp_path / "plain")]
+    report = make_report(runs)
+    rows = table(report.html())
+    assert [row["Averaging exposed"] for row in rows] == ["2.4 s", "2.4 s"]
+    assert [row["Averaging hidden"] for row in rows] == ["4.8 s (67 %)", "–"]
+    [time] = [drawing for drawing in report.drawings if drawing.name == "time"]
+    assert "hidden averaging" in [entry.label for entry in time.legend]
+    assert "Averaging hidden" not in table(make_report(runs[1:]).html())[0]
+
+
 def test_the_best_value_is_not_the_last(tmp_path):
     directory = write_run(tmp_path / "a")
     edit_accuracies(directory, lambda step, accuracy: 0.25 if step == 800 else accuracy)

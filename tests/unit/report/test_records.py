@@ -48,6 +48,17 @@ def test_an_island_is_one_worker(tmp_path, finished):
     assert older.seconds["inside_islands"] == 0
 
 
+def test_hidden_averages(tmp_path):
+    """An averaging takes what is exposed and what is hidden; the other times add up to the elapsed one without the latter."""
+    run = read_run(write_run(tmp_path / "overlap", "diloco", hidden=0.006))
+    assert run.num_averagings == 200
+    assert run.seconds["hidden"] == pytest.approx(4.8)
+    assert run.measured_m == pytest.approx((0.003 + 0.006) * 4 / 0.005)
+    under_way = read_run(write_run(tmp_path / "under way", hidden=0.006, finished=False))
+    assert under_way.seconds == pytest.approx(run.seconds)
+    assert read_run(write_run(tmp_path / "older")).seconds["hidden"] == 0
+
+
 @pytest.mark.parametrize("size", [3, 0, "4", None, True])
 def test_islands_that_are_no_part_of_the_ranks(tmp_path, size):
     directory = write_run(tmp_path / "a")

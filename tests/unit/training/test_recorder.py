@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from hvdlocal.communicator import SingleProcess
 from hvdlocal.communicator.islands import form_islands
 from hvdlocal.training.accounting import RunTotals
@@ -12,7 +14,12 @@ from hvdlocal.training.recorder import Recorder
 def parts(communicator):
     """An optimizer, a state and a session without anything in them."""
     optimizer = SimpleNamespace(
-        accumulate=3, progress=0.0, seconds_averaging=0.0, seconds_inside=0.0, communicator=communicator
+        accumulate=3,
+        progress=0.0,
+        seconds_averaging=0.0,
+        seconds_inside=0.0,
+        seconds_hidden=0.0,
+        communicator=communicator,
     )
     state = SimpleNamespace(totals=RunTotals(optimizer), loader=SimpleNamespace(stats=lambda: {"samples": 0}))
     session = SimpleNamespace(
@@ -65,6 +72,35 @@ def test_what_stays_inside_an_island_is_counted_apart():
     inside.bytes, optimizer.seconds_inside = inside.bytes + 5, 3.0
     taken = resumed.end_round()
     assert (taken["round_bytes_sent"], taken["round_island_bytes_sent"], taken["round_island_seconds"]) == (0, 5, 1)
+
+
+def test_hidden_averages_take_no_time_of_their_own():
+    """Also through an evaluation that completes one, and through a checkpoint."""
+    optimizer, state, _ = parts(SingleProcess())
+    totals = state.totals
+    optimizer.seconds_averaging, optimizer.seconds_hidden = 1.0, 2.0
+    with totals.beside_training():
+        optimizer.seconds_averaging, optimizer.seconds_hidden = 5.0, 2.5
+    seconds = totals.seconds()
+    assert (seconds["averaging"], seconds["hidden"]) == (1.0, 2.5)
+    assert sum(seconds.values()) == pytest.approx(2 * seconds["elapsed"] + 2.5)
+    assert totals.end_round()["round_hidden_seconds"] == 2.5
+    optimizer.seconds_hidden = 3.0
+    resumed = RunTotals(optimizer)
+    resumed.load_state_dict(totals.state_dict())
+    resumed.start()
+    optimizer.seconds_hidden = 4.0
+    assert resumed.seconds()["hidden"] == 4.0
+    assert resumed.end_round()["round_hidden_seconds"] == 1.5
+
+
+def test_a_checkpoint_from_before_there_was_overlap():
+    _, state, _ = parts(SingleProcess())
+    saved = state.totals.state_dict() | {"round_began": (0.0, 0.0, 0, 0.0, 0)}
+    del saved["hidden"]
+    state.totals.load_state_dict(saved)
+    state.totals.start()
+    assert state.totals.end_round()["round_hidden_seconds"] == state.totals.hidden == 0
 
 
 def test_a_checkpoint_from_before_there_were_islands():
