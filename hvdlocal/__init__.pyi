@@ -21,6 +21,7 @@ from .averaging.period import (
     PowerRule as PowerRule,
 )
 from .averaging.nonfinite import NonFiniteError as NonFiniteError
+from .averaging.outer import nesterov as nesterov, slowmo as slowmo
 from .averaging.statistics import gradient_statistics as gradient_statistics
 from .averaging.synchronous import SynchronousOptimizer as SynchronousOptimizer
 from .communicator.agreement import DisagreementError as DisagreementError

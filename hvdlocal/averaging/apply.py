@@ -1,70 +1,72 @@
-"""What becomes of the mean of a round's replicas."""
+"""How a replica goes on from a mean that was begun some steps ago, while it took further steps."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatReplica
+import torch
 
-
-class ApplyMean(ABC):
-    """Makes of the mean of all replicas what this rank goes on from.
-
-    `LocalOptimizer` calls `begin_round` before a round's first step, `message` when the round is over, and `apply` when the mean
-    is there. Between `message` and `apply` the message belongs to the collective; a rule whose message is memory of its own lets
-    training go on meanwhile.
-    """
-
-    def begin_round(self) -> None:  # noqa: B027  (not every rule needs it)
-        """Notes where the round begins. All replicas are equal there, unless a mean is still to be applied."""
-
-    @abstractmethod
-    def message(self) -> FlatBuffer:
-        """The buffer that is summed over the ranks in place, holding what this rank contributes."""
-
-    @abstractmethod
-    def apply(self, mean: FlatBuffer, *, contributed: bool) -> None:
-        """Makes the replica what follows from the mean.
-
-        Args:
-            mean: the message; or the replica itself, when a run goes on from the averaged replicas of a checkpoint.
-            contributed: whether this rank's replica is part of the mean. One that is not finite is not.
-        """
-
-    def shared_state(self) -> dict[str, Any]:
-        """This rank's part of what all islands hold alike and a run needs to go on, plain values and tensors: a checkpoint
-        holds the parts of one island's ranks, which are slices. Without islands every rank has the whole.
-        """
-        return {}
-
-    def load_shared_state(self, parts: Sequence[dict[str, Any]]) -> None:
-        """Continues from the parts of the ranks of one island, in order, of a run with any number of ranks.
-
-        Raises:
-            ValueError: the state is not one of this rule.
-        """
-        if names := {name for part in parts for name in part}:
-            raise ValueError(
-                f"the state holds {', '.join(sorted(names))} of an outer optimizer, and this run averages without one: give "
-                "LocalOptimizer the outer optimizer of the run that saved it"
-            )
+from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatReplica, StatisticsScalar
+from hvdlocal.averaging.moments import carry_moments
 
 
-class ReplaceByMean(ApplyMean):
-    """The mean takes the replica's place: plain averaging, in place and without a copy.
+class OverlappedMean:
+    """The memory of an average that is under way while training goes on, and the rule by which it is applied.
+
+    With s the replica that was sent, θ what it is now, and φ what all replicas are to go on from, the replica becomes
+    φ + (θ − s), so that the steps taken meanwhile are carried over (CoCoD-SGD, Shen et al. 2019, Alg. 1), or the mixture
+    α θ + (1 − α) φ (Streaming DiLoCo, Douillard et al. 2025, Sec. 2.2).
 
     Args:
         replica: the flat buffer of this rank's replica.
+        mixing: α; None to carry the steps over.
+
+    Attributes:
+        message: what is summed.
+        sent: what this rank has sent, with the same places.
     """
 
-    def __init__(self, replica: FlatReplica) -> None:
+    def __init__(self, replica: FlatReplica, mixing: float | None) -> None:
         self._replica = replica
+        self._mixing = mixing
+        self.message = replica.zeros_like()
+        self.sent = replica.zeros_like()
 
-    def message(self) -> FlatBuffer:
-        """The replica itself."""
-        return self._replica
+    def take(self, round_number: int) -> FlatBuffer:
+        """Copies what is sent in a round into the message; the gradient statistics move there.
 
-    def apply(self, mean: FlatBuffer, *, contributed: bool) -> None:
-        """Does nothing: the mean lies where the replica lies."""
+        Args:
+            round_number: 1 for the first round.
+        """
+        self.message.sent(round_number).copy_(self._replica.sent(round_number))
+        if self._replica.statistics_scalars is not None:
+            self._replica.statistics_scalars[StatisticsScalar.VALID].zero_()
+        return self.message
+
+    def apply(self, decays: Mapping[str, Sequence[float]], *, round_number: int, steps: int, contributed: bool) -> None:
+        """Makes the replica what follows from the mean, which lies in the message, and from the steps since it was sent.
+
+        Averaged buffers are replaced. A moment that is an exponential average with the decay β has forgotten all but β^steps of
+        what it was, so that as much of the difference between the mean and what was sent is added to it.
+
+        Args:
+            decays: β of every averaged moment by its name, one for each parameter; in the order of their places.
+            round_number: of the round that was sent; only the moments that were due in it are changed.
+            steps: the number of steps since it was sent; without any, the mean is taken as it is.
+            contributed: whether this rank's replica is part of the mean. One that is not finite is not, and its steps are
+                dropped.
+        """
+        now, mean, sent = self._replica, self.message, self.sent
+        kept = self._mixing if steps and contributed else 0.0
+        if kept is not None:
+            places = zip(now.scaled(round_number), mean.scaled(round_number), strict=True)
+            for own, other in [*places, (now.buffers, mean.buffers)]:
+                own.sub_(other).mul_(kept).add_(other) if kept else own.copy_(other)
+            return
+        now.buffers.copy_(mean.buffers)
+        torch.sub(now.parameters, sent.parameters, out=sent.parameters)
+        torch.add(mean.parameters, sent.parameters, out=now.parameters)
+        due = list(decays.items())[: now.moments_due(round_number)]
+        for (name, betas), *moments in zip(due, now.moments, mean.moments, sent.moments, strict=False):
+            left = [beta**steps for beta in betas]
+            carry_moments(moments[0], moments[1], moments[2], left, positive=name == "exp_avg_sq")

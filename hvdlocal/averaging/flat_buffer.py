@@ -53,14 +53,15 @@ class FlatViews:
 
     Args:
         like: float32 tensors; their shapes and (as far as they are dense) their memory formats are kept.
+        slices: the number of equal parts into which the buffer can be cut.
     """
 
-    def __init__(self, like: Sequence[torch.Tensor]) -> None:
+    def __init__(self, like: Sequence[torch.Tensor], slices: int = 1) -> None:
         self._shapes = [(t.shape, torch.empty_like(t, device="meta").stride()) for t in like]
         self.starts = [0]
         for tensor in like:
             self.starts.append(self.starts[-1] + aligned(tensor.numel()))
-        self.numel = self.starts[-1]
+        self.numel = aligned(self.starts[-1], slices)
 
     def of(self, flat: torch.Tensor) -> list[torch.Tensor]:
         """Views of `flat`, a contiguous tensor of `numel` elements."""
@@ -173,6 +174,7 @@ class FlatReplica(FlatBuffer):
         statistics: see `FlatBuffer`.
         slices: see `FlatBuffer`.
         with_statistics: see `FlatBuffer`.
+        sliced_parameters: whether the parameters alone can be cut into as many equal parts, too.
     """
 
     def __init__(
@@ -184,9 +186,10 @@ class FlatReplica(FlatBuffer):
         slices: int = 1,
         *,
         with_statistics: bool = True,
+        sliced_parameters: bool = False,
     ) -> None:
         super().__init__(
-            FlatViews(parameters),
+            FlatViews(parameters, slices if sliced_parameters else 1),
             FlatViews(buffers),
             moments,
             statistics,
@@ -235,9 +238,13 @@ class CoordinateSample:
         )
         return torch.dot(self._difference, self._difference) * self._scale
 
-    def move_origin(self) -> None:
-        """Makes where the vector is now the point that distances are measured from."""
-        torch.index_select(self._flat, 0, self._where, out=self._origin)
+    def move_origin(self, flat: torch.Tensor | None = None) -> None:
+        """Makes where the vector is now the point that distances are measured from.
+
+        Args:
+            flat: another vector of the same length; None for the sample's own.
+        """
+        torch.index_select(self._flat if flat is None else flat, 0, self._where, out=self._origin)
         self._origin.nan_to_num_(0.0, 0.0, 0.0)  # any point will do, but after a model that was lost it must be a point
 
     @property

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from hvdlocal.averaging.flat_buffer import FlatBuffer, Scalar
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import Communicator, StartedSum
 
 INSIDE = "hvdlocal.island"
 """The name of the collectives inside of an island. A rank that averages meets one that steps there, and both get an error."""
@@ -60,7 +58,7 @@ class Islands:
             torch._foreach_zero_(scaled)
         return left_out.to(torch.float32)
 
-    def start_sum_(self, sent: torch.Tensor, name: str) -> Callable[[], None]:
+    def start_sum_(self, sent: torch.Tensor, name: str) -> StartedSum:
         """Begins the sum of what the islands have merged.
 
         Args:
@@ -71,14 +69,14 @@ class Islands:
             A function that waits until `sent` holds the sum over the islands.
         """
         slices = sent.split(sent.numel() // self.inside.size)
-        wait = self.across.start_sum_(slices[self.inside.rank], name)
+        across = self.across.start_sum_(slices[self.inside.rank], name)
 
         def finish() -> None:
-            wait()
+            across.wait()
             if self.across.size > 1:
                 self.inside.share_slices_(sent, INSIDE)
 
-        return finish
+        return StartedSum(finish, across.done)
 
     def mean_weights_(self, buffer: FlatBuffer) -> None:
         """Makes the weights of the island's ranks their mean."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 
-from hvdlocal.averaging.apply import ApplyMean, ReplaceByMean
+from hvdlocal.averaging.apply import OverlappedMean
 from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
 from hvdlocal.averaging.claims import BufferClaims
 from hvdlocal.averaging.digest import Fact, rounded
-from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatReplica
+from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer, FlatReplica
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import (
@@ -25,14 +25,22 @@ from hvdlocal.averaging.guards import (
 )
 from hvdlocal.averaging.island_gradient import IslandGradient
 from hvdlocal.averaging.islands import Islands
-from hvdlocal.averaging.moments import Momentum, adopt_moments, averages_all_moments, moment_periods, refuse_new_moments
+from hvdlocal.averaging.moments import (
+    Momentum,
+    adopt_moments,
+    averages_all_moments,
+    decays,
+    moment_periods,
+    refuse_new_moments,
+)
 from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
+from hvdlocal.averaging.outer import Outer, OuterOptimizer
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.averaging.round_average import Averaged, RoundAverage
 from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
-from hvdlocal.averaging.setup import check_island_period, owner_of
+from hvdlocal.averaging.setup import check_island_period, check_overlap, owner_of
 from hvdlocal.communicator import Communicator
 
 
@@ -85,6 +93,18 @@ class LocalOptimizer(ReplicaOptimizer):
         island_period: with islands (`hvdlocal.init(island=…)`), 1 takes every step on the mean gradient of the island's ranks;
             p > 1 lets every rank step on its own gradient and averages the parameters inside of the island every p steps
             (hierarchical local SGD, Lin et al. 2020), for which no gain is derived.
+        outer: builds an outer optimizer, any torch optimizer, for the one flat parameter φ that it is called with. It steps with
+            Δ = φ − x̄ as the gradient, and all replicas go on from the new φ: `hvdlocal.nesterov()` is DiLoCo's,
+            `hvdlocal.slowmo(0.5)` SlowMo's, `lambda parameters: torch.optim.SGD(parameters, lr=0.7)` one of your own. None, or
+            SGD at lr=1 without momentum, makes the mean the next φ.
+        normalize_outer: divides Δ by the path of its round, the sum of the applied learning rates of its steps, and multiplies
+            the outer learning rate by it, for rules by which H or the rate changes from round to round. By default as
+            `hvdlocal.nesterov` (no) and `hvdlocal.slowmo` (yes) have it, and not for another optimizer.
+        overlap: τ, the steps of the next round during which the average is under way; 0 waits for it. The round that uses up the
+            budget, and `synchronize`, wait. Gradient statistics are then taken τ steps later, where the replicas have drifted
+            apart, and used from the next round on.
+        mixing: α, 0 ≤ α < 1, with overlap: after τ steps a replica θ becomes α θ + (1 − α) φ (Streaming DiLoCo). None carries the
+            steps that were taken meanwhile over: φ + (θ − s), s being what was sent (CoCoD-SGD).
         communicator: by default that of `hvdlocal.init()`.
 
     Raises:
@@ -108,6 +128,10 @@ class LocalOptimizer(ReplicaOptimizer):
         max_norm: float | None = None,
         rate_for_period: Literal["scaled", "base"] = "scaled",
         island_period: int = 1,
+        outer: Outer | None = None,
+        normalize_outer: bool | None = None,
+        overlap: int = 0,
+        mixing: float | None = None,
         communicator: Communicator | None = None,
     ) -> None:
         scaling = scaling or NoScaling()
@@ -122,6 +146,7 @@ class LocalOptimizer(ReplicaOptimizer):
         if rate_for_period not in ("scaled", "base"):
             raise ValueError(f"rate_for_period={rate_for_period!r}: choose 'scaled' or 'base'")
         check_island_period(island_period, scaling)
+        check_overlap(overlap, mixing, scaling)
         super().__init__(
             optimizer,
             model,
@@ -155,6 +180,7 @@ class LocalOptimizer(ReplicaOptimizer):
             self._statistics.size if self._statistics else 0,
             slices=self._ranks_per_worker,
             with_statistics=self._stale,
+            sliced_parameters=outer is not None,
         )
         for alias, name in aliases:
             alias.data = averaged[name].data
@@ -176,8 +202,15 @@ class LocalOptimizer(ReplicaOptimizer):
         self._round = 0
         self._steps_in_round = 0
         self._steps_since_statistics = 0
+        self._statistics_due = True
+        self._held_statistics: tuple[float, float, float] | None = None
         self._divergence: float | None = None
         self._short_rounds = 0
+        self._outer = self._build_outer(outer, normalize_outer)
+        self._overlap = int(overlap)
+        self._overlapped = OverlappedMean(self._flat_replica, mixing) if overlap else None
+        if overlap and mixing is None:
+            self._decays()  # refuses moments that cannot be carried over
         self._start_together(
             {
                 "period": repr(period),
@@ -185,6 +218,8 @@ class LocalOptimizer(ReplicaOptimizer):
                 "rate_for_period": rate_for_period,
                 "island_size": self._ranks_per_worker,
                 "island_period": self._island_period,
+                **({"outer": repr(self._outer), "normalize_outer": self._outer.normalize} if self._outer else {}),
+                **({"overlap": self._overlap, "mixing": mixing} if overlap else {}),
             },
             self._flat_replica.replica,
             {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
@@ -198,7 +233,6 @@ class LocalOptimizer(ReplicaOptimizer):
             # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
             compares_origin=not renormalised_weights(model, self._parameters),
         )
-        self._mean: ApplyMean = ReplaceByMean(self._flat_replica)
 
     def _form_islands(self, period: int) -> Islands | None:
         """The islands of the communicator; None where every rank is a worker.
@@ -220,6 +254,21 @@ class LocalOptimizer(ReplicaOptimizer):
                 "smaller island, or start the job on more nodes"
             )
         return Islands(inside, across, diverge=period > 1)
+
+    def _build_outer(self, outer: Outer | None, normalize: bool | None) -> OuterOptimizer | None:
+        """The outer optimizer, if there is one.
+
+        Raises:
+            ValueError: it cannot be built, or the model has a layer with which the replicas never begin at one point.
+        """
+        if outer is None:
+            if normalize is not None:
+                raise ValueError(
+                    f"normalize_outer={normalize!r} without an outer optimizer: give outer=…, or leave it out"
+                )
+            return None
+        refuse_renormalised_weights(self.model, self._parameters)
+        return OuterOptimizer(outer, self._flat_replica.parameters, normalize, self._islands)
 
     def _warn(self, message: str) -> None:
         """Warns once for all ranks."""
@@ -244,7 +293,7 @@ class LocalOptimizer(ReplicaOptimizer):
 
     @property
     def round(self) -> int:
-        """Rounds completed, which is also the number of averagings."""
+        """Rounds completed, which is also the number of averages that were begun."""
         return self._round
 
     @property
@@ -284,8 +333,10 @@ class LocalOptimizer(ReplicaOptimizer):
             self._overflowed = False
         if self._inside:
             self._inside.sums.settle()
+        if self._round_average.pending:
+            self._finish_average()
         if self.round_under_way:
-            self._end_round()
+            self._end_round(at_once=True)
         elif self.communicator.size > 1:
             self._sample.move_origin()
             self._round_average.compare(self._flat_replica, self._facts())
@@ -309,12 +360,13 @@ class LocalOptimizer(ReplicaOptimizer):
         if not self._collect():
             return
         begins = not self.round_under_way
-        if begins:
-            if self.in_sync:
-                self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
-            self._mean.begin_round()
-            if self._statistics:
-                self._write_statistics(self._statistics)
+        if begins and self.in_sync:
+            self._sample.move_origin()  # not after the averaging: the loop may have loaded other parameters since
+            if self._outer:
+                self._outer.begin_round()
+        if self._statistics and self._statistics_due:
+            self._write_statistics(self._statistics)
+            self._statistics_due = False
         if self._inside:
             start = time.perf_counter()
             self._overflowed = self._inside.give_mean(self._facts(), self._overflowed)
@@ -327,14 +379,21 @@ class LocalOptimizer(ReplicaOptimizer):
             if self.progress == 0 and self._smoothed.grad_sqr is not None:
                 # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.
                 self._smoothed.weigh_first(self._theta(self.communicator.size * self.period * self.accumulate))
+        overflowed = self._overflowed
         self._inner_step(self._progress.context(self.period))
+        if self._outer and self._outer.normalize and not overflowed:
+            self._outer.path += self.gain * self._trained_rate()
         self._steps_in_round += 1
         self._steps_since_statistics += 1
         self._dropped_steps = 0
-        if self._steps_in_round >= self.period:
+        over = self._steps_in_round >= self.period
+        self._round_average.look()
+        if self._round_average.pending and (over or self._steps_in_round >= self._overlap):
+            self._finish_average()
+        if over:
             if self.period > 1:
                 self._short_rounds = 0
-            self._end_round()
+            self._end_round(at_once=self.finished)
         elif self._island_period > 1 and self._steps_in_round % self._island_period == 0:
             self._average_inside()
 
@@ -356,14 +415,8 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _choose_period(self) -> None:
         """Chooses H of the round that begins."""
-        rates = self._rates()
-        trained = [
-            rate
-            for group, rate in zip(self.param_groups, rates, strict=True)
-            if any(p.requires_grad for p in group["params"])  # the rate of a frozen or empty group moves nothing
-        ]
         longest = self._planner.longest
-        period, lr, _, limited = self._planner.next_round(max(trained or rates), self._loss)
+        period, lr, _, limited = self._planner.next_round(self._trained_rate(), self._loss)
         # With a budget, the last round may well be cut short by it; the first one may not.
         if limited is not None and (period == limited or not self._round):
             self._warn(
@@ -371,6 +424,16 @@ class LocalOptimizer(ReplicaOptimizer):
                 f"round so far had {longest}: this one ends after {period}. If the learning rate is still warming up, tell the "
                 "rule (warmup=…, warmup_lr=…); max_period=… sets a limit of your own."
             )
+
+    def _trained_rate(self) -> float:
+        """The largest base learning rate of the groups that train."""
+        rates = self._rates()
+        trained = [
+            rate
+            for group, rate in zip(self.param_groups, rates, strict=True)
+            if any(p.requires_grad for p in group["params"])  # the rate of a frozen or empty group moves nothing
+        ]
+        return max(trained or rates)
 
     # -- statistics --------------------------------------------------------------------------------------------------
 
@@ -402,13 +465,34 @@ class LocalOptimizer(ReplicaOptimizer):
 
     # -- the end of a round --------------------------------------------------------------------------------------------
 
-    def _end_round(self) -> None:
-        """Averages the replicas, and waits for the average."""
-        self._begin_average()
-        averaged = self._round_average.finish()
+    def _end_round(self, at_once: bool) -> None:
+        """Averages the replicas.
+
+        Args:
+            at_once: whether to wait for the average where others are applied some steps later.
+        """
+        overlapped = None if at_once else self._overlapped
+        if overlapped and self._island_period > 1:
+            self._average_inside()  # so that the steps of this rank's island alone are carried over
+        self._begin_average(overlapped)
+        averaged = None if overlapped else self._round_average.finish()
         self._round += 1
         self._steps_in_round = 0
-        self._use_average(averaged)
+        if self._held_statistics is not None:
+            self._use_statistics(*self._held_statistics)
+            self._held_statistics = None
+        if averaged:
+            self._use_average(averaged)
+
+    def _finish_average(self) -> None:
+        """Waits for the average that is under way, and applies it."""
+        assert self._overlapped is not None
+        self._prepare_replica()
+        self._use_average(self._round_average.finish(), self._overlapped)
+
+    def _decays(self) -> dict[str, list[float]]:
+        """β of every averaged moment."""
+        return decays(self.optimizer, self._moment_periods, self._parameters)
 
     def _average_inside(self) -> None:
         """Averages the replicas of this rank's island."""
@@ -418,11 +502,15 @@ class LocalOptimizer(ReplicaOptimizer):
         self._islands.mean_weights_(self._flat_replica)
         self.seconds_inside += time.perf_counter() - start
 
-    def _begin_average(self) -> None:
-        """Begins the average of the round."""
+    def _begin_average(self, overlapped: OverlappedMean | None) -> None:
+        """Begins the average of the round: in the replica itself, or in a message with which the replica can go on."""
         self._prepare_replica()
-        message, facts = self._mean.message(), self._facts()
-        self._round_average.begin(self._round + 1, message, facts, self._loss_sum, self._loss_count, self._stop)
+        number = self._round + 1
+        message: FlatBuffer = overlapped.take(number) if overlapped else self._flat_replica
+        keep = overlapped.sent if overlapped else None
+        self._round_average.begin(number, message, self._facts(), self._loss_sum, self._loss_count, self._stop, keep)
+        if self._outer:
+            self._outer.end_round()
         self._loss_sum.zero_()
         self._loss_count = 0
 
@@ -437,22 +525,45 @@ class LocalOptimizer(ReplicaOptimizer):
             refuse_new_moments(self.optimizer, self._moment_periods)
         adopt_moments(self.optimizer, self._moment_periods, self._parameters, self._flat_replica)
 
-    def _use_average(self, averaged: Averaged) -> None:
+    def _use_average(self, averaged: Averaged, overlapped: OverlappedMean | None = None) -> None:
         """Applies the mean, and takes in what came with it.
+
+        Args:
+            averaged: the mean, in the replica itself or in the message of `overlapped`.
+            overlapped: the rule for a mean that was under way during further steps.
 
         Raises:
             NonFiniteError: on all ranks, when a replica or averaged buffers were not finite.
             ValueError: the period depends on the loss, and none was recorded.
         """
         if not averaged.lost:
-            self._mean.apply(averaged.mean, contributed=averaged.mine_is_finite)
+            if self._outer:
+                self._outer.step_(averaged.mean.parameters)
+            if overlapped:
+                self._sample.move_origin(averaged.mean.parameters)
+                overlapped.apply(
+                    self._decays(),
+                    round_number=averaged.round_number,
+                    steps=self._steps_in_round,
+                    contributed=averaged.mine_is_finite,
+                )
         self.seconds_averaging += averaged.seconds
+        self.seconds_hidden += averaged.hidden_seconds
+        self._statistics_due = True
         if averaged.divergence is not None:
             self._divergence = averaged.divergence
         if averaged.statistics is not None:
-            self._use_statistics(*averaged.statistics)
+            if self._steps_in_round:
+                self._held_statistics = (
+                    averaged.statistics
+                )  # a gain that changed within a round would change its progress
+            else:
+                self._use_statistics(*averaged.statistics)
         self._stop_requested = averaged.stop
         mine_is_bad = not averaged.mine_is_finite
+        if mine_is_bad and overlapped:
+            self._loss_sum.zero_()  # of the steps that are dropped
+            self._loss_count = 0
         own_moments = not averages_all_moments(self.optimizer, self._moment_periods, averaged.round_number)
         if self._momentum_policy == "reset" or averaged.lost or (mine_is_bad and own_moments):
             self.state.clear()
@@ -510,29 +621,50 @@ class LocalOptimizer(ReplicaOptimizer):
             "longest_period": self._planner.longest,
             "first_loss": self._planner.first_loss,
             "sample": self._sample.state(),
+            "statistics_due": self._statistics_due,
+            "held_statistics": self._held_statistics,
+            "pending": self._round_average.state(self._overlapped.sent) if self._overlapped else None,
+            **({"outer_paths": self._outer.paths(), "shared": self.shared_state()} if self._outer else {}),
             "round_statistics": self._flat_replica.with_statistics_scalars.clone() if self._statistics else None,
         }
 
     def shared_state(self) -> dict[str, Any]:
         """See `ReplicaOptimizer`."""
-        return self._mean.shared_state()
+        return self._outer.state() if self._outer else {}
 
     def load_shared_state(self, parts: Sequence[dict[str, Any]]) -> None:
         """See `ReplicaOptimizer`."""
-        self._mean.load_shared_state(parts)
+        if self._outer:
+            self._outer.load_state(parts)
+        elif any(parts):
+            raise ValueError(
+                "the state holds that of an outer optimizer, and this LocalOptimizer has none: give it the outer optimizer of "
+                "the run that saved it"
+            )
 
     def load_averaged_state_dict(self, state_dict: dict[str, Any], progress: float) -> None:
         """See `ReplicaOptimizer`."""
         super().load_averaged_state_dict(state_dict, progress)
-        if state_dict["hvdlocal"]["steps_in_round"]:
-            with torch.no_grad():
-                self._mean.apply(self._flat_replica, contributed=True)
+        if _in_a_round(state_dict["hvdlocal"]):
+            if self._outer:
+                self._outer.join_paths()
+                with torch.no_grad():
+                    self._outer.step_(self._flat_replica.parameters)
             if self._momentum_policy == "reset":
                 self.state.clear()
 
     def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:
         ended = own["steps_in_round"] > 0
-        return {"round": own["round"] + ended, "steps_in_round": 0, "sample": None, "round_statistics": None}
+        dropped = dict.fromkeys(("sample", "round_statistics", "held_statistics", "pending"))
+        return {"round": own["round"] + ended, "steps_in_round": 0, "statistics_due": True, **dropped}
+
+    def _check_own_state(self, own: dict[str, Any]) -> None:
+        super()._check_own_state(own)
+        if own.get("pending") and not self._overlapped:
+            raise ValueError(
+                "this state was saved while an average was under way, which needs overlap=… of the optimizer that saved it: give "
+                "the same, or save after synchronize()"
+            )
 
     def _load_own_state(self, own: dict[str, Any]) -> None:
         super()._load_own_state(own)
@@ -548,6 +680,20 @@ class LocalOptimizer(ReplicaOptimizer):
             self._sample.move_origin()
         else:
             self._sample.load_state(own["sample"])
+        # States from before there were outer optimizers and overlap lack these.
+        self._statistics_due = own.get("statistics_due", self._steps_in_round == 0)
+        self._held_statistics = own.get("held_statistics")
+        if self._overlapped:
+            self._round_average.load_state(own.get("pending"), self._overlapped.message, self._overlapped.sent)
+        if self._outer:
+            self._outer.load_paths(own.get("outer_paths", (0.0, 0.0)))
+        if own.get("shared"):
+            self.load_shared_state([own["shared"]])
         statistics = own["round_statistics"]
         if statistics is not None and statistics.shape == self._flat_replica.with_statistics_scalars.shape:
             self._flat_replica.with_statistics_scalars.copy_(statistics)
+
+
+def _in_a_round(own: Mapping[str, Any]) -> bool:
+    """Whether a state is that of the middle of a round, or of an average under way: different on every rank."""
+    return own["steps_in_round"] > 0 or own.get("pending") is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -126,3 +126,55 @@ def adopt_moments(
             elif moment.data_ptr() != view.data_ptr():
                 view.copy_(moment)
                 optimizer.state[parameter][name] = view
+
+
+def decays(
+    optimizer: torch.optim.Optimizer, names: Iterable[str], parameters: Sequence[torch.nn.Parameter]
+) -> dict[str, list[float]]:
+    """The share β of a moment that is left after one step: for each of `names` a list with one β for each parameter.
+
+    Args:
+        optimizer: SGD, Muon, Adam or AdamW.
+        names: of moments that are moving averages.
+        parameters: in any order.
+
+    Raises:
+        ValueError: a moment is none.
+    """
+    if "max_exp_avg_sq" in names:
+        raise ValueError(
+            "the largest second moments of amsgrad are no moving averages, so that an average of them that comes later cannot be "
+            "carried over: use amsgrad=False, momentum='local', or mixing=…"
+        )
+    group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+    def decay(name: str, group: Mapping[str, Any]) -> float:
+        if name == "momentum_buffer":
+            return float(group["momentum"])
+        return float(group["betas"][0 if name == "exp_avg" else 1])
+
+    return {name: [decay(name, group_of[id(p)]) for p in parameters] for name in names}
+
+
+def carry_moments(
+    now: list[torch.Tensor],
+    mean: list[torch.Tensor],
+    sent: list[torch.Tensor],
+    left: Sequence[float],
+    *,
+    positive: bool,
+) -> None:
+    """Replaces what is left of the moments that were sent by as much of their mean: now + left · (mean − sent).
+
+    Args:
+        now: the moment of each parameter, which becomes the result.
+        mean: of all replicas' moments; overwritten.
+        sent: this replica's part of that mean.
+        left: β^steps of each parameter.
+        positive: whether the moments are never negative; rounding must not make them so.
+    """
+    torch._foreach_sub_(mean, sent)
+    torch._foreach_mul_(mean, list(left))
+    torch._foreach_add_(now, mean)
+    if positive:
+        torch._foreach_clamp_min_(now, 0.0)

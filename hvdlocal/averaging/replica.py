@@ -309,14 +309,15 @@ class ReplicaOptimizer(WrappedOptimizer):
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
         elsewhere = own["rank"] != self.communicator.rank or own["num_workers"] != self.communicator.size
-        if elsewhere and (own["accumulated"] or own.get("steps_in_round")):
+        in_a_round = own.get("steps_in_round") or own.get("pending")
+        if elsewhere and (own["accumulated"] or in_a_round):
             raise ValueError(
                 f"this state was saved in the middle of a round by rank {own['rank']} of {own['num_workers']} and cannot be "
                 f"continued by rank {self.communicator.rank} of {self.communicator.size}: load each rank's own, or save after "
                 "synchronize()"
             )
         worker = own.get("worker", [own["rank"]])  # older states lack it
-        if worker != self._ranks_of_worker and own.get("steps_in_round"):
+        if worker != self._ranks_of_worker and in_a_round:
             raise ValueError(
                 f"this state was saved in the middle of a round in which the ranks {worker} were one worker, and cannot be "
                 f"continued where the ranks {self._ranks_of_worker} are one: start with the same islands, or save after "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer, Scalar
 from hvdlocal.averaging.islands import Islands
 from hvdlocal.averaging.nonfinite import CheckedScale
 from hvdlocal.averaging.round_statistics import summed_statistics
-from hvdlocal.communicator import Communicator
+from hvdlocal.communicator import Communicator, StartedSum
 
 AVERAGE = "hvdlocal.average"
 """The name of the averaging's collective."""
@@ -37,6 +37,8 @@ class Averaged:
         statistics: Σ ‖g‖², the number of finite gradients, and ‖Σ g‖², of the round's first gradients; None if not sent.
         stop: whether a rank asks all to stop.
         seconds: that this rank spent on beginning the collective and on waiting for it.
+        hidden_seconds: during which the collective was under way and this rank did something else, to within the time between
+            two calls of `RoundAverage.look`.
     """
 
     round_number: int
@@ -51,6 +53,7 @@ class Averaged:
     statistics: tuple[float, float, float] | None
     stop: bool
     seconds: float
+    hidden_seconds: float
 
 
 @dataclass
@@ -60,18 +63,21 @@ class _Pending:
     Attributes:
         round_number: of the round that ends with it.
         message: what is summed.
-        wait: returns when the sum is there.
         nonfinite: whether a replica of this worker's ranks is not finite: 0 or 1, on the device and of shape ().
         finite_buffers: which elements of its averaged buffers are finite, a mask.
+        sum: the collective; None before it is begun.
         seconds: that it took to begin.
+        begun, complete: when the collective was begun, and when it was found complete; None while it was not.
     """
 
     round_number: int
     message: FlatBuffer
-    wait: Callable[[], None]
     nonfinite: torch.Tensor
     finite_buffers: torch.Tensor
-    seconds: float
+    sum: StartedSum | None = None
+    seconds: float = 0.0
+    begun: float = 0.0
+    complete: float | None = None
 
 
 class RoundAverage:
@@ -116,6 +122,7 @@ class RoundAverage:
         loss_sum: torch.Tensor,
         loss_count: int,
         stop: bool,
+        keep: FlatBuffer | None = None,
     ) -> None:
         """Begins the average and does not wait for the other ranks. Until `finish`, `message` must be left alone.
 
@@ -126,18 +133,65 @@ class RoundAverage:
             loss_sum: sum of the losses that this rank recorded, of shape ().
             loss_count: their number.
             stop: whether this rank asks all to stop.
+            keep: receives what this rank sends; a buffer as long as the message's. None where nothing comes between `begin` and
+                `finish`.
         """
         assert self._pending is None
         sent = message.sent(round_number)
         nonfinite, finite_buffers = self._write_scalars(message, sent, loss_sum, loss_count, stop)
         self._write_digest(message, facts)
-        start = time.perf_counter()
-        if self._islands:
-            nonfinite = self._islands.merge(message, round_number)
-            wait = self._islands.start_sum_(sent, AVERAGE)
-        else:
-            wait = self.communicator.start_sum_(sent, AVERAGE)
-        self._pending = _Pending(round_number, message, wait, nonfinite, finite_buffers, time.perf_counter() - start)
+        if keep is not None:
+            keep.sent(round_number).copy_(sent)
+        self._pending = _Pending(round_number, message, nonfinite, finite_buffers)
+        self._start(self._pending)
+        if keep is None:
+            self._pending.complete = self._pending.begun  # what is waited for at once is not hidden
+
+    def _start(self, pending: _Pending) -> StartedSum:
+        """Begins the collective, unless that was done."""
+        if pending.sum is None:
+            start, sent = time.perf_counter(), pending.message.sent(pending.round_number)
+            if self._islands:
+                pending.nonfinite = self._islands.merge(pending.message, pending.round_number)
+                pending.sum = self._islands.start_sum_(sent, AVERAGE)
+            else:
+                pending.sum = self.communicator.start_sum_(sent, AVERAGE)
+            pending.begun = time.perf_counter()
+            pending.seconds = pending.begun - start
+        return pending.sum
+
+    def look(self) -> None:
+        """Notes whether the average that is under way is complete, so that the time it has taken is known."""
+        if self._pending and self._pending.complete is None and self._start(self._pending).done():
+            self._pending.complete = time.perf_counter()
+
+    def state(self, keep: FlatBuffer) -> dict[str, Any] | None:
+        """What is needed to repeat the average that is under way; None if there is none.
+
+        Args:
+            keep: as it was given to `begin`.
+        """
+        if self._pending is None:
+            return None
+        number = self._pending.round_number
+        finite = self._pending.finite_buffers
+        return {"round": number, "sent": keep.sent(number).clone(), "finite_buffers": finite.clone()}
+
+    def load_state(self, state: Mapping[str, Any] | None, message: FlatBuffer, keep: FlatBuffer) -> None:
+        """Makes the average of a `state` the one that is under way. Its collective begins with the next `look` or `finish`.
+
+        Args:
+            state: None if there was none.
+            message, keep: as for `begin`.
+        """
+        self._pending = None
+        if state is None:
+            return
+        number = state["round"]
+        for place in (message, keep):
+            place.sent(number).copy_(state["sent"])
+        nonfinite = message.scalars[Scalar.NONFINITE].clone()
+        self._pending = _Pending(number, message, nonfinite, state["finite_buffers"].to(nonfinite.device))
 
     def finish(self) -> Averaged:
         """Waits for the sum, and divides it by the number of replicas in it.
@@ -149,8 +203,11 @@ class RoundAverage:
         assert self._pending is not None
         pending, self._pending = self._pending, None
         start = time.perf_counter()
-        pending.wait()
-        seconds = pending.seconds + time.perf_counter() - start if self.communicator.size > 1 else 0.0
+        self._start(pending).wait()
+        seconds, hidden = 0.0, 0.0
+        if self.communicator.size > 1:
+            seconds = pending.seconds + time.perf_counter() - start
+            hidden = max((pending.complete or start) - pending.begun, 0.0)
         message, ranks = pending.message, self.communicator.size
         per_worker = self._ranks_per_worker
         on_device = message.scalars
@@ -185,6 +242,7 @@ class RoundAverage:
             statistics=(statistics[0], statistics[1], statistics[2]) if statistics else None,
             stop=scalars[Scalar.STOP] > 0.5,
             seconds=seconds,
+            hidden_seconds=hidden,
         )
 
     def compare(self, message: FlatBuffer, facts: Mapping[Fact, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -12,9 +11,9 @@ from typing import Any
 import torch
 
 from hvdlocal.averaging.buffers import Buffers, check_policies, describe_layout, memory_of, policy_by_name
-from hvdlocal.averaging.gain import Scaling
+from hvdlocal.averaging.gain import LocalAdaScale, Scaling
 from hvdlocal.averaging.guards import check_rate, renormalised_weights
-from hvdlocal.averaging.wrapper import WrappedOptimizer
+from hvdlocal.averaging.wrapper import WrappedOptimizer, refuse_closure
 from hvdlocal.communicator import Communicator, require_agreement
 
 
@@ -36,11 +35,7 @@ def check_arguments(
         )
     for i, group in enumerate(optimizer.param_groups):
         check_rate(i, group.get("lr"))
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"{type(optimizer).__name__} evaluates the loss several times per step, which is not supported"
-        )
+    refuse_closure(optimizer)
     if not isinstance(scaling, Scaling):
         raise ValueError(f"scaling={scaling!r}: give a rule such as hvdlocal.LocalAdaScale() or NoScaling()")
     if not (isinstance(accumulate, Integral) and accumulate >= 1):
@@ -59,6 +54,20 @@ def check_island_period(island_period: int, scaling: Scaling) -> None:
         raise ValueError(
             f"island_period={island_period} with {type(scaling).__name__}: no gain is derived for parameters that are averaged "
             "inside of an island; use island_period=1, NoScaling() or LinearScaling()"
+        )
+
+
+def check_overlap(overlap: int, mixing: float | None, scaling: Scaling) -> None:
+    if not (isinstance(overlap, Integral) and overlap >= 0):
+        raise ValueError(f"overlap={overlap!r}: give a whole number of steps, 0 for none")
+    if mixing is not None and not overlap:
+        raise ValueError(f"mixing={mixing!r} without overlap: give overlap=…, the steps before the mean is mixed in")
+    if mixing is not None and not (isinstance(mixing, Real) and 0 <= mixing < 1):
+        raise ValueError(f"mixing={mixing!r}: give 0 ≤ mixing < 1, the share of the replica that is kept, or None")
+    if overlap and isinstance(scaling, LocalAdaScale) and not scaling.stale:
+        raise ValueError(
+            f"overlap={overlap} with LocalAdaScale(stale=False): its statistics would be sent at the first step of a round and "
+            "wait for the average that is under way; use stale=True, or overlap=0"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -245,6 +246,19 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def _named_rates(self) -> dict[str, float]:
         return {f"learning rate of group {i}": rounded(rate) for i, rate in enumerate(self._rates())}
+
+
+def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Refuses an optimizer that evaluates the loss by itself.
+
+    Raises:
+        ValueError: it is such an optimizer.
+    """
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} evaluates the loss several times per step, which is not supported"
+        )
 
 
 def _untouched(now: Any, applied: Any) -> bool:

@@ -3,7 +3,7 @@ from .agreement import (
     require_agreement as require_agreement,
     succeed_together as succeed_together,
 )
-from .base import Communicator as Communicator
+from .base import Communicator as Communicator, StartedSum as StartedSum
 from .errors import (
     CollectiveTimeoutError as CollectiveTimeoutError,
     CommunicationError as CommunicationError,

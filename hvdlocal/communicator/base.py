@@ -38,6 +38,23 @@ class Pending(Protocol):
         """The result; raises what the backend raises when the collective failed."""
 
 
+@dataclass(frozen=True)
+class StartedSum:
+    """A sum that was begun; a call of it waits until the sum is there.
+
+    Attributes:
+        wait: waits, and raises what has made the collective fail.
+        done: returns whether the collective has ended.
+    """
+
+    wait: Callable[[], None]
+    done: Callable[[], bool]
+
+    def __call__(self) -> None:
+        """Waits until the sum is there."""
+        self.wait()
+
+
 @dataclass
 class Traffic:
     """What this rank has handed to the collectives of a communicator since the start; that of a group is counted apart."""
@@ -103,7 +120,7 @@ class Communicator(ABC):
         """
         self.start_sum_(tensor, name)()
 
-    def start_sum_(self, tensor: torch.Tensor, name: str) -> Callable[[], None]:
+    def start_sum_(self, tensor: torch.Tensor, name: str) -> StartedSum:
         """Begins a `sum_` and does not wait for the other ranks.
 
         Returns:
@@ -113,7 +130,7 @@ class Communicator(ABC):
             raise ValueError(f"collective {name!r}: the tensor must be contiguous to be summed in place")
         self._count(tensor)
         if self.size == 1:
-            return lambda: None
+            return StartedSum(lambda: None, lambda: True)
         pieces = _pieces(tensor.detach().view(-1), name)
         with self._explained(name):
             pending = [(self._start_sum(piece, piece_name), piece_name) for piece, piece_name in pieces]
@@ -123,7 +140,7 @@ class Communicator(ABC):
                 for one, piece_name in pending:
                     self._wait(one, piece_name)
 
-        return finish
+        return StartedSum(finish, lambda: all(one.done() for one, _ in pending))
 
     def broadcast_(self, tensor: torch.Tensor, name: str, root: int = 0) -> None:
         """Replaces `tensor`, of any shape, layout and dtype, on every rank by that of rank `root`, in place."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hvdlocal.averaging.islands import Islands
-from hvdlocal.communicator import SingleProcess
+from hvdlocal.communicator import SingleProcess, StartedSum
 from hvdlocal.communicator.islands import form_islands
 from hvdlocal.models import build_model
 from hvdlocal.plan.forecast import Checkpoints, Forecast
@@ -54,7 +54,7 @@ def sum_slices(islands, sent, name, start=Islands.start_sum_):
         wait()
         sent[sent.numel() // islands.inside.size :] *= islands.across.size
 
-    return finish
+    return StartedSum(finish, wait.done)
 
 
 def run(config, workers, monkeypatch, ratio=RATIO):
