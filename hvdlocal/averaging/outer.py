@@ -273,6 +273,8 @@ def _built(build: Outer, phi: torch.nn.Parameter) -> torch.optim.Optimizer:
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two flat tensors differ by more than the rounding errors of a change that was undone."""
+    if torch.equal(one, other):  # as nearly always; on a CPU `allclose` takes 25 times as long
+        return False
     return not all(
         torch.allclose(a, b, rtol=1e-6, atol=1e-9, equal_nan=True)
         for a, b in zip(one.split(_PIECE), other.split(_PIECE), strict=True)
