@@ -307,6 +307,14 @@ class LocalOptimizer(ReplicaOptimizer):
         return not (self.round_under_way or self._round_average.pending)
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether no average is under way behind steps, for which a collective that is waited for now would wait, too.
+
+        Where rounds are no longer than the overlap, so that there is always one, it is true at their ends.
+        """
+        return not self._round_average.pending or (not self.round_under_way and self.period <= self._overlap)
+
+    @property
     def divergence(self) -> float | None:
         """(1/K) Σ_k ‖w_k − w̄‖² just before the last averaging (Eq. 22); None before the first.
 

@@ -151,6 +151,11 @@ class ReplicaOptimizer(WrappedOptimizer):
         raise NotImplementedError
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether no average is under way behind steps, for which a collective that is waited for now would wait, too."""
+        return True
+
+    @property
     def finished(self) -> bool:
         """Whether the budget is used up; never without a budget."""
         return self._progress.ended()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
 from hvdlocal.averaging.buckets import BUCKET_BYTES
+from hvdlocal.averaging.outer import OuterRule, default_slowmo_momentum, nesterov, slowmo
 from hvdlocal.communicator import Communicator
 from hvdlocal.import_path import call, is_import_path
-from hvdlocal.training.config import OptimizerConfig, TrainConfig
+from hvdlocal.training.config import MethodConfig, OptimizerConfig, TrainConfig
 from hvdlocal.training.rules import build_period, build_scaling, micro_batches_per_step
 from hvdlocal.training.run_length import RunLength
 
@@ -84,6 +86,9 @@ def build_optimizer(
             max_norm=config.optimizer.max_norm,
             rate_for_period=method.period.rate,
             island_period=method.island_period,
+            outer=build_outer(method, communicator.num_islands),
+            overlap=method.overlap,
+            mixing=method.mixing,
             communicator=communicator,
         )
     return SynchronousOptimizer(
@@ -97,6 +102,21 @@ def build_optimizer(
         bucket_bytes=bucket_bytes,
         communicator=communicator,
     )
+
+
+def build_outer(method: MethodConfig, num_workers: int) -> OuterRule | None:
+    """Returns the outer optimizer of a local preset, with its defaults filled in; None for plain averaging.
+
+    Args:
+        method: names it.
+        num_workers: K, on which the default momentum of slowmo depends.
+    """
+    config, name = method.outer, method.outer_optimizer
+    if name == "none":
+        return None
+    default = nesterov() if name == "nesterov" else slowmo(default_slowmo_momentum(num_workers))
+    given = {key: value for key, value in vars(config).items() if key != "name" and value is not None}
+    return replace(default, **given)
 
 
 def is_local(optimizer: LocalOptimizer | SynchronousOptimizer) -> TypeGuard[LocalOptimizer]:

@@ -192,6 +192,7 @@ class Checkpoints:
                 self._totals,
                 self._of_rank,
                 self._of_all_ranks,
+                is_quiet=lambda: self._optimizer.is_quiet,
             )
             held.callback(coordinator.writer.close)
             resumed = output.resume(communicator, coordinator.writer, self._mismatch)
@@ -263,7 +264,7 @@ class Checkpoints:
         """
         if self._coordinator is None:
             raise ValueError("finish() before resume(): call resume() once, before the first step")
-        if self._optimizer.round_under_way and self._communicator.rank == 0:
+        if not self._optimizer.in_sync and self._communicator.rank == 0:
             warn("finish() inside a round: the model is no average. Call optimizer.synchronize() before saving it.")
         self._coordinator.finish()
         succeed_together(self._communicator, self._mark, "hvdlocal.finish")

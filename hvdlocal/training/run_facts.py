@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvdlocal.communicator.launched import launched_rank
+from hvdlocal.training.config import MethodConfig
+from hvdlocal.training.optimizers import build_outer
 from hvdlocal.training.rules import describe_method
 from hvdlocal.training.session import Session
 from hvdlocal.version import __version__
+
+if TYPE_CHECKING:
+    from hvdlocal.averaging.outer import OuterRule
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class RunFacts:
         ranks, hosts: their numbers.
         island_size: n, the ranks that are one worker.
         num_workers: K, the workers that are averaged: islands, or ranks where an island is one rank.
+        averages: what becomes of an average, in words; None where every replica becomes it at once, and keeps its moments.
         version: of hvdlocal.
         output: directory of the run.
     """
@@ -69,6 +75,7 @@ class RunFacts:
     hosts: int
     island_size: int
     num_workers: int
+    averages: str | None
     version: str
     output: str
 
@@ -82,6 +89,7 @@ class RunFacts:
             f"  data       {self.data}: {samples}",
             f"  storage    {self.storage}",
             f"  method     {self.method}; {self.optimizer}, γ = {self.learning_rate:g}, {self.schedule}",
+            *([f"  averages   {self.averages}"] if self.averages else []),
             f"  ranks      {self._placement()}",
             f"  computing  {self.device}, {self.precision}, {_counted(self.threads, 'CPU thread')} per rank",
             f"  length     {_counted(self.epochs, 'epoch')}, {_counted(self.steps_at_gain_1, 'step')} at gain 1; batches of "
@@ -117,6 +125,7 @@ def run_facts(session: Session, environment: Mapping[str, Any], output: str) -> 
     takes_period = method.accumulates or (
         method.is_local and method.period.rule in ("constant", "post-local", "adacomm")
     )
+    num_workers = environment["ranks"] // environment["island_size"]
     assert session.test_data is not None
     return RunFacts(
         task=config.task,
@@ -146,10 +155,39 @@ def run_facts(session: Session, environment: Mapping[str, Any], output: str) -> 
         ranks=environment["ranks"],
         hosts=len(set(environment["hosts"])),
         island_size=environment["island_size"],
-        num_workers=environment["ranks"] // environment["island_size"],
+        num_workers=num_workers,
+        averages=describe_averages(method, build_outer(method, num_workers)) if method.is_local else None,
         version=__version__,
         output=output,
     )
+
+
+def describe_averages(method: MethodConfig, outer: OuterRule | None) -> str | None:
+    """Returns what becomes of an average in words; None where every replica becomes it at once, and keeps its moments.
+
+    Args:
+        method: of a local preset.
+        outer: its outer optimizer.
+    """
+    words = []
+    if outer is not None:
+        divided = ", normalised by the round's rates" if outer.normalize else ""
+        words.append(
+            f"the outer optimizer {outer.name} (lr {outer.lr:g}, momentum {outer.momentum:g}{divided}) steps on each"
+        )
+    if method.overlap:
+        how = "carried over" if method.mixing is None else f"mixed in with {method.mixing:g}"
+        words.append(f"applied {_counted(method.overlap, 'step')} later, steps {how}")
+    if method.momentum in ("average", "reset"):
+        words.append({"average": "moments averaged", "reset": "moments set to 0"}[method.momentum])
+    if method.moment_periods:
+        periods = [f"{name} {_every(period)}" for name, period in method.moment_periods.items()]
+        words.append(f"moments: {', '.join(periods)}")
+    return "; ".join(words) or None
+
+
+def _every(period: int) -> str:
+    return "in every round" if period == 1 else f"in 1 of {period} rounds"
 
 
 def _counted(number: float, noun: str) -> str:

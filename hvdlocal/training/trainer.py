@@ -117,6 +117,7 @@ class Trainer:
                 self.state.of_rank,
                 self._manifest_contents,
                 lambda step: self.events.checkpoint(checkpoint_directory(self.output.path / CHECKPOINTS, step)),
+                lambda: self.optimizer.is_quiet,
             )
             # Before the directory is closed: the thread may still be writing there.
             held.callback(self.coordinator.writer.close)
@@ -279,16 +280,16 @@ class Trainer:
         self.step.update()
 
     def _after_round(self, console: Console) -> None:
-        """Records a round and evaluates if that is due."""
+        """Records a round, evaluates if that is due, and keeps the model if it is the average: not one that is under way."""
         optimizer, position = self.optimizer, self.state.position
-        if self.last_good is not None and optimizer.in_sync:
-            self.last_good.offer()
         if is_local(optimizer):
             self.recorder.round(position.steps)
         if optimizer.progress >= position.next_evaluation and not optimizer.finished:
             gap = self.config.evaluate_every_epochs * self.session.length.epoch
             position.next_evaluation = (optimizer.progress // gap + 1) * gap
             self._evaluate(console)
+        if self.last_good is not None and optimizer.in_sync:
+            self.last_good.offer()
 
     def _evaluate(self, console: Console) -> Evaluation:
         """Evaluates the average and keeps it if it is the best; a collective."""

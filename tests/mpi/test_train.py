@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
     reason="the numbers of steps below are those of two ranks; tests/launch trains over mpi4py",
 )
 
-PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
+PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale", "diloco", "slowmo"]
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,8 @@ class CheckpointCoordinator:
         state: returns this rank's state, which is copied.
         contents: returns the manifest's contents beside the files; called on rank 0 only.
         written: is called with the step of each checkpoint that is complete on disk.
+        is_quiet: returns whether collectives may be waited for after this step, the same on all ranks; all that is not due at an
+            exact step is put off to where they may.
 
     Attributes:
         status: exchanges requests to stop between the ranks.
@@ -47,6 +49,7 @@ class CheckpointCoordinator:
         state: Callable[[], dict[str, Any]],
         contents: Callable[[], dict[str, Any]],
         written: Callable[[int], object] = lambda step: None,
+        is_quiet: Callable[[], bool] = lambda: True,
     ) -> None:
         self._communicator = communicator
         self._every_steps = config.every_steps
@@ -56,6 +59,7 @@ class CheckpointCoordinator:
         self._state = state
         self._contents = contents
         self._written = written
+        self._is_quiet = is_quiet
         self._unreported: int | None = None
         self.stop_reason: str | None = None
         self.status = StatusExchange(communicator)
@@ -85,7 +89,7 @@ class CheckpointCoordinator:
             if self.writer.open_step is not None:
                 self._finish()
             self._begin(steps)
-        if not self.status.is_at(steps):
+        if not (self.status.is_at(steps) and self._is_quiet()):
             return
         if self._communicator.rank == 0:
             self._output.check()

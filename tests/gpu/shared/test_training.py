@@ -24,7 +24,7 @@ from hvdlocal.training.config import (
 )
 from hvdlocal.training.step import TrainingStep
 
-PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale"]
+PRESETS = ["sync", "local", "acc-lin", "acc-ada", "local-lin", "local-ada", "local-ada-nostale", "diloco", "slowmo"]
 
 
 def configuration(place, output, device, method, **settings):

@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from hvdlocal.training.config import MethodConfig, OuterConfig, PeriodConfig
+from hvdlocal.training.optimizers import build_outer
 from hvdlocal.training.rules import describe_method
-from hvdlocal.training.run_facts import RunFacts
+from hvdlocal.training.run_facts import RunFacts, describe_averages
 
 
 def facts(**changes):
@@ -39,6 +40,7 @@ def facts(**changes):
         "hosts": 4,
         "island_size": 1,
         "num_workers": 16,
+        "averages": None,
         "version": "0.1.0",
         "output": "runs/digits",
     }
@@ -117,6 +119,42 @@ def test_what_becomes_of_the_mean_in_words():
     assert describe_method(replace(method, preset="sync")) == "sync"
     without = MethodConfig("local", outer=OuterConfig("none", lr=0.5))
     assert describe_method(without) == "local constant H=8"
+
+
+@pytest.mark.parametrize(
+    ("method", "workers", "words"),
+    [
+        (MethodConfig("local"), 16, None),
+        (MethodConfig("local", outer=OuterConfig("none", momentum=0.5)), 16, None),
+        (MethodConfig("diloco"), 2, "the outer optimizer nesterov (lr 0.7, momentum 0.9) steps on each"),
+        (
+            MethodConfig("slowmo", outer=OuterConfig(lr=0.5), overlap=1),
+            8,
+            "the outer optimizer slowmo (lr 0.5, momentum 0.5, normalised by the round's rates) steps on each; applied 1 step "
+            "later, steps carried over",
+        ),
+        (
+            MethodConfig("local", overlap=3, mixing=0.5, momentum={"exp_avg": 1, "exp_avg_sq": 6}),
+            8,
+            "applied 3 steps later, steps mixed in with 0.5; moments: exp_avg in every round, exp_avg_sq in 1 of 6 rounds",
+        ),
+        (MethodConfig("local", momentum="reset"), 8, "moments set to 0"),
+    ],
+)
+def test_what_becomes_of_an_average(method, workers, words):
+    found = describe_averages(method, build_outer(method, workers))
+    assert found == words
+    lines = facts(averages=found).header()
+    assert (f"  averages   {words}" in lines) is (words is not None)
+
+
+@pytest.mark.parametrize(
+    ("workers", "momentum"), [(1, 0.0), (3, 0.0), (4, 0.2), (8, 0.5), (15, 0.5), (16, 0.6), (99, 0.6)]
+)
+def test_slowmo_suits_the_number_of_workers(workers, momentum):
+    assert build_outer(MethodConfig("slowmo"), workers).momentum == momentum
+    given = MethodConfig("local", outer=OuterConfig("slowmo", momentum=0.3))
+    assert build_outer(given, workers).momentum == 0.3
 
 
 def test_islands_in_words():
