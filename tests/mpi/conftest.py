@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 from default_dtype import _another_default_dtype  # noqa: F401
+from support.islands import with_islands
 from support.ranks import *  # noqa: F403
+from support.ranks import SIZE
 
 import hvdlocal
 
@@ -22,6 +24,18 @@ def pytest_configure(config):
 def pytest_report_header(config):
     comm = hvdlocal.init()
     return f"hvdlocal: backend {comm.backend}, {comm.size} ranks"
+
+
+@pytest.fixture(params=[n for n in (2, 3, 4) if SIZE % n == 0], ids=lambda n: f"{SIZE // n}x{n}")
+def islands(request, comm):
+    """The communicator with islands of so many ranks."""
+    return with_islands(comm, request.param)
+
+
+@pytest.fixture(params=[n for n in (1, 2, 3, 4) if SIZE % n == 0 and SIZE > 1], ids=lambda n: f"{SIZE // n}x{n}")
+def layout(request, comm):
+    """The communicator with islands of so many ranks, one included."""
+    return with_islands(comm, request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -6,36 +6,12 @@ import warnings
 
 import pytest
 import torch
-from support.islands import island_of, with_islands
+from support.islands import island_of, means, odd, with_islands
 from support.models import Slope, backward, everywhere_equal, flat, flat_gradient, local, mean, sgd, small_network, step
-from support.ranks import SIZE
 
 import hvdlocal
 from hvdlocal import SynchronousOptimizer
 from hvdlocal.averaging.rounds import plan_rounds
-
-
-@pytest.fixture(params=[n for n in (2, 3, 4) if SIZE % n == 0], ids=lambda n: f"{SIZE // n}x{n}")
-def islands(request, comm):
-    """The communicator with islands of so many ranks."""
-    return with_islands(comm, request.param)
-
-
-@pytest.fixture(params=[n for n in (1, 2, 3, 4) if SIZE % n == 0 and SIZE > 1], ids=lambda n: f"{SIZE // n}x{n}")
-def layout(request, comm):
-    """The communicator with islands of so many ranks, one included."""
-    return with_islands(comm, request.param)
-
-
-def odd(comm) -> list[float]:
-    """A different c on every rank: 1, 3, 5, 7 …"""
-    return [2.0 * rank + 1 for rank in range(comm.size)]
-
-
-def means(comm) -> list[float]:
-    """The mean of `odd` in every island: 2, 6 … in islands of two."""
-    n = comm.island_size
-    return [mean(odd(comm)[first : first + n]) for first in range(0, comm.size, n)]
 
 
 def train(optimizer, model, steps, first=0):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from functools import cache
 
+from support.models import mean
+
 from hvdlocal.communicator import Communicator
 
 
@@ -25,3 +27,14 @@ def with_islands(comm: Communicator, size: int) -> Communicator:
 def island_of(comm: Communicator) -> int:
     """The number of this rank's island."""
     return comm.rank // comm.island_size
+
+
+def odd(comm) -> list[float]:
+    """A different c on every rank: 1, 3, 5, 7 …"""
+    return [2.0 * rank + 1 for rank in range(comm.size)]
+
+
+def means(comm) -> list[float]:
+    """The mean of `odd` in every island: 2, 6 … in islands of two."""
+    n = comm.island_size
+    return [mean(odd(comm)[first : first + n]) for first in range(0, comm.size, n)]
