@@ -151,6 +151,11 @@ class FlatBuffer:
         """How many of the moments are due in a round: so many at the beginning of `moments`."""
         return sum(round_number % period == 0 for period in self._moment_periods)
 
+    @property
+    def periods(self) -> list[int]:
+        """1 and the periods of the moments, ascending."""
+        return list(self._ends)
+
     def zeros_like(self) -> FlatBuffer:
         """Another buffer of the same layout."""
         return FlatBuffer(

@@ -80,14 +80,21 @@ class Forecast:
         if self.payload is None:
             return None
         exchanges = sum(phase.rounds * self.plan.island_exchanges(phase.period) for phase in self.plan.phases)
-        return exchanges * self.payload.island_step + self.plan.rounds * self.payload.island_round
+        return exchanges * self.payload.island_step + self.payload.at_round_ends(self.plan.rounds)
 
     @property
     def bytes(self) -> int | None:
         """Bytes that one rank sends in training between the workers, without evaluations."""
         if self.payload is None:
             return None
-        return self.plan.rounds * self.payload.round if self.plan.ranks > 1 else 0
+        return self.payload.between(self.plan.rounds) if self.plan.ranks > 1 else 0
+
+    @property
+    def bytes_per_round(self) -> float | None:
+        """Mean bytes of a round, or of a step of the synchronous presets; None if they were not asked for."""
+        if self.payload is None:
+            return None
+        return self.payload.between(self.plan.rounds) / self.plan.rounds if self.payload.later else self.payload.round
 
     @property
     def data_parallel_bytes(self) -> int | None:
@@ -130,7 +137,7 @@ class Forecast:
             "collectives": plan.collectives,
             "collective_share": plan.collective_share,
             "parameters": self.payload and self.payload.parameters,
-            "bytes_per_round": self.payload and self.payload.round,
+            "bytes_per_round": self.bytes_per_round,
             "bytes": self.bytes,
             "island_bytes": self.island_bytes,
             "data_parallel_bytes": self.data_parallel_bytes,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import torch
 
@@ -22,6 +23,20 @@ from hvdlocal.training.rules import build_scaling
 from hvdlocal.training.tasks import DataDescription, ImageClassification, build_task
 
 
+class LaterMoments(NamedTuple):
+    """Bytes by which a round is larger when moments that are not averaged in every round are due.
+
+    Attributes:
+        period: of these moments, in rounds.
+        round: bytes between the workers.
+        island_round: bytes inside an island.
+    """
+
+    period: int
+    round: int
+    island_round: int
+
+
 @dataclass(frozen=True)
 class Payload:
     """Bytes of one rank.
@@ -29,9 +44,11 @@ class Payload:
     Attributes:
         parameters: number of trainable parameters of the model.
         gradient: bytes of one averaging of the gradient, as in data parallelism.
-        round: bytes of all collectives of one round between the workers; for the synchronous presets, of one step.
+        round: bytes of all collectives of one round between the workers, without later moments; for the synchronous presets, of
+            one step.
         island_step: bytes inside an island of one step, or of one average inside; 0 without islands.
-        island_round: bytes inside an island at the end of a round.
+        island_round: bytes inside an island at the end of a round, without later moments.
+        later: moments with a period above 1, one entry for each period.
     """
 
     parameters: int
@@ -39,6 +56,17 @@ class Payload:
     round: int
     island_step: int = 0
     island_round: int = 0
+    later: tuple[LaterMoments, ...] = ()
+
+    def between(self, rounds: int) -> int:
+        """Bytes between the workers in the first rounds of a run."""
+        return rounds * self.round + sum(rounds // moments.period * moments.round for moments in self.later)
+
+    def at_round_ends(self, rounds: int) -> int:
+        """Bytes inside an island at the ends of the first rounds of a run."""
+        return rounds * self.island_round + sum(
+            rounds // moments.period * moments.island_round for moments in self.later
+        )
 
 
 def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: int = 1, islands: int = 2) -> Payload:
@@ -68,15 +96,30 @@ def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: 
     # The statistics travel with the average or, when they are not stale, before it.
     before = 0 if buffer.with_statistics else buffer.with_statistics_scalars.numel()
     sent = buffer.sent(1).numel()
-    slice_ = sent // island_size if islands > 1 else 0  # of the average, each rank of an island sends a slice
-    between = 4 * (slice_ + before)
+    diverge = island_size > 1 and method.island_period > 1
+
+    def across(elements: int) -> int:
+        """Bytes of a part of the average: each rank of an island sends a slice."""
+        return 4 * (elements // island_size) if islands > 1 else 0
+
+    def inside(elements: int) -> int:
+        """Bytes of the same part: the island gathers its slices, after it has averaged what differs between its ranks."""
+        return 4 * elements * ((islands > 1) + diverge) if island_size > 1 else 0
+
+    later = tuple(LaterMoments(period, across(more), inside(more)) for period, more in _later_moments(buffer))
+    between = across(sent) + 4 * before
     if island_size == 1:
-        return Payload(numel, 4 * numel, between)
-    gathered = sent if islands > 1 else 0
-    if method.island_period > 1:
-        return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), 4 * (sent + gathered))
+        return Payload(numel, 4 * numel, between, later=later)
+    if diverge:
+        return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), inside(sent), later)
     step = BucketLayout(parameters, island_gradient.NUM_SCALARS, BUCKET_BYTES).numel
-    return Payload(numel, 4 * numel, between, 4 * step, 4 * (buffer.own.numel() + gathered))
+    return Payload(numel, 4 * numel, between, 4 * step, 4 * buffer.own.numel() + inside(sent), later)
+
+
+def _later_moments(buffer: FlatBuffer) -> list[tuple[int, int]]:
+    """The periods above 1, ascending, and the number of elements that are sent when they are due beside the shorter ones."""
+    ends = {period: buffer.sent(period).numel() for period in buffer.periods}
+    return [(period, ends[period] - ends[before]) for before, period in pairwise(ends)]
 
 
 def _flat_buffer(
@@ -89,6 +132,7 @@ def _flat_buffer(
     if scaling.uses_statistics:
         sketch = min(method.sketch_size or default_size(numel), numel)
         vector = sketch if method.statistics == "sketch" else numel
-    layouts = FlatViews(parameters), FlatViews(buffers)
+    sliced = slices if method.outer_optimizer != "none" else 1
+    layouts = FlatViews(parameters, sliced), FlatViews(buffers)
     stale = method.preset != "local-ada-nostale"
     return FlatBuffer(*layouts, list(moments), vector, torch.device("meta"), slices, with_statistics=stale)

@@ -80,7 +80,7 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
     if forecast.payload and forecast.bytes and forecast.byte_share and forecast.data_parallel_bytes:
         yield (
             "bytes",
-            f"{bytes_text(forecast.bytes)} per rank, {bytes_text(forecast.payload.round)} per "
+            f"{bytes_text(forecast.bytes)} per rank, {bytes_text(forecast.bytes_per_round or 0)} per "
             f"{'step' if synchronous else 'round'}: {_percent(forecast.byte_share)} of data parallelism's "
             f"{bytes_text(forecast.data_parallel_bytes)}",
         )

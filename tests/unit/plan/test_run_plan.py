@@ -19,6 +19,7 @@ from hvdlocal.training.config import (
     MethodConfig,
     ModelConfig,
     OptimizerConfig,
+    OuterConfig,
     PeriodConfig,
     ScheduleConfig,
     TrainConfig,
@@ -34,13 +35,13 @@ def images(shape):
     return SimpleNamespace(kind="images", shape=shape, classes=tuple("0123456789"))
 
 
-def config(preset, epochs=3.0, schedule=None, model="digits_cnn", **method):
+def config(preset, epochs=3.0, schedule=None, model="digits_cnn", optimizer="sgd", **method):
     return TrainConfig(
         data=DataConfig(path="x", batch_size=BATCH),
         model=ModelConfig(model),
         output="y",
         epochs=epochs,
-        optimizer=OptimizerConfig(lr=0.01),
+        optimizer=OptimizerConfig(optimizer, lr=0.01),
         schedule=schedule or ScheduleConfig("cosine", warmup_epochs=0.3, final_lr=1e-4),
         method=MethodConfig(preset, **method),
     )
@@ -96,6 +97,16 @@ CASES = {
         "local", 3.3, ScheduleConfig("step", step_epochs=1), period=PeriodConfig("post-local", 6, switch_epochs=1.1)
     ),
     "local, averaged moments and buffers": config("local", model="digits_cnn", momentum="average"),
+    "local, moments at their own periods": config(
+        "local",
+        period=PeriodConfig(period=7),
+        optimizer="adamw",
+        momentum={"exp_avg": 3, "exp_avg_sq": 6},
+        outer=OuterConfig("nesterov"),
+    ),
+    "local-ada-nostale, moments at their own periods": config(
+        "local-ada-nostale", period=QSR, optimizer="adamw", momentum={"exp_avg": 2}
+    ),
     "local-lin, qsr": config("local-lin", period=QSR),
     "local-lin, qsr of the base rate": config(
         "local-lin", period=PeriodConfig("qsr", alpha=0.02, h_base=2, rate="base")
@@ -110,6 +121,18 @@ CASES = {
     "islands, local-lin, qsr": config("local-lin", period=QSR, island=2),
     "islands, local-ada, a = 3": config("local-ada", period=QSR, island=2, accumulate=3),
     "islands, local-ada, averaged moments": config("local-ada", island=4, momentum="average", statistics="exact"),
+    "islands, outer optimizer": config("diloco", period=PeriodConfig(period=7), island=4),
+    "islands, moments at their own periods": config(
+        "local-ada", period=QSR, island=2, optimizer="adamw", momentum={"exp_avg": 1, "exp_avg_sq": 4}
+    ),
+    "islands, averaged inside, moments at their own periods": config(
+        "local",
+        period=PeriodConfig(period=7),
+        island=2,
+        island_period=2,
+        optimizer="adamw",
+        momentum={"exp_avg": 2, "exp_avg_sq": 4},
+    ),
     "islands, local-ada-nostale": config("local-ada-nostale", period=QSR, island=2),
     "islands, averaged inside": config("local", period=PeriodConfig(period=7), island=2, island_period=2),
     "one island, averaged inside": config("local-lin", period=QSR, island=4, island_period=3, momentum="average"),
