@@ -18,7 +18,7 @@ from hvdlocal.averaging.synchronous import NUM_SCALARS
 from hvdlocal.import_path import is_import_path
 from hvdlocal.models import check_images
 from hvdlocal.training.config import TrainConfig
-from hvdlocal.training.optimizers import build_inner
+from hvdlocal.training.optimizers import build_inner, build_outer
 from hvdlocal.training.rules import build_scaling
 from hvdlocal.training.tasks import DataDescription, ImageClassification, build_task
 
@@ -110,10 +110,14 @@ def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: 
     between = across(sent) + 4 * before
     if island_size == 1:
         return Payload(numel, 4 * numel, between, later=later)
+    at_end = inside(sent)
+    outer = build_outer(method, islands)
+    if outer and (outer.lr, outer.momentum) != (1, 0):  # each rank steps on its slice, which its island gathers
+        at_end += 4 * buffer.parameters.numel()
     if diverge:
-        return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), inside(sent), later)
+        return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), at_end, later)
     step = BucketLayout(parameters, island_gradient.NUM_SCALARS, BUCKET_BYTES).numel
-    return Payload(numel, 4 * numel, between, 4 * step, 4 * buffer.own.numel() + inside(sent), later)
+    return Payload(numel, 4 * numel, between, 4 * step, 4 * buffer.own.numel() + at_end, later)
 
 
 def _later_moments(buffer: FlatBuffer) -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ def compare(forecasts: Sequence[Forecast]) -> str:
         row = [forecast.label, f"{plan.rounds:,}", f"{plan.steps:,}", f"{plan.data_epochs:.1f}"]
         row += [f"{plan.mean_gain:.3g}", f"{plan.mean_period:.1f}", f"{plan.longest.period:,}"]
         row += [_or_dash(forecast.seconds(plan.longest.period), seconds_text)] * timed
-        row += [_or_dash(forecast.averaging and forecast.averaging.exposed, seconds_text)] * exposed
+        row += [_or_dash(forecast.averaging.exposed if forecast.averaging else None, seconds_text)] * exposed
         row += [_percent(plan.collective_share)]
         row += [_or_dash(forecast.bytes, bytes_text), _or_dash(forecast.byte_share, _percent)] * counted
         row += [_or_dash(forecast.island_bytes, bytes_text)] * islands

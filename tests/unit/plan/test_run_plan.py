@@ -121,7 +121,9 @@ CASES = {
     "islands, local-lin, qsr": config("local-lin", period=QSR, island=2),
     "islands, local-ada, a = 3": config("local-ada", period=QSR, island=2, accumulate=3),
     "islands, local-ada, averaged moments": config("local-ada", island=4, momentum="average", statistics="exact"),
-    "islands, outer optimizer": config("diloco", period=PeriodConfig(period=7), island=4),
+    "islands, outer optimizer": config("diloco", period=PeriodConfig(period=7), island=2),
+    "one island, outer optimizer": config("diloco", period=PeriodConfig(period=7), island=4),
+    "islands, an outer optimizer that changes nothing": config("slowmo", period=PeriodConfig(period=7), island=2),
     "islands, moments at their own periods": config(
         "local-ada", period=QSR, island=2, optimizer="adamw", momentum={"exp_avg": 1, "exp_avg_sq": 4}
     ),
