@@ -51,6 +51,7 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
         self._mpi = MPI
         self._ranks = MPI.COMM_WORLD.Dup()
         self._departures = _Departures(MPI.COMM_WORLD.Dup())
+        self._allows_several_threads = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         node = self._ranks.Split_type(MPI.COMM_TYPE_SHARED)
         super().__init__(self._ranks.rank, self._ranks.size, node.rank, node.size, timeout_seconds)
         self._in_shared_memory = node.size == self.size
@@ -76,7 +77,7 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
     def _says_that_a_peer_left(self, error: RuntimeError) -> bool:
         return isinstance(error, _PeerLeftError)
 
-    def _join_group(self, groups: Groups, name: str) -> None:
+    def _connect_group(self, groups: Groups, name: str) -> None:
         def work() -> tuple[Any, bool]:
             self._agree_on(f"split ({name})")
             ranks = self._ranks.Split(color=groups.index(self.job_ranks), key=self.rank)

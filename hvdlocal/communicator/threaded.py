@@ -1,4 +1,4 @@
-"""What engines with blocking collectives share: one thread makes their calls, in the order in which they are asked for."""
+"""What engines with blocking collectives share: a thread makes their calls, in the order in which they are asked for."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from hvdlocal.communicator.base import Communicator
+from hvdlocal.communicator.groups import Groups
 from hvdlocal.exit_codes import ExitCode
 
 DEPARTURE_GRACE_SECONDS = 3.0
@@ -27,12 +28,16 @@ DEPARTURE_GRACE_SECONDS = 3.0
 class ThreadedCommunicator(Communicator):
     """Ranks whose collectives are blocking calls of a thread, so that the main thread sees signals and deadlines.
 
-    The groups of `split` share the thread.
+    A group of `split` has a thread of its own if the library allows calls of several at once, so that an average between islands
+    which takes long does not hold up the sums inside of them; else it shares the one of the job.
     """
+
+    _allows_several_threads = True
 
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int, timeout_seconds: float) -> None:
         super().__init__(rank, size, local_rank, local_size, timeout_seconds)
-        self._calls = _CallThread(f"hvdlocal-{self.backend}")
+        self._threads: dict[tuple[int, ...], _CallThread] = {}  # by the ranks whose calls they make
+        self._calls = self._thread()
         if size > 1:
             # Without this, a rank that dies of an exception waits at its end for peers that wait for it.
             sys.excepthook = self._abort_on_exception
@@ -43,12 +48,29 @@ class ThreadedCommunicator(Communicator):
         """See `Communicator`."""
         if self.is_open:
             self._announce_departure()
-            self._calls.close()
+            for thread in self._threads.values():
+                thread.close()
 
     @property
     def is_open(self) -> bool:
         """See `Communicator`."""
         return not self._calls.closed
+
+    def _thread(self) -> _CallThread:
+        """The thread of the ranks of this communicator."""
+        if self.job_ranks not in self._threads:
+            self._threads[self.job_ranks] = _CallThread(f"hvdlocal-{self.backend}-{len(self._threads)}")
+        return self._threads[self.job_ranks]
+
+    def _join_group(self, groups: Groups, name: str) -> None:
+        """See `Communicator`."""
+        self._connect_group(groups, name)
+        if self._allows_several_threads:
+            self._calls = self._thread()
+
+    @abstractmethod
+    def _connect_group(self, groups: Groups, name: str) -> None:
+        """Connects the ranks of this group, by a call of the job's thread."""
 
     @abstractmethod
     def _announce_departure(self) -> None:
@@ -101,7 +123,7 @@ class ThreadedCommunicator(Communicator):
     def _leave(self) -> None:
         """Leaves the job at the end of the process, before its libraries do; beside a collective under way they crash or hang."""
         self.shutdown()
-        if not self._calls.ended_within(DEPARTURE_GRACE_SECONDS):
+        if not all(thread.ended_within(DEPARTURE_GRACE_SECONDS) for thread in self._threads.values()):
             print(
                 f"{self.describe()}: the program ends while a collective is under way that the other ranks have not come to; "
                 "ending the job\n",

@@ -91,7 +91,7 @@ class TorchCommunicator(ThreadedCommunicator):
             words in str(error) for words in ("onnection closed by peer", "onnection reset by peer", "Broken pipe")
         )
 
-    def _join_group(self, groups: Groups, name: str) -> None:
+    def _connect_group(self, groups: Groups, name: str) -> None:
         if self.size > 1 and self.job_ranks not in self._groups:
             self._wait(self._submit(self._connect), name)
 

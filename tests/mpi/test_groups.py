@@ -53,6 +53,21 @@ def test_sums_inside_and_across_run_at_the_same_time(comm, groups):
     assert everywhere.eq(2.0**comm.size - 1).all()
 
 
+def test_a_sum_across_that_takes_long_holds_up_no_sum_inside(comm, groups):
+    """The first island begins a sum across, which the others join only when it has summed inside: else nobody would go on."""
+    island, peers, mine, others = groups
+    if 1 in (island.size, peers.size):
+        pytest.skip("one of the groups is all ranks")
+    across, inside = torch.ones(1000), torch.ones(1000)
+    first = mine[0] == 0
+    wait = peers.start_sum_(across, "test.late") if first else None
+    island.sum_(inside, "test.sum")
+    comm.barrier("test.barrier")
+    (wait or peers.start_sum_(across, "test.late"))()
+    assert inside.eq(len(mine)).all()
+    assert across.eq(len(others)).all()
+
+
 def test_one_group_is_ahead_of_the_others(comm, groups):
     """Groups may call different numbers of collectives: none waits for a rank outside."""
     island, _, mine, _ = groups

@@ -31,10 +31,13 @@ class ReplicaState:
         if self._optimizer.in_sync and self._communicator.rank:
             same = {p.data_ptr() for p in self._model.parameters()}
             replica = {name: value for name, value in replica.items() if value.data_ptr() not in same}
-        shared = self._optimizer.shared_state() if self._saves_what_is_shared else {}
+        optimizer = self._optimizer.state_dict()
+        shared = optimizer["hvdlocal"].pop("shared", {})
+        if not self._saves_what_is_shared:
+            shared = {}
         return {
             "model": replica,
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": optimizer,
             **random_state(self._device),
             **({"shared": shared} if shared else {}),
         }
