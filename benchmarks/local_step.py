@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from itertools import accumulate
 
 import torch
 from torch.nn import functional as F
@@ -30,19 +31,22 @@ OPTIONS: dict[str, dict[str, object]] = {
     "with exact statistics": {"scaling": hvdlocal.LocalAdaScale(statistics="exact")},
     "moments averaged": {"momentum": "average"},
     "accumulating 2 micro-batches": {"accumulate": 2},
+    "outer optimizer": {"outer": hvdlocal.nesterov()},
+    "overlap": {"overlap": 1},
+    "overlap and outer optimizer": {"overlap": 1, "outer": hvdlocal.nesterov()},
 }
 
 
 def build(
-    settings: dict[str, object] | None, name: str = "resnet9_narrow"
+    settings: dict[str, object] | None, name: str = "resnet9_narrow", period: int = NEVER
 ) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model = build_model(name, 10, (32, 32, 3))
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     if settings is not None:
-        period = hvdlocal.ConstantPeriod(NEVER)
+        rule = hvdlocal.ConstantPeriod(period)
         optimizer = hvdlocal.LocalOptimizer(
-            optimizer, model, period=period, communicator=SingleProcess(size=2), **settings
+            optimizer, model, period=rule, communicator=SingleProcess(size=2), **settings
         )  # type: ignore[arg-type]
     return model, optimizer
 
@@ -87,33 +91,39 @@ def times() -> None:
         )
 
 
-def allocated(settings: dict[str, object] | None) -> float:
-    """Returns the floats per parameter in memory after some steps and an averaging, with gradients and momentum."""
+def allocated(settings: dict[str, object] | None) -> tuple[float, float]:
+    """Trains some steps with averagings in between, gradients and momentum included.
+
+    Returns:
+        Floats per parameter in memory at the end, and the most at any time.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model, optimizer = build(settings, "resnet18_cifar")
+        model, optimizer = build(settings, "resnet18_cifar", period=2)
         x, y = torch.randn(2, 3, 32, 32), torch.randint(10, (2,))
-        for _ in range(4):
+        for _ in range(7):
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
         if isinstance(optimizer, hvdlocal.LocalOptimizer):
             optimizer.synchronize()
         del x, y
-    alive = sum(event.self_cpu_memory_usage for event in profile.events())
     numel = sum(p.numel() for p in model.parameters())
+    kineto = profile.profiler.kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in kineto if event.name() == "[memory]")
+    inside = list(accumulate(change for _, change in changes))
     del optimizer
-    return alive / 4 / numel
+    return inside[-1] / 4 / numel, max(inside) / 4 / numel
 
 
 def main() -> None:
     torch.set_num_threads(1)
     times()
-    bare = allocated(None)
-    print(f"\n{'':32}{'memory, × parameters':>22}{'more than bare':>16}")
-    print(f"{'bare SGD with momentum':32}{bare:22.2f}{0:16.2f}")
+    bare, bare_peak = allocated(None)
+    print(f"\n{'':32}{'memory, × parameters':>22}{'more than bare':>16}{'at its peak':>14}{'more':>8}")
+    print(f"{'bare SGD with momentum':32}{bare:22.2f}{0:16.2f}{bare_peak:14.2f}{0:8.2f}")
     for name, settings in OPTIONS.items():
-        total = allocated(settings)
-        print(f"{name:32}{total:22.2f}{total - bare:16.2f}")
+        alive, peak = allocated(settings)
+        print(f"{name:32}{alive:22.2f}{alive - bare:16.2f}{peak:14.2f}{peak - bare_peak:8.2f}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ class OuterRule:
     def __call__(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         """Builds the optimizer."""
         nesterov = self.nesterov and self.momentum > 0  # of which torch's SGD accepts no other
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, nesterov=nesterov)
+        # With foreach, torch adds the momentum to the gradient in place; without it, to a copy.
+        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, nesterov=nesterov, foreach=True)
 
 
 def nesterov(lr: float = 0.7, momentum: float = 0.9) -> OuterRule:
