@@ -1,4 +1,4 @@
-"""The cost of an averaging with many workers: the α–β model of an allreduce, and the wait for the slowest worker."""
+"""The cost of an averaging: the α–β model of an allreduce, what overlap hides of it, and the wait for the slowest worker."""
 
 from __future__ import annotations
 
@@ -114,6 +114,43 @@ def straggler_factor(num_workers: int, period: int, variation: float, *, rounds:
             total += generator.lognormal(-(sigma**2) / 2, sigma, num_workers)
         slowest += float(total.max()) / period
     return slowest / rounds
+
+
+def exposed_steps(m: float, period: int, overlap: float = 0) -> float:
+    """Returns the part of an average that nothing hides, max(0, m − τ), in step times.
+
+    Args:
+        m: time of an average over the time of a step.
+        period: H.
+        overlap: τ, the steps of the next round behind which the average is hidden. It is applied at the latest at that round's
+            end, so τ > H, also infinity, counts as H.
+    """
+    if m < 0 or period < 1 or overlap < 0:
+        raise ValueError(f"m={m}, period={period}, overlap={overlap}: at least 0, 1 and 0")
+    return max(0.0, m - min(overlap, period))
+
+
+def utilisation(m: float, period: int, overlap: float = 0) -> float:
+    """Returns the share of its time in which a worker computes, H/(H + max(0, m − τ)); arguments as for `exposed_steps`."""
+    return period / (period + exposed_steps(m, period, overlap))
+
+
+def least_period(m: float, wanted: float, overlap: float = 0) -> int:
+    """Returns the smallest H with which a worker computes for a share u of its time.
+
+    While H ≤ τ the average is hidden behind the whole round, and H ≥ u m; beyond that, H ≥ (m − τ) u/(1 − u).
+
+    Args:
+        m: time of an average over the time of a step.
+        wanted: u, above 0 and below 1.
+        overlap: τ, as for `exposed_steps`.
+    """
+    if not 0 < wanted < 1:
+        raise ValueError(f"wanted={wanted}: must be above 0 and below 1")
+    least = m * wanted
+    if least > overlap:
+        least = (m - overlap) * wanted / (1 - wanted)
+    return max(1, math.ceil(round(least, 9)))  # 9.000000000000002 is 9
 
 
 def _check(num_workers: int) -> None:

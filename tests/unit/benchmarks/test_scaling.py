@@ -7,11 +7,14 @@ from scaling import (
     Link,
     allreduce_seconds,
     doubling_seconds,
+    exposed_steps,
     gather_seconds,
     halving_seconds,
+    least_period,
     ring_seconds,
     sliced_seconds,
     straggler_factor,
+    utilisation,
 )
 
 LINK = Link(latency_seconds=1e-5, bytes_per_second=1e9)
@@ -79,6 +82,32 @@ def test_the_wait_falls_with_the_root_of_the_period():
     assert waits[1] / waits[2] == pytest.approx(2, rel=0.1)
 
 
+def test_overlap_hides_as_many_steps_as_there_are():
+    assert [exposed_steps(3.6, 16, overlap) for overlap in (0, 1, 4)] == pytest.approx([3.6, 2.6, 0])
+    assert exposed_steps(3.6, 2, 16) == pytest.approx(1.6), "the next round has two steps only"
+    assert exposed_steps(3.6, 2, math.inf) == pytest.approx(1.6)
+
+
+def test_utilisation_is_computing_over_everything():
+    assert utilisation(16, 16) == 1 / 2
+    assert utilisation(16, 16, math.inf) == 1, "twice as fast, which is the most that overlap gains: at m = H"
+    assert utilisation(45, 16) == pytest.approx(16 / 61)
+    assert utilisation(45, 16, math.inf) == pytest.approx(16 / 45)
+
+
+@pytest.mark.parametrize("m", [0, 0.05, 1, 3.98, 5, 15.4, 154])
+@pytest.mark.parametrize("wanted", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("overlap", [0, 1, 5, math.inf])
+def test_no_smaller_period_computes_as_much(m, wanted, overlap):
+    enough = [period for period in range(1, 20_000) if utilisation(m, period, overlap) >= wanted - 1e-12]
+    assert least_period(m, wanted, overlap) == enough[0]
+
+
+def test_the_period_for_nine_tenths():
+    """H ≥ (m − τ) · 0.9/0.1; and H ≥ 0.9 m where a whole round hides the average."""
+    assert [least_period(10.1, 0.9, overlap) for overlap in (0, 5, math.inf)] == [91, 46, 10]
+
+
 @pytest.mark.parametrize(
     "mistake",
     [
@@ -87,6 +116,9 @@ def test_the_wait_falls_with_the_root_of_the_period():
         lambda: Link(0, 0),
         lambda: straggler_factor(2, 0, 0.1),
         lambda: straggler_factor(2, 1, -0.1),
+        lambda: exposed_steps(-1, 1),
+        lambda: utilisation(1, 0),
+        lambda: least_period(1, 1.0),
     ],
 )
 def test_mistakes(mistake):
