@@ -3,7 +3,7 @@ SHELL := /bin/bash
 RANKS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: setup train test lint unit mpi mpi-plain mpi-horovod mpi-torch launch gpu-code docs test-faults test-slurm test-gpu bench clean
+.PHONY: setup train test lint unit mpi mpi-plain mpi-horovod mpi-torch launch gpu-code docs test-faults test-slurm test-gpu bench utilisation clean
 
 setup:
 	@install/setup.sh
@@ -119,7 +119,10 @@ bench: setup data/digits/test/manifest.json
 	set -e; for rate in 1gbit 10gbit; do \
 	  benchmarks/slow_link.sh $$rate python benchmarks/slow_link.py --rate $$rate --json $(RESULTS)/link-$$rate.json; done
 	set -e; for engine in mpi4py horovod; do export HVDLOCAL_BACKEND=$$engine; \
-	  benchmarks/slow_link.sh 1gbit python benchmarks/overlap.py; \
+	  benchmarks/slow_link.sh 1gbit python benchmarks/gradient_overlap.py; \
+	  install/mpirun -np 2 python benchmarks/overlap.py --m 0.2 --json $(RESULTS)/overlap-$$engine.json; \
+	  for rate in 100mbit 1gbit 10gbit; do benchmarks/slow_link.sh $$rate \
+	    python benchmarks/overlap.py --rate $$rate --json $(RESULTS)/overlap-$$engine-$$rate.json; done; \
 	  install/mpirun -np 4 python benchmarks/islands.py --json $(RESULTS)/islands-$$engine.json; \
 	  for rate in 1gbit 10gbit; do RANKS=4 benchmarks/slow_link.sh $$rate \
 	    python benchmarks/islands.py --rate $$rate --json $(RESULTS)/islands-$$engine-$$rate.json; done; done
@@ -128,6 +131,18 @@ bench: setup data/digits/test/manifest.json
 	  python benchmarks/data_gather.py --data $(CIFAR10) && python benchmarks/data_cifar.py --data $(CIFAR10); fi
 	python benchmarks/data_arrays.py
 	if [ -d $(JPEGS) ]; then python benchmarks/data_jpeg.py --data $(JPEGS); fi
+
+# How much of the time workers compute, by method and link: docs/utilisation.svg and its table, in some ten minutes.
+utilisation: setup
+	@mkdir -p $(RESULTS)
+	install/mpirun -np 2 python benchmarks/utilisation.py --json $(RESULTS)/utilisation-none-2.json
+	install/mpirun -np 4 python benchmarks/utilisation.py --island 2 --json $(RESULTS)/utilisation-none-4.json
+	set -e; for gigabits in 0.1 1 10; do rate=$$(python -c "print(int(1000 * $$gigabits))")mbit; \
+	  benchmarks/slow_link.sh $$rate python benchmarks/utilisation.py --gigabits $$gigabits \
+	    --json $(RESULTS)/utilisation-$$rate-2.json; \
+	  RANKS=4 benchmarks/slow_link.sh $$rate python benchmarks/utilisation.py --gigabits $$gigabits --island 2 \
+	    --json $(RESULTS)/utilisation-$$rate-4.json; done
+	python benchmarks/utilisation_figure.py $(RESULTS)/utilisation-*.json --figure docs/utilisation.svg
 
 clean:
 	rm -rf .venv data runs build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -109,6 +109,16 @@ def test_scale_prints_what_its_page_shows(monkeypatch, capsys):
         assert shown.text.strip() in capsys.readouterr().out
 
 
+def test_the_playbook_prints_what_its_page_shows(monkeypatch, capsys):
+    import playbook
+
+    for block in blocks("docs/playbook.md", "console"):
+        command, _, shown = block.text.partition("\n")
+        monkeypatch.setattr("sys.argv", command.split()[2:])
+        playbook.main()
+        assert capsys.readouterr().out == shown
+
+
 def test_the_first_hour(tmp_path, monkeypatch):
     """The README's commands in their order, by one rank and for one epoch, and the examples that read the run."""
     monkeypatch.chdir(tmp_path)
