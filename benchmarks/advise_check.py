@@ -43,36 +43,40 @@ class Run:
 
     Attributes:
         preset, period: the method, and H.
-        overlap: whether data parallelism sums gradients during the backward pass.
+        overlapped: whether data parallelism sums gradients during the backward pass.
         island: n, the ranks of an island.
+        overlap: τ, the steps behind which an average goes on.
     """
 
     preset: Preset
     period: int
-    overlap: bool = False
+    overlapped: bool = False
     island: int = 1
+    overlap: int = 0
 
     def __str__(self) -> str:
         island = f", islands of {self.island}" if self.island > 1 else ""
-        return f"{self.method}{island}"
+        overlap = f", overlap {self.overlap}" if self.overlap else ""
+        return f"{self.method}{island}{overlap}"
 
     @property
     def method(self) -> str:
         """Its name in a prediction."""
-        return f"{self.preset} overlapped" if self.overlap else self.preset
+        return f"{self.preset} overlapped" if self.overlapped else self.preset
 
     def predicted(self, cost_model: CostModel) -> float:
         """Returns the predicted seconds of a round."""
-        return predict(cost_model, self.method, self.period, self.island).round
+        return predict(cost_model, self.method, self.period, self.island, self.overlap).round
 
 
 def runs(nodes: Sequence[str]) -> list[Run]:
-    """Returns what is trained: data parallelism with and without overlap, local steps, and islands that the ranks can form."""
+    """Returns what is trained: data parallelism and local steps, each with and without overlap, and the possible islands."""
     local = [Run("local-lin", 4), *(Run("local-ada", period) for period in (1, 4, 16))]
     several = island_sizes(nodes)[1:-1]
     islands = [Run("local-ada", period, island=n) for n in several for period in (4, 16)]
-    parallel = [run for overlap in (False, True) for run in (Run("sync", 1, overlap), Run("acc-ada", 4, overlap))]
-    return [*parallel, *local, *islands]
+    late = [Run("local-ada", 4, overlap=overlap) for overlap in (1, 2, 4)] + [Run("local-ada", 16, overlap=4)]
+    parallel = [run for hidden in (False, True) for run in (Run("sync", 1, hidden), Run("acc-ada", 4, hidden))]
+    return [*parallel, *local, *late, *islands]
 
 
 class Training:
@@ -82,7 +86,9 @@ class Training:
         self._communicator = communicator
         bench = Benchmark(config, communicator)
         self.runs = {
-            run: StepTimer(bench, run.preset, run.period, overlap=run.overlap, island=run.island)
+            run: StepTimer(
+                bench, run.preset, run.period, overlapped=run.overlapped, island=run.island, overlap=run.overlap
+            )
             for run in runs(bench.nodes)
         }
         for training in self.runs.values():

@@ -11,9 +11,19 @@ from statistics import fmean
 import numpy as np
 
 from hvdlocal.advise.comparison import Comparison, best_period, compare_methods, crossover
-from hvdlocal.advise.cost_model import Cost, CostModel, IslandCost, averaging_ratio, exposed_share, noise
+from hvdlocal.advise.cost_model import (
+    Cost,
+    CostModel,
+    IslandCost,
+    OverlapCost,
+    averaging_ratio,
+    exposed_share,
+    noise,
+    step_seconds,
+)
 from hvdlocal.advise.measurements import Block, Measurements, SampleSummary, StepTimes
-from hvdlocal.advise.predictions import PERIODS, Prediction, predict
+from hvdlocal.advise.overlap import OverlapComparison, compare_overlap
+from hvdlocal.advise.predictions import PERIODS, Prediction, predict, repeated
 from hvdlocal.plan.overlap import SumTime
 
 
@@ -36,6 +46,10 @@ class Estimate:
         """
         values = [value(cost_model) for cost_model in self.without]
         return float(np.std(values)) * math.sqrt(len(values) - 1) if values else 0.0
+
+    def ratio_error(self, one: Prediction, other: Prediction) -> float:
+        """Returns the standard error of `one.epoch / other.epoch`."""
+        return self.error(lambda given: repeated(one, given).epoch / repeated(other, given).epoch)
 
 
 def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
@@ -67,7 +81,8 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
             )
             closing = max(closing, 0.0)  # of overlapped sums it is a difference, which may be lost in the noise
             costs[method] = Cost(closing, update, collect if method.startswith("local") else collecting, collective)
-        return CostModel(
+        closing_outer = SampleSummary.pooled(block.closings["local-lin outer"].step for block in some).mean
+        without_overlap = CostModel(
             micro_batch=tuple(pace.micro_batch.mean for pace in paces),
             costs=costs,
             grad_sqr=max(SampleSummary.pooled(block.grad_sqr for block in some).mean, 0.0),
@@ -79,7 +94,19 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
             islands={n: island_cost(n, some) for n in blocks[0].islands},
             backward=max(pace.backward.mean for pace in paces),
             buckets=measured.buckets,
+            outer=max(closing_outer - costs["local-lin"].closing, 0.0),
         )
+        return replace(without_overlap, overlap=overlap_cost(without_overlap, some))
+
+    def overlap_cost(given: CostModel, some: Sequence[Block]) -> OverlapCost:
+        times = [block.overlap for block in some if block.overlap]
+        beyond, own_work = (
+            SampleSummary.pooled(getattr(one, part) for one in times).mean for part in ("beyond", "own_work")
+        )
+        cost = given.costs["local-ada"]
+        hidden = min(cost.collective, times[0].overlap * step_seconds(given, "local-ada"))
+        gained = min((cost.collective - beyond) / hidden, 1.0) if hidden else 0.0
+        return OverlapCost(gained, max(own_work - (cost.closing - cost.update - cost.collective), 0.0))
 
     def island_cost(island: int, some: Sequence[Block]) -> IslandCost:
         latency, gradient, average = (
@@ -125,6 +152,7 @@ class Advice:
         estimate: the cost model that follows from them.
         table: predictions by method and period, without islands.
         islands: the best prediction for local-ada with H > 1 by n, the ranks of an island.
+        overlap: the comparison of local steps with and without overlap.
         now: the comparison with the statistics of the short run.
         scenarios: comparisons with the statistics of the run's beginning and end, and with more noise: σ²/G grows while the loss
             falls.
@@ -136,6 +164,7 @@ class Advice:
     estimate: Estimate
     table: Mapping[tuple[str, int], Prediction]
     islands: Mapping[int, Prediction]
+    overlap: OverlapComparison
     now: Comparison
     scenarios: Sequence[Scenario]
     m: Mapping[str, float]
@@ -143,7 +172,7 @@ class Advice:
 
     def error(self, one: Prediction) -> float:
         """Returns the standard error of `one.epoch`."""
-        return self.estimate.error(lambda given: predict(given, one.method, one.period, one.island).epoch)
+        return self.estimate.error(lambda given: repeated(one, given).epoch)
 
 
 def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -> Advice:
@@ -160,6 +189,7 @@ def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -
         estimate=found,
         table=table,
         islands={n: best_period(cost_model, n) for n in cost_model.island_sizes},
+        overlap=compare_overlap(cost_model, best_period(cost_model), found.ratio_error),
         now=compare(found),
         scenarios=tuple(
             Scenario(label, noise(one), compare(found, one.grad_sqr, one.grad_var))
@@ -186,9 +216,7 @@ def compare(found: Estimate, grad_sqr: float | None = None, grad_var: float | No
 
     def ratio(cost_model: CostModel) -> float:
         # The same two predictions: with other measurements another period may be better, but then the ratio hardly differs.
-        local, parallel = (
-            predict(given(cost_model), one.method, one.period, one.island) for one in (best.local, best.data_parallel)
-        )
+        local, parallel = (repeated(one, given(cost_model)) for one in (best.local, best.data_parallel))
         return local.epoch / parallel.epoch
 
     best = compare_methods(given(found.cost_model))

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 import torch
 
@@ -22,7 +24,7 @@ from hvdlocal.averaging.setup import trainable
 from hvdlocal.averaging.statistics import default_smoothing
 from hvdlocal.communicator import Communicator
 from hvdlocal.communicator.islands import form_islands, node_name
-from hvdlocal.training.config import MethodConfig, PeriodConfig, Preset, TrainConfig
+from hvdlocal.training.config import MethodConfig, OuterConfig, PeriodConfig, Preset, TrainConfig
 from hvdlocal.training.optimizers import build_optimizer
 from hvdlocal.training.run_length import run_length
 from hvdlocal.training.session import Session
@@ -53,7 +55,7 @@ class Benchmark:
     def __init__(self, config: TrainConfig, communicator: Communicator) -> None:
         config = replace(config, method=replace(config.method, island=1, island_period=1))  # `divided` forms islands
         self.session = session = Session(config, communicator, with_test_data=False)
-        timed = replace(config, method=self.method("local-ada", PERIOD, config.method.statistics))
+        timed = replace(config, method=self.method("local-ada", PERIOD))
         self.length = run_length(timed, session.loader.steps_per_epoch, communicator.size)
         self.reference_batches = session.length.reference_batches
         self.batches = session.loader.endless()
@@ -83,19 +85,25 @@ class Benchmark:
         return default_smoothing(self.session.communicator.size * PERIOD * method.accumulate)
 
     def optimizer(
-        self, preset: Preset, period: int, statistics: str, *, overlap: bool = True, island: int = 1
+        self, method: MethodConfig, *, overlapped: bool = True, island: int = 1, endless: bool = False
     ) -> LocalOptimizer | SynchronousOptimizer:
         """Returns a configured optimizer with another method and a replica of its own; a collective.
 
         Args:
-            preset, period, statistics: the method.
-            overlap: whether data parallelism sums gradients during the backward pass.
+            method: such as one of `method`.
+            overlapped: whether data parallelism sums gradients during the backward pass.
             island: n, the ranks of an island.
+            endless: whether its rounds keep their H beyond the end of a run.
         """
         session = self.session
-        config = replace(session.config, method=self.method(preset, period, statistics))
-        communicator, bucket_bytes = self.divided(island), BUCKET_BYTES if overlap else None
-        return build_optimizer(config, session.new_model(), self.length, communicator, bucket_bytes=bucket_bytes)
+        length = replace(self.length, budget=sys.float_info.max) if endless else self.length
+        return build_optimizer(
+            replace(session.config, method=method),
+            session.new_model(),
+            length,
+            self.divided(island),
+            bucket_bytes=BUCKET_BYTES if overlapped else None,
+        )
 
     def divided(self, island: int) -> Communicator:
         """Returns the communicator with its ranks divided into islands of so many; a collective at the first call."""
@@ -104,16 +112,34 @@ class Benchmark:
             form_islands(self._divided[island], island)
         return self._divided[island]
 
-    def method(self, preset: Preset, period: int, statistics: str) -> MethodConfig:
-        """Returns the configured method with another preset and a constant period."""
+    def method(
+        self,
+        preset: Preset,
+        period: int,
+        statistics: Literal["sketch", "exact"] | None = None,
+        *,
+        overlap: int = 0,
+        outer: OuterConfig | None = None,
+    ) -> MethodConfig:
+        """Returns the configured method with another preset and a constant period.
+
+        Args:
+            preset, period: the method.
+            statistics: by default as configured.
+            overlap: τ.
+            outer: the outer optimizer; by default none.
+        """
         method = self.session.config.method
         return replace(
             method,
             preset=preset,
             period=PeriodConfig(period=period),
-            statistics=statistics,  # type: ignore[arg-type]
+            statistics=statistics or method.statistics,
             smoothing=self.smoothing,
             accumulate=1 if preset.startswith("acc") else method.accumulate,
+            outer=outer or OuterConfig("none"),
+            overlap=overlap,
+            mixing=method.mixing if overlap else None,
         )
 
     @staticmethod
@@ -140,7 +166,8 @@ class StepTimer:
 
     Args:
         bench: the shared parts.
-        preset, period, overlap, island: another method, as for `Benchmark.optimizer`.
+        preset, period, overlap: another method, as for `Benchmark.method`.
+        overlapped, island: as for `Benchmark.optimizer`.
 
     Attributes:
         optimizer: the optimizer that trains.
@@ -154,12 +181,13 @@ class StepTimer:
         preset: Preset = "local-ada",
         period: int = PERIOD,
         *,
-        overlap: bool = True,
+        overlap: int = 0,
+        overlapped: bool = True,
         island: int = 1,
     ) -> None:
         self._bench = bench
-        statistics = bench.session.config.method.statistics
-        self.optimizer = bench.optimizer(preset, period, statistics, overlap=overlap, island=island)
+        method = bench.method(preset, period, overlap=overlap)
+        self.optimizer = bench.optimizer(method, overlapped=overlapped, island=island)
         self._step = TrainingStep(bench.session, self.optimizer, self._learning_rate)
         self.averages: list[tuple[float, float]] = []
         self.rounds: list[float] = []

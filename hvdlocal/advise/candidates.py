@@ -9,14 +9,19 @@ import torch
 
 from hvdlocal.advise.arrivals import GradientArrivals
 from hvdlocal.advise.benchmark import Benchmark
-from hvdlocal.advise.measurements import IslandTimes, SampleSummary, SyncStepTimes
+from hvdlocal.advise.cost_model import least_overlap
+from hvdlocal.advise.measurements import IslandTimes, OverlapTimes, SampleSummary, StepTimes, SyncStepTimes
+from hvdlocal.advise.overlap_trial import OverlapTrial
+from hvdlocal.advise.ranks import slowest_mean, slowest_rank
 from hvdlocal.averaging.buckets import BUCKET_BYTES, BucketLayout
 from hvdlocal.averaging.islands import Islands
 from hvdlocal.averaging.synchronous import NUM_SCALARS
-from hvdlocal.communicator import Communicator
 from hvdlocal.plan.overlap import BucketArrival
-from hvdlocal.training.config import Preset
+from hvdlocal.training.config import MethodConfig, OuterConfig, Preset
 from hvdlocal.training.step import TrainingStep
+
+LONGEST_OVERLAP = 32
+"""The most steps that are measured beside an average; a longer one is partly waited for."""
 
 
 class Candidate:
@@ -24,17 +29,16 @@ class Candidate:
 
     Args:
         bench: the shared parts.
-        preset: the method.
-        statistics: the statistics of local-ada.
+        method: whose steps all end in a collective.
 
     Attributes:
         bytes: that a rank contributes to the collectives of a step; 0 before the first trial.
     """
 
-    def __init__(self, bench: Benchmark, preset: Preset, statistics: str = "sketch") -> None:
+    def __init__(self, bench: Benchmark, method: MethodConfig) -> None:
         self.bytes = 0
         self._bench = bench
-        self._optimizer = bench.optimizer(preset, 2 if preset.startswith("acc") else 1, statistics, overlap=False)
+        self._optimizer = bench.optimizer(method, overlapped=False)
         for group in self._optimizer.param_groups:
             group["lr"] = 0.0  # the same work, but the model does not change
         self._gradients = [(p, torch.randn_like(p).mul_(1e-3)) for p in bench.parameters(self._optimizer)]
@@ -79,7 +83,7 @@ class OverlappedCandidate:
     def __init__(self, bench: Benchmark, preset: Preset) -> None:
         self.bytes = 0
         self._bench = bench
-        self._optimizer = bench.optimizer(preset, 2, "sketch", overlap=True)
+        self._optimizer = bench.optimizer(bench.method(preset, 2))
         self._step = TrainingStep(bench.session, self._optimizer, lambda progress: 0.0)
         self._arrivals = GradientArrivals(bench.parameters(self._optimizer))
         self._samples: list[tuple[float, float]] = []
@@ -179,20 +183,23 @@ class Candidates:
     """
 
     def __init__(self, bench: Benchmark) -> None:
+        self._bench = bench
         self._communicator = bench.session.communicator
         method = bench.session.config.method
         self._steps: dict[str, Candidate | OverlappedCandidate] = {
             # One per distinct payload: sync has acc-lin's, local has local-lin's.
-            "acc-lin": Candidate(bench, "acc-lin"),
-            "acc-ada": Candidate(bench, "acc-ada"),
+            "acc-lin": Candidate(bench, bench.method("acc-lin", 2)),
+            "acc-ada": Candidate(bench, bench.method("acc-ada", 2)),
             "acc-lin overlapped": OverlappedCandidate(bench, "acc-lin"),
             "acc-ada overlapped": OverlappedCandidate(bench, "acc-ada"),
-            "local-lin": Candidate(bench, "local-lin"),
-            "local-ada sketch": Candidate(bench, "local-ada"),
-            "local-ada exact": Candidate(bench, "local-ada", "exact"),
+            "local-lin": Candidate(bench, bench.method("local-lin", 1)),
+            "local-lin outer": Candidate(bench, bench.method("local-lin", 1, outer=OuterConfig("nesterov"))),
+            "local-ada sketch": Candidate(bench, bench.method("local-ada", 1, "sketch")),
+            "local-ada exact": Candidate(bench, bench.method("local-ada", 1, "exact")),
         }
         if method.preset == "local-ada-nostale":
-            self._steps["local-ada-nostale"] = Candidate(bench, "local-ada-nostale", method.statistics)
+            self._steps["local-ada-nostale"] = Candidate(bench, bench.method("local-ada-nostale", 1))
+        self._overlap: OverlapTrial | None = None
         averaging = self._steps[f"local-ada {method.statistics}"]
         averaging.trial()  # counts the bytes
         gradient, message = (
@@ -207,11 +214,31 @@ class Candidates:
         """Runs a trial of each."""
         for candidate in (*self._steps.values(), *self._islands.values()):
             candidate.trial()
+        if self._overlap:
+            self._overlap.trial()
 
-    def take(self) -> tuple[dict[str, SyncStepTimes], dict[int, IslandTimes]]:
-        """Returns the measurements since the last call: of the steps by name, and of the islands by their number of ranks."""
+    def take(self) -> tuple[dict[str, SyncStepTimes], dict[int, IslandTimes], OverlapTimes | None]:
+        """Returns the measurements since the last call.
+
+        Returns:
+            The steps by name, the islands by their number of ranks, and after `with_overlap` the steps beside an average.
+        """
         steps = {name: candidate.take() for name, candidate in self._steps.items()}
-        return steps, {island: candidate.take() for island, candidate in self._islands.items()}
+        islands = {island: candidate.take() for island, candidate in self._islands.items()}
+        return steps, islands, self._overlap.take() if self._overlap else None
+
+    def with_overlap(self, pace: StepTimes) -> None:
+        """Adds steps beside an average, as many as it takes, and drops the measurements until now.
+
+        Args:
+            pace: this rank's times of local steps.
+        """
+        method = self._bench.session.config.method
+        steps, _, _ = self.take()
+        collective = steps[f"local-ada {method.statistics}"].collective.mean
+        wish = least_overlap(collective, method.accumulate * pace.micro_batch.mean + pace.update.mean)
+        agreed = self._communicator.gather(wish, "hvdlocal.overlap")[0]
+        self._overlap = OverlapTrial(self._bench, min(agreed, LONGEST_OVERLAP))
 
     def buckets(self) -> tuple[BucketArrival, ...]:
         """Returns the parts in which the gradient is summed, each ready when it is on the slowest rank."""
@@ -230,15 +257,3 @@ def island_sizes(nodes: Sequence[str]) -> list[int]:
     counts = Counter(nodes).values()
     inside = [n for n in range(1, min(counts) + 1) if n < len(nodes) and all(count % n == 0 for count in counts)]
     return [*inside, len(nodes)]
-
-
-def slowest_rank(communicator: Communicator, samples: Sequence[tuple[float, ...]]) -> list[list[float]]:
-    """Returns, for each of the times in a sample, the longest of all ranks in every trial; a collective."""
-    everyone = communicator.gather(samples, "hvdlocal.samples")
-    slowest = [tuple(map(max, zip(*ranks, strict=True))) for ranks in zip(*everyone, strict=True)]
-    return [list(times) for times in zip(*slowest, strict=True)]
-
-
-def slowest_mean(communicator: Communicator, samples: Sequence[float]) -> SampleSummary:
-    """Returns the summary of the rank with the longest mean; a collective."""
-    return max(communicator.gather(SampleSummary.of(samples), "hvdlocal.collect"), key=lambda one: one.mean)

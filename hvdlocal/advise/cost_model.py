@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from hvdlocal.plan.overlap import BucketArrival, SumTime, exposed_seconds
 
+MARGIN = 1.2
+"""Time of the steps that shall hide an average, over the time of the average alone."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -40,6 +43,20 @@ class IslandCost:
 
 
 @dataclass(frozen=True)
+class OverlapCost:
+    """What becomes of an average's time when it goes on behind steps.
+
+    Attributes:
+        gained: share of the hidden time by which a round is shorter. It is below 1 if steps beside an average are slower than
+            alone, or the average is.
+        own_work: seconds of copying what is sent and of carrying steps over, beyond the work of an average that is waited for.
+    """
+
+    gained: float
+    own_work: float = 0.0
+
+
+@dataclass(frozen=True)
 class CostModel:
     """The inputs of a prediction.
 
@@ -54,6 +71,8 @@ class CostModel:
         islands: the costs of islands by n, the ranks of one, from 1 to all; empty if they are not known.
         backward: seconds of a backward pass on the slowest rank.
         buckets: the parts in which an overlapped sum takes the gradient.
+        overlap: the cost of averages behind steps; None if it is not known.
+        outer: seconds that an outer optimizer adds to an average.
     """
 
     micro_batch: tuple[float, ...]
@@ -67,6 +86,8 @@ class CostModel:
     islands: Mapping[int, IslandCost] = field(default_factory=dict)
     backward: float = 0.0
     buckets: Sequence[BucketArrival] = ()
+    overlap: OverlapCost | None = None
+    outer: float = 0.0
 
     @property
     def num_workers(self) -> int:
@@ -120,10 +141,39 @@ def averaging_seconds(cost_model: CostModel, method: str, island: int = 1) -> fl
     return max(cost.closing - cost.update + change, 0.0)
 
 
+def step_seconds(cost_model: CostModel, method: str) -> float:
+    """Returns the seconds of a step without a collective, on the slowest rank; of data parallelism without what it collects."""
+    cost, accumulate = cost_model.costs[method], cost_model.accumulate
+    collect = (accumulate - 1) * cost.collect if method.startswith("local") else 0.0
+    return accumulate * max(cost_model.micro_batch) + cost.update + collect
+
+
 def averaging_ratio(cost_model: CostModel, method: str) -> float:
     """Returns m: the additional time of a step with a collective, relative to a local step without one."""
-    cost, accumulate = cost_model.costs[method], cost_model.accumulate
-    step = accumulate * max(cost_model.micro_batch) + cost.update
-    if method.startswith("local"):
-        step += (accumulate - 1) * cost.collect
-    return averaging_seconds(cost_model, method) / step
+    return averaging_seconds(cost_model, method) / step_seconds(cost_model, method)
+
+
+def least_overlap(collective: float, step: float) -> int:
+    """Returns the least τ with which an average is free, with a margin, and at least 1.
+
+    Args:
+        collective: seconds of the average alone.
+        step: seconds of a local step.
+    """
+    return max(math.ceil(MARGIN * collective / step), 1)
+
+
+def overlap_saving(cost_model: CostModel, method: str, steps: int, island: int = 1) -> float:
+    """Returns the seconds by which a round is shorter if its average is under way during steps of the next one.
+
+    Args:
+        cost_model: the measured costs, with that of overlap.
+        method: a method with local steps.
+        steps: τ, but no more than H.
+        island: n, the ranks of an island.
+    """
+    assert cost_model.overlap is not None
+    change = cost_model.islands[island].average - cost_model.islands[1].average if island > 1 else 0.0
+    collective = max(cost_model.costs[method].collective + change, 0.0)
+    hidden = min(collective, steps * step_seconds(cost_model, method))
+    return cost_model.overlap.gained * hidden - cost_model.overlap.own_work

@@ -8,7 +8,7 @@ from typing import Any
 
 from hvdlocal.advise.advice import Advice
 from hvdlocal.advise.comparison import Comparison
-from hvdlocal.advise.cost_model import averaging_seconds, predicted_overlap
+from hvdlocal.advise.cost_model import OverlapCost, averaging_seconds, predicted_overlap
 
 
 def as_dict(advice: Advice) -> dict[str, Any]:
@@ -37,6 +37,18 @@ def as_dict(advice: Advice) -> dict[str, Any]:
             }
             for island, one in advice.islands.items()
         ],
+        "averaging_overlap": {
+            **asdict(cost_model.overlap or OverlapCost(0.0)),
+            "predictions": [
+                {**asdict(one), "epoch_error": advice.error(one)} for one in advice.overlap.predictions.values()
+            ],
+            "period": advice.overlap.best.period,
+            "overlap": advice.overlap.best.overlap,
+            "ratio": advice.overlap.ratio,
+            "error": advice.overlap.error,
+            "verdict": advice.overlap.verdict,
+        },
+        "outer_seconds": cost_model.outer,
         "contest": _comparison_dict(advice.now),
         "scenarios": [
             {"statistics": one.label, "grad_var_over_sqr": _finite(one.noise), **_comparison_dict(one.comparison)}

@@ -24,7 +24,7 @@ RUN_SHARE = 0.6
 def measure(config: TrainConfig, communicator: Communicator, seconds: float) -> Measurements:
     """Measures for about the given time, once the data are read. A collective.
 
-    There are at least seven rounds of the short run and seven trials of the collectives, the first two of which are not counted.
+    There are at least seven rounds of the short run and eight trials of the collectives; two and three of them are not counted.
     For methods whose learning rate is that of the whole step (sync, local), the short run uses its K·a-th part for one worker.
 
     Args:
@@ -62,8 +62,10 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
 
     for _ in range(2):  # warm-up; the second pass gives a first estimate
         of_round, of_trial = _per_item(rounds, 1), _per_item(trials, 1)
-    run.take()
+    pace = run.take()
     if candidates:
+        candidates.with_overlap(pace)
+        of_trial = _per_item(trials, 1)
         candidates.take()
     paces, apart, taken, ends = [], [], [], []
     order = sorted(
@@ -76,10 +78,10 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         begun = len(run.rounds)
         of_round = _per_item(rounds, _agreed(communicator, left * share / of_round))
         of_trial = _per_item(trials, _agreed(communicator, left * (1 - share) / of_trial))
-        pace = communicator.gather(run.take(), "hvdlocal.paces")
-        paces.append(tuple(pace[rank] for rank in order))
+        everyone = communicator.gather(run.take(), "hvdlocal.paces")
+        paces.append(tuple(everyone[rank] for rank in order))
         apart.append(rank_jitter(communicator.gather(run.rounds[begun:], "hvdlocal.rounds"), micro_batches))
-        taken.append(candidates.take() if candidates else ({}, {}))
+        taken.append(candidates.take() if candidates else ({}, {}, None))
         ends.append(len(run.averages))
     grad_sqr, grad_var = (
         [SampleSummary.of(estimates[begin:end]) for begin, end in pairwise([0, *ends])] for estimates in run.estimates()
@@ -92,8 +94,8 @@ def _in_blocks(bench: Benchmark, seconds: float) -> Measurements:
         parameters=bench.session.parameters,
         buckets=candidates.buckets() if candidates else (),
         blocks=tuple(
-            Block(pace, jitter, *steps_and_islands, *statistics)
-            for pace, jitter, steps_and_islands, *statistics in zip(
+            Block(of_ranks, jitter, steps, islands, sqr, var, overlap)
+            for of_ranks, jitter, (steps, islands, overlap), sqr, var in zip(
                 paces, apart, taken, grad_sqr, grad_var, strict=True
             )
         ),

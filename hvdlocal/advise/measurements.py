@@ -96,6 +96,21 @@ class IslandTimes:
 
 
 @dataclass(frozen=True)
+class OverlapTimes:
+    """Seconds of steps beside an average that all ranks begin at the same time, on the slowest rank.
+
+    Attributes:
+        overlap: τ, the number of such steps.
+        beyond: what they take beyond as many steps alone: they are slower, wait for what is left of the average, and apply it.
+        own_work: what the step that takes statistics and the one that begins an average take beyond two updates.
+    """
+
+    overlap: int
+    beyond: SampleSummary
+    own_work: SampleSummary
+
+
+@dataclass(frozen=True)
 class Block:
     """An interval of time in which everything was measured.
 
@@ -103,9 +118,11 @@ class Block:
         paces: the times of each rank; the ranks of a node side by side.
         apart: the variation of a micro-batch's seconds that ranks do not share; see `rank_jitter`.
         closings: the times of steps with a collective, by method, local-ada's with its statistics ("local-ada sketch"), and data
-            parallelism's with and without overlap ("acc-ada", "acc-ada overlapped"); empty on one rank.
+            parallelism's with and without overlap ("acc-ada", "acc-ada overlapped"), and that of the model with an outer
+            optimizer ("local-lin outer"); empty on one rank.
         islands: the times of collectives by n, the ranks of an island, from 1 to all; empty on one rank.
         grad_sqr, grad_var: single estimates of G and σ², clamped but not smoothed; no samples on one rank.
+        overlap: the times of steps beside an average; None on one rank.
     """
 
     paces: tuple[StepTimes, ...]
@@ -114,6 +131,7 @@ class Block:
     islands: Mapping[int, IslandTimes]
     grad_sqr: SampleSummary
     grad_var: SampleSummary
+    overlap: OverlapTimes | None
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ makes s · ρ scale-invariant iterations of progress, with ρ from Eqs. 14 and 4
 With islands of n ranks each of the s steps also sums the gradient inside of the island, of which the backward pass hides a part
 (`hvdlocal.plan.overlap`), the average goes across the islands, and a step stands for n · a micro-batches of one of K/n workers.
 
+With an overlap of τ steps, the next round's first τ steps, or all of them, hide that part of the average which they last, and a
+measured share of it is gained.
+
 Methods with fixed rules (sync, acc-lin, local-lin) assume a progress of K·q iterations. For a fair comparison, every method is
 credited with the progress that the gradient statistics justify.
 """
@@ -24,7 +27,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from hvdlocal.advise.cost_model import CostModel, mean_gradient
+from hvdlocal.advise.cost_model import CostModel, mean_gradient, overlap_saving
 from hvdlocal.averaging.gain import gain_ratio
 
 PERIODS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -38,6 +41,7 @@ class Prediction:
     Attributes:
         method, period: the method and its period.
         island: n, the ranks of an island; 1 without islands.
+        overlap: τ, the steps of the next round during which an average is under way; 0 without overlap.
         gain: the factor that the method applies to the base rate, and the iterations of progress that it counts per step.
         justified: the gain by Eq. 49.
         round: seconds between the ends of two collectives.
@@ -48,6 +52,7 @@ class Prediction:
     method: str
     period: int
     island: int
+    overlap: int
     gain: float
     justified: float
     round: float
@@ -55,7 +60,7 @@ class Prediction:
     epoch: float
 
 
-def predict(cost_model: CostModel, method: str, period: int, island: int = 1) -> Prediction:
+def predict(cost_model: CostModel, method: str, period: int, island: int = 1, overlap: int = 0) -> Prediction:
     """Predicts the times of one method with one period.
 
     Args:
@@ -64,6 +69,7 @@ def predict(cost_model: CostModel, method: str, period: int, island: int = 1) ->
             local-ada-nostale.
         period: H; 1 with sync.
         island: n, one of `cost_model.island_sizes`; 1 with data parallelism.
+        overlap: τ; 0 with data parallelism.
     """
     local = method.startswith("local")
     workers, accumulate = cost_model.num_workers, cost_model.accumulate
@@ -81,8 +87,16 @@ def predict(cost_model: CostModel, method: str, period: int, island: int = 1) ->
         round_seconds += slowest_island(cost_model.micro_batch, cost_model.variation, steps, per_step, island)
         round_seconds += steps * mean_gradient(cost_model, island)
         round_seconds += cost_model.islands[island].average - cost_model.islands[1].average
+    if overlap:
+        round_seconds -= overlap_saving(cost_model, method, min(overlap, period), island)
     per_unit = round_seconds * cost_model.epoch / steps
-    return Prediction(method, period, island, gain, justified, round_seconds, per_unit / gain, per_unit / justified)
+    own_epoch, epoch = per_unit / gain, per_unit / justified
+    return Prediction(method, period, island, overlap, gain, justified, round_seconds, own_epoch, epoch)
+
+
+def repeated(one: Prediction, cost_model: CostModel) -> Prediction:
+    """Returns the prediction for the same method and period from another cost model."""
+    return predict(cost_model, one.method, one.period, one.island, one.overlap)
 
 
 def slowest(means: Sequence[float], variation: float, count: int) -> float:

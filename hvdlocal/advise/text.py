@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from statistics import fmean, stdev
+from collections.abc import Iterator
+from statistics import fmean
 
 from hvdlocal.advise.advice import Advice, pooled_paces
 from hvdlocal.advise.comparison import CERTAIN
 from hvdlocal.advise.cost_model import averaging_seconds, noise, predicted_overlap
+from hvdlocal.advise.formats import brief, more, ms, number, sampled
 from hvdlocal.advise.measurements import Measurements, SampleSummary
-from hvdlocal.advise.predictions import PERIODS, Prediction, predict, slowest
+from hvdlocal.advise.overlap_text import overlap_text
+from hvdlocal.advise.predictions import PERIODS, Prediction, slowest
 from hvdlocal.figures.units import bytes_text, seconds_text
 
 KEEPS_UP = 0.05
@@ -46,13 +47,13 @@ def measured_text(measured: Measurements) -> str:
         if waiting <= KEEPS_UP
         else "THE LOADER HOLDS UP TRAINING: give it more threads (data.threads), or prepare smaller samples"
     )
-    ranks = f"; the fastest rank {_ms(quick)}" if len(paces) > 1 else ""
+    ranks = f"; the fastest rank {ms(quick)}" if len(paces) > 1 else ""
     lines = [
         f"{len(paces)} rank{'s' * (len(paces) > 1)} × {batch} of {measured.samples:,} samples; "
         f"{measured.parameters:,} parameters; measured for {seconds_text(measured.seconds)}",
         "",
-        f"  micro-batch  {_ms(slow.mean)} on the slowest rank, ± {100 * spread:.0f} % from one to the next{ranks}",
-        f"  update       {_ms(max(pace.update.mean for pace in paces))}",
+        f"  micro-batch  {ms(slow.mean)} on the slowest rank, ± {100 * spread:.0f} % from one to the next{ranks}",
+        f"  update       {ms(max(pace.update.mean for pace in paces))}",
         f"  samples      {batch / slow.mean:,.0f}/s per rank; {100 * waiting:.1f} % of the time is waiting for them: {keeps_up}",
     ]
     return "\n".join(lines)
@@ -62,6 +63,7 @@ def advice_text(advice: Advice) -> str:
     """Describes everything: the verdict, the measurements and predictions behind it, and what else follows from them."""
     parts = [_verdict(advice), "", measured_text(advice.measured)]
     parts += [*_averagings(advice), *_overlap(advice), *_statistics(advice), *_table(advice), *_islands(advice)]
+    parts += overlap_text(advice)
     return "\n".join([*parts, "", *_scenarios(advice), "", *_remarks(advice)])
 
 
@@ -76,8 +78,8 @@ def _averagings(advice: Advice) -> Iterator[str]:
         m = max(SampleSummary.pooled(closing.step for closing in closings).mean - update, 0.0) / step
         yield (
             f"  {PAYLOADS[name]:38}{bytes_text(closings[0].bytes):>10}"
-            f"{_sampled([closing.collective for closing in closings]):>18}"
-            f"{_sampled([closing.step for closing in closings]):>18}{m:8.2f}"
+            f"{sampled([closing.collective for closing in closings]):>18}"
+            f"{sampled([closing.step for closing in closings]):>18}{m:8.2f}"
         )
     waits = [(count, slowest(cost_model.micro_batch, cost_model.variation, count)) for count in (1, 8, 64)]
     mean = fmean(cost_model.micro_batch)
@@ -91,14 +93,14 @@ def _overlap(advice: Advice) -> Iterator[str]:
     shown = ", ".join(shares if len(shares) < 8 else [*shares[:3], "…", *shares[-2:]])
     pieces = f"{len(shares)} buckets, complete" if len(shares) > 1 else "one bucket, complete"
     yield ""
-    yield f"  the gradient's sum can overlap with the backward pass of {_ms(cost_model.backward)}: {pieces} after {shown} % of it"
+    yield f"  the gradient's sum can overlap with the backward pass of {ms(cost_model.backward)}: {pieces} after {shown} % of it"
     yield f"  {'a step beyond its backward pass':38}{'without overlap':>18}{'overlapped':>18}{'predicted':>12}"
     for method, name in (("sync", "sync, acc-lin"), ("acc-ada", "acc-ada")):
         measured = "acc-lin" if method == "sync" else method
         apart, beside = (
-            _sampled([block.closings[one].step for block in blocks]) for one in (measured, f"{measured} overlapped")
+            sampled([block.closings[one].step for block in blocks]) for one in (measured, f"{measured} overlapped")
         )
-        yield f"  {name:38}{apart:>18}{beside:>18}{_ms(predicted_overlap(cost_model, method)):>12}"
+        yield f"  {name:38}{apart:>18}{beside:>18}{ms(predicted_overlap(cost_model, method)):>12}"
 
 
 def _islands(advice: Advice) -> Iterator[str]:
@@ -110,41 +112,34 @@ def _islands(advice: Advice) -> Iterator[str]:
     heads = f"{'H':>6}{'island step':>14}{'average/H':>12}{'step':>10}{'epoch, s':>18}"
     yield f"     n{'gradient inside':>18}{'average across':>18}{heads}"
     for n, one in advice.islands.items():
-        inside = _sampled([block.islands[n].gradient for block in blocks]) if n > 1 else ""
-        across = _sampled([block.islands[n].average for block in blocks])
+        inside = sampled([block.islands[n].gradient for block in blocks]) if n > 1 else ""
+        across = sampled([block.islands[n].average for block in blocks])
         average, step = averaging_seconds(cost_model, one.method, n) / one.period, one.round / one.period
-        epoch = f"{_seconds(one.epoch)} ± {_seconds(advice.error(one))}"
+        epoch = f"{brief(one.epoch)} ± {brief(advice.error(one))}"
         yield (
-            f"{n:6}{inside:>18}{across:>18}{one.period:6}{_ms(step - average):>14}{_ms(average):>12}{_ms(step):>10}{epoch:>18}"
+            f"{n:6}{inside:>18}{across:>18}{one.period:6}{ms(step - average):>14}{ms(average):>12}{ms(step):>10}{epoch:>18}"
         )
     best = min((one for n, one in advice.islands.items() if n > 1), key=lambda one: one.epoch)
     alone = advice.islands[1]
-    error = advice.estimate.error(
-        lambda given: (
-            predict(given, best.method, best.period, best.island).epoch
-            / predict(given, alone.method, alone.period).epoch
-        )
-    )
+    error = advice.estimate.ratio_error(best, alone)
     verdict, ratio = f"Islands of {best.island} ranks", best.epoch / alone.epoch
     if abs(ratio - 1) <= CERTAIN * error:
         yield f"  {verdict} take the same time within the noise as none ({ratio:.2f} ± {error:.2f}): leave method.island at 1."
     elif ratio > 1:
-        yield f"  Islands do not pay here: with {best.island} ranks in each, local-ada takes {_more(ratio)} to equal progress."
+        yield f"  Islands do not pay here: with {best.island} ranks in each, local-ada takes {more(ratio)} to equal progress."
     elif advice.now.verdict == "data-parallel":
         yield f"  {verdict} take {ratio:.2f} of the time that local-ada takes without them, but data parallelism is faster still."
     else:
-        yield f"  {verdict} pay: without them local-ada takes {_more(1 / ratio)}. Set method.island: {best.island}."
+        yield f"  {verdict} pay: without them local-ada takes {more(1 / ratio)}. Set method.island: {best.island}."
 
 
 def _statistics(advice: Advice) -> Iterator[str]:
     measured, cost_model = advice.measured, advice.estimate.cost_model
-    ranges = ", ".join(
-        f"{one.label} {_number(one.noise)}" for one in advice.scenarios if one.label.startswith("at its")
-    )
+    ranges = ", ".join(f"{one.label} {number(one.noise)}" for one in advice.scenarios if one.label.startswith("at its"))
     count = sum(block.grad_sqr.count for block in measured.blocks)
     yield ""
     yield (
-        f"  statistics   G = {cost_model.grad_sqr:.3g}, σ² = {cost_model.grad_var:.3g}, σ²/G = {_number(noise(cost_model))} "
+        f"  statistics   G = {cost_model.grad_sqr:.3g}, σ² = {cost_model.grad_var:.3g}, σ²/G = {number(noise(cost_model))} "
         f"in a short run{f' ({ranges})' if ranges else ''}: {count} estimates in {measured.epochs:.2g} epochs"
     )
 
@@ -161,12 +156,12 @@ def _table(advice: Advice) -> Iterator[str]:
     for period in PERIODS:
         line = f"{period:6}"
         for one in (advice.table[name, period] for name in adaptive):
-            line += f"{f'{_seconds(one.epoch)} ± {_seconds(advice.error(one))}':>20}{one.gain:7.3g}"
+            line += f"{f'{brief(one.epoch)} ± {brief(advice.error(one))}':>20}{one.gain:7.3g}"
         for one in (advice.table[name, period] for name in fixed):
-            line += f"{_seconds(one.own_epoch):>20}{_excess(one):>10}"
+            line += f"{brief(one.own_epoch):>20}{_excess(one):>10}"
         yield line.rstrip()
     yield (
-        f"  {sync.method} takes {_seconds(sync.own_epoch)} s for an epoch of data, and {_seconds(sync.epoch)} s for the progress "
+        f"  {sync.method} takes {brief(sync.own_epoch)} s for an epoch of data, and {brief(sync.epoch)} s for the progress "
         "of a scale-invariant one"
     )
 
@@ -178,8 +173,8 @@ def _scenarios(advice: Advice) -> Iterator[str]:
     for label, ratio, found in rows:
         local, parallel = found.local, found.data_parallel
         yield (
-            f"  {label:30}σ²/G {_number(ratio):>8}   {_island(local):9}H = {local.period:<4}{_seconds(local.epoch):>9} s   "
-            f"{_named(parallel):24}{_seconds(parallel.epoch):>9} s   local/parallel {found.ratio:.2f} ± {found.error:.2f}"
+            f"  {label:30}σ²/G {number(ratio):>8}   {_island(local):9}H = {local.period:<4}{brief(local.epoch):>9} s   "
+            f"{_named(parallel):24}{brief(parallel.epoch):>9} s   local/parallel {found.ratio:.2f} ± {found.error:.2f}"
         )
 
 
@@ -188,10 +183,10 @@ def _verdict(advice: Advice) -> str:
     island = f", islands of {now.local.island} ranks" if now.local.island > 1 else ""
     ours, theirs = f"{now.local.method}, H = {now.local.period}{island}", _named(now.data_parallel)
     if now.verdict == "local":
-        longer = _more(1 / now.ratio)
+        longer = more(1 / now.ratio)
         return f"USE LOCAL SGD: {ours}. Data parallelism at its best, {theirs}, takes {longer} to the same progress."
     if now.verdict == "data-parallel":
-        return f"USE DATA PARALLELISM: {theirs}. Local SGD at its best, {ours}, takes {_more(now.ratio)} to the same progress."
+        return f"USE DATA PARALLELISM: {theirs}. Local SGD at its best, {ours}, takes {more(now.ratio)} to the same progress."
     return (
         f"NO DIFFERENCE BEYOND THE NOISE between {ours} and {theirs}: data parallelism is simpler. Measure for longer "
         "(--seconds) to tell them apart."
@@ -220,10 +215,6 @@ def _remarks(advice: Advice) -> Iterator[str]:
     yield f"With a fixed number of epochs of data (local, local-lin, QSR) an epoch takes, in multiples of sync's: {fixed}."
 
 
-def _more(ratio: float) -> str:
-    return f"{ratio:.1f} times as long" if ratio >= 2 else f"{100 * (ratio - 1):.0f} % more time"
-
-
 def _faster(advice: Advice, method: str) -> Prediction:
     """Returns the prediction for a step of data parallelism with overlap or without, whichever is faster."""
     return min((advice.table[name, 1] for name in (f"{method} overlapped", method)), key=lambda one: one.round)
@@ -243,23 +234,3 @@ def _excess(one: Prediction) -> str:
     if times * TRUSTED <= 1:
         return ""
     return f"({times:.1f}×)" if times < 9.95 else f"({min(times, 9999):.0f}×)"
-
-
-def _sampled(blocks: Sequence[SampleSummary]) -> str:
-    """Formats the mean and its standard error, which follows from the differences between blocks."""
-    error = stdev(one.mean for one in blocks) / math.sqrt(len(blocks))
-    return f"{_ms(SampleSummary.pooled(blocks).mean)} ± {1000 * error:.2g}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{1000 * seconds:.0f} ms"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:.0f}"
-
-
-def _number(value: float) -> str:
-    if math.isinf(value):
-        return "∞"
-    return f"{value:.0f}" if 1000 <= value < 1e6 else f"{value:.3g}"

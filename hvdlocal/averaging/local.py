@@ -11,28 +11,36 @@ from typing import Any, Literal
 import torch
 
 from hvdlocal.averaging.apply import OverlappedMean
-from hvdlocal.averaging.buffers import Buffers
+from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
+from hvdlocal.averaging.claims import BufferClaims
 from hvdlocal.averaging.digest import Fact, rounded
-from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer
+from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer, FlatReplica
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import (
+    refuse_moved_tensors,
     refuse_renormalised_weights,
     refuse_sparse_gradients,
     renormalised_weights,
 )
 from hvdlocal.averaging.island_gradient import IslandGradient
-from hvdlocal.averaging.islands import islands_of
-from hvdlocal.averaging.moments import Momentum
+from hvdlocal.averaging.islands import Islands
+from hvdlocal.averaging.moments import (
+    Momentum,
+    adopt_moments,
+    averages_all_moments,
+    decays,
+    moment_periods,
+    refuse_new_moments,
+)
 from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
 from hvdlocal.averaging.outer import Outer, OuterOptimizer
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
-from hvdlocal.averaging.replica_memory import ReplicaMemory
 from hvdlocal.averaging.round_average import Averaged, RoundAverage
 from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
-from hvdlocal.averaging.setup import check_island_period, check_overlap
+from hvdlocal.averaging.setup import check_island_period, check_overlap, owner_of
 from hvdlocal.communicator import Communicator
 
 
@@ -139,10 +147,6 @@ class LocalOptimizer(ReplicaOptimizer):
             raise ValueError(f"rate_for_period={rate_for_period!r}: choose 'scaled' or 'base'")
         check_island_period(island_period, scaling)
         check_overlap(overlap, mixing, scaling)
-        if outer is None and normalize_outer is not None:
-            raise ValueError(
-                f"normalize_outer={normalize_outer!r} without outer: give an outer optimizer, or leave it out"
-            )
         super().__init__(
             optimizer,
             model,
@@ -155,31 +159,39 @@ class LocalOptimizer(ReplicaOptimizer):
         )
         if budget is None:
             scaling.gain(self._progress.context(1))  # refuses a rule that needs the budget now, not at the first step
-        self._islands = islands_of(self.communicator, int(island_period))
+        self._islands = self._form_islands(int(island_period))
         self._island_period = int(island_period)
         self._planner = RoundPlanner(period, self._progress, rate_for_period)
-        self._resets_moments = momentum == "reset"
+        self._momentum_policy = momentum
+        self._moment_periods = moment_periods(optimizer, momentum)
+
+        averaged, aliases = split_aliases(self._buffers_to_average())
+        check_averaged(averaged, self._parameters[0].device, torch.float32)
+        moved = {**dict(zip(self._names, self._parameters, strict=True)), **averaged}
+        refuse_shared_memory(model, moved, [alias for alias, _ in aliases])
         self._statistics: RoundStatistics | None = None
         if isinstance(scaling, LocalAdaScale) and self.communicator.size > 1:
             self._statistics = RoundStatistics(scaling, self._parameters)
-        named = dict(zip(self._names, self._parameters, strict=True))
-        self._memory = ReplicaMemory(
-            optimizer,
-            model,
-            named,
-            self._buffers_to_average(),
-            momentum,
-            statistics=self._statistics.size if self._statistics else 0,
+        self._claims = BufferClaims(averaged, self._parameters)
+        self._flat_replica = FlatReplica(
+            self._parameters,
+            list(averaged.values()),
+            list(self._moment_periods.values()),
+            self._statistics.size if self._statistics else 0,
             slices=self._ranks_per_worker,
             with_statistics=self._stale,
             sliced_parameters=outer is not None,
         )
-        self._flat_replica = self._memory.flat
+        for alias, name in aliases:
+            alias.data = averaged[name].data
+        self._averaged_names = list(averaged)
+        self._buffer_owners = [owner_of(model, name) for name in averaged]
         self._accumulated = None
         self._inside: IslandGradient | None = None
         self._empty = 0
         if self._islands and island_period == 1:
             refuse_renormalised_weights(model, self._parameters)
+            named = dict(zip(self._names, self._parameters, strict=True))
             self._inside = IslandGradient(self._islands.inside, model, named, accumulate)
             self._accumulated = self._inside.sums
         elif accumulate > 1:
@@ -194,18 +206,15 @@ class LocalOptimizer(ReplicaOptimizer):
         self._held_statistics: tuple[float, float, float] | None = None
         self._divergence: float | None = None
         self._short_rounds = 0
-        self._outer: OuterOptimizer | None = None
-        if outer is not None:
-            refuse_renormalised_weights(model, self._parameters)
-            self._outer = OuterOptimizer(outer, self._flat_replica.parameters, normalize_outer, self._islands)
+        self._outer = self._build_outer(outer, normalize_outer)
         self._overlap = int(overlap)
         self._overlapped = OverlappedMean(self._flat_replica, mixing) if overlap else None
         if overlap and mixing is None:
-            self._memory.decays()  # refuses moments that cannot be carried over
+            self._decays()  # refuses moments that cannot be carried over
         self._start_together(
             {
                 "period": repr(period),
-                "momentum": momentum if isinstance(momentum, str) else self._memory.periods,
+                "momentum": momentum if isinstance(momentum, str) else self._moment_periods,
                 "rate_for_period": rate_for_period,
                 "island_size": self._ranks_per_worker,
                 "island_period": self._island_period,
@@ -213,7 +222,7 @@ class LocalOptimizer(ReplicaOptimizer):
                 **({"overlap": self._overlap, "mixing": mixing} if overlap else {}),
             },
             self._flat_replica.replica,
-            {id(tensor) for tensor in self._memory.tensors},
+            {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
         )
         self._sample = CoordinateSample(self._flat_replica.parameters)
         self._round_average = RoundAverage(
@@ -225,6 +234,42 @@ class LocalOptimizer(ReplicaOptimizer):
             compares_origin=not renormalised_weights(model, self._parameters),
         )
 
+    def _form_islands(self, period: int) -> Islands | None:
+        """The islands of the communicator; None where every rank is a worker.
+
+        Raises:
+            ValueError: there are none, and `period` asks for some.
+        """
+        inside, across = self.communicator.island, self.communicator.peers
+        if inside is None or across is None:
+            if period > 1:
+                raise ValueError(
+                    f"island_period={period} without islands: give hvdlocal.init(island=…) the ranks of an island, or leave "
+                    "island_period out"
+                )
+            return None
+        if across.size == period == 1:
+            self._warn(
+                f"all {inside.size} ranks form one island, so that every step is data-parallel and nothing is averaged: give a "
+                "smaller island, or start the job on more nodes"
+            )
+        return Islands(inside, across, diverge=period > 1)
+
+    def _build_outer(self, outer: Outer | None, normalize: bool | None) -> OuterOptimizer | None:
+        """The outer optimizer, if there is one.
+
+        Raises:
+            ValueError: it cannot be built, or the model has a layer with which the replicas never begin at one point.
+        """
+        if outer is None:
+            if normalize is not None:
+                raise ValueError(
+                    f"normalize_outer={normalize!r} without an outer optimizer: give outer=…, or leave it out"
+                )
+            return None
+        refuse_renormalised_weights(self.model, self._parameters)
+        return OuterOptimizer(outer, self._flat_replica.parameters, normalize, self._islands)
+
     def _warn(self, message: str) -> None:
         """Warns once for all ranks."""
         if self.communicator.rank == 0:
@@ -232,7 +277,7 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def averages(self, buffer: torch.Tensor) -> bool:
         """Whether this buffer of the model is one that is averaged."""
-        return self._memory.holds(buffer)
+        return self._claims.hold(buffer)
 
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
@@ -296,13 +341,19 @@ class LocalOptimizer(ReplicaOptimizer):
             self._overflowed = False
         if self._inside:
             self._inside.sums.settle()
-        if self._round_average.pending:
-            self._finish_average()
+        self.finish_average()
         if self.round_under_way:
             self._end_round(at_once=True)
         elif self.communicator.size > 1:
             self._sample.move_origin()
             self._round_average.compare(self._flat_replica, self._facts())
+
+    @torch.no_grad()
+    def finish_average(self) -> None:
+        """See `ReplicaOptimizer`."""
+        if self._round_average.pending:
+            self._prepare_replica()
+            self._use_average(self._round_average.finish(), self._overlapped)
 
     def _note_short_round(self) -> None:
         """Warns of a loop that averages after every step although its rounds are longer."""
@@ -351,8 +402,8 @@ class LocalOptimizer(ReplicaOptimizer):
         self._dropped_steps = 0
         over = self._steps_in_round >= self.period
         self._round_average.look()
-        if self._round_average.pending and (over or self._steps_in_round >= self._overlap):
-            self._finish_average()
+        if over or self._steps_in_round >= self._overlap:
+            self.finish_average()
         if over:
             if self.period > 1:
                 self._short_rounds = 0
@@ -447,11 +498,9 @@ class LocalOptimizer(ReplicaOptimizer):
         if averaged:
             self._use_average(averaged)
 
-    def _finish_average(self) -> None:
-        """Waits for the average that is under way, and applies it."""
-        assert self._overlapped is not None
-        self._prepare_replica()
-        self._use_average(self._round_average.finish(), self._overlapped)
+    def _decays(self) -> dict[str, list[float]]:
+        """β of every averaged moment."""
+        return decays(self.optimizer, self._moment_periods, self._parameters)
 
     def _average_inside(self) -> None:
         """Averages the replicas of this rank's island."""
@@ -476,7 +525,13 @@ class LocalOptimizer(ReplicaOptimizer):
     def _prepare_replica(self) -> None:
         """Checks that the replica lies in the flat buffer, with the moments that are averaged."""
         self._check_parameters()
-        self._memory.prepare()
+        buffers = [getattr(module, name, None) for module, name in self._buffer_owners]
+        refuse_moved_tensors(
+            [*self._owners, *self._buffer_owners], [*self._parameters, *buffers], self._flat_replica.views
+        )
+        if self._momentum_policy == "average":
+            refuse_new_moments(self.optimizer, self._moment_periods)
+        adopt_moments(self.optimizer, self._moment_periods, self._parameters, self._flat_replica)
 
     def _use_average(self, averaged: Averaged, overlapped: OverlappedMean | None = None) -> None:
         """Applies the mean, and takes in what came with it.
@@ -495,7 +550,7 @@ class LocalOptimizer(ReplicaOptimizer):
             if overlapped:
                 self._sample.move_origin(averaged.mean.parameters)
                 overlapped.apply(
-                    self._memory.decays(),
+                    self._decays(),
                     round_number=averaged.round_number,
                     steps=self._steps_in_round,
                     contributed=averaged.mine_is_finite,
@@ -517,8 +572,8 @@ class LocalOptimizer(ReplicaOptimizer):
         if mine_is_bad and overlapped:
             self._loss_sum.zero_()  # of the steps that are dropped
             self._loss_count = 0
-        own_moments = not self._memory.averages_all_moments(averaged.round_number)
-        if self._resets_moments or averaged.lost or (mine_is_bad and own_moments):
+        own_moments = not averages_all_moments(self.optimizer, self._moment_periods, averaged.round_number)
+        if self._momentum_policy == "reset" or averaged.lost or (mine_is_bad and own_moments):
             self.state.clear()
         complete = averaged.replicas == self.num_workers
         self._use_loss(averaged.loss, needed=complete)
@@ -531,7 +586,7 @@ class LocalOptimizer(ReplicaOptimizer):
                 self._flat_replica.buffers.fill_(math.nan)
             raise_nonfinite_buffers(
                 self.communicator,
-                self._memory.names_of_nonfinite(averaged.finite_buffers),
+                self._names_of_nonfinite(averaged.finite_buffers),
                 averaged.buffer_replicas,
                 f"at progress {self.progress:.1f}",
             )
@@ -554,6 +609,11 @@ class LocalOptimizer(ReplicaOptimizer):
             Fact.RATES: self._named_rates(),
             Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self.progress)},
         }
+
+    def _names_of_nonfinite(self, finite: torch.Tensor) -> list[str]:
+        """The averaged buffers in which the mask of finite elements has a hole."""
+        masks = self._flat_replica.buffer_layout.of(finite)
+        return [name for name, mask in zip(self._averaged_names, masks, strict=True) if not mask.all()]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -598,7 +658,7 @@ class LocalOptimizer(ReplicaOptimizer):
                 self._outer.join_paths()
                 with torch.no_grad():
                     self._outer.step_(self._flat_replica.parameters)
-            if self._resets_moments:
+            if self._momentum_policy == "reset":
                 self.state.clear()
 
     def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:

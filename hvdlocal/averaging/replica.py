@@ -155,6 +155,12 @@ class ReplicaOptimizer(WrappedOptimizer):
         """Whether no average is under way behind steps, for which a collective that is waited for now would wait, too."""
         return True
 
+    def finish_average(self) -> None:
+        """Waits for the average that is under way behind steps, if there is one, and applies it; a collective.
+
+        `synchronize` does so, too. Called before it, the wait and the traffic can be counted apart.
+        """
+
     @property
     def finished(self) -> bool:
         """Whether the budget is used up; never without a budget."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from hvdlocal.figures.units import seconds_text
@@ -79,8 +79,7 @@ class Forecast:
         """Bytes that one rank sends in training inside its island; 0 without islands."""
         if self.payload is None:
             return None
-        exchanges = sum(phase.rounds * self.plan.island_exchanges(phase.period) for phase in self.plan.phases)
-        return exchanges * self.payload.island_step + self.payload.at_round_ends(self.plan.rounds)
+        return self.plan.island_exchanges * self.payload.island_step + self.payload.at_round_ends(self.plan.rounds)
 
     @property
     def bytes(self) -> int | None:
@@ -142,6 +141,7 @@ class Forecast:
             "island_bytes": self.island_bytes,
             "data_parallel_bytes": self.data_parallel_bytes,
             "byte_share": self.byte_share,
+            "memory": asdict(self.payload.memory) if self.payload and self.payload.memory else None,
             "computing_seconds": self.seconds(plan.steps),
             "averaging_seconds": self.averaging and self.averaging.each,
             "exposed_seconds": self.averaging and self.averaging.exposed,

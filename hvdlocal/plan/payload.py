@@ -17,7 +17,8 @@ from hvdlocal.averaging.sketch import default_size
 from hvdlocal.averaging.synchronous import NUM_SCALARS
 from hvdlocal.import_path import is_import_path
 from hvdlocal.models import check_images
-from hvdlocal.training.config import TrainConfig
+from hvdlocal.plan.memory import AveragingMemory
+from hvdlocal.training.config import MethodConfig, TrainConfig
 from hvdlocal.training.optimizers import build_inner, build_outer
 from hvdlocal.training.rules import build_scaling
 from hvdlocal.training.tasks import DataDescription, ImageClassification, build_task
@@ -49,6 +50,7 @@ class Payload:
         island_step: bytes inside an island of one step, or of one average inside; 0 without islands.
         island_round: bytes inside an island at the end of a round, without later moments.
         later: moments with a period above 1, one entry for each period.
+        memory: of averaging; None for the synchronous presets.
     """
 
     parameters: int
@@ -57,6 +59,7 @@ class Payload:
     island_step: int = 0
     island_round: int = 0
     later: tuple[LaterMoments, ...] = ()
+    memory: AveragingMemory | None = None
 
     def between(self, rounds: int) -> int:
         """Bytes between the workers in the first rounds of a run."""
@@ -108,16 +111,29 @@ def measure_payload(config: TrainConfig, data: DataDescription, *, island_size: 
 
     later = tuple(LaterMoments(period, across(more), inside(more)) for period, more in _later_moments(buffer))
     between = across(sent) + 4 * before
+    outer = _outer_moments(method, islands)
+    memory = AveragingMemory(
+        parameters=4 * numel,
+        buffer=4 * buffer.flat.numel(),
+        overlap=2 * 4 * buffer.flat.numel() if method.overlap else 0,
+        outer=0 if outer is None else (1 + outer) * 4 * buffer.layout.numel // island_size,
+    )
     if island_size == 1:
-        return Payload(numel, 4 * numel, between, later=later)
-    at_end = inside(sent)
-    outer = build_outer(method, islands)
-    if outer and (outer.lr, outer.momentum) != (1, 0):  # each rank steps on its slice, which its island gathers
-        at_end += 4 * buffer.parameters.numel()
+        return Payload(numel, 4 * numel, between, later=later, memory=memory)
+    phi = 0 if outer is None else 4 * buffer.layout.numel  # of which each rank has a slice, to be gathered
     if diverge:
-        return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), at_end, later)
+        return Payload(numel, 4 * numel, between, 4 * buffer.weights.numel(), inside(sent) + phi, later, memory)
     step = BucketLayout(parameters, island_gradient.NUM_SCALARS, BUCKET_BYTES).numel
-    return Payload(numel, 4 * numel, between, 4 * step, 4 * buffer.own.numel() + at_end, later)
+    at_end = 4 * buffer.own.numel() + inside(sent) + phi
+    return Payload(numel, 4 * numel, between, 4 * step, at_end, later, memory)
+
+
+def _outer_moments(method: MethodConfig, num_workers: int) -> int | None:
+    """The moments that the outer optimizer has of φ; None where the mean is taken as it is, without φ."""
+    outer = build_outer(method, num_workers)
+    if outer is None or (outer.lr, outer.momentum) == (1, 0):
+        return None
+    return int(outer.momentum > 0)
 
 
 def _later_moments(buffer: FlatBuffer) -> list[tuple[int, int]]:

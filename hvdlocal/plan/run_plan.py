@@ -61,6 +61,7 @@ class RunPlan:
         mean_gain: mean ρ over the steps.
         collectives: number of collectives of training between the workers; 0 on one rank.
         schedule: γ as a function of scale-invariant epochs.
+        overlap: τ.
         overlapped: number of averages by the steps of the next round during which they are under way. The last one, and each one
             before an evaluation, is waited for at once.
     """
@@ -77,6 +78,7 @@ class RunPlan:
     mean_gain: float
     collectives: int
     schedule: Schedule
+    overlap: int
     overlapped: Mapping[int, int]
 
     @property
@@ -109,14 +111,19 @@ class RunPlan:
         """Epochs of data that one optimizer step of all ranks consumes."""
         return self.data_epochs / self.steps
 
-    def island_exchanges(self, period: int) -> int:
-        """Returns how often a round of H steps averages inside the islands before it ends; 0 without islands.
+    @property
+    def island_exchanges(self) -> int:
+        """How often the islands average inside before a round ends, in the whole run; 0 without islands.
 
-        The average at the end of a round takes the place of one of parameters inside.
+        The average at the end of a round takes the place of one of parameters inside, but with overlap: what the island's ranks
+        send in common is then what each of them has.
         """
         if self.island_size == 1:
             return 0
-        return period if self.island_period == 1 else (period - 1) // self.island_period
+        if self.island_period == 1:
+            return self.steps
+        inside = sum(phase.rounds * ((phase.period - 1) // self.island_period) for phase in self.phases)
+        return inside + (self.rounds - 1 if self.overlap else 0)
 
     def phase_at(self, epoch: float) -> Phase:
         """Returns the phase at a scale-invariant epoch ≥ 0."""
@@ -215,6 +222,7 @@ def plan_run(
         mean_gain=phases[-1].end * epoch / steps,
         collectives=averagings * per_round,
         schedule=lambda epochs: schedule(epochs * epoch),
+        overlap=method.overlap,
         overlapped=overlapped,
     )
 

@@ -86,6 +86,12 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
         )
     if forecast.payload and plan.island_size > 1:
         yield "in islands", f"{bytes_text(forecast.island_bytes or 0)} per rank"
+    if forecast.payload and forecast.payload.memory:
+        memory = forecast.payload.memory
+        parts = [f"flat buffer {bytes_text(memory.buffer)}"]
+        parts += [f"overlap {bytes_text(memory.overlap)}"] if memory.overlap else []
+        parts += [f"outer optimizer {bytes_text(memory.outer)}"] if memory.outer else []
+        yield "memory", f"{', '.join(parts)}: {memory.copies:.1f} times the parameters"
     if forecast.averaging and plan.num_workers > 1:
         time, unit = forecast.averaging, "step" if synchronous else "round"
         hidden = f", and {seconds_text(time.hidden)} goes on behind steps" if time.hidden else ""

@@ -105,16 +105,12 @@ class RunTotals:
 
     @contextmanager
     def beside_training(self) -> Iterator[None]:
-        """Does not count the communication inside the context.
-
-        An average that was hidden behind steps and is completed inside is counted all the same.
-        """
+        """Does not count the communication inside the context."""
         before = self._so_far()
         try:
             yield
         finally:
-            beside = self._so_far().minus(before)
-            self._not_counted = self._not_counted.plus(beside._replace(hidden_seconds=0.0))
+            self._not_counted = self._not_counted.plus(self._so_far().minus(before))
 
     def waited(self, seconds: float) -> None:
         """Adds a wait for other ranks to the time of averaging, which includes waiting for the slowest rank anyway."""

@@ -293,6 +293,7 @@ class Trainer:
 
     def _evaluate(self, console: Console) -> Evaluation:
         """Evaluates the average and keeps it if it is the best; a collective."""
+        self.optimizer.finish_average()  # which belongs to training
         start = time.perf_counter()
         with self.state.totals.beside_training():
             evaluation = self.evaluator()

@@ -22,6 +22,12 @@ def test_four_ranks(config, tmp_path):
     assert all(one["epoch"] > 0 and one["epoch_error"] >= 0 for one in advice["predictions"])
     assert advice["contest"]["verdict"] in ("local", "data-parallel", "undecided")
     assert set(advice["overlap"]) == {"sync", "acc-ada"}
+    late = advice["averaging_overlap"]
+    assert late["verdict"] in ("pays", "little", "undecided")
+    assert all(1 <= one["overlap"] <= one["period"] for one in late["predictions"])
+    assert "method.overlap" in result.out
+    assert advice["outer_seconds"] >= 0
+    assert advice["measured"]["blocks"][0]["overlap"]["beyond"]["count"] > 0
     assert [one["island"] for one in advice["islands"]] == [1, 2], "four are one island: data parallelism"
     assert "Islands" in result.out
     measured = advice["measured"]["blocks"][0]["islands"]

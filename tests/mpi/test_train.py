@@ -139,9 +139,12 @@ def test_settings(hvdlocal, config, output, name):
     assert records(output, "end")[0]["evaluation"]["accuracy"] > 0.9
 
 
-@pytest.mark.parametrize("preset", ["local-lin", "sync"])
-def test_a_plan_counts_the_traffic_of_a_run(hvdlocal, config, output, preset):
-    settings = [config, "--method.preset", preset, "--method.period.period", "3", "--data.tail", "drop"]
+@pytest.mark.parametrize(
+    "method",
+    ["local-lin", "sync", "local-lin --method.overlap 2", "slowmo --method.overlap 4 --method.outer.momentum 0.2"],
+)
+def test_a_plan_counts_the_traffic_of_a_run(hvdlocal, config, output, method):
+    settings = [config, "--method.preset", *method.split(), "--method.period.period", "3", "--data.tail", "drop"]
     plan = json.loads(hvdlocal("plan", *settings, "--workers", "2", "--json"))["plans"][0]
     hvdlocal("train", *settings)
     [end] = records(output, "end")
@@ -150,6 +153,18 @@ def test_a_plan_counts_the_traffic_of_a_run(hvdlocal, config, output, preset):
     assert plan["bytes"] == end["bytes_sent"]
     assert plan["epochs"] == pytest.approx(end["scale_invariant_epochs"])
     assert plan["data_epochs"] == pytest.approx(end["data_epochs"])
+
+
+def test_a_plan_tells_when_statistics_are_used(hvdlocal, config, output):
+    """With overlap what travels with the first average is used in the third round, where nothing waits for it before."""
+    settings = [config, "--method.preset", "local-ada", "--method.overlap", "2", "--evaluate_every_epochs", "100"]
+    plan = json.loads(hvdlocal("plan", *settings, "--workers", "2", "--gain", "1.5", "--json"))["plans"][0]
+    hvdlocal("train", *settings)
+    gains = [record["gain"] for record in records(output, "round")]
+    assert gains[:2] == [1, 1]
+    assert 1 not in gains[2:]
+    first_two = 2 * plan["stretches"][0]["period"]
+    assert plan["mean_gain"] * plan["steps"] == pytest.approx(first_two + 1.5 * (plan["steps"] - first_two))
 
 
 def test_advice_for_other_presets_and_settings(comm, hvdlocal, config):

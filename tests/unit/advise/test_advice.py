@@ -16,8 +16,10 @@ from hvdlocal.advise.cost_model import (
     Cost,
     CostModel,
     IslandCost,
+    OverlapCost,
     averaging_ratio,
     averaging_seconds,
+    least_overlap,
     predicted_overlap,
 )
 from hvdlocal.advise.facts import as_dict
@@ -25,12 +27,14 @@ from hvdlocal.advise.measurements import (
     Block,
     IslandTimes,
     Measurements,
+    OverlapTimes,
     SampleSummary,
     StepTimes,
     SyncStepTimes,
     rank_jitter,
     undo_moving_average,
 )
+from hvdlocal.advise.overlap import OverlapComparison
 from hvdlocal.advise.predictions import PERIODS, predict, slowest, slowest_island
 from hvdlocal.advise.text import advice_text
 from hvdlocal.averaging.gain import gain_ratio
@@ -197,13 +201,82 @@ def test_overlap_moves_the_crossover():
     assert found == pytest.approx((1 / 1.253785 - 0.5 / 1.777778) / (1 / 1.777778 - 0.5 / 1.253785), rel=1e-4)
 
 
+# -- averages behind steps ----------------------------------------------------------------------------------------------
+
+
+def with_overlap(m, gained=1.0, own_work=0.0, **more):
+    """Steps of one second, averagings of m, which steps hide."""
+    costs = dict.fromkeys(METHODS, Cost(closing=m, collective=m))
+    return replace(cost_model(m, **more), costs=costs, overlap=OverlapCost(gained, own_work))
+
+
+@pytest.mark.parametrize("period", [4, 16])
+@pytest.mark.parametrize("overlap", [1, 4, 9])
+@pytest.mark.parametrize("m", [0.0, 0.5, 4.0, 20.0])
+def test_a_round_exposes_what_its_steps_do_not_hide(m, overlap, period):
+    one = predict(with_overlap(m), "local-ada", period, overlap=overlap)
+    assert one.round == pytest.approx(period + max(0.0, m - min(overlap, period)))
+    assert one.gain == predict(with_overlap(m), "local-ada", period).gain
+
+
+def test_overlap_gains_a_factor_of_two_at_most():
+    """At m = H and τ = H."""
+    for m in (1.0, 7.0, 8.0, 9.0, 100.0):
+        late, now = (predict(with_overlap(m), "local-lin", 8, overlap=overlap).round for overlap in (8, 0))
+        assert now / late == pytest.approx((8 + m) / (8 + max(0.0, m - 8)))
+        assert now / late <= 2.0
+
+
+def test_steps_beside_an_average_may_be_slower():
+    one = predict(with_overlap(2.0, gained=0.75, own_work=0.125), "local-ada", 4, overlap=1)
+    assert one.round == pytest.approx(4 + 2.0 - 0.75 * 1 + 0.125)
+
+
+def test_islands_average_behind_steps_too():
+    """The average across islands takes 3 s, of which a step hides 1."""
+    now = replace(with_islands(average=3.0, sum_inside=0.25), overlap=OverlapCost(1.0))
+    assert predict(now, "local-ada", 4, 2, overlap=1).round == pytest.approx(4 * 1.25 + 3.0 - 1.0)
+
+
+@pytest.mark.parametrize(("collective", "overlap"), [(0.0, 1), (0.5, 1), (1.0, 2), (5.0, 6), (5.1, 7)])
+def test_the_least_overlap_has_a_margin_of_a_fifth(collective, overlap):
+    assert least_overlap(collective, 1.0) == overlap
+
+
+@pytest.mark.parametrize(("share", "verdict"), [(0.05, "little"), (0.099, "little"), (0.11, "pays"), (0.5, "pays")])
+def test_overlap_pays_from_a_tenth_of_a_round_on(share, verdict):
+    """With m/H = 0.1 a round is 1.1 times as long without overlap as with it."""
+    now = with_overlap(8 * share)
+    found = OverlapComparison({8: predict(now, "local-ada", 8, overlap=8)}, predict(now, "local-ada", 8), 0.0)
+    assert found.ratio == pytest.approx(1 / (1 + share))
+    assert found.verdict == verdict
+    assert replace(found, error=0.3).verdict == "undecided"
+
+
+def test_overlap_that_costs_more_than_it_hides_is_no_gain():
+    now = with_overlap(0.1, gained=-3.0)
+    found = OverlapComparison({8: predict(now, "local-ada", 8, overlap=1)}, predict(now, "local-ada", 8), 0.001)
+    assert found.ratio > 1
+    assert found.verdict == "little"
+
+
 # -- from measurements -------------------------------------------------------------------------------------------------
 
 
 def measurements(
-    averagings=(0.5, 0.5, 0.5), steps=(1.0, 1.0, 1.0), noise=(10.0, 10.0, 10.0), grad_sqr=1.0, hidden=0.0, inside=0.01
+    averagings=(0.5, 0.5, 0.5),
+    steps=(1.0, 1.0, 1.0),
+    noise=(10.0, 10.0, 10.0),
+    grad_sqr=1.0,
+    hidden=0.0,
+    inside=0.01,
+    beyond=0.0,
+    own_work=0.0,
 ):
-    """Four ranks on one node; a share of the sum of the gradient is hidden by a backward pass of 0.6 of a step."""
+    """Four ranks on one node; a share of the sum of the gradient is hidden by a backward pass of 0.6 of a step.
+
+    Thirty steps beside an average take `beyond` averages longer than alone. An outer optimizer adds 0.02.
+    """
     none = SampleSummary.of([])
     blocks = []
     for averaging, step, var in zip(averagings, steps, noise, strict=True):
@@ -221,6 +294,7 @@ def measurements(
         names = ("acc-lin", "acc-ada", "local-lin", "local-ada sketch", "local-ada exact")
         closings = dict.fromkeys(names, closing)
         closings |= {f"{name} overlapped": overlapped for name in ("acc-lin", "acc-ada")}
+        closings["local-lin outer"] = replace(closing, step=SampleSummary(averaging + 0.12, count=10))
         nothing, whole = SampleSummary(0.0, count=10), SampleSummary(averaging, count=10)
         islands = {
             1: IslandTimes(none, none, whole),
@@ -235,6 +309,7 @@ def measurements(
                 islands,
                 SampleSummary(grad_sqr, count=10),
                 SampleSummary(var, count=10),
+                OverlapTimes(30, SampleSummary(beyond * averaging, count=10), SampleSummary(own_work, count=10)),
             )
         )
     buckets = (BucketArrival(0.5, BYTES // 2), BucketArrival(1.0, BYTES // 2))
@@ -247,6 +322,21 @@ def test_a_situation_from_blocks():
     assert now.costs["local-ada"] == Cost(pytest.approx(0.6), pytest.approx(0.1), 0.0, pytest.approx(0.5))
     assert now.variation == pytest.approx(0.05)
     assert averaging_ratio(now, "local-ada") == pytest.approx(0.5 / 1.1)
+
+
+def test_the_cost_of_overlap_from_blocks():
+    """Of an averaging of 0.5, hidden by 30 steps, a fifth is lost; 0.03 is own work. Closings have none without overlap."""
+    now = estimate(measurements(beyond=0.2, own_work=0.03), c=1.0, statistics="sketch").cost_model
+    assert now.overlap == OverlapCost(pytest.approx(0.8), pytest.approx(0.03))
+    assert now.outer == pytest.approx(0.02)
+    without, late = (predict(now, "local-ada", 4, overlap=overlap).round for overlap in (0, 1))
+    assert without - late == pytest.approx(0.8 * 0.5 - 0.03)
+
+
+def test_an_average_that_no_trial_hides_wholly():
+    """30 steps of 1.1 hide 33 of 50 seconds, and 20 are left."""
+    now = estimate(measurements(averagings=(50.0,) * 3, beyond=0.4), c=1.0, statistics="sketch").cost_model
+    assert now.overlap.gained == pytest.approx(30 / 33)
 
 
 def test_the_error_of_a_mean_is_the_standard_error():
@@ -298,6 +388,26 @@ def test_the_text_says_whether_islands_pay(inside, said):
         text = advice_text(advise(measured))
         assert said in text
         assert ("method.island: 2" in text) is (inside < 1)
+
+
+@pytest.mark.parametrize(
+    ("averaging", "beyond", "said"),
+    [
+        (3.0, 0.0, "Overlap pays: set method.overlap: 4 and method.period.period: 4."),
+        (0.05, 0.0, "too little for two more copies of what is averaged: leave method.overlap at 0."),
+        (3.0, 1.5, "too little for two more copies of what is averaged: leave method.overlap at 0."),
+    ],
+)
+def test_the_text_says_whether_overlap_pays(averaging, beyond, said):
+    """An averaging of 3 takes 3/1.1 steps: with a margin of a fifth, 4 steps."""
+    advice = advise(measurements(averagings=(averaging,) * 3, beyond=beyond))
+    assert said in advice_text(advice)
+    assert "Nesterov's adds 20 ms" in advice_text(advice)
+    found = as_dict(advice)["averaging_overlap"]
+    assert found["verdict"] == advice.overlap.verdict
+    assert {one["period"]: one["overlap"] for one in found["predictions"]} == {
+        period: min(period, 4 if averaging == 3.0 else 1) for period in PERIODS[1:]
+    }
 
 
 def test_the_stronger_data_parallelism_is_the_baseline():

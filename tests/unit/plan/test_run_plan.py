@@ -35,12 +35,13 @@ def images(shape):
     return SimpleNamespace(kind="images", shape=shape, classes=tuple("0123456789"))
 
 
-def config(preset, epochs=3.0, schedule=None, model="digits_cnn", optimizer="sgd", **method):
+def config(preset, epochs=3.0, schedule=None, model="digits_cnn", optimizer="sgd", evaluate=1.0, **method):
     return TrainConfig(
         data=DataConfig(path="x", batch_size=BATCH),
         model=ModelConfig(model),
         output="y",
         epochs=epochs,
+        evaluate_every_epochs=evaluate,
         optimizer=OptimizerConfig(optimizer, lr=0.01),
         schedule=schedule or ScheduleConfig("cosine", warmup_epochs=0.3, final_lr=1e-4),
         method=MethodConfig(preset, **method),
@@ -71,6 +72,7 @@ def run(config, workers, monkeypatch, ratio=RATIO):
     monkeypatch.setattr(optimizer, "_update_statistics", lambda *_, **__: optimizer._smoothed.update(1.0, ratio, 0.0))
     totals = RunTotals(optimizer)
     rounds, steps, start = [], 0, 0
+    evaluation = gap = config.evaluate_every_epochs * length.epoch
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     while not optimizer.finished:
@@ -81,9 +83,14 @@ def run(config, workers, monkeypatch, ratio=RATIO):
                 parameter.grad = torch.full_like(parameter, 1e-3)
             optimizer.step()
         steps += 1
-        if optimizer.in_sync:
+        if not optimizer.round_under_way:
             rounds.append((start, steps - start))
             start = steps
+            if optimizer.progress >= evaluation and not optimizer.finished:
+                evaluation = (optimizer.progress // gap + 1) * gap
+                optimizer.finish_average()
+                with totals.beside_training():
+                    optimizer.synchronize()
     return rounds, optimizer, length.epoch, totals
 
 
@@ -139,6 +146,18 @@ CASES = {
     "islands, averaged inside": config("local", period=PeriodConfig(period=7), island=2, island_period=2),
     "one island, averaged inside": config("local-lin", period=QSR, island=4, island_period=3, momentum="average"),
     "one island, local-ada-nostale": config("local-ada-nostale", island=4),
+    "local-ada, overlap": config("local-ada", period=PeriodConfig(period=8), overlap=3),
+    "local-ada, qsr, overlap of short rounds": config("local-ada", period=QSR, overlap=5, accumulate=2),
+    "local-ada, overlap, evaluated after every round": config("local-ada", period=QSR, overlap=2, evaluate=0.01),
+    "local-ada, mixed, exact": config(
+        "local-ada", period=PeriodConfig(period=4), overlap=2, mixing=0.5, statistics="exact"
+    ),
+    "islands, local-ada, overlap": config("local-ada", period=QSR, island=2, overlap=2),
+    "islands, averaged inside, overlap": config(
+        "local", period=PeriodConfig(period=7), island=2, island_period=2, overlap=1
+    ),
+    "diloco": config("diloco", period=QSR),
+    "islands, slowmo, overlap": config("slowmo", period=PeriodConfig(period=5), island=2, overlap=5),
     "acc-lin": config("acc-lin", period=PeriodConfig(period=3)),
     "acc-ada": config("acc-ada", period=PeriodConfig(period=3)),
     "sync": config("sync"),
@@ -187,6 +206,25 @@ def test_payload_counts_what_the_arena_holds():
     assert elements("local", momentum="average") == pytest.approx(2 * parameters + buffers, abs=2 * padding)
     assert elements("local-ada") == pytest.approx(parameters + buffers + 16384, abs=padding)
     assert elements("local-ada", statistics="exact") == pytest.approx(2 * parameters + buffers, abs=padding)
+
+
+def test_memory_in_copies_of_the_parameters():
+    """A flat buffer has one, and one for each averaged moment; overlap takes two more buffers, Nesterov φ and its momentum."""
+
+    def memory(preset="local", islands=1, **method):
+        case = config(preset, model="resnet18_cifar", optimizer="adamw", **method)
+        return measure_payload(case, images((32, 32, 3)), island_size=islands).memory
+
+    assert memory("sync") is None
+    plain = memory()
+    assert plain.copies == pytest.approx(1, rel=0.01)
+    assert memory(momentum="average").copies == pytest.approx(3, rel=0.01)
+    assert memory(momentum="average", overlap=4).copies == pytest.approx(9, rel=0.01)
+    assert memory(overlap=1).overlap == 2 * plain.buffer
+    assert memory("diloco").copies == pytest.approx(3, rel=0.01)
+    assert memory("diloco", islands=4, island=4).outer == pytest.approx(0.5 * plain.parameters, rel=0.01)
+    assert memory("slowmo") == plain, "for two workers its momentum is 0: plain averaging"
+    assert memory("diloco", outer=OuterConfig(momentum=0.0)).copies == pytest.approx(2, rel=0.01)
 
 
 def test_an_assumed_gain_divides_the_epochs_of_data():

@@ -1,0 +1,68 @@
+"""Compares local steps whose averages go on behind the next steps with local steps that wait for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from hvdlocal.advise.comparison import CERTAIN
+from hvdlocal.advise.cost_model import CostModel, least_overlap, step_seconds
+from hvdlocal.advise.predictions import PERIODS, Prediction, predict
+
+WORTH = 1 / 1.1
+"""Ratio of times that overlap must reach: above it, as with m/H below 0.1, it gains too little for two more flat buffers."""
+
+
+@dataclass(frozen=True)
+class OverlapComparison:
+    """Local steps with overlap against the best without.
+
+    Attributes:
+        predictions: for local-ada by H > 1, without islands, each with the least τ that makes averaging free, or τ = H.
+        without: the best prediction without overlap and islands.
+        error: standard error of `ratio`.
+    """
+
+    predictions: Mapping[int, Prediction]
+    without: Prediction
+    error: float
+
+    @property
+    def best(self) -> Prediction:
+        """The prediction with overlap for the best H."""
+        return min(self.predictions.values(), key=lambda one: one.epoch)
+
+    @property
+    def ratio(self) -> float:
+        """Time of `best` over time of `without`."""
+        return self.best.epoch / self.without.epoch
+
+    @property
+    def verdict(self) -> str:
+        """Whether overlap "pays", gains "little" (or loses), or whether that is "undecided" within the noise."""
+        doubt = CERTAIN * self.error
+        if self.ratio <= WORTH and self.ratio + doubt < 1:
+            return "pays"
+        return "undecided" if self.ratio - doubt < WORTH else "little"
+
+
+def with_overlap(cost_model: CostModel) -> dict[int, Prediction]:
+    """Returns the predictions for local-ada with overlap by H > 1."""
+    free = least_overlap(cost_model.costs["local-ada"].collective, step_seconds(cost_model, "local-ada"))
+    return {
+        period: predict(cost_model, "local-ada", period, overlap=min(free, period)) for period in PERIODS if period > 1
+    }
+
+
+def compare_overlap(
+    cost_model: CostModel, without: Prediction, ratio_error: Callable[[Prediction, Prediction], float]
+) -> OverlapComparison:
+    """Compares the predictions.
+
+    Args:
+        cost_model: the measured costs, with that of overlap.
+        without: the best prediction without overlap and islands.
+        ratio_error: returns the standard error of the ratio of two predicted times.
+    """
+    found = OverlapComparison(with_overlap(cost_model), without, 0.0)
+    return OverlapComparison(found.predictions, without, ratio_error(found.best, without))
