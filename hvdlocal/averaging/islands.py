@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from hvdlocal.averaging.flat_buffer import FlatBuffer, Scalar
@@ -92,3 +94,30 @@ class Islands:
         """
         self.inside.sum_(tensor, INSIDE)
         self.across.sum_(tensor, name)
+
+
+def islands_of(communicator: Communicator, period: int) -> Islands | None:
+    """The islands of the ranks; None where every rank is a worker.
+
+    Args:
+        communicator: of all ranks.
+        period: steps between two averages of the parameters inside of an island; 1 for mean gradients.
+
+    Raises:
+        ValueError: there are none, and `period` asks for some.
+    """
+    inside, across = communicator.island, communicator.peers
+    if inside is None or across is None:
+        if period > 1:
+            raise ValueError(
+                f"island_period={period} without islands: give hvdlocal.init(island=…) the ranks of an island, or leave "
+                "island_period out"
+            )
+        return None
+    if across.size == period == 1 and communicator.rank == 0:
+        warnings.warn(
+            f"all {inside.size} ranks form one island, so that every step is data-parallel and nothing is averaged: give a "
+            "smaller island, or start the job on more nodes",
+            stacklevel=3,
+        )
+    return Islands(inside, across, diverge=period > 1)

@@ -11,36 +11,28 @@ from typing import Any, Literal
 import torch
 
 from hvdlocal.averaging.apply import OverlappedMean
-from hvdlocal.averaging.buffers import Buffers, check_averaged, refuse_shared_memory, split_aliases
-from hvdlocal.averaging.claims import BufferClaims
+from hvdlocal.averaging.buffers import Buffers
 from hvdlocal.averaging.digest import Fact, rounded
-from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer, FlatReplica
+from hvdlocal.averaging.flat_buffer import CoordinateSample, FlatBuffer
 from hvdlocal.averaging.gain import AdaScale, LocalAdaScale, NoScaling, Scaling
 from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import (
-    refuse_moved_tensors,
     refuse_renormalised_weights,
     refuse_sparse_gradients,
     renormalised_weights,
 )
 from hvdlocal.averaging.island_gradient import IslandGradient
-from hvdlocal.averaging.islands import Islands
-from hvdlocal.averaging.moments import (
-    Momentum,
-    adopt_moments,
-    averages_all_moments,
-    decays,
-    moment_periods,
-    refuse_new_moments,
-)
+from hvdlocal.averaging.islands import islands_of
+from hvdlocal.averaging.moments import Momentum
 from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
 from hvdlocal.averaging.outer import Outer, OuterOptimizer
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
+from hvdlocal.averaging.replica_memory import ReplicaMemory
 from hvdlocal.averaging.round_average import Averaged, RoundAverage
 from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
-from hvdlocal.averaging.setup import check_island_period, check_overlap, owner_of
+from hvdlocal.averaging.setup import check_island_period, check_overlap
 from hvdlocal.communicator import Communicator
 
 
@@ -147,6 +139,10 @@ class LocalOptimizer(ReplicaOptimizer):
             raise ValueError(f"rate_for_period={rate_for_period!r}: choose 'scaled' or 'base'")
         check_island_period(island_period, scaling)
         check_overlap(overlap, mixing, scaling)
+        if outer is None and normalize_outer is not None:
+            raise ValueError(
+                f"normalize_outer={normalize_outer!r} without outer: give an outer optimizer, or leave it out"
+            )
         super().__init__(
             optimizer,
             model,
@@ -159,39 +155,31 @@ class LocalOptimizer(ReplicaOptimizer):
         )
         if budget is None:
             scaling.gain(self._progress.context(1))  # refuses a rule that needs the budget now, not at the first step
-        self._islands = self._form_islands(int(island_period))
+        self._islands = islands_of(self.communicator, int(island_period))
         self._island_period = int(island_period)
         self._planner = RoundPlanner(period, self._progress, rate_for_period)
-        self._momentum_policy = momentum
-        self._moment_periods = moment_periods(optimizer, momentum)
-
-        averaged, aliases = split_aliases(self._buffers_to_average())
-        check_averaged(averaged, self._parameters[0].device, torch.float32)
-        moved = {**dict(zip(self._names, self._parameters, strict=True)), **averaged}
-        refuse_shared_memory(model, moved, [alias for alias, _ in aliases])
+        self._resets_moments = momentum == "reset"
         self._statistics: RoundStatistics | None = None
         if isinstance(scaling, LocalAdaScale) and self.communicator.size > 1:
             self._statistics = RoundStatistics(scaling, self._parameters)
-        self._claims = BufferClaims(averaged, self._parameters)
-        self._flat_replica = FlatReplica(
-            self._parameters,
-            list(averaged.values()),
-            list(self._moment_periods.values()),
-            self._statistics.size if self._statistics else 0,
+        named = dict(zip(self._names, self._parameters, strict=True))
+        self._memory = ReplicaMemory(
+            optimizer,
+            model,
+            named,
+            self._buffers_to_average(),
+            momentum,
+            statistics=self._statistics.size if self._statistics else 0,
             slices=self._ranks_per_worker,
             with_statistics=self._stale,
             sliced_parameters=outer is not None,
         )
-        for alias, name in aliases:
-            alias.data = averaged[name].data
-        self._averaged_names = list(averaged)
-        self._buffer_owners = [owner_of(model, name) for name in averaged]
+        self._flat_replica = self._memory.flat
         self._accumulated = None
         self._inside: IslandGradient | None = None
         self._empty = 0
         if self._islands and island_period == 1:
             refuse_renormalised_weights(model, self._parameters)
-            named = dict(zip(self._names, self._parameters, strict=True))
             self._inside = IslandGradient(self._islands.inside, model, named, accumulate)
             self._accumulated = self._inside.sums
         elif accumulate > 1:
@@ -206,15 +194,18 @@ class LocalOptimizer(ReplicaOptimizer):
         self._held_statistics: tuple[float, float, float] | None = None
         self._divergence: float | None = None
         self._short_rounds = 0
-        self._outer = self._build_outer(outer, normalize_outer)
+        self._outer: OuterOptimizer | None = None
+        if outer is not None:
+            refuse_renormalised_weights(model, self._parameters)
+            self._outer = OuterOptimizer(outer, self._flat_replica.parameters, normalize_outer, self._islands)
         self._overlap = int(overlap)
         self._overlapped = OverlappedMean(self._flat_replica, mixing) if overlap else None
         if overlap and mixing is None:
-            self._decays()  # refuses moments that cannot be carried over
+            self._memory.decays()  # refuses moments that cannot be carried over
         self._start_together(
             {
                 "period": repr(period),
-                "momentum": momentum if isinstance(momentum, str) else self._moment_periods,
+                "momentum": momentum if isinstance(momentum, str) else self._memory.periods,
                 "rate_for_period": rate_for_period,
                 "island_size": self._ranks_per_worker,
                 "island_period": self._island_period,
@@ -222,7 +213,7 @@ class LocalOptimizer(ReplicaOptimizer):
                 **({"overlap": self._overlap, "mixing": mixing} if overlap else {}),
             },
             self._flat_replica.replica,
-            {id(tensor) for tensor in [*self._parameters, *averaged.values()]},
+            {id(tensor) for tensor in self._memory.tensors},
         )
         self._sample = CoordinateSample(self._flat_replica.parameters)
         self._round_average = RoundAverage(
@@ -234,42 +225,6 @@ class LocalOptimizer(ReplicaOptimizer):
             compares_origin=not renormalised_weights(model, self._parameters),
         )
 
-    def _form_islands(self, period: int) -> Islands | None:
-        """The islands of the communicator; None where every rank is a worker.
-
-        Raises:
-            ValueError: there are none, and `period` asks for some.
-        """
-        inside, across = self.communicator.island, self.communicator.peers
-        if inside is None or across is None:
-            if period > 1:
-                raise ValueError(
-                    f"island_period={period} without islands: give hvdlocal.init(island=…) the ranks of an island, or leave "
-                    "island_period out"
-                )
-            return None
-        if across.size == period == 1:
-            self._warn(
-                f"all {inside.size} ranks form one island, so that every step is data-parallel and nothing is averaged: give a "
-                "smaller island, or start the job on more nodes"
-            )
-        return Islands(inside, across, diverge=period > 1)
-
-    def _build_outer(self, outer: Outer | None, normalize: bool | None) -> OuterOptimizer | None:
-        """The outer optimizer, if there is one.
-
-        Raises:
-            ValueError: it cannot be built, or the model has a layer with which the replicas never begin at one point.
-        """
-        if outer is None:
-            if normalize is not None:
-                raise ValueError(
-                    f"normalize_outer={normalize!r} without an outer optimizer: give outer=…, or leave it out"
-                )
-            return None
-        refuse_renormalised_weights(self.model, self._parameters)
-        return OuterOptimizer(outer, self._flat_replica.parameters, normalize, self._islands)
-
     def _warn(self, message: str) -> None:
         """Warns once for all ranks."""
         if self.communicator.rank == 0:
@@ -277,7 +232,7 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def averages(self, buffer: torch.Tensor) -> bool:
         """Whether this buffer of the model is one that is averaged."""
-        return self._claims.hold(buffer)
+        return self._memory.holds(buffer)
 
     # -- what a training loop reads ----------------------------------------------------------------------------------
 
@@ -498,10 +453,6 @@ class LocalOptimizer(ReplicaOptimizer):
         if averaged:
             self._use_average(averaged)
 
-    def _decays(self) -> dict[str, list[float]]:
-        """β of every averaged moment."""
-        return decays(self.optimizer, self._moment_periods, self._parameters)
-
     def _average_inside(self) -> None:
         """Averages the replicas of this rank's island."""
         assert self._islands is not None
@@ -525,13 +476,7 @@ class LocalOptimizer(ReplicaOptimizer):
     def _prepare_replica(self) -> None:
         """Checks that the replica lies in the flat buffer, with the moments that are averaged."""
         self._check_parameters()
-        buffers = [getattr(module, name, None) for module, name in self._buffer_owners]
-        refuse_moved_tensors(
-            [*self._owners, *self._buffer_owners], [*self._parameters, *buffers], self._flat_replica.views
-        )
-        if self._momentum_policy == "average":
-            refuse_new_moments(self.optimizer, self._moment_periods)
-        adopt_moments(self.optimizer, self._moment_periods, self._parameters, self._flat_replica)
+        self._memory.prepare()
 
     def _use_average(self, averaged: Averaged, overlapped: OverlappedMean | None = None) -> None:
         """Applies the mean, and takes in what came with it.
@@ -550,7 +495,7 @@ class LocalOptimizer(ReplicaOptimizer):
             if overlapped:
                 self._sample.move_origin(averaged.mean.parameters)
                 overlapped.apply(
-                    self._decays(),
+                    self._memory.decays(),
                     round_number=averaged.round_number,
                     steps=self._steps_in_round,
                     contributed=averaged.mine_is_finite,
@@ -572,8 +517,8 @@ class LocalOptimizer(ReplicaOptimizer):
         if mine_is_bad and overlapped:
             self._loss_sum.zero_()  # of the steps that are dropped
             self._loss_count = 0
-        own_moments = not averages_all_moments(self.optimizer, self._moment_periods, averaged.round_number)
-        if self._momentum_policy == "reset" or averaged.lost or (mine_is_bad and own_moments):
+        own_moments = not self._memory.averages_all_moments(averaged.round_number)
+        if self._resets_moments or averaged.lost or (mine_is_bad and own_moments):
             self.state.clear()
         complete = averaged.replicas == self.num_workers
         self._use_loss(averaged.loss, needed=complete)
@@ -586,7 +531,7 @@ class LocalOptimizer(ReplicaOptimizer):
                 self._flat_replica.buffers.fill_(math.nan)
             raise_nonfinite_buffers(
                 self.communicator,
-                self._names_of_nonfinite(averaged.finite_buffers),
+                self._memory.names_of_nonfinite(averaged.finite_buffers),
                 averaged.buffer_replicas,
                 f"at progress {self.progress:.1f}",
             )
@@ -609,11 +554,6 @@ class LocalOptimizer(ReplicaOptimizer):
             Fact.RATES: self._named_rates(),
             Fact.PROGRESS: {"rounds": self._round, "progress": rounded(self.progress)},
         }
-
-    def _names_of_nonfinite(self, finite: torch.Tensor) -> list[str]:
-        """The averaged buffers in which the mask of finite elements has a hole."""
-        masks = self._flat_replica.buffer_layout.of(finite)
-        return [name for name, mask in zip(self._averaged_names, masks, strict=True) if not mask.all()]
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -658,7 +598,7 @@ class LocalOptimizer(ReplicaOptimizer):
                 self._outer.join_paths()
                 with torch.no_grad():
                     self._outer.step_(self._flat_replica.parameters)
-            if self._momentum_policy == "reset":
+            if self._resets_moments:
                 self.state.clear()
 
     def _after_averaging(self, own: dict[str, Any]) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def test_islands_hold_slices(comm, outer):
             "of other parameters than the one that it was given",
         ),
         ({"outer": torch.optim.LBFGS}, "LBFGS evaluates the loss several times per step"),
-        ({"normalize_outer": True}, "normalize_outer=True without an outer optimizer"),
+        ({"normalize_outer": True}, "normalize_outer=True without outer"),
     ],
 )
 def test_refusals(comm, settings, message):
