@@ -8,10 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvdlocal.cli import reproduce_outer
 from hvdlocal.cli.experiments import EXPERIMENTS, require_scipy
 from hvdlocal.cli.experiments import run as run_experiment
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.launch_command import launcher_words
+from hvdlocal.papers import outer_study
 from hvdlocal.papers.studies import STUDIES, Grid, GridPoint, Study, grid_points
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ def run(arguments: Sequence[str]) -> int:
     if named := [word for word in arguments if word in EXPERIMENTS]:
         raise ValueError(f"the experiment's name comes first: hvdlocal reproduce {named[0]} …")
     options, train = _parser().parse_known_args(arguments)
+    if options.study == outer_study.NAME:
+        return reproduce_outer.run(options, train)
+    options.seeds = options.seeds or [0]
     study, grid = _study(options)
     points = list(_points(options, study, grid))
     _check_settings(study, grid, train)
@@ -100,7 +105,9 @@ def _run_missing(study: Study, grid: Grid, runs: Sequence[GridRun], launcher: Se
 def _study(options: argparse.Namespace) -> tuple[Study, Grid]:
     """Returns the study and the grid that the options select."""
     if options.study not in STUDIES:
-        raise ValueError(f"no study {options.study!r}: choose one of {', '.join((*STUDIES, *EXPERIMENTS))}")
+        raise ValueError(
+            f"no study {options.study!r}: choose one of {', '.join((*STUDIES, outer_study.NAME, *EXPERIMENTS))}"
+        )
     study = STUDIES[options.study]
     grid = study.paper if options.scale == "paper" else study.small
     if grid is None and options.scale == "paper":
@@ -127,22 +134,17 @@ def _points(options: argparse.Namespace, study: Study, grid: Grid) -> Iterator[G
 
 def _runs(grid: Grid, chosen: Sequence[GridPoint], output: Path, settings: Sequence[str]) -> Iterator[GridRun]:
     """Yields the runs with their configurations, after checking them."""
-    from hvdlocal.cli.configuration import parse
-    from hvdlocal.papers.runs import GridRun
-    from hvdlocal.training.config_checks import check_ranges
+    from hvdlocal.cli.grid_run import grid_run
 
     for point in chosen:
-        directory = output / point.name
-        arguments = [str(grid.setting.path), *settings, *point.settings, f"--output={directory}"]
-        config = parse(arguments)
-        check_ranges(config)
-        switch = config.method.period.switch_epochs
-        if switch is not None and switch >= config.epochs:
+        run = grid_run(grid.setting, point, output, settings)
+        switch = run.config.method.period.switch_epochs
+        if switch is not None and switch >= run.config.epochs:
             raise ValueError(
-                f"{point.method.name} switches after {switch:g} epochs, and the run has {config.epochs:g}: leave it out with "
+                f"{point.method.name} switches after {switch:g} epochs, and the run has {run.config.epochs:g}: leave it out with "
                 "--methods"
             )
-        yield GridRun(point, directory, arguments, config)
+        yield run
 
 
 def _prepare(runs: Sequence[GridRun], grid: Grid) -> None:
@@ -202,14 +204,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="hvdlocal reproduce",
         usage="hvdlocal reproduce STUDY [options] [--section.key value …]",
         description="Run a table or figure of Balles et al. (TMLR 2024), or the rules for H of Gu et al. (ICLR 2024), again, for "
-        "every K, H and method, and compare the results with published ones. A run is a directory; the same command continues "
+        "every K, H and method, and compare the results with published ones; outer compares outer optimizers, overlap and moment "
+        "periods on a language model. A run is a directory; the same command continues "
         "where it was interrupted. Options that are not listed here are passed to hvdlocal train, such as --epochs 1.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "study",
         metavar="STUDY",
-        help=f"{', '.join(STUDIES)}; {', '.join(EXPERIMENTS)}, which have a --help of their own",
+        help=f"{', '.join((*STUDIES, outer_study.NAME))}; {', '.join(EXPERIMENTS)}, which have a --help of their own",
     )
     parser.add_argument(
         "--scale",
@@ -222,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="some of the study's methods, and baseline (one rank)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="N", help="default: 0")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="default: 0; for outer 0 1 2")
     parser.add_argument("--data", metavar="DIR", help="the data set; default: as in experiments/")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="directory of the runs; default: runs/reproduce_<setting>"

@@ -33,7 +33,8 @@ out.mkdir(parents=True, exist_ok=True)
 (out / "config.yaml").write_text(json.dumps({{"epochs": float(settings.get("epochs", 12)), "seed": int(settings["seed"])}}))
 print("hvdlocal: said by", out.name)
 if code == 0:
-    summary = {{"evaluation": {{"accuracy": accuracy, "top5": None}}, "data_epochs": epochs, "seconds": {{"elapsed": 3.0}}}}
+    evaluation = {{"accuracy": accuracy, "top5": None, "bits_per_byte": accuracy}}
+    summary = {{"evaluation": evaluation, "data_epochs": epochs, "seconds": {{"elapsed": 3.0}}}}
     (out / "summary.json").write_text(json.dumps(summary))
 sys.exit(code)
 """
@@ -165,6 +166,11 @@ def test_the_commands_can_be_seen_beforehand(reproduce):
             "post-local switches after 20 epochs, and the run has 10: leave it out with --methods",
         ),
         (["table5"], "choose one of table2, table3"),
+        (["outer", "--workers", "8"], "leave out --scale, --workers and --periods"),
+        (["outer", "--methods", "local-17"], "outer has sync, local-16"),
+        (["outer", "--method.overlap=3"], "outer decides this setting: leave out --method.overlap=3"),
+        (["outer", "--optimizer.lr=1"], "leave out --optimizer.lr=1"),
+        (["outer", "--data.train_split", "nowhere"], "tinyshakespeare.txt --block 64 --output"),
         (["table3"], "table3 --scale paper"),
         (["table2", "--methods", "sync"], "table2 has baseline, acc-lin"),
         (["table2", "--epoch", "1"], "did you mean 'epochs'"),
@@ -178,6 +184,45 @@ def test_mistakes(reproduce, arguments, message):
     error, starts = reproduce(*arguments, expect=2)
     assert message in error
     assert starts == []
+
+
+# -- methods at their own learning rates -------------------------------------------------------------------------------
+
+ONE = ["outer", "--methods", "one", "--seeds", "5", "6", "--epochs=12"]
+
+
+def at(bits, seed=5):
+    return {f"one-lr{rate:g}-K1-seed{seed}": [0, found, 1.3] for rate, found in bits.items()}
+
+
+def test_a_learning_rate_is_tuned_before_the_other_seeds_run(reproduce):
+    plan = at({0.002: 3.0, 0.004: 2.5, 0.008: 2.0, 0.016: 2.2}) | at({0.008: 2.4}, seed=6)
+    out, starts = reproduce(*ONE, plan=plan)
+    names = [f"one-lr{rate:g}-K1-seed5" for rate in (0.002, 0.004, 0.008, 0.016)] + ["one-lr0.008-K1-seed6"]
+    assert [line.split()[0] for line in starts] == names
+    assert "2.2000 bits per byte" in out
+    text = (reproduce.directory / "outer.md").read_text()
+    assert "| 1 | one worker | 0.008 | 2.200 ± 0.283 |" in text
+    assert "5 of 5 runs are done" in text
+    assert reproduce(*ONE)[1] == []
+    out, starts = reproduce(*ONE, "--dry-run")
+    assert len(out.splitlines()) == 5
+    assert starts == []
+
+
+def test_a_learning_rate_at_which_a_run_diverges_is_not_the_best(reproduce):
+    plan = at({0.002: 2.1, 0.004: 2.0}) | {"one-lr0.008-K1-seed5": [3, 0, 0]}
+    reproduce(*ONE, plan=plan)
+    assert "| 1 | one worker | 2.100 | **2.000** | diverged |" in (reproduce.directory / "outer.md").read_text()
+
+
+def test_a_run_that_fails_ends_its_stage(reproduce):
+    plan = at({0.002: 2.1, 0.004: 2.0}) | {"one-lr0.008-K1-seed5": [2, 0, 0]}
+    _, starts = reproduce(*ONE, plan=plan, expect=1)
+    assert len(starts) == 3
+    _, starts = reproduce(*ONE, "--report")
+    assert starts == []
+    assert "2 of 3 runs are done" in (reproduce.directory / "outer.md").read_text()
 
 
 # -- the rules -------------------------------------------------------------------------------------------------------
