@@ -309,6 +309,22 @@ def test_gradient_statistics_travel_beside_the_moments(layout, stale, kind):
     assert runs[1][3] - runs[0][3] == (3 * 4 * NUMEL // comm.island_size if comm.num_islands > 1 else 0)
 
 
+@pytest.mark.parametrize("periods", [{FIRST: 1, SECOND: 2}, {FIRST: 2, SECOND: 4}], ids=str)
+def test_a_moment_is_carried_over_when_its_average_comes_later(layout, periods):
+    """One step later, half of the first moment's mean and three quarters of the second one's are left, as without overlap."""
+    comm = layout
+    model = Slope(NUMEL)
+    optimizer = local(model, 2, optimizer=adamw(model), momentum=periods, overlap=1, communicator=comm)
+    averaged_after = dict.fromkeys(BETAS, 0)
+    for steps in range(1, 12):
+        step(optimizer, model, odd(comm)[comm.rank])
+        if steps % 2 and comm.num_islands > 1:  # the average of the round before has been applied
+            for name, period in periods.items():
+                if steps // 2 % period == 0:
+                    averaged_after[name] = steps - 1
+                check_moment(comm, optimizer, model, name, steps, averaged_after[name])
+
+
 def test_synchronize_ends_a_round_of_its_own(comm):
     model = Slope(NUMEL)
     optimizer = local(model, 4, optimizer=adamw(model), momentum={FIRST: 2})
