@@ -310,6 +310,11 @@ class LocalOptimizer(ReplicaOptimizer):
             self._prepare_replica()
             self._use_average(self._round_average.finish(), self._overlapped)
 
+    @torch.no_grad()
+    def resume_average(self) -> None:
+        """See `ReplicaOptimizer`."""
+        self._round_average.look()
+
     def _note_short_round(self) -> None:
         """Warns of a loop that averages after every step although its rounds are longer."""
         if self._steps_in_round == 1 < self.period:
@@ -608,6 +613,12 @@ class LocalOptimizer(ReplicaOptimizer):
 
     def _check_own_state(self, own: dict[str, Any]) -> None:
         super()._check_own_state(own)
+        worker, mine = own.get("worker", [own["rank"]]), self._ranks_of_worker
+        if own.get("shared") and len(worker) > 1 and worker.index(own["rank"]) != mine.index(self.communicator.rank):
+            raise ValueError(
+                f"this state holds the slice of the outer optimizer of rank {own['rank']} in an island of {len(worker)}, and "
+                f"rank {self.communicator.rank} needs another one: load each rank's own"
+            )
         if own.get("pending") and not self._overlapped:
             raise ValueError(
                 "this state was saved while an average was under way, which needs overlap=… of the optimizer that saved it: give "

@@ -194,7 +194,7 @@ class OuterOptimizer:
         return {"phi": self._phi.data, "optimizer": self._optimizer.state_dict()}
 
     def load_state(self, parts: Sequence[Mapping[str, Any]]) -> None:
-        """Continues from the parts of the ranks of one island, or from the one part of a run without islands.
+        """Continues from the parts of the ranks of one island, from the one part of a run without islands, or from this rank's.
 
         Raises:
             ValueError: the parts do not make up these parameters.
@@ -202,15 +202,18 @@ class OuterOptimizer:
         parts = [part for part in parts if part]
         if not parts:
             return
+        is_mine = [part["phi"].numel() for part in parts] == [self._phi.numel()]
         old = sum(part["phi"].numel() for part in parts)
         numel = self._phi.numel() * (self._islands.inside.size if self._islands else 1)
-        if abs(old - numel) >= 16 * max(len(parts), self._islands.inside.size if self._islands else 1):
+        if not is_mine and abs(old - numel) >= 16 * max(len(parts), self._islands.inside.size if self._islands else 1):
             raise ValueError(
                 f"the state of the outer optimizer is that of a model with {old} parameters (padding included), and here there "
                 f"are {numel}"
             )
 
         def own(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+            if is_mine:
+                return tensors[0].clone()
             whole = torch.cat([one.to(self._phi.device) for one in tensors])
             if old < numel:
                 whole = torch.cat([whole, whole.new_zeros(numel - old)])

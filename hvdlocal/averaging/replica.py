@@ -231,6 +231,12 @@ class ReplicaOptimizer(WrappedOptimizer):
             raise ValueError(f"record_loss({what}): give one number, the mean loss of the micro-batch")
         self._loss_count += 1
 
+    def resume_average(self) -> None:
+        """Begins the average anew that was under way when a state was saved; a collective, which the next step would begin else.
+
+        To be called after `load_state_dict` by who counts what training sends: this message was counted before.
+        """
+
     def request_stop(self) -> None:
         """Asks all ranks to stop, for example from a signal handler.
 

@@ -213,6 +213,7 @@ class Checkpoints:
             self._open.push(held.pop_all())
         interruption.remember(output.what_is_saved)
         self._output, self._coordinator = output.directory, coordinator
+        self._optimizer.resume_average()
         self._totals.start()
         coordinator.start()
         if resumed is None:

@@ -246,6 +246,7 @@ class Trainer:
         if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
         self.events.start({} if self.resumed is None else self.resumed.contents.get("callbacks", {}))
+        optimizer.resume_average()
         self.state.totals.start()
         self.coordinator.start()
         self._introduce(console)

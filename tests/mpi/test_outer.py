@@ -246,14 +246,22 @@ def test_islands_hold_slices(comm, outer):
     other = local(Slope(1001), 2, communicator=comm, outer=outer)
     other.load_shared_state(parts)
     assert torch.equal(other.shared_state()["phi"][:1001], islands.w.detach())
-    divided = local(Slope(1001), 2, communicator=with_islands(comm, 2), outer=outer)
-    divided.load_shared_state([other.shared_state()])
-    for one, two in zip(
-        torch.utils._pytree.tree_leaves(divided.shared_state()),
-        torch.utils._pytree.tree_leaves(optimizer.shared_state()),
-        strict=True,
-    ):
-        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+    for parts in ([other.shared_state()], [optimizer.shared_state()]):
+        divided = local(Slope(1001), 2, communicator=with_islands(comm, 2), outer=outer)
+        divided.load_shared_state(parts)
+        for one, two in zip(
+            torch.utils._pytree.tree_leaves(divided.shared_state()),
+            torch.utils._pytree.tree_leaves(optimizer.shared_state()),
+            strict=True,
+        ):
+            assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+    # A plain state holds this rank's slice, which another rank of the island cannot use.
+    state = optimizer.state_dict()
+    optimizer.load_state_dict(state)
+    neighbour = comm.gather(state, "test.states")[comm.rank ^ 1]
+    with pytest.raises(ValueError, match="needs another one: load each rank's own"):
+        optimizer.load_state_dict(neighbour)
 
 
 @pytest.mark.parametrize(

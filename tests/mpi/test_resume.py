@@ -1,6 +1,5 @@
 """A training run that ends anywhere and is started again comes to the same bits: model, records, summary."""
 
-import json
 import os
 import random
 import shutil
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.configs import digits_config
-from support.faults import DIFFERS
-from support.killed import train
+from support.killed import outcome, same, train
 from support.models import everywhere_equal
 
 import hvdlocal
@@ -84,24 +82,6 @@ def config(place, output, every_steps=None, **settings):
         device="cpu",
         checkpoint=CheckpointConfig(every_steps=every_steps, keep=3),
         **settings,
-    )
-
-
-def outcome(directory):
-    """Everything a run leaves that is not a time."""
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((directory / "summary.json").read_text())
-    for record in [*records, summary]:
-        for name in filter(DIFFERS.search, list(record)):
-            del record[name]
-    models = [torch.load(directory / name, weights_only=True) for name in ("model.pt", "best.pt")]
-    return records, summary, models
-
-
-def same(a, b):
-    return a[:2] == b[:2] and all(
-        x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
-        for x, y in zip(a[2], b[2], strict=True)
     )
 
 

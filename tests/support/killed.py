@@ -1,4 +1,9 @@
-"""Runs of the trainer in this process that end like a killed one."""
+"""Runs of the trainer in this process that end like a killed one, and what they leave."""
+
+import json
+
+import torch
+from support.faults import DIFFERS
 
 from hvdlocal.training import Trainer
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
@@ -27,3 +32,21 @@ def train(comm, settings, monkeypatch, die_after=None):
             trainer.optimizer.synchronize()  # a process that is killed leaves no collective to the next run
     comm.barrier("test.trained")
     return trainer
+
+
+def outcome(directory):
+    """Everything a run leaves that is not a time."""
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((directory / "summary.json").read_text())
+    for record in [*records, summary]:
+        for name in filter(DIFFERS.search, list(record)):
+            del record[name]
+    models = [torch.load(directory / name, weights_only=True) for name in ("model.pt", "best.pt")]
+    return records, summary, models
+
+
+def same(a, b):
+    return a[:2] == b[:2] and all(
+        x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
+        for x, y in zip(a[2], b[2], strict=True)
+    )
