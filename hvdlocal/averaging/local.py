@@ -200,6 +200,12 @@ class LocalOptimizer(ReplicaOptimizer):
             self._outer = OuterOptimizer(outer, self._flat_replica.parameters, normalize_outer, self._islands)
         self._overlap = int(overlap)
         self._overlapped = OverlappedMean(self._flat_replica, mixing) if overlap else None
+        if overlap and mixing != 0 and isinstance(scaling, LocalAdaScale):
+            self._warn(
+                f"overlap={overlap} with LocalAdaScale: the replicas have drifted {overlap} steps apart where its statistics are "
+                "taken, so that the noise and with it the gain come out too large, up to K times the base rate (measured in "
+                "docs/outer.md). Use mixing=0, which lets all replicas go on from the mean, or another scaling."
+            )
         if overlap and mixing is None:
             self._memory.decays()  # refuses moments that cannot be carried over
         self._start_together(

@@ -1,6 +1,7 @@
 """An average that is applied some steps after it was begun: closed forms, what the model is meanwhile, state."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -454,6 +455,15 @@ def test_other_ranks_go_on_from_the_average_of_the_replicas(comm, steps, outer):
     # With the outer optimizer: φ₁ = −5.32 and the replicas' mean −9.32, so Δ = 4, as in the second round of its hand values.
     assert other.w.tolist() == pytest.approx([-12.908 if outer else -2.0 * steps] * 10)
     assert everywhere_equal(comm, other.w.detach())
+
+
+@pytest.mark.parametrize(("mixing", "warned"), [(None, True), (0.5, True), (0.0, False)])
+def test_statistics_of_replicas_that_have_drifted_apart_are_warned_of(comm, mixing, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        local(Slope(), 2, overlap=1, mixing=mixing, scaling=hvdlocal.LocalAdaScale())
+    told = [str(one.message) for one in caught if "have drifted 1 steps apart" in str(one.message)]
+    assert len(told) == (warned and comm.rank == 0)
 
 
 @pytest.mark.parametrize(
