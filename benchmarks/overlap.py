@@ -89,8 +89,7 @@ def measure(network: Network, arguments: argparse.Namespace) -> dict[str, Any]:
     collective = statistics.median(bare() for _ in range(7))
     network.fit(lambda: timed(lambda: [network.step(model, optimizer) for _ in range(4)]) / 4, collective / arguments.m)
     period = arguments.period
-    delays = sorted({0, 1, *(2**i for i in range(1, 32) if 2**i < period), period})
-    ways = {delay: LocalSteps(network, period, delay) for delay in (None, *delays)}
+    ways = {delay: LocalSteps(network, period, delay) for delay in (None, *sorted({0, *arguments.overlaps}))}
     sums: list[float] = []
     turns: dict[int | None, list[tuple[float, float]]] = {delay: [] for delay in ways}
     for trial in range(arguments.trials + 1):
@@ -133,6 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--m", type=float, default=4 / 1.2, help="to aim at (default: %(default).2f)")
     parser.add_argument("--period", type=int, default=16, help="H (default: %(default)s)")
+    parser.add_argument(
+        "--overlaps", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="τ beside 0 (default: 1 2 4 8 16)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of a turn (default: %(default)s)")
     parser.add_argument("--trials", type=int, default=5, help="turns that are counted (default: %(default)s)")
     parser.add_argument("--width", type=int, default=512, help="of the network's 12 layers (default: %(default)s)")
