@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import PAGES, ROOT, blocks, commands
+from pages import PAGES, ROOT, blocks, commands, read
 
 import hvdlocal.models
 from data_prep.arguments import DATA_SETS
@@ -117,6 +117,18 @@ def test_the_playbook_prints_what_its_page_shows(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", command.split()[2:])
         playbook.main()
         assert capsys.readouterr().out == shown
+
+
+def test_the_playbook_agrees_with_what_was_measured():
+    """Utilisation is one over the cost of a step, of which averaging.md has the measured and the predicted one."""
+    cells = {"sync": [], "local, H = 4": [], "local, H = 16": []}
+    for name, predicted, measured in re.findall(
+        r"^(sync|local, H = \d+) +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+) ", read("docs/averaging.md"), flags=re.MULTILINE
+    ):
+        if name in cells:
+            cells[name].append(f"{100 / float(measured):.0f} % ({100 / float(predicted):.0f})")
+    rows = re.findall(r"^\| (?:data|local).*?\| (.*) \|$", read("docs/playbook.md"), flags=re.MULTILINE)
+    assert rows == [" | ".join(row) for row in cells.values()]
 
 
 def test_the_first_hour(tmp_path, monkeypatch):
