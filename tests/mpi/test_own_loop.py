@@ -28,7 +28,7 @@ def place(place):
 class Loop:
     """A network with dropout, noise from NumPy and from `random`, a schedule and a counter."""
 
-    def __init__(self, place, name, *, synchronous=False, accumulate=1, lr=0.05, **settings):
+    def __init__(self, place, name, *, synchronous=False, accumulate=1, lr=0.05, outer=None, overlap=0, **settings):
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1))
         inner = sgd(self.model, lr=lr, momentum=0.9)
@@ -36,7 +36,9 @@ class Loop:
             self.optimizer = hvdlocal.SynchronousOptimizer(inner, self.model, accumulate=accumulate)
         else:
             period = hvdlocal.ConstantPeriod(5)
-            self.optimizer = hvdlocal.LocalOptimizer(inner, self.model, period=period, accumulate=accumulate)
+            self.optimizer = hvdlocal.LocalOptimizer(
+                inner, self.model, period=period, accumulate=accumulate, outer=outer, overlap=overlap
+            )
         self.comm = self.optimizer.communicator
         for seed in (torch.manual_seed, np.random.seed, random.seed):
             seed(1 + self.comm.rank)
@@ -62,6 +64,7 @@ class Loop:
                 checkpoints.finish()
             except Killed:
                 checkpoints._coordinator.status.close()
+                self.optimizer.finish_average()
         self.comm.barrier("test.looped")
         return self
 
@@ -76,7 +79,17 @@ class Loop:
         self.seen["losses"].append(loss.detach())
 
 
-@pytest.mark.parametrize("kind", [{}, {"accumulate": 2}, {"synchronous": True, "accumulate": 2}], ids=str)
+KINDS = [
+    {},
+    {"accumulate": 2},
+    {"synchronous": True, "accumulate": 2},
+    {"outer": hvdlocal.nesterov(0.7, 0.9)},
+    {"outer": hvdlocal.slowmo(0.5), "overlap": 3},
+    {"overlap": 7},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_loop_killed_anywhere_comes_to_the_same_end(comm, place, kind):
     whole = Loop(place, f"whole-{kind}", **kind).run()
     assert whole.restored is None
@@ -117,6 +130,10 @@ def test_what_is_refused(comm, place):
     Loop(place, "refused").run(18)
     with pytest.raises(CheckpointError, match=r"param group 0 lr: 0\.05, not 0\.5"):
         Loop(place, "refused", lr=0.5).run()
+    with pytest.raises(CheckpointError, match="with overlap: None, not 3"):
+        Loop(place, "refused", overlap=3).run()
+    with pytest.raises(CheckpointError, match="with outer: None, not"):
+        Loop(place, "refused", outer=hvdlocal.nesterov()).run()
     with pytest.raises(CheckpointError, match="optimizer: LocalOptimizer around SGD, not SynchronousOptimizer"):
         Loop(place, "refused", synchronous=True).run()
     if comm.rank == 0:
