@@ -36,7 +36,7 @@ def test_a_rank_dies_inside_an_overlap(make, undisturbed, backend):
 
 def test_a_request_and_other_numbers_of_ranks(make):
     """A request takes effect where no average is under way, here within two rounds; another number goes on with φ."""
-    run = make(*OVERLAP)
+    run = make(*OVERLAP, "--epochs", "20")
     for ranks in (2, 3, 1):
         run.ranks = ranks
         assert run.start("usr2:computing:0:5").code == 85
