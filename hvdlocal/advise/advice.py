@@ -81,7 +81,7 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
             )
             closing = max(closing, 0.0)  # of overlapped sums it is a difference, which may be lost in the noise
             costs[method] = Cost(closing, update, collect if method.startswith("local") else collecting, collective)
-        closing_outer = SampleSummary.pooled(block.closings["local-lin outer"].step for block in some).mean
+        outer = [block.closings["local-lin outer"].step for block in some if "local-lin outer" in block.closings]
         without_overlap = CostModel(
             micro_batch=tuple(pace.micro_batch.mean for pace in paces),
             costs=costs,
@@ -94,7 +94,7 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
             islands={n: island_cost(n, some) for n in blocks[0].islands},
             backward=max(pace.backward.mean for pace in paces),
             buckets=measured.buckets,
-            outer=max(closing_outer - costs["local-lin"].closing, 0.0),
+            outer=SampleSummary.pooled(outer).mean - costs["local-lin"].closing if outer else None,
         )
         return replace(without_overlap, overlap=overlap_cost(without_overlap, some))
 
@@ -103,8 +103,8 @@ def estimate(measured: Measurements, c: float, statistics: str) -> Estimate:
         beyond, own_work = (
             SampleSummary.pooled(getattr(one, part) for one in times).mean for part in ("beyond", "own_work")
         )
-        cost = given.costs["local-ada"]
-        hidden = min(cost.collective, times[0].overlap * step_seconds(given, "local-ada"))
+        cost = given.costs["local-lin"]
+        hidden = min(cost.collective, times[0].overlap * step_seconds(given, "local-lin"))
         gained = min((cost.collective - beyond) / hidden, 1.0) if hidden else 0.0
         return OverlapCost(gained, max(own_work - (cost.closing - cost.update - cost.collective), 0.0))
 
@@ -189,7 +189,7 @@ def advise(measured: Measurements, c: float = 1.0, statistics: str = "sketch") -
         estimate=found,
         table=table,
         islands={n: best_period(cost_model, n) for n in cost_model.island_sizes},
-        overlap=compare_overlap(cost_model, best_period(cost_model), found.ratio_error),
+        overlap=compare_overlap(cost_model, found.ratio_error),
         now=compare(found),
         scenarios=tuple(
             Scenario(label, noise(one), compare(found, one.grad_sqr, one.grad_var))

@@ -14,6 +14,7 @@ from hvdlocal.advise.measurements import IslandTimes, OverlapTimes, SampleSummar
 from hvdlocal.advise.overlap_trial import OverlapTrial
 from hvdlocal.advise.ranks import slowest_mean, slowest_rank
 from hvdlocal.averaging.buckets import BUCKET_BYTES, BucketLayout
+from hvdlocal.averaging.guards import renormalised_weights
 from hvdlocal.averaging.islands import Islands
 from hvdlocal.averaging.synchronous import NUM_SCALARS
 from hvdlocal.plan.overlap import BucketArrival
@@ -193,10 +194,12 @@ class Candidates:
             "acc-lin overlapped": OverlappedCandidate(bench, "acc-lin"),
             "acc-ada overlapped": OverlappedCandidate(bench, "acc-ada"),
             "local-lin": Candidate(bench, bench.method("local-lin", 1)),
-            "local-lin outer": Candidate(bench, bench.method("local-lin", 1, outer=OuterConfig("nesterov"))),
             "local-ada sketch": Candidate(bench, bench.method("local-ada", 1, "sketch")),
             "local-ada exact": Candidate(bench, bench.method("local-ada", 1, "exact")),
         }
+        if not renormalised_weights(bench.session.model, bench.session.model.parameters()):  # else there is no common φ
+            outer = bench.method("local-lin", 1, outer=OuterConfig("nesterov"))
+            self._steps["local-lin outer"] = Candidate(bench, outer)
         if method.preset == "local-ada-nostale":
             self._steps["local-ada-nostale"] = Candidate(bench, bench.method("local-ada-nostale", 1))
         self._overlap: OverlapTrial | None = None
@@ -233,10 +236,10 @@ class Candidates:
         Args:
             pace: this rank's times of local steps.
         """
-        method = self._bench.session.config.method
+        accumulate = self._bench.session.config.method.accumulate
         steps, _, _ = self.take()
-        collective = steps[f"local-ada {method.statistics}"].collective.mean
-        wish = least_overlap(collective, method.accumulate * pace.micro_batch.mean + pace.update.mean)
+        step = accumulate * pace.micro_batch.mean + pace.update.mean
+        wish = least_overlap(steps["local-lin"].collective.mean, step)
         agreed = self._communicator.gather(wish, "hvdlocal.overlap")[0]
         self._overlap = OverlapTrial(self._bench, min(agreed, LONGEST_OVERLAP))
 

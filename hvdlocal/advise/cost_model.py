@@ -72,7 +72,8 @@ class CostModel:
         backward: seconds of a backward pass on the slowest rank.
         buckets: the parts in which an overlapped sum takes the gradient.
         overlap: the cost of averages behind steps; None if it is not known.
-        outer: seconds that an outer optimizer adds to an average.
+        outer: seconds that an outer optimizer adds to an average, a difference that noise may make negative; None if there can
+            be none.
     """
 
     micro_batch: tuple[float, ...]
@@ -87,7 +88,7 @@ class CostModel:
     backward: float = 0.0
     buckets: Sequence[BucketArrival] = ()
     overlap: OverlapCost | None = None
-    outer: float = 0.0
+    outer: float | None = None
 
     @property
     def num_workers(self) -> int:

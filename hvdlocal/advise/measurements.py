@@ -102,7 +102,7 @@ class OverlapTimes:
     Attributes:
         overlap: τ, the number of such steps.
         beyond: what they take beyond as many steps alone: they are slower, wait for what is left of the average, and apply it.
-        own_work: what the step that takes statistics and the one that begins an average take beyond two updates.
+        own_work: what the step that begins an average takes beyond an update.
     """
 
     overlap: int
@@ -119,7 +119,7 @@ class Block:
         apart: the variation of a micro-batch's seconds that ranks do not share; see `rank_jitter`.
         closings: the times of steps with a collective, by method, local-ada's with its statistics ("local-ada sketch"), and data
             parallelism's with and without overlap ("acc-ada", "acc-ada overlapped"), and that of the model with an outer
-            optimizer ("local-lin outer"); empty on one rank.
+            optimizer, where there can be one ("local-lin outer"); empty on one rank.
         islands: the times of collectives by n, the ranks of an island, from 1 to all; empty on one rank.
         grad_sqr, grad_var: single estimates of G and σ², clamped but not smoothed; no samples on one rank.
         overlap: the times of steps beside an average; None on one rank.

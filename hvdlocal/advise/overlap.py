@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hvdlocal.advise.comparison import CERTAIN
 from hvdlocal.advise.cost_model import CostModel, least_overlap, step_seconds
@@ -18,14 +18,15 @@ class OverlapComparison:
     """Local steps with overlap against the best without.
 
     Attributes:
-        predictions: for local-ada by H > 1, without islands, each with the least τ that makes averaging free, or τ = H.
-        without: the best prediction without overlap and islands.
+        predictions: for local-lin by H > 1, without islands, each with the least τ that makes averaging free, or τ = H. The
+            statistics of local-ada are of little use with overlap.
+        without: the same without overlap.
         error: standard error of `ratio`.
     """
 
     predictions: Mapping[int, Prediction]
-    without: Prediction
-    error: float
+    without: Mapping[int, Prediction]
+    error: float = 0.0
 
     @property
     def best(self) -> Prediction:
@@ -33,9 +34,14 @@ class OverlapComparison:
         return min(self.predictions.values(), key=lambda one: one.epoch)
 
     @property
+    def best_without(self) -> Prediction:
+        """The prediction without overlap for its best H."""
+        return min(self.without.values(), key=lambda one: one.epoch)
+
+    @property
     def ratio(self) -> float:
-        """Time of `best` over time of `without`."""
-        return self.best.epoch / self.without.epoch
+        """Time of `best` over time of `best_without`, at equal progress."""
+        return self.best.epoch / self.best_without.epoch
 
     @property
     def verdict(self) -> str:
@@ -46,23 +52,17 @@ class OverlapComparison:
         return "undecided" if self.ratio - doubt < WORTH else "little"
 
 
-def with_overlap(cost_model: CostModel) -> dict[int, Prediction]:
-    """Returns the predictions for local-ada with overlap by H > 1."""
-    free = least_overlap(cost_model.costs["local-ada"].collective, step_seconds(cost_model, "local-ada"))
-    return {
-        period: predict(cost_model, "local-ada", period, overlap=min(free, period)) for period in PERIODS if period > 1
-    }
-
-
-def compare_overlap(
-    cost_model: CostModel, without: Prediction, ratio_error: Callable[[Prediction, Prediction], float]
-) -> OverlapComparison:
+def compare_overlap(cost_model: CostModel, ratio_error: Callable[[Prediction, Prediction], float]) -> OverlapComparison:
     """Compares the predictions.
 
     Args:
         cost_model: the measured costs, with that of overlap.
-        without: the best prediction without overlap and islands.
         ratio_error: returns the standard error of the ratio of two predicted times.
     """
-    found = OverlapComparison(with_overlap(cost_model), without, 0.0)
-    return OverlapComparison(found.predictions, without, ratio_error(found.best, without))
+    method, periods = "local-lin", [period for period in PERIODS if period > 1]
+    free = least_overlap(cost_model.costs[method].collective, step_seconds(cost_model, method))
+    found = OverlapComparison(
+        {period: predict(cost_model, method, period, overlap=min(free, period)) for period in periods},
+        {period: predict(cost_model, method, period) for period in periods},
+    )
+    return replace(found, error=ratio_error(found.best, found.best_without))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from hvdlocal.advise.benchmark import Benchmark
 from hvdlocal.advise.measurements import OverlapTimes, SampleSummary
@@ -11,10 +12,10 @@ from hvdlocal.training.step import TrainingStep
 
 
 class OverlapTrial:
-    """Rounds of local-ada with overlap, on real batches, with a replica of its own. Building it and a trial are collectives.
+    """Rounds of Local SGD with overlap, on real batches, with a replica of its own. Building it and a trial are collectives.
 
-    A round has 2τ + 2 steps: τ beside the average of the round before, one that takes statistics, τ alone, and one that begins
-    the next average. A trial begins with those alone, so that no average is under way between two trials.
+    A round has 2τ + 1 steps: τ beside the average of the round before, τ alone, and one that begins the next average. A trial
+    begins with those alone, so that no average is under way between two trials.
 
     Args:
         bench: the shared parts; of two ranks or more.
@@ -24,12 +25,13 @@ class OverlapTrial:
     def __init__(self, bench: Benchmark, overlap: int) -> None:
         self._bench = bench
         self._overlap = overlap
-        method = bench.method("local-ada", 2 * overlap + 2, overlap=overlap)
-        self._optimizer = bench.optimizer(method, endless=True)
+        method = bench.method("local", 2 * overlap + 1, overlap=overlap)
+        # Mixing takes as long as carrying steps over, and every optimizer's moments allow it.
+        self._optimizer = bench.optimizer(replace(method, mixing=0.5), endless=True)
         self._step = TrainingStep(bench.session, self._optimizer, lambda progress: 0.0)
         self._samples: list[tuple[float, float, float]] = []
         self._optimizer.model.train()
-        for _ in range(overlap + 1):
+        for _ in range(overlap):
             self._train()
 
     def trial(self) -> None:
@@ -37,9 +39,8 @@ class OverlapTrial:
         alone = [self._train() for _ in range(self._overlap)]
         _, begun = self._train(self._bench.begin_together)
         beside = [self._train() for _ in range(self._overlap)]
-        _, collected = self._train()
         update = sum(seconds for _, seconds in alone) / self._overlap
-        self._samples.append((sum(map(sum, beside)), sum(map(sum, alone)), begun + collected - 2 * update))
+        self._samples.append((sum(map(sum, beside)), sum(map(sum, alone)), begun - update))
 
     def take(self) -> OverlapTimes:
         """Returns the measurements since the last call."""

@@ -26,7 +26,7 @@ def test_four_ranks(config, tmp_path):
     assert late["verdict"] in ("pays", "little", "undecided")
     assert all(1 <= one["overlap"] <= one["period"] for one in late["predictions"])
     assert "method.overlap" in result.out
-    assert advice["outer_seconds"] >= 0
+    assert abs(advice["outer_seconds"]) < 10
     assert advice["measured"]["blocks"][0]["overlap"]["beyond"]["count"] > 0
     assert [one["island"] for one in advice["islands"]] == [1, 2], "four are one island: data parallelism"
     assert "Islands" in result.out

@@ -176,6 +176,13 @@ def test_advice_for_other_presets_and_settings(comm, hvdlocal, config):
     assert ("the same in two collectives" in printed) is (comm.rank == 0)
 
 
+def test_advice_for_an_outer_optimizer_with_overlap(comm, hvdlocal, config):
+    settings = "--method.preset diloco --method.overlap 4 --method.mixing 0.5 --optimizer.name adamw"
+    moments = ["--method.momentum", "{exp_avg: 2, exp_avg_sq: 4}"]
+    printed = hvdlocal("advise", config, "--seconds", "1", *settings.split(), *moments)
+    assert ("An outer optimizer (method.outer) changes what is learned" in printed) is (comm.rank == 0)
+
+
 SHORT = ["--seconds", "1", "--method.preset", "acc-lin", "--method.period.period", "4", "--epochs", "0.2"]
 
 

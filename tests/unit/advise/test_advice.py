@@ -247,7 +247,7 @@ def test_the_least_overlap_has_a_margin_of_a_fifth(collective, overlap):
 def test_overlap_pays_from_a_tenth_of_a_round_on(share, verdict):
     """With m/H = 0.1 a round is 1.1 times as long without overlap as with it."""
     now = with_overlap(8 * share)
-    found = OverlapComparison({8: predict(now, "local-ada", 8, overlap=8)}, predict(now, "local-ada", 8), 0.0)
+    found = OverlapComparison({8: predict(now, "local-lin", 8, overlap=8)}, {8: predict(now, "local-lin", 8)})
     assert found.ratio == pytest.approx(1 / (1 + share))
     assert found.verdict == verdict
     assert replace(found, error=0.3).verdict == "undecided"
@@ -255,7 +255,7 @@ def test_overlap_pays_from_a_tenth_of_a_round_on(share, verdict):
 
 def test_overlap_that_costs_more_than_it_hides_is_no_gain():
     now = with_overlap(0.1, gained=-3.0)
-    found = OverlapComparison({8: predict(now, "local-ada", 8, overlap=1)}, predict(now, "local-ada", 8), 0.001)
+    found = OverlapComparison({8: predict(now, "local-lin", 8, overlap=1)}, {8: predict(now, "local-lin", 8)}, 0.001)
     assert found.ratio > 1
     assert found.verdict == "little"
 
@@ -390,12 +390,23 @@ def test_the_text_says_whether_islands_pay(inside, said):
         assert ("method.island: 2" in text) is (inside < 1)
 
 
+def test_a_model_that_allows_no_outer_optimizer():
+    measured = measurements()
+    blocks = [
+        replace(block, closings={name: one for name, one in block.closings.items() if name != "local-lin outer"})
+        for block in measured.blocks
+    ]
+    advice = advise(replace(measured, blocks=tuple(blocks)))
+    assert as_dict(advice)["outer_seconds"] is None
+    assert "outer optimizer" not in advice_text(advice)
+
+
 @pytest.mark.parametrize(
     ("averaging", "beyond", "said"),
     [
-        (3.0, 0.0, "Overlap pays: set method.overlap: 4 and method.period.period: 4."),
-        (0.05, 0.0, "too little for two more copies of what is averaged: leave method.overlap at 0."),
-        (3.0, 1.5, "too little for two more copies of what is averaged: leave method.overlap at 0."),
+        (3.0, 0.0, "Overlap pays: set method.overlap: 4 and method.period.period: 4, with another preset"),
+        (0.05, 0.0, "too little for two more copies of what is averaged. Leave method.overlap at 0."),
+        (3.0, 1.5, "too little for two more copies of what is averaged. Leave method.overlap at 0."),
     ],
 )
 def test_the_text_says_whether_overlap_pays(averaging, beyond, said):
