@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 
-from hvdlocal.averaging.flat_buffer import FlatBuffer, FlatReplica, StatisticsScalar
+from hvdlocal.averaging.flat_buffer import FlatBuffer, StatisticsScalar
 from hvdlocal.averaging.moments import carry_moments
+from hvdlocal.averaging.replica_memory import ReplicaMemory
 
 
 class OverlappedMean:
@@ -18,7 +17,7 @@ class OverlappedMean:
     α θ + (1 − α) φ (Streaming DiLoCo, Douillard et al. 2025, Sec. 2.2).
 
     Args:
-        replica: the flat buffer of this rank's replica.
+        memory: of this rank's replica.
         mixing: α; None to carry the steps over.
 
     Attributes:
@@ -26,11 +25,14 @@ class OverlappedMean:
         sent: what this rank has sent, with the same places.
     """
 
-    def __init__(self, replica: FlatReplica, mixing: float | None) -> None:
-        self._replica = replica
+    def __init__(self, memory: ReplicaMemory, mixing: float | None) -> None:
+        self._memory = memory
         self._mixing = mixing
-        self.message = replica.zeros_like()
-        self.sent = replica.zeros_like()
+        if mixing is None:
+            memory.decays()  # refuses moments that cannot be carried over, before training
+        self._replica = memory.flat
+        self.message = self._replica.zeros_like()
+        self.sent = self._replica.zeros_like()
 
     def take(self, round_number: int) -> FlatBuffer:
         """Copies what is sent in a round into the message; the gradient statistics move there.
@@ -43,14 +45,13 @@ class OverlappedMean:
             self._replica.statistics_scalars[StatisticsScalar.VALID].zero_()
         return self.message
 
-    def apply(self, decays: Mapping[str, Sequence[float]], *, round_number: int, steps: int, contributed: bool) -> None:
+    def apply(self, *, round_number: int, steps: int, contributed: bool) -> None:
         """Makes the replica what follows from the mean, which lies in the message, and from the steps since it was sent.
 
         Averaged buffers are replaced. A moment that is an exponential average with the decay β has forgotten all but β^steps of
         what it was, so that as much of the difference between the mean and what was sent is added to it.
 
         Args:
-            decays: β of every averaged moment by its name, one for each parameter; in the order of their places.
             round_number: of the round that was sent; only the moments that were due in it are changed.
             steps: the number of steps since it was sent; without any, the mean is taken as it is.
             contributed: whether this rank's replica is part of the mean. One that is not finite is not, and its steps are
@@ -66,7 +67,7 @@ class OverlappedMean:
         now.buffers.copy_(mean.buffers)
         torch.sub(now.parameters, sent.parameters, out=sent.parameters)
         torch.add(mean.parameters, sent.parameters, out=now.parameters)
-        due = list(decays.items())[: now.moments_due(round_number)]
+        due = list(self._memory.decays().items())[: now.moments_due(round_number)]
         for (name, betas), *moments in zip(due, now.moments, mean.moments, sent.moments, strict=False):
             left = [beta**steps for beta in betas]
             carry_moments(moments[0], moments[1], moments[2], left, positive=name == "exp_avg_sq")

@@ -199,15 +199,13 @@ class LocalOptimizer(ReplicaOptimizer):
             refuse_renormalised_weights(model, self._parameters)
             self._outer = OuterOptimizer(outer, self._flat_replica.parameters, normalize_outer, self._islands)
         self._overlap = int(overlap)
-        self._overlapped = OverlappedMean(self._flat_replica, mixing) if overlap else None
+        self._overlapped = OverlappedMean(self._memory, mixing) if overlap else None
         if overlap and mixing != 0 and isinstance(scaling, LocalAdaScale):
             self._warn(
                 f"overlap={overlap} with LocalAdaScale: the replicas have drifted {overlap} steps apart where its statistics are "
                 "taken, so that the noise and with it the gain come out too large, up to K times the base rate (measured in "
                 "docs/outer.md). Use mixing=0, which lets all replicas go on from the mean, or another scaling."
             )
-        if overlap and mixing is None:
-            self._memory.decays()  # refuses moments that cannot be carried over
         self._start_together(
             {
                 "period": repr(period),
@@ -506,7 +504,6 @@ class LocalOptimizer(ReplicaOptimizer):
             if overlapped:
                 self._sample.move_origin(averaged.mean.parameters)
                 overlapped.apply(
-                    self._memory.decays(),
                     round_number=averaged.round_number,
                     steps=self._steps_in_round,
                     contributed=averaged.mine_is_finite,
@@ -516,13 +513,11 @@ class LocalOptimizer(ReplicaOptimizer):
         self._statistics_due = True
         if averaged.divergence is not None:
             self._divergence = averaged.divergence
-        if averaged.statistics is not None:
-            if self._steps_in_round:
-                self._held_statistics = (
-                    averaged.statistics
-                )  # a gain that changed within a round would change its progress
-            else:
-                self._use_statistics(*averaged.statistics)
+        if averaged.statistics is not None and self._steps_in_round:
+            # A gain that changed within a round would change its progress.
+            self._held_statistics = averaged.statistics
+        elif averaged.statistics is not None:
+            self._use_statistics(*averaged.statistics)
         self._stop_requested = averaged.stop
         mine_is_bad = not averaged.mine_is_finite
         if mine_is_bad and overlapped:

@@ -490,4 +490,8 @@ def test_largest_second_moments_cannot_be_carried_over(comm):
     with pytest.raises(ValueError, match="largest second moments of amsgrad"):
         local(model, 2, optimizer=inner, momentum="average", overlap=1)
     inner = torch.optim.AdamW(model.parameters(), amsgrad=True)
-    local(model, 2, optimizer=inner, momentum="average", overlap=1, mixing=0.5)
+    optimizer = local(model, 2, optimizer=inner, momentum="average", overlap=1, mixing=0.5)
+    for _ in range(5):
+        step(optimizer, model, slope_of(comm))
+
+    assert bool((inner.state[model.w]["max_exp_avg_sq"] > 0).all())

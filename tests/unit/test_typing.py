@@ -8,7 +8,7 @@ from typing import Literal, get_args, get_type_hints
 import pytest
 
 import hvdlocal
-from hvdlocal.averaging.local import MOMENTUM_POLICIES
+from hvdlocal.averaging.moments import POLICIES
 from hvdlocal.communicator.launch import BACKENDS
 from hvdlocal.data import open_hdf5
 from hvdlocal.training.config import MethodConfig, PeriodConfig
@@ -16,7 +16,7 @@ from hvdlocal.training.config import MethodConfig, PeriodConfig
 ROOT = Path(__file__).parents[2]
 
 CHOICES = [
-    (hvdlocal.LocalOptimizer.__init__, "momentum", MOMENTUM_POLICIES),
+    (hvdlocal.LocalOptimizer.__init__, "momentum", POLICIES),
     (hvdlocal.LocalOptimizer.__init__, "rate_for_period", get_args(get_type_hints(PeriodConfig)["rate"])),
     (hvdlocal.LocalAdaScale, "statistics", get_args(get_type_hints(MethodConfig)["statistics"])),
     (hvdlocal.ShardedDataset.__init__, "storage", ("auto", "ram", "mmap", "stream")),
