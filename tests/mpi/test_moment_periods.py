@@ -205,16 +205,25 @@ def test_muons_momentum_is_averaged(comm):
         torch.testing.assert_close(optimizer.state[model.weight]["momentum_buffer"], torch.full((4, 4), expected))
 
 
+@pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("bad_round", [1, 2])
-def test_a_replica_that_is_not_finite_is_left_out_of_the_moments(layout, bad_round):
-    """Its island starts its moments anew, unless the round has given it those of the others."""
+def test_a_replica_that_is_not_finite_is_left_out_of_the_moments(layout, bad_round, where):
+    """Its island starts its moments anew, unless the round has given it those of the others.
+
+    A gradient that is not finite is that of all ranks of an island, a loss is one rank's. That rank is the first of its island:
+    another one sends the slice with the later moments.
+    """
     comm = layout
     model = Slope(NUMEL)
     optimizer = local(model, 1, optimizer=adamw(model), momentum={FIRST: 1, SECOND: 2}, communicator=comm)
     for _ in range(bad_round - 1):
         step(optimizer, model, odd(comm)[comm.rank])
+    bad = math.nan if comm.rank == comm.size - comm.island_size else 1.0
+    optimizer.zero_grad()
+    model(odd(comm)[comm.rank] * (bad if where == "gradient" else 1.0)).backward()
+    optimizer.record_loss(bad)
     with pytest.raises(hvdlocal.NonFiniteError):
-        step(optimizer, model, math.nan if comm.rank == comm.size - 1 else odd(comm)[comm.rank])
+        optimizer.step()
     state = optimizer.state.get(model.w, {})
     others, mine = range(comm.num_islands - 1), island_of(comm)
     if not others or (mine not in others and bad_round == 1):
