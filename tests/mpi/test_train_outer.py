@@ -24,7 +24,7 @@ from hvdlocal.training.status_exchange import StatusExchange
 ADAMW = OptimizerConfig("adamw", lr=0.005)
 CONSTANT, QSR = PeriodConfig(period=4), PeriodConfig("qsr", alpha=0.1, h_base=2)
 ADAMW_QSR = PeriodConfig("qsr", alpha=0.01, h_base=2)  # at first 4, later longer than the overlap
-POST_LOCAL = PeriodConfig("post-local", period=3, switch_epochs=1.0)
+POST_LOCAL = PeriodConfig("post-local", period=3, switch_epochs=0.5)
 DESLOC = {"exp_avg": 2, "exp_avg_sq": 4}
 METHODS = {
     "diloco": {"method": MethodConfig("diloco", CONSTANT)},
@@ -50,7 +50,9 @@ METHODS = {
 
 
 def config(place, output, ranks, every_steps=None, **settings):
-    settings = {"epochs": 3.0, "evaluate_every_epochs": 0.8, "optimizer": OptimizerConfig(lr=0.05), **settings}
+    # About 29 steps, and an evaluation every eighth, on any number of ranks.
+    length = {"epochs": 1.5 * ranks.size, "evaluate_every_epochs": 0.4 * ranks.size}
+    settings = {**length, "optimizer": OptimizerConfig(lr=0.05), **settings}
     settings["method"] = replace(settings["method"], island=ranks.island_size)
     return digits_config(
         place / "data",
@@ -81,7 +83,7 @@ def test_a_run_killed_anywhere_comes_to_the_same_end(comm, place, monkeypatch, n
     method, ranks = METHODS[name]["method"], with_islands(comm, size)
     whole = train(ranks, config(place, f"{name} whole", ranks, **METHODS[name]), monkeypatch)
     settings = config(place, f"{name} killed", ranks, 1, **METHODS[name])
-    choose = random.Random(f"{name} {ranks.size}")
+    choose = random.Random(name)
     inside = False
     for death in sorted(choose.sample(range(2, whole.state.position.steps), 3)):
         dead = train(ranks, settings, monkeypatch, death)
@@ -149,7 +151,7 @@ def test_the_ranks_exchange_requests_where_no_average_is_under_way(comm, place, 
     monkeypatch.setattr(status_exchange, "POLL_SECONDS", 0.0)
     method = MethodConfig("local", PeriodConfig(period=period), overlap=3)
     # An evaluation would wait for the average of its round.
-    trainer = Trainer(config(place, f"quiet {period}", comm, method=method, evaluate_every_epochs=9.0), comm)
+    trainer = Trainer(config(place, f"quiet {period}", comm, method=method, evaluate_every_epochs=99.0), comm)
     optimizer, at = trainer.optimizer, []
     exchange = StatusExchange.exchange
 
@@ -169,7 +171,7 @@ def test_the_ranks_exchange_requests_where_no_average_is_under_way(comm, place, 
 def test_a_request_to_stop_inside_an_overlap(comm, place, monkeypatch):
     """The checkpoint holds an average that is under way, and the run comes to the same end."""
     method = MethodConfig("diloco", PeriodConfig(period=3), overlap=3)
-    settings = {"method": method, "evaluate_every_epochs": 9.0}  # an evaluation would wait for the average
+    settings = {"method": method, "evaluate_every_epochs": 99.0}  # an evaluation would wait for the average
     whole = train(comm, config(place, "asked whole", comm, **settings), monkeypatch)
     asked = config(place, "asked", comm, **settings)
     trainer = Trainer(asked, comm)
@@ -199,10 +201,10 @@ def test_other_islands_go_on_with_an_outer_step_on_the_average(comm, place, monk
     """M ← βm + Δ; φ ← φ − γ(Δ + βm), with Δ the way to the mean of all replicas; between two rounds, φ is that already."""
     if comm.size % 2:
         pytest.skip("needs an even number of ranks")
-    method = MethodConfig("diloco", PeriodConfig(period=4), overlap=overlap)
+    method = MethodConfig("diloco", CONSTANT, overlap=overlap)
     for before, now in ((1, 2), (2, 1)):
         old, new = with_islands(comm, before), with_islands(comm, now)
-        settings = config(place, f"other {death} {overlap} {before}", old, 1, method=method, epochs=8.0)
+        settings = config(place, f"other {death} {overlap} {before}", old, 1, method=method)
         root = train(old, settings, monkeypatch, death).output.path / "checkpoints"
         step = files.newest_first(root)[0]
         path = files.directory(root, step)
