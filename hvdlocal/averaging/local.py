@@ -29,7 +29,7 @@ from hvdlocal.averaging.outer import Outer, OuterOptimizer
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.averaging.replica_memory import ReplicaMemory
-from hvdlocal.averaging.round_average import Averaged, RoundAverage
+from hvdlocal.averaging.round_average import AVERAGE, Averaged, RoundAverage, name_of_its_own
 from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
 from hvdlocal.averaging.setup import check_island_period, check_overlap
@@ -227,6 +227,7 @@ class LocalOptimizer(ReplicaOptimizer):
             self._sample,
             # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
             compares_origin=not renormalised_weights(model, self._parameters),
+            name=name_of_its_own() if overlap else AVERAGE,
         )
 
     def _warn(self, message: str) -> None:

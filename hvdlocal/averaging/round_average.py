@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -18,6 +19,16 @@ from hvdlocal.communicator import Communicator, StartedSum
 
 AVERAGE = "hvdlocal.average"
 """The name of the averaging's collective."""
+
+_numbers = count(1)
+
+
+def name_of_its_own() -> str:
+    """Returns a name for the averages of one optimizer, which are under way while another optimizer averages.
+
+    Horovod refuses two collectives of one name at a time.
+    """
+    return f"{AVERAGE}.{next(_numbers)}"
 
 
 @dataclass(frozen=True)
@@ -89,6 +100,7 @@ class RoundAverage:
         islands: the islands of the ranks; None where every rank is a worker.
         sample: of the replica's parameters; its origin is where the round began.
         compares_origin: whether that origin must be equal on all ranks.
+        name: of the collective.
     """
 
     def __init__(
@@ -99,6 +111,7 @@ class RoundAverage:
         sample: CoordinateSample,
         *,
         compares_origin: bool,
+        name: str = AVERAGE,
     ) -> None:
         self.communicator = communicator
         self._islands = islands
@@ -106,6 +119,7 @@ class RoundAverage:
         self._digest = digest
         self._sample = sample
         self._compares_origin = compares_origin
+        self._name = name
         self._scale = CheckedScale(sample.origin.device)
         self._pending: _Pending | None = None
 
@@ -153,9 +167,9 @@ class RoundAverage:
             start, sent = time.perf_counter(), pending.message.sent(pending.round_number)
             if self._islands:
                 pending.nonfinite = self._islands.merge(pending.message, pending.round_number)
-                pending.sum = self._islands.start_sum_(sent, AVERAGE)
+                pending.sum = self._islands.start_sum_(sent, self._name)
             else:
-                pending.sum = self.communicator.start_sum_(sent, AVERAGE)
+                pending.sum = self.communicator.start_sum_(sent, self._name)
             pending.begun = time.perf_counter()
             pending.seconds = pending.begun - start
         return pending.sum
@@ -257,7 +271,7 @@ class RoundAverage:
         """
         self._write_digest(message, facts, everything=True)
         # Under the averaging's name: a rank that is in the middle of a round meets this one there, and both get an error.
-        (self._islands or self.communicator).sum_(message.digest, AVERAGE)
+        (self._islands or self.communicator).sum_(message.digest, self._name)
         self._digest.check(message.digest.tolist())
 
     def _write_scalars(

@@ -143,6 +143,18 @@ def test_an_average_that_was_begun_leaves_the_model_free(comm):
     assert model.w[:3].tolist() == pytest.approx([-8 - slope_of(comm)] * 3)
 
 
+def test_two_models_average_at_the_same_time(comm):
+    """As a generator and a discriminator do: each average is under way while the other model steps and averages."""
+    models = [Slope(start=0.0) for _ in range(2)]
+    optimizers = [local(model, 2, overlap=1) for model in models]
+    for _ in range(5):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(optimizer, model, slope_of(comm))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.synchronize()
+        assert model.w.tolist()[0] == pytest.approx(-10)
+
+
 def test_hidden_and_exposed_time(comm):
     model = Slope(numel=1_000_000, start=0.0)
     optimizer = local(model, 4, overlap=3)
