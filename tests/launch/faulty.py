@@ -171,7 +171,7 @@ def averaging() -> None:
     """The collective."""
     from hvdlocal.communicator import Communicator
 
-    before(Communicator, "start_sum_", "averaging", lambda self, tensor, name: name == "hvdlocal.average")
+    before(Communicator, "start_sum_", "averaging", lambda self, tensor, name: name.startswith("hvdlocal.average"))
 
 
 def checkpointing() -> None:
