@@ -64,8 +64,10 @@ def render(summary: Summary, config: TrainConfig, task: Task, ranks: int) -> str
         )
     if islands:
         lines.append(f"  inside islands  {summary.island_bytes_sent / 1e6:.1f} MB per rank")
-    spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in seconds if name != "elapsed")
-    lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}")
+    parts = [name for name in seconds if name not in ("elapsed", "hidden")]
+    spent = ", ".join(f"{name.replace('_', ' ')} {seconds[name]:.1f}" for name in parts)
+    hidden = f"; averages hidden behind steps {seconds['hidden']:.1f}" if config.method.overlap else ""
+    lines.append(f"  time            {seconds['elapsed']:.1f} s: {spent}{hidden}")
     memory = ", ".join(
         f"{bytes_text(value)} {where}"
         for where, name in (("per rank", "peak_memory_bytes"), ("on the GPU", "peak_gpu_memory_bytes"))
