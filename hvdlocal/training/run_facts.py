@@ -172,8 +172,9 @@ def describe_averages(method: MethodConfig, outer: OuterRule | None) -> str | No
     words = []
     if outer is not None:
         divided = ", normalised by the round's rates" if outer.normalize else ""
+        plain = ", which is plain averaging" if (outer.lr, outer.momentum) == (1, 0) else ""
         words.append(
-            f"the outer optimizer {outer.name} (lr {outer.lr:g}, momentum {outer.momentum:g}{divided}) steps on each"
+            f"the outer optimizer {outer.name} (lr {outer.lr:g}, momentum {outer.momentum:g}{divided}) steps on each{plain}"
         )
     if method.overlap:
         how = "carried over" if method.mixing is None else f"mixed in with {method.mixing:g}"

@@ -128,6 +128,12 @@ def test_what_becomes_of_the_mean_in_words():
         (MethodConfig("local", outer=OuterConfig("none", momentum=0.5)), 16, None),
         (MethodConfig("diloco"), 2, "the outer optimizer nesterov (lr 0.7, momentum 0.9) steps on each"),
         (
+            MethodConfig("slowmo"),
+            2,
+            "the outer optimizer slowmo (lr 1, momentum 0, normalised by the round's rates) steps on each, which is plain "
+            "averaging",
+        ),
+        (
             MethodConfig("slowmo", outer=OuterConfig(lr=0.5), overlap=1),
             8,
             "the outer optimizer slowmo (lr 0.5, momentum 0.5, normalised by the round's rates) steps on each; applied 1 step "
