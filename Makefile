@@ -57,6 +57,8 @@ mpi-plain: setup
 	  $(MPI_TEST) tests/mpi/test_{local,policies,state,synchronous,refusals}.py; done
 	@echo "== islands: mpi4py, 4, 6 and 8 ranks"
 	ranks=4; $(MPI_TEST) tests/mpi/test_{groups,islands,train_islands}.py
+	ranks=4; $(MPI_TEST) tests/mpi/test_simulated.py
+	ranks=4; $(MPI_TEST) tests/mpi/test_{outer,overlap,moment_periods,train_outer}.py -k island
 	ranks=6; $(MPI_TEST) $(ISLANDS_OF_MANY)
 	ranks=8; $(MPI_TEST) tests/mpi/test_islands.py -k "larger_batches and 4x2"
 
@@ -70,6 +72,7 @@ mpi-horovod: setup
 	ranks=8; $(MPI_TEST) tests/mpi/test_{local,synchronous,large}.py
 	@echo "== islands: horovod, 4 and 6 ranks"
 	ranks=4; $(MPI_TEST) tests/mpi/test_{groups,islands}.py
+	ranks=4; $(MPI_TEST) tests/mpi/test_{outer,overlap}.py -k island
 	ranks=6; $(MPI_TEST) $(ISLANDS_OF_MANY)
 
 mpi-torch: export HVDLOCAL_BACKEND = torch
@@ -81,6 +84,7 @@ mpi-torch: setup
 	ranks=3; $(MPI_TEST) $(NEAR_THE_ENGINE)
 	@echo "== islands: torch.distributed, 4 and 6 ranks"
 	ranks=4; $(MPI_TEST) tests/mpi/test_{groups,islands}.py
+	ranks=4; $(MPI_TEST) tests/mpi/test_{outer,overlap}.py -k island
 	ranks=6; $(MPI_TEST) $(ISLANDS_OF_MANY)
 
 launch: setup
