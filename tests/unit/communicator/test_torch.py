@@ -263,5 +263,5 @@ def test_cuda_tensors(environment, monkeypatch, uuids):
     assert [str(one.message)[:30] for one in said] == (
         ["several ranks use one GPU, whi"] if uuids == ("x", "x") else []
     )
-    assert used == [(["what the caller has begun"], "hvdlocal-torch")] * 2
+    assert used == [(["what the caller has begun"], "hvdlocal-torch-0")] * 2
     ranks.shutdown()

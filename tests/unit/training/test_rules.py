@@ -77,8 +77,8 @@ def test_optimizer_gets_the_method():
         SingleProcess(),
     )
     assert (optimizer.accumulate, optimizer.budget, optimizer._max_norm) == (3, 70, 2.0)
-    assert (optimizer._momentum_policy, optimizer._buffers, optimizer._planner.rate) == (
-        "average",
+    assert (optimizer._memory.periods, optimizer._buffers, optimizer._planner.rate) == (
+        {"momentum_buffer": 1},
         "local",
         "base",
     )
