@@ -219,6 +219,8 @@ class LocalOptimizer(ReplicaOptimizer):
             self._flat_replica.replica,
             {id(tensor) for tensor in self._memory.tensors},
         )
+        if self._outer:
+            self._outer.begin_round()  # so that a state from before the first step has φ, and can be gone back to
         self._sample = CoordinateSample(self._flat_replica.parameters)
         self._round_average = RoundAverage(
             self.communicator,
@@ -358,9 +360,9 @@ class LocalOptimizer(ReplicaOptimizer):
             if self.progress == 0 and self._smoothed.grad_sqr is not None:
                 # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.
                 self._smoothed.weigh_first(self._theta(self.communicator.size * self.period * self.accumulate))
-        overflowed = self._overflowed
         self._inner_step(self._progress.context(self.period))
-        if self._outer and self._outer.normalize and not overflowed:
+        if self._outer and self._outer.normalize:
+            # Also after an overflow, which other ranks do not have: the path must be the same on all.
             self._outer.path += self.gain * self._trained_rate()
         self._steps_in_round += 1
         self._steps_since_statistics += 1
@@ -536,6 +538,8 @@ class LocalOptimizer(ReplicaOptimizer):
         if averaged.buffer_replicas < self.communicator.size:
             if not averaged.buffer_replicas:
                 self._flat_replica.buffers.fill_(math.nan)
+            elif overlapped:
+                self._flat_replica.buffers.copy_(averaged.mean.buffers)  # what is not finite must not be mixed in
             raise_nonfinite_buffers(
                 self.communicator,
                 self._memory.names_of_nonfinite(averaged.finite_buffers),
@@ -579,6 +583,7 @@ class LocalOptimizer(ReplicaOptimizer):
             "statistics_due": self._statistics_due,
             "held_statistics": self._held_statistics,
             "pending": self._round_average.state(self._overlapped.sent) if self._overlapped else None,
+            "moments": self._memory.periods,
             **({"outer_paths": self._outer.paths(), "shared": self.shared_state()} if self._outer else {}),
             "round_statistics": self._flat_replica.with_statistics_scalars.clone() if self._statistics else None,
         }
@@ -616,15 +621,26 @@ class LocalOptimizer(ReplicaOptimizer):
     def _check_own_state(self, own: dict[str, Any]) -> None:
         super()._check_own_state(own)
         worker, mine = own.get("worker", [own["rank"]]), self._ranks_of_worker
-        if own.get("shared") and len(worker) > 1 and worker.index(own["rank"]) != mine.index(self.communicator.rank):
+        places = [len(worker), worker.index(own["rank"])], [len(mine), mine.index(self.communicator.rank)]
+        if own.get("shared") and len(worker) > 1 and places[0] != places[1]:
             raise ValueError(
                 f"this state holds the slice of the outer optimizer of rank {own['rank']} in an island of {len(worker)}, and "
                 f"rank {self.communicator.rank} needs another one: load each rank's own"
             )
-        if own.get("pending") and not self._overlapped:
+        if (pending := own.get("pending")) is None:
+            return
+        if not self._overlapped:
             raise ValueError(
                 "this state was saved while an average was under way, which needs overlap=… of the optimizer that saved it: give "
                 "the same, or save after synchronize()"
+            )
+        saved = own["moments"], pending["sent"].numel()
+        here = self._memory.periods, self._flat_replica.sent(pending["round"]).numel()
+        if saved != here:
+            raise ValueError(
+                f"this state was saved while an average of {saved[1]} numbers was under way, with the moments {saved[0]}, and "
+                f"here it would be one of {here[1]} with {here[0]}: give the momentum, buffers, scaling and outer optimizer of "
+                "the run that saved it, or save after synchronize()"
             )
 
     def _load_own_state(self, own: dict[str, Any]) -> None:

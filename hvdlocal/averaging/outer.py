@@ -7,15 +7,17 @@ al. 2020, Alg. 1). γ is its learning rate and β its momentum; γ = 1 with β =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 
 from hvdlocal.averaging.islands import INSIDE, Islands
-from hvdlocal.averaging.wrapper import WrappedOptimizer, refuse_closure
+from hvdlocal.averaging.setup import hyperparameters
+from hvdlocal.averaging.wrapper import WrappedOptimizer, refuse_closure, scaled_rates
 
 Outer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 """Builds an outer optimizer for the one flat parameter φ, float32."""
@@ -45,9 +47,9 @@ class OuterRule:
     normalize: bool
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < float("inf"):
+        if not (isinstance(self.lr, Real) and 0 < self.lr < float("inf")):
             raise ValueError(f"{self.name}(lr={self.lr!r}): the outer learning rate must be a positive number")
-        if not 0 <= self.momentum < 1:
+        if not (isinstance(self.momentum, Real) and 0 <= self.momentum < 1):
             raise ValueError(f"{self.name}(momentum={self.momentum!r}): give 0 ≤ momentum < 1")
 
     def __call__(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -98,10 +100,10 @@ class OuterOptimizer:
 
     Attributes:
         normalize: whether Δ is divided by the path of the round.
-        path: Σ of the learning rates of the steps of the round under way.
+        path: Σ of the learning rates of the steps of the round under way; the same on all ranks.
 
     Raises:
-        ValueError: `build` made something else than an optimizer of φ.
+        ValueError: `build` made something else than an optimizer of φ, or one without a learning rate that is to be normalised.
     """
 
     def __init__(self, build: Outer, parameters: torch.Tensor, normalize: bool | None, islands: Islands | None) -> None:
@@ -110,13 +112,18 @@ class OuterOptimizer:
         self._phi = torch.nn.Parameter(self._start)  # shares its memory until the first step needs one of its own
         self._optimizer = _built(build, self._phi)
         self.normalize = build.normalize if normalize is None and isinstance(build, OuterRule) else bool(normalize)
+        if self.normalize and any("lr" not in group for group in self._groups):
+            raise ValueError(
+                "normalize_outer=True multiplies the outer learning rate by the path of a round, and "
+                f"{type(self._optimizer).__name__} has no 'lr' in its parameter groups: give another optimizer, or "
+                "normalize_outer=False"
+            )
         self.path = 0.0
         self._path_of_mean = 0.0
         self._holds = False
 
     def __repr__(self) -> str:
-        groups = [{name: value for name, value in group.items() if name != "params"} for group in self._groups]
-        return f"{type(self._optimizer).__name__}({groups})"
+        return f"{type(self._optimizer).__name__}({hyperparameters(self._optimizer)})"
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -152,16 +159,18 @@ class OuterOptimizer:
             mean: flat, like the parameters that this object was built with; the same bits on every rank.
         """
         own = self._slice(mean)
-        if not self._holds or self._is_plain or (self.normalize and not self._path_of_mean > 0):
+        path, self._path_of_mean = self._path_of_mean, 0.0
+        if not self._holds or self._is_plain or (self.normalize and not path > 0):
             # Without a step, at a learning rate of 0, there is no direction to go on in either.
             if self._holds:
                 self._phi.data.copy_(own)
             elif not self._is_plain:
                 self._hold(own)
             return
-        scale = self._path_of_mean if self.normalize else 1.0
-        self._phi.grad = torch.sub(self._phi.data, own, out=own).div_(scale)
-        with self._scaled_rates(scale):
+        self._phi.grad = torch.sub(self._phi.data, own, out=own)
+        if self.normalize:
+            self._phi.grad.div_(path)
+        with scaled_rates(self._groups, path) if self.normalize else nullcontext():
             self._optimizer.step()
         self._phi.grad = None
         own.copy_(self._phi.data)
@@ -187,21 +196,30 @@ class OuterOptimizer:
         """This rank's part of what all islands, or all ranks, hold alike; empty while that is nothing.
 
         Returns:
-            φ, float32, and the state of the torch optimizer.
+            φ, float32, the state of the torch optimizer, and its class.
         """
         if not self._holds:
             return {}
-        return {"phi": self._phi.data, "optimizer": self._optimizer.state_dict()}
+        return {
+            "phi": self._phi.data,
+            "optimizer": self._optimizer.state_dict(),
+            "class": type(self._optimizer).__name__,
+        }
 
     def load_state(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Continues from the parts of the ranks of one island, from the one part of a run without islands, or from this rank's.
 
         Raises:
-            ValueError: the parts do not make up these parameters.
+            ValueError: the parts do not make up these parameters, or are those of another optimizer.
         """
         parts = [part for part in parts if part]
         if not parts:
             return
+        if (saved := parts[0]["class"]) != (here := type(self._optimizer).__name__):
+            raise ValueError(
+                f"this state is that of {saved} as the outer optimizer, and here it is {here}: build the same optimizer, or "
+                "begin without its state"
+            )
         is_mine = [part["phi"].numel() for part in parts] == [self._phi.numel()]
         old = sum(part["phi"].numel() for part in parts)
         numel = self._phi.numel() * (self._islands.inside.size if self._islands else 1)
@@ -243,21 +261,10 @@ class OuterOptimizer:
         self._phi.data = start.clone()
         self._holds = True
 
-    @contextmanager
-    def _scaled_rates(self, scale: float) -> Iterator[None]:
-        rates = [group["lr"] for group in self._groups]
-        for group, rate in zip(self._groups, rates, strict=True):
-            group["lr"] = rate * scale
-        try:
-            yield
-        finally:
-            for group, rate in zip(self._groups, rates, strict=True):
-                group["lr"] = rate
-
 
 def _built(build: Outer, phi: torch.nn.Parameter) -> torch.optim.Optimizer:
     """The optimizer that `build` makes for φ."""
-    if not callable(build):
+    if not callable(build) or build in (nesterov, slowmo):
         raise ValueError(
             f"outer={build!r}: give a function that builds the outer optimizer, such as hvdlocal.nesterov(lr=0.7, momentum=0.9) "
             "or lambda parameters: torch.optim.SGD(parameters, lr=0.7)"

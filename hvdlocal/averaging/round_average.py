@@ -194,10 +194,14 @@ class RoundAverage:
     def load_state(self, state: Mapping[str, Any] | None, message: FlatBuffer, keep: FlatBuffer) -> None:
         """Makes the average of a `state` the one that is under way. Its collective begins with the next `look` or `finish`.
 
+        One that is under way now is waited for, and dropped.
+
         Args:
             state: None if there was none.
             message, keep: as for `begin`.
         """
+        if self._pending and self._pending.sum:
+            self._pending.sum.wait()  # it would write into the message still
         self._pending = None
         if state is None:
             return

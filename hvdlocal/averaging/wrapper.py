@@ -201,7 +201,7 @@ class WrappedOptimizer(torch.optim.Optimizer):
         if not self._overflowed:
             self.stepping = True
             try:
-                with self._scaled_lr(gain):
+                with scaled_rates(self.param_groups, gain):
                     self.optimizer.step()
             finally:
                 self.stepping = False
@@ -220,22 +220,6 @@ class WrappedOptimizer(torch.optim.Optimizer):
         if scale is not None and (gradients := self._gradients()):
             torch._foreach_mul_(gradients, 1 / scale)
 
-    @contextmanager
-    def _scaled_lr(self, gain: float) -> Iterator[None]:
-        base: list[Any] = [group.get("lr") for group in self.param_groups]
-        for i, lr in enumerate(base):
-            if not isinstance(lr, torch.Tensor):  # which would have to be waited for
-                check_rate(i, lr)
-        scaled = [lr * gain for lr in base]
-        for group, lr in zip(self.param_groups, scaled, strict=True):
-            group["lr"] = lr
-        try:
-            yield
-        finally:
-            for group, lr, applied in zip(self.param_groups, base, scaled, strict=True):
-                # What the optimizer itself has written is the rate that it applies next, gain included.
-                group["lr"] = lr if _untouched(group["lr"], applied) else group["lr"] / gain
-
     def _rates(self) -> list[float]:
         """The base learning rates of the parameter groups.
 
@@ -246,6 +230,28 @@ class WrappedOptimizer(torch.optim.Optimizer):
 
     def _named_rates(self) -> dict[str, float]:
         return {f"learning rate of group {i}": rounded(rate) for i, rate in enumerate(self._rates())}
+
+
+@contextmanager
+def scaled_rates(groups: list[dict[str, Any]], factor: float) -> Iterator[None]:
+    """Within, the learning rates of parameter groups are multiplied by a factor.
+
+    Raises:
+        ValueError: one is not a number that can be stepped with.
+    """
+    base: list[Any] = [group.get("lr") for group in groups]
+    for i, lr in enumerate(base):
+        if not isinstance(lr, torch.Tensor):  # which would have to be waited for
+            check_rate(i, lr)
+    scaled = [lr * factor for lr in base]
+    for group, lr in zip(groups, scaled, strict=True):
+        group["lr"] = lr
+    try:
+        yield
+    finally:
+        for group, lr, applied in zip(groups, base, scaled, strict=True):
+            # What the optimizer itself has written is the rate that it applies next, the factor included.
+            group["lr"] = lr if _untouched(group["lr"], applied) else group["lr"] / factor
 
 
 def refuse_closure(optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,8 @@
 """The outer optimizer steps on Δ = φ − x̄: closed forms, equality over the ranks, memory, state."""
 
+import copy
+import math
+
 import pytest
 import torch
 from support.islands import with_islands
@@ -80,6 +83,23 @@ def test_a_round_at_rate_zero_leaves_the_momentum_alone(comm):
     """Δ/S would be 0/0. u = 2; then nothing; then 0.5 · 2 + 2 = 3: φ = −4, −4, −10."""
     found = after_rounds(comm, (2, 2, 2), (1.0, 0.0, 1.0), outer=hvdlocal.slowmo(0.5))
     assert found == pytest.approx([-4, -4, -10])
+
+
+def test_an_overflow_on_one_rank_leaves_the_path_the_same_on_all(comm):
+    """K steps of 2 · (1 + 2k)/K on average 2; rank 0 skips its first, −2/K, so Δ₁ = 4 − 2/K², at S = 2 on every rank."""
+    model = Slope(start=0.0)
+    optimizer = local(model, 2, outer=hvdlocal.slowmo(0.5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for number in range(4):
+        optimizer.zero_grad()
+        scaler.scale(model(slope_of(comm))).backward()
+        if number == comm.rank == 0:
+            model.w.grad.fill_(math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        assert number % 2 == 0 or everywhere_equal(comm, model.w.detach())
+    first = 4 - 2 / comm.size**2
+    assert model.w.tolist() == pytest.approx([-first - (0.5 * first + 4)] * 10)
 
 
 @pytest.mark.parametrize("outer", [hvdlocal.nesterov(1.0, 0.0), hvdlocal.slowmo(0.0), momentum(1, 0)])
@@ -183,6 +203,33 @@ def test_a_state_continues_a_run(comm, steps, in_parts, outer):
     assert model.w.tolist() == pytest.approx([third] * 10)
 
 
+@pytest.mark.parametrize("build", [hvdlocal.nesterov(0.7, 0.9), torch.optim.Adam, torch.optim.Adagrad])
+def test_a_run_can_go_back_to_where_it_began(comm, build):
+    model = Slope(start=0.0)
+    optimizer = local(model, 2, outer=build)
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    ends = []
+    for _ in range(2):
+        model.load_state_dict(start[0])
+        optimizer.load_state_dict(copy.deepcopy(start[1]))
+        for _ in range(4):
+            step(optimizer, model, slope_of(comm))
+        ends.append(model.w.tolist())
+    assert ends[0] == ends[1]
+
+
+def test_averaged_replicas_of_a_later_round_have_the_path_of_that_round(comm):
+    """The round: u = 2, φ = −4. Half of a round: Δ = 2, S = 1, u = 0.5 · 2 + 2 = 3, φ = −7."""
+    model = Slope(start=0.0)
+    optimizer = local(model, 2, outer=hvdlocal.slowmo(0.5))
+    for _ in range(3):
+        step(optimizer, model, slope_of(comm))
+    state = optimizer.state_dict()
+    model.w.data.fill_(-6.0)
+    optimizer.load_averaged_state_dict(state, progress=3.0)
+    assert model.w.tolist() == pytest.approx([-7.0] * 10)
+
+
 def test_averaged_replicas_of_a_checkpoint_are_applied_like_a_mean(comm):
     """As on another number of ranks: the model that was loaded is the mean of a round that was under way."""
     model = Slope(start=0.0)
@@ -202,6 +249,13 @@ def test_a_state_with_an_outer_optimizer_is_refused_without_one(comm):
     other = Slope(start=0.0)
     with pytest.raises(ValueError, match="give it the outer optimizer of the run that saved it"):
         local(other, 2).load_state_dict(optimizer.state_dict())
+
+
+def test_the_state_of_another_outer_optimizer_is_refused(comm):
+    model = Slope(start=0.0)
+    state = local(model, 2, outer=torch.optim.Adam).state_dict()
+    with pytest.raises(ValueError, match="is that of Adam as the outer optimizer, and here it is SGD"):
+        local(Slope(start=0.0), 2, outer=hvdlocal.nesterov()).load_state_dict(state)
 
 
 def test_a_rank_that_is_not_finite_is_left_out_of_the_mean(comm):
@@ -264,9 +318,36 @@ def test_islands_hold_slices(comm, outer):
         optimizer.load_state_dict(neighbour)
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """Makes the mean the next φ."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            p.sub_(p.grad)
+
+
+def test_an_optimizer_without_a_learning_rate(comm):
+    assert after_rounds(comm, (2, 2), outer=WithoutRate) == pytest.approx([-4, -8])
+
+
+def test_a_rate_that_is_a_tensor_is_compared_as_a_number(comm):
+    """It has a device, which differs between the ranks of a node."""
+    optimizer = local(Slope(), 2, outer=lambda p: torch.optim.SGD(p, lr=torch.tensor(0.5)))
+    assert "lr': 0.5" in optimizer.settings["outer"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"outer": hvdlocal.nesterov},
+            r"give a function that builds the outer optimizer, such as hvdlocal.nesterov\(lr",
+        ),
+        ({"outer": WithoutRate, "normalize_outer": True}, "WithoutRate has no 'lr' in its parameter groups"),
         ({"outer": "nesterov"}, "outer='nesterov': give a function that builds the outer optimizer"),
         ({"outer": lambda p: None}, "outer: the function returned None; it must return a torch.optim.Optimizer"),
         (
@@ -283,7 +364,13 @@ def test_refusals(comm, settings, message):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: hvdlocal.nesterov(0), lambda: hvdlocal.nesterov(0.7, 1.0), lambda: hvdlocal.slowmo(-0.1)]
+    "make",
+    [
+        lambda: hvdlocal.nesterov(0),
+        lambda: hvdlocal.nesterov("0.7"),
+        lambda: hvdlocal.nesterov(0.7, 1.0),
+        lambda: hvdlocal.slowmo(-0.1),
+    ],
 )
 def test_values_out_of_range(make):
     with pytest.raises(ValueError, match=r"(nesterov|slowmo)\((lr|momentum)="):

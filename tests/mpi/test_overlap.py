@@ -1,6 +1,7 @@
 """An average that is applied some steps after it was begun: closed forms, what the model is meanwhile, state."""
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -283,6 +284,30 @@ def test_a_rank_that_is_not_finite_takes_the_mean_of_the_others(comm, mixing):
     assert everywhere_equal(comm, model.w.detach())
 
 
+@pytest.mark.parametrize("mixing", [None, 0.5])
+def test_averaged_buffers_that_are_not_finite_are_replaced(comm, mixing):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    model = torch.nn.BatchNorm1d(3)
+    optimizer = local(model, 1, overlap=1, mixing=mixing, optimizer=sgd(model, lr=0.0))
+
+    def train():
+        optimizer.zero_grad()
+        model(torch.ones(4, 3)).sum().backward()
+        optimizer.step()
+
+    if comm.rank == 1:
+        model.running_mean.fill_(math.nan)
+    train()
+    with pytest.raises(
+        hvdlocal.NonFiniteError, match=r"'running_mean' on rank 1: they are now the average of the other"
+    ):
+        train()
+    assert model.running_mean.tolist() == pytest.approx([0.1] * 3)  # that of the first step on the others
+    optimizer.synchronize()
+    assert everywhere_equal(comm, model.running_mean)
+
+
 def test_a_stop_and_the_loss_come_with_the_application(comm):
     model = Slope(start=0.0)
     optimizer = local(model, 2, overlap=1)
@@ -430,6 +455,42 @@ def test_a_state_continues_bit_for_bit(comm, steps, settings):
         reference.gain,
     )
     assert (optimizer.grad_var, optimizer.round) == (reference.grad_var, reference.round)
+
+
+def test_a_run_can_go_back_while_an_average_is_under_way(comm):
+    model = Slope(2_000_000, start=0.0)  # so many that its sum takes longer than a step
+    optimizer = local(model, 2, overlap=2)
+    for _ in range(3):
+        step(optimizer, model, slope_of(comm))
+    model_state, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    for steps in (1, 2, 3):
+        for _ in range(steps):
+            step(optimizer, model, 7 * slope_of(comm))
+        model.load_state_dict(model_state)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        for _ in range(3):
+            step(optimizer, model, slope_of(comm))
+        optimizer.synchronize()
+        assert torch.equal(model.w, torch.full_like(model.w, -12.0))
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": {"exp_avg": 2}}])
+def test_a_state_inside_an_overlap_of_another_message_is_refused(comm, settings):
+    """An average of the first moments has as many numbers as one of the second moments."""
+
+    def make(**settings):
+        model = Slope()
+        return model, local(model, 2, optimizer=torch.optim.Adam(model.parameters()), overlap=1, **settings)
+
+    model, optimizer = make(momentum={"exp_avg_sq": 2})
+    for _ in range(4):
+        step(optimizer, model, slope_of(comm))
+    state = optimizer.state_dict()
+    with pytest.raises(
+        ValueError, match=r"under way, with the moments \{'exp_avg_sq': 2\}, and here it would be one of"
+    ):
+        make(**settings)[1].load_state_dict(state)
+    optimizer.synchronize()
 
 
 def test_a_state_inside_an_overlap_belongs_to_its_rank(comm):
