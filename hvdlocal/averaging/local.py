@@ -24,7 +24,7 @@ from hvdlocal.averaging.guards import (
 from hvdlocal.averaging.island_gradient import IslandGradient
 from hvdlocal.averaging.islands import islands_of
 from hvdlocal.averaging.moments import Momentum
-from hvdlocal.averaging.nonfinite import raise_nonfinite_buffers
+from hvdlocal.averaging.nonfinite import NonFiniteError, raise_nonfinite_buffers
 from hvdlocal.averaging.outer import Outer, OuterOptimizer
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.replica import ReplicaOptimizer
@@ -303,10 +303,11 @@ class LocalOptimizer(ReplicaOptimizer):
             self._overflowed = False
         if self._inside:
             self._inside.sums.settle()
-        self.finish_average()
         if self.round_under_way:
             self._end_round(at_once=True)
-        elif self.communicator.size > 1:
+            return
+        self.finish_average()
+        if self.communicator.size > 1:
             self._sample.move_origin()
             self._round_average.compare(self._flat_replica, self._facts())
 
@@ -367,15 +368,15 @@ class LocalOptimizer(ReplicaOptimizer):
         self._steps_in_round += 1
         self._steps_since_statistics += 1
         self._dropped_steps = 0
-        over = self._steps_in_round >= self.period
         self._round_average.look()
-        if over or self._steps_in_round >= self._overlap:
-            self.finish_average()
-        if over:
+        if self._steps_in_round >= self.period:
             if self.period > 1:
                 self._short_rounds = 0
             self._end_round(at_once=self.finished)
-        elif self._island_period > 1 and self._steps_in_round % self._island_period == 0:
+            return
+        if self._steps_in_round >= self._overlap:
+            self.finish_average()
+        if self._island_period > 1 and self._steps_in_round % self._island_period == 0:
             self._average_inside()
 
     def _collect(self) -> bool:
@@ -447,7 +448,22 @@ class LocalOptimizer(ReplicaOptimizer):
     # -- the end of a round --------------------------------------------------------------------------------------------
 
     def _end_round(self, at_once: bool) -> None:
-        """Averages the replicas.
+        """Finishes the average that is under way, then averages the replicas.
+
+        It does so although the former was not finite, so that a loop which catches the error goes on with the next round.
+
+        Args:
+            at_once: see `_average_replicas`.
+        """
+        try:
+            self.finish_average()
+        except NonFiniteError:
+            self._average_replicas(at_once)
+            raise
+        self._average_replicas(at_once)
+
+    def _average_replicas(self, at_once: bool) -> None:
+        """Averages the replicas, which ends the round.
 
         Args:
             at_once: whether to wait for the average where others are applied some steps later.

@@ -284,6 +284,25 @@ def test_a_rank_that_is_not_finite_takes_the_mean_of_the_others(comm, mixing):
     assert everywhere_equal(comm, model.w.detach())
 
 
+@pytest.mark.parametrize("by_synchronize", [False, True])
+def test_a_round_ends_although_the_average_before_was_not_finite(comm, by_synchronize):
+    if comm.size == 1:
+        pytest.skip("needs two ranks")
+    g = slope_of(comm)
+    model = Slope(start=0.0)
+    optimizer = local(model, 2, overlap=2)
+    step(optimizer, model, g)
+    step(optimizer, model, float("nan") if comm.rank == 1 else g)
+    step(optimizer, model, g)
+    with pytest.raises(hvdlocal.NonFiniteError, match=r"on rank 1 of"):
+        optimizer.synchronize() if by_synchronize else step(optimizer, model, g)
+    assert (optimizer.round, optimizer.steps_in_round, optimizer.in_sync) == (2, 0, by_synchronize)
+    if not by_synchronize:
+        step(optimizer, model, g)
+        optimizer.synchronize()
+    assert everywhere_equal(comm, model.w.detach())
+
+
 @pytest.mark.parametrize("mixing", [None, 0.5])
 def test_averaged_buffers_that_are_not_finite_are_replaced(comm, mixing):
     if comm.size == 1:
