@@ -43,7 +43,7 @@ unit: setup
 mpi: setup
 	$(MAKE) --jobs=3 --output-sync=target mpi-plain mpi-horovod mpi-torch
 
-MPI_TEST = timeout 900 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
+MPI_TEST = timeout 1800 install/mpirun -np $$ranks python -m pytest -x -q --color=no -p no:cacheprovider
 # Islands as 2 × 2 and 1 × 4 ranks, and what counts ranks and islands also as 3 × 2, 2 × 3 and (over plain MPI) 4 × 2.
 ISLANDS_OF_MANY = tests/mpi/test_islands.py -k "average or statistics or larger_batches or messages"
 NEAR_THE_ENGINE = tests/mpi/test_{communicator,groups,local,resume,state,synchronous}.py
