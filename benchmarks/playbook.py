@@ -38,6 +38,12 @@ class Job:
     step: float
     backward: float
 
+    def __post_init__(self) -> None:
+        if not (self.workers >= 1 and self.parameters >= 1 and self.step > 0 and 0 <= self.backward <= self.step):
+            raise ValueError(
+                f"{self}: workers, parameters and seconds must be positive, and the backward pass is a part of the step"
+            )
+
     def m(self, link: Link) -> float:
         """Returns the time of an average over that of a step."""
         return allreduce_seconds(4 * self.parameters, self.workers, link) / self.step
@@ -89,14 +95,17 @@ def main() -> None:
     parser.add_argument("--wanted", type=float, default=0.9, help="share of computing (default: %(default)s)")
     arguments = parser.parse_args()
     step, latency = arguments.step_milliseconds / 1e3, arguments.latency_microseconds / 1e6
-    job = Job(arguments.workers, arguments.parameters, step, arguments.backward * step)
-    links = {
-        f"{megabits / 1000:g} Gbit/s" if megabits >= 1000 else f"{megabits:g} Mbit/s": Link(
-            latency, arguments.fraction * megabits * 1e6 / 8
-        )
-        for megabits in arguments.megabits
-    }
-    print("\n".join(lines(job, links, arguments.wanted)))
+    try:
+        job = Job(arguments.workers, arguments.parameters, step, arguments.backward * step)
+        links = {
+            f"{megabits / 1000:g} Gbit/s" if megabits >= 1000 else f"{megabits:g} Mbit/s": Link(
+                latency, arguments.fraction * megabits * 1e6 / 8
+            )
+            for megabits in arguments.megabits
+        }
+        print("\n".join(lines(job, links, arguments.wanted)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

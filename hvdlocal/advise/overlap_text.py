@@ -30,9 +30,14 @@ def overlap_text(advice: Advice) -> Iterator[str]:
         return
     error = advice.estimate.error(lambda given: given.outer or 0.0)
     share = 100 * outer / found.best_without.round
+    added = (
+        f"{ms(outer)} ± {1000 * error:.2g} to an average, {share:.1f} % of a round with H = {found.best_without.period}"
+    )
+    if outer <= error:
+        added = f"less to an average than the noise of ± {ms(error)} shows"
     yield (
         "  An outer optimizer (method.outer) changes what is learned, so none is chosen by time; Nesterov's adds "
-        f"{ms(outer)} ± {1000 * error:.2g} to an average, {share:.1f} % of a round with H = {found.best_without.period}."
+        f"{added}."
     )
 
 

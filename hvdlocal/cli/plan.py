@@ -184,12 +184,11 @@ def _alternatives(
 ) -> Iterator[tuple[str, TrainConfig]]:
     """Yields the configurations of --compare, each with its label.
 
-    A new rule does not inherit the old one's settings, data parallelism nothing that only local steps have, and a preset with an
-    outer optimizer of its own no other one.
+    A new rule does not inherit the old one's settings, data parallelism nothing that only local steps have, a preset with an
+    outer optimizer of its own no other one, and a run without overlap no mixing.
     """
     for text in texts:
-        words = shlex.split(re.sub(r",\s*(?=[\w.]+=)", " ", text))  # a comma separates settings as well as a space does
-        settings = dict(_setting(word) for word in words)
+        settings = dict(_setting(word) for word in _words(text))
         rule = settings.get("method.period.rule", config.method.period.rule)
         if rule != config.method.period.rule:
             settings = {f"method.period.{name}": "null" for name in RULE_SETTINGS} | settings
@@ -198,7 +197,15 @@ def _alternatives(
             settings = _NO_LOCAL_STEPS | settings
         elif preset in OUTER_OF_PRESET:
             settings = {"method.outer.name": "null"} | settings
+        if settings.get("method.overlap") == "0":
+            settings = {"method.mixing": "null"} | settings
         yield text, parse([*arguments, *(f"--{key}={value}" for key, value in settings.items())])
+
+
+def _words(text: str) -> list[str]:
+    """Splits settings at spaces, and at commas that a name follows. A mapping in braces is left whole."""
+    text = re.sub(r",\s*(?=[\w.]+=)", " ", text)
+    return shlex.split(re.sub(r"=(\{[^}]*\})", lambda found: f"={shlex.quote(found[1])}", text))
 
 
 def _setting(word: str) -> tuple[str, str]:

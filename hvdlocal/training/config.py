@@ -207,7 +207,7 @@ class PeriodConfig:
 
 @dataclass
 class OuterConfig:
-    """The outer optimizer, which steps on the way from where a round began to the mean of its replicas."""
+    """The outer optimizer, which steps from where a round began in the direction of the mean of its replicas."""
 
     name: Annotated[Literal["none", "nesterov", "slowmo"] | None, LOCAL] = None
     """nesterov is DiLoCo's, slowmo a heavy ball over steps divided by the rate; none lets every replica become the mean. By
@@ -218,8 +218,8 @@ class OuterConfig:
     """Its momentum; by default 0.9 for nesterov, and for slowmo what suits K: 0 below 4 workers, 0.2 from 4, 0.5 from 8, 0.6 from
     16 on."""
     normalize: Annotated[bool | None, LOCAL, OUTER] = None
-    """Whether it sees the way divided by the sum of the round's rates, as it should where H or the rate changes; by default true
-    for slowmo and false for nesterov."""
+    """Whether the difference on which it steps is divided by the sum of the round's rates, as it should be where H or the rate
+    changes; by default true for slowmo and false for nesterov."""
 
 
 @dataclass

@@ -119,7 +119,7 @@ def _explain(message: str) -> str:
         ),
         (
             r"Does not validate .*? Subtypes: \[typing\.Literal(\[.*?\]), dict\[str, int\]\] Errors: .* Given value: ?",
-            r"Expected one of \1 or a mapping of names to whole numbers. Got value: ",
+            r"Expected one of \1 or a mapping of names to whole numbers, such as {exp_avg: 3} (with the space). Got value: ",
         ),
         (r"a <class 'NoneType'>", "null"),
         (r"a <class 'int'>", "a whole number"),

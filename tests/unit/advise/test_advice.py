@@ -390,6 +390,24 @@ def test_the_text_says_whether_islands_pay(inside, said):
         assert ("method.island: 2" in text) is (inside < 1)
 
 
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ((0.02, 0.02, 0.02), "adds 20 ms ± 0 to an average"),
+        ((-0.02, -0.02, -0.02), "adds less to an average than the noise of ± 0 ms shows"),
+        ((0.3, 0.0, -0.24), "adds less to an average than the noise of ± 156 ms shows"),  # a mean of 20 ms
+    ],
+)
+def test_an_outer_optimizer_that_the_noise_hides(added, said):
+    measured = measurements()
+    blocks = []
+    for block, seconds in zip(measured.blocks, added, strict=True):
+        plain = block.closings["local-lin"]
+        outer = replace(plain, step=replace(plain.step, mean=plain.step.mean + seconds))
+        blocks.append(replace(block, closings=dict(block.closings) | {"local-lin outer": outer}))
+    assert said in advice_text(advise(replace(measured, blocks=tuple(blocks))))
+
+
 def test_a_model_that_allows_no_outer_optimizer():
     measured = measurements()
     blocks = [

@@ -85,6 +85,16 @@ def test_a_comma_separates_settings_too(plan):
     assert spaced["longest"]["steps"] == 6
 
 
+def test_a_mapping_is_one_setting(plan):
+    """As the plan itself prints it, and in the quotes of a shell."""
+    others = ["momentum={exp_avg: 3, exp_avg_sq: 6} period=6", "period=6, momentum='{exp_avg: 3, exp_avg_sq: 6}'"]
+    own = ["--optimizer.name=adamw", "--method.period.period=6", "--method.momentum={exp_avg: 3, exp_avg_sq: 6}"]
+    settings = ["--workers", "2", "--classes", "3", "--json", *own[:1]]
+    found = json.loads(plan(*settings, "--compare", *others))["plans"]
+    alone = json.loads(plan(*settings, *own[1:]))["plans"][0]["bytes"]
+    assert [one["bytes"] for one in found[1:]] == [alone, alone] != [found[0]["bytes"]] * 2
+
+
 def test_data_here_need_no_more_to_be_said(plan):
     text = plan("--workers", "2", "--step-seconds", "90", "--checkpoint-seconds", "20", "--mtbf-hours", "10")
     assert "2 ranks × 8 of 96 samples" in text
@@ -159,7 +169,7 @@ def test_islands_are_the_workers(plan):
 
 
 def test_outer_optimizers_and_overlap_side_by_side(plan):
-    """Data parallelism has neither, and the presets that have an outer optimizer keep their own."""
+    """Data parallelism has neither, presets with an outer optimizer keep their own, and without overlap nothing is mixed."""
     mean = [
         "--method.preset",
         "local",
@@ -170,7 +180,7 @@ def test_outer_optimizers_and_overlap_side_by_side(plan):
         "--method.mixing",
         "0.5",
     ]
-    others = ["preset=sync", "preset=diloco", "outer.name=nesterov overlap=4", "preset=acc-lin"]
+    others = ["preset=sync", "preset=diloco", "outer.name=nesterov overlap=4", "preset=acc-lin", "overlap=0"]
     found = json.loads(plan("--no-bytes", "--workers", "4", *mean, "--json", "--compare", *others))["plans"]
     assert found[0]["label"].endswith(" outer.name=slowmo overlap=2 mixing=0.5")
     assert [one["label"] for one in found[1:]] == others
