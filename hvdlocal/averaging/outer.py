@@ -111,6 +111,7 @@ class OuterOptimizer:
         self._start = self._slice(parameters)
         self._phi = torch.nn.Parameter(self._start)  # shares its memory until the first step needs one of its own
         self._optimizer = _built(build, self._phi)
+        self._has_rule = isinstance(build, OuterRule)
         self.normalize = build.normalize if normalize is None and isinstance(build, OuterRule) else bool(normalize)
         if self.normalize and any("lr" not in group for group in self._groups):
             raise ValueError(
@@ -247,7 +248,9 @@ class OuterOptimizer:
             else value
             for name, value in states[0]["state"].get(0, {}).items()
         }
-        self._optimizer.load_state_dict({**states[0], "state": {0: moments} if moments else {}})
+        # A rule is what it was built with, such as SlowMo's β for another number of workers; else as torch's optimizers do it.
+        groups = (self._optimizer.state_dict() if self._has_rule else states[0])["param_groups"]
+        self._optimizer.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -251,6 +251,29 @@ def test_a_state_with_an_outer_optimizer_is_refused_without_one(comm):
         local(other, 2).load_state_dict(optimizer.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("build", "end"),
+    [
+        (hvdlocal.slowmo(0.5), -10.0),  # φ = −4, u = 0.5 · 2 + 2 = 3, at S = 2
+        (
+            lambda p: torch.optim.SGD(p, lr=1.0, momentum=0.5),
+            -8.8,
+        ),  # β = 0.2 comes with the state: u = 0.2 · 2 + 2 = 2.4
+    ],
+)
+def test_a_rule_is_what_it_was_built_with(comm, build, end):
+    model = Slope(start=0.0)
+    before = local(model, 2, outer=hvdlocal.slowmo(0.2))
+    for _ in range(2):
+        step(before, model, slope_of(comm))
+    other = Slope(start=-4.0)
+    after = local(other, 2, outer=build, normalize_outer=True)
+    after.load_shared_state([before.shared_state()])
+    for _ in range(2):
+        step(after, other, slope_of(comm))
+    assert other.w.tolist() == pytest.approx([end] * 10)
+
+
 def test_the_state_of_another_outer_optimizer_is_refused(comm):
     model = Slope(start=0.0)
     state = local(model, 2, outer=torch.optim.Adam).state_dict()
