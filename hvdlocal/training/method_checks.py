@@ -40,8 +40,8 @@ def _check_moment_periods(method: MethodConfig) -> None:
     for short, long in pairwise(sorted(set(periods.values()))):
         if long % short:
             raise ValueError(
-                f"{given}: {long} is no multiple of {short}; the numbers of rounds must divide one another, so that what is "
-                "averaged together stays together"
+                f"{given}: {long} is no multiple of {short}, and both travel in one message: choose {long - long % short} or "
+                f"{long - long % short + short} in place of {long}"
             )
 
 

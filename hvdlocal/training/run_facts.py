@@ -177,7 +177,7 @@ def describe_averages(method: MethodConfig, outer: OuterRule | None) -> str | No
             f"the outer optimizer {outer.name} (lr {outer.lr:g}, momentum {outer.momentum:g}{divided}) steps on each{plain}"
         )
     if method.overlap:
-        how = "carried over" if method.mixing is None else f"mixed in with {method.mixing:g}"
+        how = "carried over" if method.mixing is None else f"mixed in with α = {method.mixing:g}"
         words.append(f"applied {_counted(method.overlap, 'step')} later, steps {how}")
     if method.momentum in ("average", "reset"):
         words.append({"average": "moments averaged", "reset": "moments set to 0"}[method.momentum])

@@ -73,7 +73,10 @@ def test_presets_are_local_or_data_parallel(preset):
         ({"momentum": {}}, "method.momentum={}: name at least one moment"),
         ({"momentum": {"exp_avg": 0}}, "n=0 must be at least 1"),
         ({"momentum": {1: 2}}, "1 is no name of a moment"),
-        ({"momentum": {"exp_avg": 4, "exp_avg_sq": 6}}, "6 is no multiple of 4"),
+        (
+            {"momentum": {"exp_avg": 4, "exp_avg_sq": 6}},
+            "6 is no multiple of 4, and both travel in one message: choose 4 or 8 ",
+        ),
         ({"momentum": {"a": 2, "b": 12, "c": 4, "d": 6}}, "6 is no multiple of 4"),
         ({"buffers": {"norm": "mean"}}, "method.buffers={'norm': 'mean'}: choose one of average, local, reestimate"),
     ],

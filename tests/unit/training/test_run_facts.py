@@ -142,7 +142,7 @@ def test_what_becomes_of_the_mean_in_words():
         (
             MethodConfig("local", overlap=3, mixing=0.5, momentum={"exp_avg": 1, "exp_avg_sq": 6}),
             8,
-            "applied 3 steps later, steps mixed in with 0.5; moments: exp_avg in every round, exp_avg_sq in 1 of 6 rounds",
+            "applied 3 steps later, steps mixed in with α = 0.5; moments: exp_avg in every round, exp_avg_sq in 1 of 6 rounds",
         ),
         (MethodConfig("local", momentum="reset"), 8, "moments set to 0"),
     ],
