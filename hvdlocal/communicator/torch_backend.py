@@ -51,6 +51,8 @@ class TorchCommunicator(ThreadedCommunicator):
             )
         local_rank, local_size = launched_local() or (0, 1)
         super().__init__(rank, size, local_rank, local_size, timeout_seconds)
+        # On GPUs, NCCL's kernels of several groups may wait for each other unless all ranks begin them in one order.
+        self._allows_several_threads = not torch.cuda.is_available()
         self._groups: dict[tuple[int, ...], Any] = {}
         self._gpu_groups: dict[tuple[int, ...], Any] = {}
         if size == 1:
