@@ -182,7 +182,8 @@ def test_statistics_come_from_the_first_gradients_after_an_application(comm, ove
     model = Slope(numel=64, start=0.0)
     scaling = hvdlocal.LocalAdaScale(smoothing=0.0, statistics="exact")
     optimizer = local(model, 3, overlap=overlap, scaling=scaling, optimizer=sgd(model, lr=1e-3))
-    found = []
+    found, estimates, update = [], [], optimizer._smoothed.update
+    optimizer._smoothed.update = lambda *args: (estimates.append(args), update(*args))
     for number in range(1, 13):
         step(optimizer, model, number * (1 + 2 * comm.rank))
         sum_sqr = sum((1 + 2 * k) ** 2 for k in range(comm.size))
@@ -199,6 +200,7 @@ def test_statistics_come_from_the_first_gradients_after_an_application(comm, ove
         8: [None] * 5 + [1, 1, 1, 1, 1, 1, 7],
     }
     assert found == expected[overlap]
+    assert len(estimates) == len({*expected[overlap]} - {None}), "none is made of statistics that were sent before"
 
 
 def test_a_gain_does_not_change_within_a_round(comm):
@@ -347,12 +349,14 @@ def test_divergence_is_that_of_what_was_sent(comm):
     for _ in range(5):
         step(optimizer, model, slope_of(comm))
         found.append(optimizer.divergence)
+    at_the_mean = optimizer._sample.origin[:5].tolist()  # the rest is padding
     spread = sum((2 * (1 + 2 * k) / comm.size - 2) ** 2 for k in range(comm.size)) / comm.size
     assert found[:2] == [None, None]
     assert found[2:4] == pytest.approx([5 * 4 * spread] * 2, abs=1e-5)
     assert found[4] == pytest.approx(
         5 * 4 * spread, abs=1e-4
     )  # −4 − 2g again: the step that was carried over and one more
+    assert at_the_mean == pytest.approx([-8.0] * 5), "distances are measured from the mean, which is equal on all ranks"
 
 
 # -- islands and rates -------------------------------------------------------------------------------------------------
