@@ -27,7 +27,10 @@ SHAKESPEARE = Setup(
 
 WORKERS = 4
 RATES = (2e-3, 4e-3, 8e-3)
-"""The learning rates that every method is tried at first."""
+"""The learning rates that a method is tried at first."""
+NESTEROV_RATES = (1e-3, 2e-3, 4e-3)
+"""Those of a method with Nesterov's outer step. At γ = 0.7 and β = 0.9 it moves up to γ / (1 − β) = 7 times as far as the mean of
+the workers, so that its best rate is lower; where all three rates are too large, the search would go to still larger ones."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class TunedMethod:
         settings: arguments of `hvdlocal train` beside the learning rate.
         workers: K.
         alpha: α of QSR in units of the learning rate, so that its rounds are the same at every rate; None for other rules.
+        rates: the learning rates that are tried first, in ascending order.
     """
 
     name: str
@@ -64,6 +68,7 @@ class TunedMethod:
     settings: tuple[str, ...]
     workers: int = WORKERS
     alpha: float | None = None
+    rates: tuple[float, ...] = RATES
 
     def run(self, lr: float, seed: int) -> GridPoint:
         """Returns the run with a learning rate and a seed."""
@@ -77,22 +82,27 @@ def _sync(name: str, title: str, workers: int) -> TunedMethod:
 
 
 def _local(
-    name: str, title: str, period: int, *settings: str, preset: str = "local", workers: int = WORKERS
+    name: str,
+    title: str,
+    period: int,
+    *settings: str,
+    preset: str = "local",
+    workers: int = WORKERS,
+    rates: tuple[float, ...] = RATES,
 ) -> TunedMethod:
-    return TunedMethod(
-        name, title, (f"--method.preset={preset}", f"--method.period.period={period}", *settings), workers
-    )
+    words = (f"--method.preset={preset}", f"--method.period.period={period}", *settings)
+    return TunedMethod(name, title, words, workers, rates=rates)
 
 
 def _diloco(name: str, title: str, period: int, *settings: str, workers: int = WORKERS) -> TunedMethod:
     outer = ("--method.outer.lr=0.7", "--method.outer.momentum=0.9")
-    return _local(name, title, period, *outer, *settings, preset="diloco", workers=workers)
+    return _local(name, title, period, *outer, *settings, preset="diloco", workers=workers, rates=NESTEROV_RATES)
 
 
-def _qsr(name: str, title: str, *settings: str) -> TunedMethod:
+def _qsr(name: str, title: str, *settings: str, rates: tuple[float, ...] = RATES) -> TunedMethod:
     """H = 16 until the rate has fallen to half of its peak, 64 at a quarter, 256 at an eighth."""
     rule = ("--method.preset=local", "--method.period.rule=qsr", "--method.period.h_base=16")
-    return TunedMethod(name, title, (*rule, *settings), alpha=2.0)
+    return TunedMethod(name, title, (*rule, *settings), alpha=2.0, rates=rates)
 
 
 _NESTEROV = ("--method.outer.name=nesterov", "--method.outer.lr=0.7", "--method.outer.momentum=0.9")
@@ -105,8 +115,14 @@ METHODS = (
     _diloco("diloco-64", "DiLoCo, H = 64", 64),
     _local("slowmo-16", "SlowMo, H = 16", 16, "--method.outer.lr=1", "--method.outer.momentum=0.2", preset="slowmo"),
     _qsr("qsr", "QSR, H ≥ 16"),
-    _qsr("qsr-outer", "QSR, Nesterov", *_NESTEROV, "--method.outer.normalize=false"),
-    _qsr("qsr-outer-normalized", "QSR, Nesterov, normalised", *_NESTEROV, "--method.outer.normalize=true"),
+    _qsr("qsr-outer", "QSR, Nesterov", *_NESTEROV, "--method.outer.normalize=false", rates=NESTEROV_RATES),
+    _qsr(
+        "qsr-outer-normalized",
+        "QSR, Nesterov, normalised",
+        *_NESTEROV,
+        "--method.outer.normalize=true",
+        rates=NESTEROV_RATES,
+    ),
     _local("overlap-1", "H = 16, τ = 1", 16, "--method.overlap=1"),
     _local("overlap-5", "H = 16, τ = 5", 16, "--method.overlap=5"),
     _local("overlap-16", "H = 16, τ = 16", 16, "--method.overlap=16"),
@@ -139,7 +155,7 @@ class Tuning:
 
 def tune(method: TunedMethod, seed: int, found: Found) -> Tuning:
     """Returns the rates that a method needs: at first `RATES`, then beyond the edge at which the best one lies."""
-    rates = list(RATES)
+    rates = list(method.rates)
     while True:
         values = [found(method.run(rate, seed)) for rate in rates]
         known = [value.bits_per_byte for value in values if value is not None]
@@ -172,9 +188,13 @@ def swept(workers: int, period: int, gamma: float, beta: float) -> TunedMethod:
     return _local(name, f"γ = {gamma:g}, β = {beta:g}", period, *outer, preset="diloco", workers=workers)
 
 
-def swept_rate(period: int, seed: int, found: Found) -> float | None:
-    """Returns the learning rate of the sweep at this H, the best one of DiLoCo's with four workers; None if not known yet."""
-    return tune(BY_NAME[f"diloco-{period}"], seed, found).best
+def swept_rate(period: int, beta: float, seed: int, found: Found) -> float | None:
+    """Returns the learning rate of the sweep; None if it is not known yet.
+
+    It is the best one, with four workers and this H, of DiLoCo for its β and of plain averaging for a smaller one.
+    """
+    method = "diloco" if beta == max(BETAS) else "local"
+    return tune(BY_NAME[f"{method}-{period}"], seed, found).best
 
 
 # -- all runs ----------------------------------------------------------------------------------------------------------
@@ -202,8 +222,8 @@ def _planned(methods: Sequence[TunedMethod], seeds: Sequence[int], found: Found)
                 yield method.run(tuning.best, seed)
     if set(METHODS) <= set(methods):
         for workers, period in SWEEP:
-            best = swept_rate(period, seeds[0], found)
-            if best is not None:
-                for gamma in GAMMAS:
-                    for beta in BETAS:
+            for beta in BETAS:
+                best = swept_rate(period, beta, seeds[0], found)
+                if best is not None:
+                    for gamma in GAMMAS:
                         yield swept(workers, period, gamma, beta).run(best, seeds[0])

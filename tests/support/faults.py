@@ -87,7 +87,9 @@ class Run:
         late.start()
         try:
             assert process.stderr is not None
-            assert any(" at " in line for line in process.stderr if line.lstrip("\0").startswith("faulty: ")), "no fault happened"
+            assert any(" at " in line for line in process.stderr if line.lstrip("\0").startswith("faulty: ")), (
+                "no fault happened"
+            )
             yield process
         finally:
             late.cancel()
