@@ -118,6 +118,6 @@ def islands_of(communicator: Communicator, period: int) -> Islands | None:
         warnings.warn(
             f"all {inside.size} ranks form one island, so that every step is data-parallel and nothing is averaged: give a "
             "smaller island, or start the job on more nodes",
-            stacklevel=3,
+            stacklevel=4,  # who builds the optimizer
         )
     return Islands(inside, across, diverge=period > 1)

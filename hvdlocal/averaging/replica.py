@@ -69,6 +69,8 @@ class ReplicaOptimizer(WrappedOptimizer):
         self._accumulate = accumulate
         ranks = self._ranks_per_worker
         self._progress = Progress(scaling, self.communicator.size // ranks, ranks * accumulate, budget, self._smoothed)
+        if budget is None:
+            scaling.gain(self._progress.context(1))  # refuses a rule that needs the budget now, not at the first step
         self._max_norm = max_norm
         self._names, self._parameters = trainable(optimizer, model)
         self._owners = [owner_of(model, name) for name in self._names]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, Protocol
 
 from hvdlocal.averaging.gain import NoScaling, Scaling, ScalingContext
 from hvdlocal.averaging.period import PeriodRule, RoundStart
@@ -176,6 +176,22 @@ class RoundPlanner:
         self.period = period
         self.longest = max(self.longest, period)
         return NextRound(period, lr, end, limited)
+
+    def state(self) -> dict[str, float | None]:
+        """Plain numbers."""
+        return {
+            "period": self.period,
+            "max_lr": self.max_lr,
+            "longest_period": self.longest,
+            "first_loss": self.first_loss,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The reverse of `state`."""
+        self.period = state["period"]
+        self.max_lr = state["max_lr"]
+        self.longest = state.get("longest_period", self.period)  # older states lack it
+        self.first_loss = state["first_loss"]
 
 
 class Round(NamedTuple):

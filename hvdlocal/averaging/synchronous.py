@@ -101,7 +101,6 @@ class SynchronousOptimizer(ReplicaOptimizer):
             max_norm=max_norm,
             communicator=communicator,
         )
-        scaling.gain(self._progress.context(1))  # refuses a rule that needs a budget now, not at the first step
         refuse_renormalised_weights(model, self._parameters)
         self._sample = TensorSample(dict(zip(self._names, self._parameters, strict=True)))
         self._accumulated: MeanGradient = MeanGradient(

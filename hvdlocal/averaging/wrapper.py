@@ -228,6 +228,16 @@ class WrappedOptimizer(torch.optim.Optimizer):
         """
         return [check_rate(i, group.get("lr")) for i, group in enumerate(self.param_groups)]
 
+    def _trained_rate(self) -> float:
+        """The largest base learning rate of the groups that train."""
+        rates = self._rates()
+        trained = [
+            rate
+            for group, rate in zip(self.param_groups, rates, strict=True)
+            if any(p.requires_grad for p in group["params"])  # the rate of a frozen or empty group moves nothing
+        ]
+        return max(trained or rates)
+
     def _named_rates(self) -> dict[str, float]:
         return {f"learning rate of group {i}": rounded(rate) for i, rate in enumerate(self._rates())}
 
