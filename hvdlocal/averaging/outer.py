@@ -7,6 +7,7 @@ al. 2020, Alg. 1). γ is its learning rate and β its momentum; γ = 1 with β =
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -210,6 +211,9 @@ class OuterOptimizer:
     def load_state(self, parts: Sequence[Mapping[str, Any]]) -> None:
         """Continues from the parts of the ranks of one island, from the one part of a run without islands, or from this rank's.
 
+        Args:
+            parts: `state` of these ranks, in their order; nothing is loaded where all are empty.
+
         Raises:
             ValueError: the parts do not make up these parameters, or are those of another optimizer.
         """
@@ -221,38 +225,53 @@ class OuterOptimizer:
                 f"this state is that of {saved} as the outer optimizer, and here it is {here}: build the same optimizer, or "
                 "begin without its state"
             )
-        is_mine = [part["phi"].numel() for part in parts] == [self._phi.numel()]
-        old = sum(part["phi"].numel() for part in parts)
-        numel = self._phi.numel() * (self._islands.inside.size if self._islands else 1)
-        if not is_mine and abs(old - numel) >= 16 * max(len(parts), self._islands.inside.size if self._islands else 1):
-            raise ValueError(
-                f"the state of the outer optimizer is that of a model with {old} parameters (padding included), and here there "
-                f"are {numel}"
-            )
-
-        def own(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-            if is_mine:
-                return tensors[0].clone()
-            whole = torch.cat([one.to(self._phi.device) for one in tensors])
-            if old < numel:
-                whole = torch.cat([whole, whole.new_zeros(numel - old)])
-            return self._slice(whole[:numel]).clone()
-
+        is_own = [part["phi"].numel() for part in parts] == [self._phi.numel()]
+        part = (
+            copy.deepcopy(parts[0]) if is_own else self._slice_of_state(parts)
+        )  # torch's optimizers use what they are given
         if not self._holds:
             self._hold(self._start)
-        self._phi.data.copy_(own([part["phi"] for part in parts]))
-        states = [part["optimizer"] for part in parts]
-        moments = {
-            name: own([state["state"][0][name] for state in states])
-            if isinstance(value, torch.Tensor) and value.shape == parts[0]["phi"].shape
-            else value
-            for name, value in states[0]["state"].get(0, {}).items()
-        }
+        self._phi.data.copy_(part["phi"])
         # A rule is what it was built with, such as SlowMo's β for another number of workers; else as torch's optimizers do it.
-        groups = (self._optimizer.state_dict() if self._has_rule else states[0])["param_groups"]
-        self._optimizer.load_state_dict({"state": {0: moments} if moments else {}, "param_groups": groups})
+        groups = (self._optimizer.state_dict() if self._has_rule else part["optimizer"])["param_groups"]
+        self._optimizer.load_state_dict({**part["optimizer"], "param_groups": groups})
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _slice_of_state(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Joins the slices of φ and of its moments that other islands held, and cuts out this rank's.
+
+        Args:
+            parts: `state` of the ranks of one island, in their order. They may be more or fewer than the ranks of an island here.
+
+        Returns:
+            `state`, as this rank would have it.
+
+        Raises:
+            ValueError: the parts are those of another number of parameters.
+        """
+        ranks = self._islands.inside.size if self._islands else 1
+        saved, here = sum(part["phi"].numel() for part in parts), self._phi.numel() * ranks
+        if abs(saved - here) >= 16 * max(len(parts), ranks):  # the flat buffer is padded to whole slices
+            raise ValueError(
+                f"the state of the outer optimizer is that of a model with {saved} parameters (padding included), and here there "
+                f"are {here}"
+            )
+
+        def cut(slices: Sequence[torch.Tensor]) -> torch.Tensor:
+            whole = torch.cat([one.to(self._phi.device) for one in slices])
+            whole = torch.nn.functional.pad(whole, (0, here - saved))  # which cuts off where that is negative
+            return self._slice(whole).clone()
+
+        states = [part["optimizer"]["state"].get(0, {}) for part in parts]  # of φ, the only parameter
+        moments = {
+            name: cut([state[name] for state in states])
+            if isinstance(value, torch.Tensor) and value.shape == parts[0]["phi"].shape
+            else value
+            for name, value in states[0].items()
+        }
+        optimizer = {**parts[0]["optimizer"], "state": {0: moments} if moments else {}}
+        return {"phi": cut([part["phi"] for part in parts]), "optimizer": optimizer}
 
     def _slice(self, flat: torch.Tensor) -> torch.Tensor:
         if self._islands is None:
