@@ -18,13 +18,15 @@ import torch
 
 from hvdlocal.averaging.islands import INSIDE, Islands
 from hvdlocal.averaging.setup import hyperparameters
-from hvdlocal.averaging.wrapper import WrappedOptimizer, refuse_closure, scaled_rates
+from hvdlocal.averaging.wrapper import WrappedOptimizer, scaled_rates
 
 Outer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 """Builds an outer optimizer for the one flat parameter φ, float32."""
 
 SLOWMO_MOMENTA = {1: 0.0, 4: 0.2, 8: 0.5, 16: 0.6}
 """Tuned β of SlowMo, from so many workers on (FairScale's documentation of its SlowMo, for WMT16)."""
+
+_REMEDY = "give another optimizer, such as hvdlocal.nesterov(), torch.optim.SGD or torch.optim.Adam"
 
 _PIECE = 2**20  # elements that are compared at once, so that comparing needs little memory
 
@@ -104,7 +106,8 @@ class OuterOptimizer:
         path: Σ of the learning rates of the steps of the round under way; the same on all ranks.
 
     Raises:
-        ValueError: `build` made something else than an optimizer of φ, or one without a learning rate that is to be normalised.
+        ValueError: `build` made something else than an optimizer of φ, one that cannot step φ, or one without a learning rate
+            that is to be normalised.
     """
 
     def __init__(self, build: Outer, parameters: torch.Tensor, normalize: bool | None, islands: Islands | None) -> None:
@@ -226,9 +229,8 @@ class OuterOptimizer:
                 "begin without its state"
             )
         is_own = [part["phi"].numel() for part in parts] == [self._phi.numel()]
-        part = (
-            copy.deepcopy(parts[0]) if is_own else self._slice_of_state(parts)
-        )  # torch's optimizers use what they are given
+        # A copy, as torch's optimizers use the tensors that they are given.
+        part = copy.deepcopy(parts[0]) if is_own else self._slice_of_state(parts)
         if not self._holds:
             self._hold(self._start)
         self._phi.data.copy_(part["phi"])
@@ -291,17 +293,56 @@ def _built(build: Outer, phi: torch.nn.Parameter) -> torch.optim.Optimizer:
             f"outer={build!r}: give a function that builds the outer optimizer, such as hvdlocal.nesterov(lr=0.7, momentum=0.9) "
             "or lambda parameters: torch.optim.SGD(parameters, lr=0.7)"
         )
-    optimizer = build([phi])
+    try:
+        optimizer = build([phi])
+    except (RuntimeError, ValueError) as error:  # Muon, for instance, takes matrices alone
+        raise ValueError(
+            f"outer: the function fails for a flat float32 parameter on {phi.device} ({_reason(error)}): {_REMEDY}"
+        ) from error
     if isinstance(optimizer, WrappedOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"outer: the function returned {optimizer!r}; it must return a torch.optim.Optimizer")
-    refuse_closure(optimizer)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     if len(held) != 1 or held[0] is not phi:
         raise ValueError(
             "outer: the function built an optimizer of other parameters than the one that it was given: the outer optimizer "
             "steps the flat parameter of its argument, and nothing else"
         )
+    if not isinstance(build, OuterRule):  # whose SGD is one that can
+        _try_step(optimizer, phi)
     return optimizer
+
+
+def _try_step(optimizer: torch.optim.Optimizer, phi: torch.nn.Parameter) -> None:
+    """Takes a step with a copy of an optimizer on a copy of φ, to find now what would fail at the first average.
+
+    The copies are as large as φ and its moments, and do not stay. An optimizer that cannot be copied is not tried.
+
+    Raises:
+        ValueError: the step fails.
+    """
+    trial = torch.nn.Parameter(phi.detach().clone())
+    trial.grad = torch.zeros_like(phi)
+    copied = object.__new__(type(optimizer))
+    try:
+        # Of torch's optimizers, `deepcopy` leaves out the attributes that a subclass has added.
+        vars(copied).update(copy.deepcopy(vars(optimizer), {id(phi): trial}))
+    except Exception:
+        return
+    try:
+        with torch.no_grad():
+            type(optimizer).step(copied)  # not what a scheduler has put in its place, which steps the original
+    except Exception as error:
+        settings = ("capturable", "differentiable")
+        given = [name for name in settings if any(group.get(name) for group in optimizer.param_groups)]
+        raise ValueError(
+            f"outer: {type(optimizer).__name__} cannot step a flat float32 parameter on {phi.device} by its gradient alone "
+            f"({_reason(error)}): " + (f"build it without {' and '.join(given)}" if given else _REMEDY)
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:

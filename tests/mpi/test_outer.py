@@ -353,6 +353,69 @@ class WithoutRate(torch.optim.Optimizer):
             p.sub_(p.grad)
 
 
+class NeedsClosure(torch.optim.SGD):
+    """Its signature does not show that it evaluates the loss."""
+
+    def step(self, closure=None):
+        if closure is None:
+            raise RuntimeError("a closure is required.")
+
+
+class OnlyMatrices(torch.optim.SGD):
+    def __init__(self, parameters):
+        raise ValueError("only matrices")
+
+
+class OwnMomentum(torch.optim.Optimizer):
+    """Keeps its momentum in an attribute, not in `state`."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1.0})
+        self.momentum = [torch.zeros_like(p) for p in parameters]
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for p, moment in zip(self.param_groups[0]["params"], self.momentum, strict=True):
+            p.sub_(moment.mul_(0.5).add_(p.grad))
+
+
+def test_the_step_that_is_tried_leaves_no_trace(comm):
+    """As slowmo(0.5): −4, −10; one step for each of the two rounds, also for a scheduler that wraps `step`."""
+    built = []
+
+    def build(parameters):
+        built.append(OwnMomentum(parameters))
+        built.append(torch.optim.lr_scheduler.ConstantLR(built[0], factor=1.0))
+        return built[0]
+
+    assert after_rounds(comm, (2, 2), outer=build) == pytest.approx([-4, -10])
+    assert built[0].steps == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["Adadelta", "Adafactor", "Adagrad", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop"]
+)
+def test_torchs_optimizers_that_can_step_are_taken(comm, name):
+    build = getattr(torch.optim, name)
+    plain = torch.nn.Parameter(torch.zeros(10, dtype=torch.float32, device="cpu"))
+    plain.grad = torch.full_like(plain, 4.0)  # Δ of a round of two steps
+    build([plain]).step()
+    assert after_rounds(comm, (2,), outer=build) == pytest.approx([plain.tolist()[0]])
+
+
+def test_an_optimizer_for_cuda_graphs_is_refused_on_a_cpu(comm):
+    def build(parameters):
+        return torch.optim.Adam(parameters, capturable=True)
+
+    if Slope().w.is_cuda:
+        local(Slope(), 2, outer=build)
+        return
+    with pytest.raises(ValueError, match=r"outer: Adam cannot step .*: build it without capturable"):
+        local(Slope(), 2, outer=build)
+
+
 def test_an_optimizer_without_a_learning_rate(comm):
     assert after_rounds(comm, (2, 2), outer=WithoutRate) == pytest.approx([-4, -8])
 
@@ -377,7 +440,11 @@ def test_a_rate_that_is_a_tensor_is_compared_as_a_number(comm):
             {"outer": lambda p: torch.optim.SGD([torch.zeros(2)], lr=1)},
             "of other parameters than the one that it was given",
         ),
-        ({"outer": torch.optim.LBFGS}, "LBFGS evaluates the loss several times per step"),
+        ({"outer": torch.optim.LBFGS}, r"outer: LBFGS cannot step a flat .* 'closure'\): give another optimizer"),
+        ({"outer": NeedsClosure}, r"NeedsClosure cannot step .* \(a closure is required\): give another optimizer"),
+        ({"outer": torch.optim.SparseAdam}, r"SparseAdam cannot step .* dense gradients.*\): give another optimizer"),
+        ({"outer": momentum(0.5, 0.9, differentiable=True)}, "SGD cannot step .*: build it without differentiable"),
+        ({"outer": OnlyMatrices}, r"the function fails for a flat .* \(only matrices\): give another optimizer"),
         ({"normalize_outer": True}, "normalize_outer=True without outer"),
     ],
 )
