@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import pairwise
-from numbers import Integral
 from typing import Any, Literal
 
 import torch
 
 from hvdlocal.averaging.flat_buffer import FlatReplica
+from hvdlocal.averaging.moment_periods import check_moment_periods
 
 Momentum = Literal["local", "average", "reset"] | Mapping[str, int]
 """What becomes of the optimizer's moments at an averaging: one policy for all, or the periods of those that are averaged."""
@@ -36,23 +35,15 @@ def moment_periods(optimizer: torch.optim.Optimizer, momentum: Momentum) -> dict
             'averages of each, such as {"exp_avg": 3, "exp_avg_sq": 6}'
         )
     kept = kept_moments(optimizer)
-    for name, period in momentum.items():
+    for name in momentum:
         if name not in kept:
             raise ValueError(
                 f"momentum={dict(momentum)}: this {type(optimizer).__name__} keeps no {name!r}; "
                 + (f"choose among {', '.join(kept)}" if kept else "choose 'local', or build it with a momentum")
             )
-        if isinstance(period, bool) or not (isinstance(period, Integral) and period >= 1):
-            raise ValueError(f"momentum={dict(momentum)}: the period of {name} must be a whole number of at least 1")
+    check_moment_periods(momentum, "momentum")
     named = [name for name in kept if name in momentum]
-    periods = {name: int(momentum[name]) for name in sorted(named, key=lambda name: momentum[name])}
-    for (shorter, few), (longer, many) in pairwise(periods.items()):
-        if many % few:
-            raise ValueError(
-                f"momentum={dict(momentum)}: the period of {longer}, {many}, must be a multiple of {few}, that of {shorter}, so "
-                f"that both travel in one message: choose {many - many % few} or {many - many % few + few}"
-            )
-    return periods
+    return {name: int(momentum[name]) for name in sorted(named, key=lambda name: momentum[name])}
 
 
 def kept_moments(optimizer: torch.optim.Optimizer) -> tuple[str, ...]:

@@ -11,8 +11,7 @@ from typing import Any
 
 from hvdlocal.figures.style import COLORS, DASHES
 from hvdlocal.report.records import Run
-from hvdlocal.training.config import SETTINGS
-from hvdlocal.training.config_checks import flatten
+from hvdlocal.training.config import SETTINGS, flatten
 
 MOST_LOOKS = 10
 """The largest number of kinds of line that can be told apart in a small panel."""

@@ -10,7 +10,7 @@ from typing import Any
 from hvdlocal.figures.units import bytes_text, seconds_text
 from hvdlocal.report.lines import RunStyle, describe_period
 from hvdlocal.report.records import RecordedState, Run
-from hvdlocal.training.config_checks import flatten
+from hvdlocal.training.config import flatten
 
 NONE = "–"
 

@@ -16,8 +16,7 @@ from hvdlocal.data.load.order import OrderMode
 from hvdlocal.data.read.dataset import StoredSamples
 from hvdlocal.import_path import code_digests, is_import_path
 from hvdlocal.models import check_images
-from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig
-from hvdlocal.training.config_checks import flatten
+from hvdlocal.training.config import DataConfig, ModelConfig, TrainConfig, flatten
 from hvdlocal.training.environment import versions
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.preprocessing import Preprocessing

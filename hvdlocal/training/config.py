@@ -7,8 +7,9 @@
 
 from __future__ import annotations  # without it, jsonargparse would show the facts as parts of the types
 
-from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal
 
 from hvdlocal.training.settings import LARGE, Affects, Arguments, Named, NeededBy, Range, UsedIf, settings_of
 
@@ -358,3 +359,27 @@ class TrainConfig:
 
 SETTINGS = settings_of(TrainConfig)
 """Every setting by its dotted name."""
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """The settings of a configuration by their dotted names.
+
+    Args:
+        tree: a `TrainConfig`, or what a config.yaml holds, which may have settings of another version.
+        prefix: goes before each name.
+
+    Raises:
+        ValueError: the tree is neither.
+    """
+    if isinstance(tree, Mapping):
+        named = dict(tree)
+    elif is_dataclass(tree):
+        named = {field.name: getattr(tree, field.name) for field in fields(tree)}
+    else:
+        raise ValueError("not a configuration")
+    found: dict[str, Any] = {}
+    for key, value in named.items():
+        name = f"{prefix}{key}"
+        is_section = is_dataclass(value) or (isinstance(value, Mapping) and name not in SETTINGS)
+        found |= flatten(value, f"{name}.") if is_section else {name: value}
+    return found

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from hvdlocal.import_path import is_import_path
-from hvdlocal.training.config import SETTINGS, CheckpointConfig, TrainConfig
+from hvdlocal.training.config import SETTINGS, CheckpointConfig, TrainConfig, flatten
 from hvdlocal.training.method_checks import check_method
 from hvdlocal.training.settings import Range
 
@@ -95,27 +93,3 @@ def unused_settings(config: TrainConfig) -> list[str]:
 def effective_settings(config: TrainConfig) -> dict[str, Any]:
     """The settings that have an effect in this run, by their dotted names: those that a continued run must share."""
     return {name: value for name, value in flatten(config).items() if SETTINGS[name].has_effect(config)}
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The settings of a configuration by their dotted names.
-
-    Args:
-        tree: a `TrainConfig`, or what a config.yaml holds, which may have settings of another version.
-        prefix: goes before each name.
-
-    Raises:
-        ValueError: the tree is neither.
-    """
-    if isinstance(tree, Mapping):
-        named = dict(tree)
-    elif is_dataclass(tree):
-        named = {field.name: getattr(tree, field.name) for field in fields(tree)}
-    else:
-        raise ValueError("not a configuration")
-    found: dict[str, Any] = {}
-    for key, value in named.items():
-        name = f"{prefix}{key}"
-        is_section = is_dataclass(value) or (isinstance(value, Mapping) and name not in SETTINGS)
-        found |= flatten(value, f"{name}.") if is_section else {name: value}
-    return found

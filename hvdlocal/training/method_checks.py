@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
+from hvdlocal.averaging.moment_periods import check_moment_periods
 from hvdlocal.training.config import OUTER_OF_PRESET, MethodConfig
 
 BUFFER_POLICIES = ("average", "local", "reestimate")
@@ -29,20 +28,10 @@ def _check_moment_periods(method: MethodConfig) -> None:
     given = f"method.momentum={periods}"
     if not isinstance(method.momentum, str) and not periods:
         raise ValueError(f"{given}: name at least one moment, as in {{exp_avg: 3}}, or choose local")
-    for name, period in periods.items():
+    for name in periods:
         if not str(name).isidentifier():
             raise ValueError(f"{given}: {name!r} is no name of a moment, as exp_avg is")
-        if period < 1:
-            raise ValueError(
-                f"{given}: {name} is averaged in every n-th round, and n={period} must be at least 1; leave out a moment that "
-                "each rank keeps for itself"
-            )
-    for short, long in pairwise(sorted(set(periods.values()))):
-        if long % short:
-            raise ValueError(
-                f"{given}: {long} is no multiple of {short}, and both travel in one message: choose {long - long % short} or "
-                f"{long - long % short + short} in place of {long}"
-            )
+    check_moment_periods(periods, "method.momentum")
 
 
 def _check_islands(method: MethodConfig) -> None:

@@ -12,8 +12,7 @@ import yaml
 
 from hvdlocal.directory import Directory
 from hvdlocal.training.attempts import ATTEMPTS, is_of_this_job
-from hvdlocal.training.config import SETTINGS
-from hvdlocal.training.config_checks import flatten
+from hvdlocal.training.config import SETTINGS, flatten
 from hvdlocal.untrusted_files import from_yaml, read_text
 
 CHECKPOINTS = "checkpoints"

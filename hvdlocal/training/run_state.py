@@ -13,7 +13,8 @@ from hvdlocal.training.accounting import RunTotals
 from hvdlocal.training.builders import code_paths
 from hvdlocal.training.checkpoint.replica_state import ReplicaState
 from hvdlocal.training.checkpoint.resume import Resumed
-from hvdlocal.training.config_checks import effective_settings, flatten
+from hvdlocal.training.config import flatten
+from hvdlocal.training.config_checks import effective_settings
 from hvdlocal.training.environment import versions
 from hvdlocal.training.evaluation import Evaluation
 from hvdlocal.training.metrics import TrainingMeter

@@ -71,13 +71,16 @@ def test_presets_are_local_or_data_parallel(preset):
     [
         ({"mixing": 0.5}, "method.mixing=0.5 without overlap"),
         ({"momentum": {}}, "method.momentum={}: name at least one moment"),
-        ({"momentum": {"exp_avg": 0}}, "n=0 must be at least 1"),
+        (
+            {"momentum": {"exp_avg": 0}},
+            "method.momentum={'exp_avg': 0}: the period of exp_avg must be a whole number of at least 1",
+        ),
         ({"momentum": {1: 2}}, "1 is no name of a moment"),
         (
             {"momentum": {"exp_avg": 4, "exp_avg_sq": 6}},
-            "6 is no multiple of 4, and both travel in one message: choose 4 or 8 ",
+            "the period of exp_avg_sq, 6, must be a multiple of 4, that of exp_avg, so that both travel in one message",
         ),
-        ({"momentum": {"a": 2, "b": 12, "c": 4, "d": 6}}, "6 is no multiple of 4"),
+        ({"momentum": {"a": 2, "b": 12, "c": 4, "d": 6}}, "the period of d, 6, must be a multiple of 4, that of c"),
         ({"buffers": {"norm": "mean"}}, "method.buffers={'norm': 'mean'}: choose one of average, local, reestimate"),
     ],
 )

@@ -13,8 +13,8 @@ from support.configs import digits_config
 from hvdlocal.directory import Directory
 from hvdlocal.training import interruption, output_directory, run_files
 from hvdlocal.training.attempts import note_attempt
-from hvdlocal.training.config import OptimizerConfig
-from hvdlocal.training.config_checks import effective_settings, flatten
+from hvdlocal.training.config import OptimizerConfig, flatten
+from hvdlocal.training.config_checks import effective_settings
 from hvdlocal.training.metrics import JsonLines
 from hvdlocal.training.run_files import RunStatus, find_status
 

@@ -7,8 +7,8 @@ from typing import get_args, get_type_hints
 import pytest
 from support.configs import digits_config
 
-from hvdlocal.training.config import SETTINGS, MethodConfig, TrainConfig
-from hvdlocal.training.config_checks import check_ranges, flatten
+from hvdlocal.training.config import SETTINGS, MethodConfig, TrainConfig, flatten
+from hvdlocal.training.config_checks import check_ranges
 
 CONFIG = digits_config(method=MethodConfig(overlap=1))  # without which mixing is refused, whatever its value
 

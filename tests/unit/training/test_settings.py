@@ -8,8 +8,8 @@ import pytest
 
 from hvdlocal.averaging import buffers
 from hvdlocal.models import MODELS
-from hvdlocal.training.config import SETTINGS
-from hvdlocal.training.config_checks import NAMES, flatten
+from hvdlocal.training.config import SETTINGS, flatten
+from hvdlocal.training.config_checks import NAMES
 from hvdlocal.training.configuration import _parser
 from hvdlocal.training.method_checks import BUFFER_POLICIES
 from hvdlocal.training.rules import RULE_SETTINGS
