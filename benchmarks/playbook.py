@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from scaling import Link, allreduce_seconds, least_period, utilisation
 
-from hvdlocal.figures.units import bytes_text, seconds_text
+from hvdlocal.figures.units import bytes_text, short_seconds_text
 from hvdlocal.plan.overlap import even_buckets, exposed_seconds
 
 BUCKET_BYTES = 25 * 2**20
@@ -72,9 +72,7 @@ def lines(job: Job, links: dict[str, Link], wanted: float) -> Iterator[str]:
     for name, link in links.items():
         m = job.m(link)
         periods = "".join(f"{least_period(m, wanted, overlap):10}" for overlap in OVERLAPS.values())
-        takes = m * job.step
-        text = seconds_text(takes) if takes >= 1 else f"{1e3 * takes:.0f} ms"
-        yield f"{name:12}{text:>14}{m:9.2f}{100 * job.data_parallel(link):16.1f} %{periods}"
+        yield f"{name:12}{short_seconds_text(m * job.step):>14}{m:9.2f}{100 * job.data_parallel(link):16.1f} %{periods}"
 
 
 def main() -> None:

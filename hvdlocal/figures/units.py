@@ -21,6 +21,11 @@ def seconds_text(seconds: float) -> str:
     return f"{minutes}:{rest:02} min" if minutes < 100 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
+def short_seconds_text(seconds: float) -> str:
+    """Formats a time that may be short: 77.2 ms below one second, and otherwise as `seconds_text`."""
+    return f"{1000 * seconds:.3g} ms" if 0 < seconds < 0.9995 else seconds_text(seconds)
+
+
 def remaining_text(seconds: float) -> str:
     """Formats a time that is only estimated: 40 s, 12 min, 3 h 05 min, 2 d 4 h."""
     if seconds < 60:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from hvdlocal.figures.units import bytes_text, seconds_text
+from hvdlocal.figures.units import bytes_text, seconds_text, short_seconds_text
 from hvdlocal.plan.forecast import Forecast
 from hvdlocal.plan.run_plan import RunPlan
 from hvdlocal.plan.sparkline import sparkline
@@ -95,8 +95,8 @@ def _facts(forecast: Forecast) -> Iterator[tuple[str, str]]:
     if forecast.averaging and plan.num_workers > 1:
         time, unit = forecast.averaging, "step" if synchronous else "round"
         hidden = f", and {seconds_text(time.hidden)} goes on behind steps" if time.hidden else ""
-        exposed = f"{_brief(time.exposed / plan.rounds)} is exposed: {seconds_text(time.exposed)} in the run{hidden}"
-        yield "averaging", f"{_brief(time.each)} a {unit}, of which {exposed}"
+        exposed = f"{short_seconds_text(time.exposed / plan.rounds)} is exposed: {seconds_text(time.exposed)} in the run{hidden}"
+        yield "averaging", f"{short_seconds_text(time.each)} a {unit}, of which {exposed}"
         if time.free_from is not None and not synchronous:
             yield "", _free(plan, time.free_from)
     if forecast.checkpoints:
@@ -143,10 +143,6 @@ def _notes(forecasts: Sequence[Forecast]) -> list[str]:
 def _timed(forecast: Forecast, steps: int) -> str:
     seconds = forecast.seconds(steps)
     return "" if seconds is None else f" ({seconds_text(seconds)} of computing)"
-
-
-def _brief(seconds: float) -> str:
-    return seconds_text(seconds) if seconds >= 1 or not seconds else f"{1000 * seconds:.3g} ms"
 
 
 def _percent(share: float) -> str:

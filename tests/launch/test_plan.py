@@ -3,6 +3,7 @@
 import json
 
 from support.launch import HVDLOCAL, launch
+from support.records import records
 
 QSR = ["--method.period.rule", "qsr", "--method.period.alpha", "0.02", "--method.period.h_base", "2"]
 FEW = ["--schedule.warmup_epochs", "0.5", "--schedule.final_lr", "1e-4"]
@@ -12,11 +13,6 @@ def planned(*arguments):
     result = launch(*HVDLOCAL, "plan", *arguments, "--json")
     assert result.code == 0, result.err
     return json.loads(result.out)["plans"][0]
-
-
-def records(directory, kind):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def test_rounds_are_those_of_a_run(config, tmp_path):

@@ -1,6 +1,5 @@
 """`hvdlocal train`, `doctor` and the examples under every launcher."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -9,13 +8,9 @@ import sys
 import pytest
 import torch
 from support.launch import AS_USERS_START, HVDLOCAL, QUICK_START, ROOT, launch, mpirun
+from support.records import records
 
 from hvdlocal.models import build_model
-
-
-def records(directory, kind=None):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in (None, line["kind"])]
 
 
 @pytest.mark.parametrize(("preset", "environment"), [("local-ada", AS_USERS_START), ("sync", {}), ("acc-ada", {})])

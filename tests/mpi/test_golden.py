@@ -9,6 +9,7 @@ import golden
 import pytest
 import torch
 from golden.v1.make import build
+from support.records import records
 
 from hvdlocal.cli.configuration import parse
 from hvdlocal.models import MODELS
@@ -30,10 +31,6 @@ def output(comm):
     comm.barrier("test.end")
     if comm.rank == 0:
         shutil.rmtree(place)
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_old_run_is_continued(comm, output, monkeypatch):

@@ -1,10 +1,10 @@
 """A language model on any number of ranks: it learns, and its bits per byte are exact."""
 
-import json
 import math
 
 import numpy as np
 import pytest
+from support.records import records
 
 import hvdlocal
 from hvdlocal.training import Trainer
@@ -39,8 +39,7 @@ def configuration(text, output, **settings):
 def test_it_learns_and_counts_bits_per_byte(text, place, comm):
     Trainer(configuration(text, place / "out"), comm).run()
     comm.barrier("test.records")  # rank 0 writes them
-    records = [json.loads(line) for line in (place / "out" / "metrics.jsonl").read_text().splitlines()]
-    last = [record for record in records if record["kind"] == "evaluation"][-1]
+    last = records(place / "out", "evaluation")[-1]
     assert last["loss"] < 0.2
     bytes_per_token = 3  # of the 300 tokens that are predicted, 60 of each of 1 to 5 bytes
     assert last["bits_per_byte"] == pytest.approx(last["loss"] / math.log(2) / bytes_per_token, rel=1e-6)

@@ -1,6 +1,5 @@
 """Tasks, models, optimizers, schedules and transforms by import path, on all ranks."""
 
-import json
 import random
 import sys
 from dataclasses import replace
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.configs import digits_config
+from support.records import records
 
 from hvdlocal.communicator import DisagreementError, SetupError
 from hvdlocal.training import Trainer
@@ -67,18 +67,16 @@ def test_a_task_of_ones_own(comm, place):
     assert summary.evaluation.samples == 31
     assert summary.evaluation.loss == pytest.approx(2.0 * 3 * final)
     if comm.rank == 0:
-        records = [json.loads(line) for line in (place / "own/metrics.jsonl").read_text().splitlines()]
-        assert {"weight", "loss", "samples"} <= next(one for one in records if one["kind"] == "evaluation").keys()
-        assert "weight" in next(one for one in records if one["kind"] == "steps")
-        assert "accuracy" not in "".join(map(json.dumps, records))
+        assert {"weight", "loss", "samples"} <= records(place / "own", "evaluation")[0].keys()
+        assert "weight" in records(place / "own", "steps")[0]
+        assert "accuracy" not in (place / "own/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize(("task", "which"), [("Downhill", min), ("Uphill", max)])
 def test_the_best_model_is_that_of_the_tasks_metric(comm, place, task, which):
     run(comm, config(place, f"best-{task}", task, epochs=4.0))
     if comm.rank == 0:
-        lines = (place / f"best-{task}/metrics.jsonl").read_text().splitlines()
-        seen = [one["weight"] for one in map(json.loads, lines) if one["kind"] == "evaluation"]
+        seen = [record["weight"] for record in records(place / f"best-{task}", "evaluation")]
         assert len(seen) > 2
         assert weights(place, f"best-{task}", "best.pt")[0] == pytest.approx(which(seen))
 
@@ -127,8 +125,9 @@ def test_tensors_of_one_element_and_numbers_of_numpy(comm, place):
 def test_no_field_of_the_records_may_be_a_metric(comm, place):
     run(comm, config(place, "fields", "Downhill"))
     if comm.rank == 0:
-        records = [json.loads(line) for line in (place / "fields/metrics.jsonl").read_text().splitlines()]
-        found = {name for record in records if record["kind"] in ("steps", "evaluation") for name in record}
+        found = {
+            name for record in records(place / "fields") if record["kind"] in ("steps", "evaluation") for name in record
+        }
         assert {name for name in found - {"weight", "loss"} if not is_record_field(name)} == set()
 
 

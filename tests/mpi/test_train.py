@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.configs import write_config
 from support.ranks import SIZE
+from support.records import records
 
 from hvdlocal.cli import main
 from hvdlocal.models import build_model
@@ -57,11 +58,6 @@ def hvdlocal(comm, capsys):
         return printed.out
 
     return run
-
-
-def records(directory, kind=None):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if kind in (None, line["kind"])]
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,6 +13,7 @@ from support.configs import digits_config
 from support.islands import with_islands
 from support.killed import train
 from support.models import everywhere_equal, flat
+from support.records import records
 
 from hvdlocal.communicator import SetupError
 from hvdlocal.communicator.islands import form_islands
@@ -62,11 +63,6 @@ def config(place, request, method, islands, every_steps=None, **settings):
     )
 
 
-def records(trainer, kind):
-    lines = [json.loads(line) for line in (trainer.output.path / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method(comm, place, request, islands, name):
     """An island's replicas are equal at every step; progress is the sum of what the steps count for."""
@@ -85,7 +81,7 @@ def test_every_method(comm, place, request, islands, name):
         assert all(equal)
     elif islands.island:
         assert not all(equal), "each rank steps by itself between two averages inside"
-    steps, [end] = records(trainer, "steps"), records(trainer, "end")
+    steps, [end] = records(trainer.output.path, "steps"), records(trainer.output.path, "end")
     assert all(0 < record["loss"] < 20 for record in steps)
     k, n, a = islands.num_islands, islands.island_size, method.accumulate
     assert (end["ranks"], end["island_size"], end["num_workers"]) == (comm.size, n, k)
@@ -159,7 +155,7 @@ def test_other_islands_go_on_with_the_average(comm, place, request, monkeypatch)
         assert everywhere_equal(comm, flat(trainer.session.model))
         trainer.run()
         comm.barrier("test.trained")
-        assert records(trainer, "end")[0]["island_size"] == now
+        assert records(trainer.output.path, "end")[0]["island_size"] == now
 
 
 def test_islands_of_other_ranks_go_on_with_the_average(comm, place, request, monkeypatch):

@@ -12,6 +12,7 @@ from support.configs import digits_config
 from support.islands import with_islands
 from support.killed import outcome, same, train
 from support.models import everywhere_equal, flat
+from support.records import records
 
 from hvdlocal.communicator import SetupError
 from hvdlocal.training import DivergedError, Interrupted, Trainer, interruption, status_exchange
@@ -63,11 +64,6 @@ def config(place, output, ranks, every_steps=None, **settings):
         checkpoint=CheckpointConfig(every_steps=every_steps, keep=50),
         **settings,
     )
-
-
-def records(trainer, kind):
-    lines = [json.loads(line) for line in (trainer.output.path / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 # What a checkpoint holds does not depend on the engine.
@@ -122,7 +118,7 @@ def test_what_is_evaluated_and_saved_is_the_average(comm, place, name):
         model = torch.load(trainer.output.path / "model.pt", weights_only=True)
         best = torch.load(trainer.output.path / "best.pt", weights_only=True)
         parameters = [name for name, _ in trainer.session.model.named_parameters()]
-        values = [record["accuracy"] for record in records(trainer, "evaluation")]
+        values = [record["accuracy"] for record in records(trainer.output.path, "evaluation")]
         for state, at in ((model, len(values) - 1), (best, values.index(max(values)))):
             saved = torch.cat([state[name].flatten() for name in parameters])
             assert torch.equal(saved, evaluated[at])
@@ -134,7 +130,7 @@ def test_hidden_time_is_no_part_of_the_elapsed_time(comm, place, name):
     trainer.run()
     comm.barrier("test.trained")
     if comm.rank == 0:
-        steps, rounds, [end] = (records(trainer, kind) for kind in ("steps", "round", "end"))
+        steps, rounds, [end] = (records(trainer.output.path, kind) for kind in ("steps", "round", "end"))
         spent = ("computing", "averaging", "inside_islands", "waiting_for_data", "evaluating")
         assert sum(end["seconds"][name] for name in spent) == pytest.approx(end["seconds"]["elapsed"])
         assert end["seconds"]["hidden"] == pytest.approx(steps[-1]["hidden_seconds"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from support import configs
 from support.faults import numbers
+from support.records import records
 
 ENDLESS = 1_000_000
 """Epochs that no test waits for."""
@@ -20,15 +20,10 @@ def write_config(directory: Path, data: Path, epochs: int = 120) -> Path:
     return configs.write_config(directory / "run.yaml", data, directory / "out", **settings)
 
 
-def records(directory: Path) -> list[dict]:
-    """What a run wrote so far; a line that is being written does not count."""
-    path = directory / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def steps_done(directory: Path) -> int:
     """The last step that the run recorded."""
+    if not (directory / "metrics.jsonl").exists():
+        return 0
     return max((record["step"] for record in records(directory)), default=0)
 
 

@@ -6,7 +6,8 @@ import pytest
 from cluster import Cluster, SlurmError, wait_until
 from conftest import TEMPLATES
 from jobs import Job
-from small_runs import ENDLESS, records, steps_done, write_config
+from small_runs import ENDLESS, steps_done, write_config
+from support.records import records
 
 # Every wait has a deadline of its own, after which the jobs are ended; after this one they are not.
 pytestmark = pytest.mark.timeout(600)

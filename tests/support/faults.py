@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from support.launch import MPIRUN, ROOT, Result, environment, launch
+from support.records import records
 
 DEADLINE = 150.0
 """Of one job. On a quiet machine a few seconds are enough."""
@@ -132,10 +133,6 @@ def numbers(record: Any) -> Any:
     return {name: numbers(value) for name, value in record.items() if not DIFFERS.search(name)}
 
 
-def metrics(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_the_same_models(one: Run, other: Run) -> None:
     for name in ("model.pt", "best.pt"):
         first, second = (torch.load(run.output / name, weights_only=True) for run in (one, other))
@@ -146,9 +143,9 @@ def assert_the_same_models(one: Run, other: Run) -> None:
 def assert_the_same(one: Run, other: Run) -> None:
     """Bit for bit, and every record of every step."""
     assert_the_same_models(one, other)
-    records = [[numbers(record) for record in metrics(run)] for run in (one, other)]
-    assert len(records[0]) == len(records[1])
-    for a, b in zip(*records, strict=True):
+    recorded = [[numbers(record) for record in records(run.output)] for run in (one, other)]
+    assert len(recorded[0]) == len(recorded[1])
+    for a, b in zip(*recorded, strict=True):
         assert a == b
     summaries = [numbers(json.loads((run.output / "summary.json").read_text())) for run in (one, other)]
     assert summaries[0] == summaries[1]

@@ -4,6 +4,7 @@ import json
 
 import torch
 from support.faults import DIFFERS
+from support.records import records
 
 from hvdlocal.training import Trainer
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
@@ -36,13 +37,13 @@ def train(comm, settings, monkeypatch, die_after=None):
 
 def outcome(directory):
     """Everything a run leaves that is not a time."""
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    recorded = records(directory)
     summary = json.loads((directory / "summary.json").read_text())
-    for record in [*records, summary]:
+    for record in [*recorded, summary]:
         for name in filter(DIFFERS.search, list(record)):
             del record[name]
     models = [torch.load(directory / name, weights_only=True) for name in ("model.pt", "best.pt")]
-    return records, summary, models
+    return recorded, summary, models
 
 
 def same(a, b):

@@ -1,6 +1,5 @@
 """The trainer on the device: methods learn, evaluations are exact, the loop does not wait, a killed run continues bit for bit."""
 
-import json
 from contextlib import ExitStack
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 from support.configs import digits_config
 from support.datasets import TEST_IMAGES
 from support.killed import train
+from support.records import records
 from test_averaging import equal_everywhere
 from waiting import no_waits
 
@@ -154,5 +154,4 @@ def test_a_run_killed_inside_a_round_comes_to_the_same_bits(comm, place, device,
 
 
 def losses(directory):
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [(record["kind"], record["step"], record.get("loss")) for record in records]
+    return [(record["kind"], record["step"], record.get("loss")) for record in records(directory)]

@@ -8,8 +8,9 @@ import time
 from itertools import pairwise
 
 import pytest
-from support.faults import Run, assert_the_same, metrics
+from support.faults import Run, assert_the_same
 from support.launch import Result
+from support.records import records
 
 pytestmark = pytest.mark.timeout(900)  # a test starts several jobs, each with a deadline of its own
 
@@ -68,8 +69,8 @@ def test_another_number_of_ranks(make):
         else:
             assert_interrupted(run, result, "SIGUSR2 on rank 0")
         assert before is None or f", averaged over the {before} rank" in result.out
-        steps = [record for record in metrics(run) if record["kind"] == "steps"]
+        steps = records(run.output, "steps")
         assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
         samples += [samples[-1] + ranks * 8 * i for i in range(1, len(steps) + 2 - len(samples))]
         assert [record["data_epoch"] * 96 for record in steps] == pytest.approx(samples[1:])
-    assert metrics(run)[-1]["evaluation"]["accuracy"] > 0.9
+    assert records(run.output)[-1]["evaluation"]["accuracy"] > 0.9

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.faults import assert_the_same, metrics
+from support.faults import assert_the_same
 from support.launch import MPIRUN, ROOT, Result, launch
+from support.records import records
 
 pytestmark = pytest.mark.timeout(900)  # a test starts several jobs, each with a deadline of its own
 
@@ -50,11 +51,11 @@ def test_other_islands(make):
         if before is not None:
             wrote = f"{before[0]} ranks" + (f" in islands of {before[1]}" if before[1] > 1 else "")
             assert f", averaged over the {wrote} that wrote it" in result.out
-        steps = [record for record in metrics(run) if record["kind"] == "steps"]
+        steps = records(run.output, "steps")
         assert [record["step"] for record in steps] == list(range(1, len(steps) + 1))
         samples += [samples[-1] + ranks * 8 * i for i in range(1, len(steps) + 2 - len(samples))]
         assert [record["data_epoch"] * 96 for record in steps] == pytest.approx(samples[1:])
-    end = metrics(run)[-1]
+    end = records(run.output)[-1]
     assert (end["ranks"], end["island_size"], end["num_workers"]) == (4, 2, 2)
     assert end["evaluation"]["accuracy"] > 0.9
 

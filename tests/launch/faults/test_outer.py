@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from support.faults import Run, assert_the_same, metrics
+from support.faults import Run, assert_the_same
+from support.records import records
 
 pytestmark = pytest.mark.timeout(900)  # a test starts several jobs, each with a deadline of its own
 
@@ -45,7 +46,7 @@ def test_a_request_and_other_numbers_of_ranks(make):
     result = run.start()
     assert result.code == 0, result.err
     assert "averaged over the 1 rank that wrote it" in result.out
-    end = metrics(run)[-1]
+    end = records(run.output)[-1]
     assert end["averages"].startswith(
         "the outer optimizer nesterov (lr 0.7, momentum 0.9) steps on each; applied 8 steps later"
     )

@@ -2,7 +2,6 @@
 
 import errno
 import io
-import json
 import os
 import signal
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.records import records
 
 import hvdlocal
 from data_prep.__main__ import main as data_prep
@@ -75,8 +75,7 @@ def test_training_goes_on(config, monkeypatch, error, is_terminal):
         patch.setattr(sys, "stderr", Failing(error, is_terminal))
         code = main(["train", str(config), "--method.c", "0.5", "--method.preset", "sync"])  # and a note is said
     assert code == 0
-    records = [json.loads(line) for line in (config.parent / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert records[-1]["kind"] == "end"
+    assert records(config.parent / "out")[-1]["kind"] == "end"
     assert (config.parent / "out" / "model.pt").exists()
 
 

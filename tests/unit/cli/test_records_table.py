@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.records import records
 
 import hvdlocal
 from hvdlocal.cli import main
@@ -41,25 +42,25 @@ def directory(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def records(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+def recorded(directory):
+    return records(directory)
 
 
 def test_the_fields_of_the_environment(directory):
     assert set(json.loads((directory / "environment.json").read_text())) == set(table("`environment.json`:"))
 
 
-def test_the_summary_is_the_last_record(directory, records):
+def test_the_summary_is_the_last_record(directory, recorded):
     summary = json.loads((directory / "summary.json").read_text())
-    assert {"kind": "end", "step": summary["steps"], **summary} == records[-1]
+    assert {"kind": "end", "step": summary["steps"], **summary} == recorded[-1]
     assert (summary["model"], summary["ranks"], summary["period"]) == ("digits_cnn", 1, 2)
-    assert summary["best_value"] == max(record["accuracy"] for record in records if record["kind"] == "evaluation")
+    assert summary["best_value"] == max(record["accuracy"] for record in recorded if record["kind"] == "evaluation")
 
 
 @pytest.mark.parametrize("kind", ["round", "steps", "evaluation", "end"])
-def test_the_fields(records, kind):
+def test_the_fields(recorded, kind):
     fields = table("Every record") | table(f"`{kind}`:")
-    of_kind = [record for record in records if record["kind"] == kind]
+    of_kind = [record for record in recorded if record["kind"] == kind]
     assert of_kind
     assert all(set(record) == set(fields) for record in of_kind)
     for name in (name for name, counted in fields.items() if counted == "total"):
@@ -68,10 +69,10 @@ def test_the_fields(records, kind):
             assert all(earlier <= later for earlier, later in pairwise(values)), name
 
 
-def test_one_meaning_of_a_name(records):
+def test_one_meaning_of_a_name(recorded):
     """Of two kinds of record at the same step, totals of the same name are equal, but for the time between the two."""
-    steps = {record["step"]: record for record in records if record["kind"] == "steps"}
-    rounds = [record for record in records if record["kind"] == "round"]
+    steps = {record["step"]: record for record in recorded if record["kind"] == "steps"}
+    rounds = [record for record in recorded if record["kind"] == "round"]
     assert len(rounds) == 6
     totals = [name for name, counted in table("`round`:").items() if counted == "total" and "elapsed" not in name]
     for record in rounds:

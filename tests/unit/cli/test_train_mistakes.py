@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from support.records import records
 
 import hvdlocal
 from data_prep.__main__ import main as data_prep
@@ -129,8 +130,7 @@ def test_jpegs_need_a_size(run, tmp_path, capsys):
     assert run(*jpegs) == 2
     assert "set data.image_size" in capsys.readouterr().err
     assert run(*jpegs, "--data.image_size", "16", "--data.randaugment", "9", "--data.mixup", "0.2") == 0
-    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    last = [record for record in records if record["kind"] == "steps"][-1]
+    last = records(tmp_path / "out", "steps")[-1]
     assert last["loader_samples"] >= 2 * 20
     assert last["loader_decode_rate"] > 0
     assert "simplejpeg" in json.loads((tmp_path / "out" / "environment.json").read_text())["decoder"]

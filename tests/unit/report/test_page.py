@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from recorded import write_run
+from support.records import records
 
 from hvdlocal.report.figures import plateaus, thin
 from hvdlocal.report.lines import describe_period, draw_as, short_names
@@ -108,8 +109,7 @@ def test_metrics_of_any_name(tmp_path):
 def edit_records(directory, change):
     """Changes the records of evaluations."""
     path = directory / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    changed = [change(record) if record["kind"] == "evaluation" else record for record in records]
+    changed = [change(record) if record["kind"] == "evaluation" else record for record in records(directory)]
     path.write_text("".join(json.dumps(record) + "\n" for record in changed))
 
 

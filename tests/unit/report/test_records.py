@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 from recorded import BYTES_PER_AVERAGING, write_run
+from support.records import records
 
 from hvdlocal.report.records import SILENCE_SECONDS, RecordedState, Series, read_run
 
@@ -88,12 +89,12 @@ def test_rounds_of_a_run_that_was_begun_by_an_older_version(tmp_path):
     """Their records have totals up to the resumption, and what each round sent after it."""
     directory = write_run(tmp_path / "a", period=4)
     path = directory / "metrics.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    for record in records:
+    recorded = records(directory)
+    for record in recorded:
         if record["kind"] == "round" and record["step"] > 400:
             del record["bytes_sent"]
             record["round_bytes_sent"] = BYTES_PER_AVERAGING
-    path.write_text("".join(json.dumps(record) + "\n" for record in records if record["kind"] != "steps"))
+    path.write_text("".join(json.dumps(record) + "\n" for record in recorded if record["kind"] != "steps"))
     run = read_run(directory)
     assert run.bytes_at(np.array([2.0, 400, 402, 404, 800])).tolist() == [500, 100_000, 100_500, 101_000, 200_000]
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("matplotlib")
 
 from recorded import write_run
+from support.records import records
 
 from hvdlocal.cli import main
 from hvdlocal.report.page import make_report
@@ -239,7 +240,7 @@ def test_any_value_anywhere(tmp_path_factory, changes, seed):
     run = write_run(
         directory / "odd", draws.choice(["local-ada", "sync", "acc-ada"]), steps=60, finished=draws.random() < 0.5
     )
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = records(run)
     config = yaml.safe_load((run / "config.yaml").read_text())
     for place, value in changes:
         target = draws.choice([*lines, *lines, config, config["method"] or config])

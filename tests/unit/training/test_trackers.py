@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.configs import digits_config
 from support.datasets import write_three_classes
+from support.records import records
 
 from hvdlocal.communicator import SingleProcess
 from hvdlocal.training import Trainer
@@ -66,8 +67,7 @@ def train(data, tmp_path, monkeypatch):
 
 def accuracies(output: Path) -> dict[int, float]:
     """The evaluations of a run, from metrics.jsonl."""
-    records = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["accuracy"] for record in records if record["kind"] == "evaluation"}
+    return {record["step"]: record["accuracy"] for record in records(output, "evaluation")}
 
 
 def run_id(output: Path) -> str:
