@@ -1,7 +1,7 @@
 """The heart: when to average, at which learning rate, and the two optimizers that do it.
 
 `gain`, `period`, `moment_periods`, `rounds` and `statistics` are arithmetic on numbers; `flat_buffer`, `sketch` and
-`gradients` are memory; `apply` and `outer` are what an average does with a replica, and `local` when there is one;
+`gradients` are memory; `averaged_replica` is what an average does with a replica, and `local` when there is one;
 `synchronous` steps on the mean gradient; `replica` is what both optimizers share.
 """
 
