@@ -22,7 +22,7 @@ def check_moment_periods(periods: Mapping[str, Any], setting: str) -> None:
     """
     given = f"{setting}={dict(periods)}"
     for name, period in periods.items():
-        if isinstance(period, bool) or not (isinstance(period, Integral) and period >= 1):
+        if isinstance(period, bool) or not (isinstance(period, Integral) and int(period) >= 1):
             raise ValueError(
                 f"{given}: the period of {name} must be a whole number of at least 1; leave out a moment that each rank keeps "
                 "for itself"
