@@ -141,7 +141,8 @@ class OuterReport:
             "are done. Bits per byte of the test text, for the final average; ± is the standard deviation over the seeds "
             f"{', '.join(map(str, self.seeds))}. Each method runs at its best learning rate, tuned with seed {first} until the "
             "best is not at an edge. Moments are local and averages are waited for where nothing else is named; Nesterov and "
-            "DiLoCo have γ = 0.7, β = 0.9, SlowMo β = 0.2; QSR starts with H = 16 and has 64 at a quarter of the peak rate. "
+            "DiLoCo have γ = 0.7 and, where nothing else is named, β = 0.9, SlowMo β = 0.2; QSR starts with H = 16 and has 64 "
+            "at a quarter of the peak rate. "
             "Communication: bytes, as a share of data parallelism's.",
             "",
             *self._value_lines(),

@@ -95,8 +95,12 @@ def _local(
 
 
 def _diloco(name: str, title: str, period: int, *settings: str, workers: int = WORKERS) -> TunedMethod:
-    outer = ("--method.outer.lr=0.7", "--method.outer.momentum=0.9")
+    outer = _outer(0.7, 0.9)
     return _local(name, title, period, *outer, *settings, preset="diloco", workers=workers, rates=NESTEROV_RATES)
+
+
+def _outer(gamma: float, beta: float) -> tuple[str, str]:
+    return f"--method.outer.lr={gamma:g}", f"--method.outer.momentum={beta:g}"
 
 
 def _qsr(name: str, title: str, *settings: str, rates: tuple[float, ...] = RATES) -> TunedMethod:
@@ -105,7 +109,7 @@ def _qsr(name: str, title: str, *settings: str, rates: tuple[float, ...] = RATES
     return TunedMethod(name, title, (*rule, *settings), alpha=2.0, rates=rates)
 
 
-_NESTEROV = ("--method.outer.name=nesterov", "--method.outer.lr=0.7", "--method.outer.momentum=0.9")
+_NESTEROV = ("--method.outer.name=nesterov", *_outer(0.7, 0.9))
 
 METHODS = (
     _sync("sync", "data parallelism", WORKERS),
@@ -113,6 +117,8 @@ METHODS = (
     _local("local-64", "local steps, H = 64", 64),
     _diloco("diloco-16", "DiLoCo, H = 16", 16),
     _diloco("diloco-64", "DiLoCo, H = 64", 64),
+    _local("nesterov-0.7-0.5-H16", "Nesterov, β = 0.5, H = 16", 16, *_outer(0.7, 0.5), preset="diloco"),
+    _local("nesterov-0.7-0.5-H64", "Nesterov, β = 0.5, H = 64", 64, *_outer(0.7, 0.5), preset="diloco"),
     _local("slowmo-16", "SlowMo, H = 16", 16, "--method.outer.lr=1", "--method.outer.momentum=0.2", preset="slowmo"),
     _qsr("qsr", "QSR, H ≥ 16"),
     _qsr("qsr-outer", "QSR, Nesterov", *_NESTEROV, "--method.outer.normalize=false", rates=NESTEROV_RATES),
@@ -181,11 +187,11 @@ def swept(workers: int, period: int, gamma: float, beta: float) -> TunedMethod:
             (f"local-{period}", WORKERS, 1.0, 0.0),
             (f"diloco-{period}", WORKERS, 0.7, 0.9),
             (f"diloco-{period}-2", 2, 0.7, 0.9),
+            (f"nesterov-0.7-0.5-H{period}", WORKERS, 0.7, 0.5),
         ):
             return method
-    outer = (f"--method.outer.lr={gamma:g}", f"--method.outer.momentum={beta:g}")
     name = f"nesterov-{gamma:g}-{beta:g}-H{period}"
-    return _local(name, f"γ = {gamma:g}, β = {beta:g}", period, *outer, preset="diloco", workers=workers)
+    return _local(name, f"γ = {gamma:g}, β = {beta:g}", period, *_outer(gamma, beta), preset="diloco", workers=workers)
 
 
 def swept_rate(period: int, beta: float, seed: int, found: Found) -> float | None:
