@@ -216,7 +216,7 @@ class OuterConfig:
     lr: Annotated[float | None, POSITIVE, LOCAL, OUTER] = None
     """Its learning rate; by default 0.7 for nesterov and 1 for slowmo."""
     momentum: Annotated[float | None, SHARE, LOCAL, OUTER] = None
-    """Its momentum; by default 0.9 for nesterov, and for slowmo what suits K: 0 below 4 workers, 0.2 from 4, 0.5 from 8, 0.6 from
+    """Its momentum; by default 0.5 for nesterov, and for slowmo what suits K: 0 below 4 workers, 0.2 from 4, 0.5 from 8, 0.6 from
     16 on."""
     normalize: Annotated[bool | None, LOCAL, OUTER] = None
     """Whether the difference on which it steps is divided by the sum of the round's rates, as it should be where H or the rate

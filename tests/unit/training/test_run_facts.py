@@ -126,7 +126,7 @@ def test_what_becomes_of_the_mean_in_words():
     [
         (MethodConfig("local"), 16, None),
         (MethodConfig("local", outer=OuterConfig("none", momentum=0.5)), 16, None),
-        (MethodConfig("diloco"), 2, "the outer optimizer nesterov (lr 0.7, momentum 0.9) steps on each"),
+        (MethodConfig("diloco"), 2, "the outer optimizer nesterov (lr 0.7, momentum 0.5) steps on each"),
         (
             MethodConfig("slowmo"),
             2,
