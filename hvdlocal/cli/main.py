@@ -38,7 +38,7 @@ COMMANDS = {
 LASTING = ("prepare", "train", "advise", "reproduce")
 """Commands that continue when their output can no longer be written; the output of the others is their purpose."""
 
-REPORTING_SECONDS = 0.5
+REPORTING_SECONDS = 1.0
 """How long a rank with an error waits before it exits: mpirun ends all ranks as soon as one of them exits with an error, and each
 rank should be able to report its own."""
 

@@ -431,7 +431,7 @@ def test_a_rate_that_is_a_tensor_is_compared_as_a_number(comm):
     [
         (
             {"outer": hvdlocal.nesterov},
-            r"give a function that builds the outer optimizer, such as hvdlocal.nesterov\(lr",
+            r"give a function that builds the outer optimizer, such as hvdlocal.nesterov\(\)",
         ),
         ({"outer": WithoutRate, "normalize_outer": True}, "WithoutRate has no 'lr' in its parameter groups"),
         ({"outer": "nesterov"}, "outer='nesterov': give a function that builds the outer optimizer"),
