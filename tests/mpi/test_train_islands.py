@@ -123,7 +123,7 @@ def test_a_run_killed_anywhere_comes_to_the_same_end(place, request, islands, mo
     assert torch.equal(flat(final.session.model), flat(whole.session.model))
     for kind in ("steps", "round"):
         one, other = (
-            [(r["step"], r["progress"], r["loss"], r["gain"], r["data_epoch"]) for r in records(run, kind)]
+            [(r["step"], r["progress"], r["loss"], r["gain"], r["data_epoch"]) for r in records(run.output.path, kind)]
             for run in (whole, final)
         )
         assert one == other
