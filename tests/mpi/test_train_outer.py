@@ -197,7 +197,7 @@ def test_other_islands_go_on_with_an_outer_step_on_the_average(comm, place, monk
     """M ← βm + Δ; φ ← φ − γ(Δ + βm), with Δ the way to the mean of all replicas; between two rounds, φ is that already."""
     if comm.size % 2:
         pytest.skip("needs an even number of ranks")
-    method = MethodConfig("diloco", CONSTANT, overlap=overlap)
+    method = MethodConfig("diloco", CONSTANT, outer=OuterConfig(momentum=0.9), overlap=overlap)
     for before, now in ((1, 2), (2, 1)):
         old, new = with_islands(comm, before), with_islands(comm, now)
         settings = config(place, f"other {death} {overlap} {before}", old, 1, method=method)

@@ -48,6 +48,6 @@ def test_a_request_and_other_numbers_of_ranks(make):
     assert "averaged over the 1 rank that wrote it" in result.out
     end = records(run.output)[-1]
     assert end["averages"].startswith(
-        "the outer optimizer nesterov (lr 0.7, momentum 0.9) steps on each; applied 8 steps later"
+        "the outer optimizer nesterov (lr 0.7, momentum 0.5) steps on each; applied 8 steps later"
     )
     assert end["evaluation"]["accuracy"] > 0.9
