@@ -16,6 +16,7 @@ from hvdlocal.papers.outer_study import (
     Value,
     planned,
     swept,
+    swept_rate,
     tune,
 )
 from hvdlocal.training.config_checks import check_ranges
@@ -77,6 +78,16 @@ def test_the_sweep_shares_runs_with_the_methods():
     at_an_edge = [method for method in METHODS if method.rates == NESTEROV_RATES]  # which need a fourth rate
     assert len(points) == len(set(points)) == len(METHODS) * (3 + 1) + len(at_an_edge) + 9 * len(SWEEP) - shared
     assert len({point.name for point in points}) == len(points)
+
+
+def test_the_sweep_uses_the_rate_that_suits_its_momentum():
+    """DiLoCo's best rate for its β, plain averaging's for smaller ones; a method with Nesterov's step begins lower."""
+
+    def found(point):
+        return best_at(2e-3 if point.method.name.startswith("diloco") else 4e-3)(point)
+
+    assert [swept_rate(16, beta, 0, found) for beta in (0.0, 0.5, 0.9)] == [4e-3, 4e-3, 2e-3]
+    assert tune(BY_NAME["diloco-16"], 0, found).rates == [1e-3, 2e-3, 4e-3]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
