@@ -22,6 +22,7 @@ import torch
 
 from hvdlocal.communicator.errors import CollectiveTimeoutError, CommunicationError
 from hvdlocal.communicator.groups import Groups, check_groups
+from hvdlocal.communicator.losses import Loss
 from hvdlocal.terminal import Guarded
 
 MAX_ELEMENTS = 2**31 - 1
@@ -84,9 +85,13 @@ class Communicator(ABC):
         island: the ranks of this rank's island; None without islands (`hvdlocal.init(island=…)`).
         peers: the ranks that have this rank's place in their islands, this one included; None without islands.
         islands: the ranks of every island; empty without islands.
+        survives: whether the job goes on without ranks that die. Then `rank`, `size`, `job_ranks`, `local_rank` and `local_size`
+            become those of the survivors, at the same collective on every survivor, when it is waited for.
+        losses: the ranks that died so far, in the order in which the others noticed it; empty unless the job survives.
     """
 
     backend: str
+    survives = False
 
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int, timeout_seconds: float) -> None:
         self.rank = rank
@@ -100,6 +105,7 @@ class Communicator(ABC):
         self.peers: Communicator | None = None
         self.islands: Sequence[Sequence[int]] = ()
         self.job_size = size
+        self.losses: list[Loss] = []
 
     @property
     def island_size(self) -> int:
