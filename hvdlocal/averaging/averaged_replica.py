@@ -23,6 +23,7 @@ from hvdlocal.averaging.replica import ReplicaOptimizer
 from hvdlocal.averaging.replica_memory import ReplicaMemory
 from hvdlocal.averaging.round_average import AVERAGE, Averaged, RoundAverage, name_of_its_own
 from hvdlocal.averaging.round_statistics import RoundStatistics
+from hvdlocal.averaging.setup import OnLoss
 from hvdlocal.communicator import Communicator
 
 
@@ -54,6 +55,7 @@ class AveragedReplica(ReplicaOptimizer):
         normalize_outer: bool | None,
         overlap: int,
         mixing: float | None,
+        on_loss: OnLoss | None,
         communicator: Communicator | None,
     ) -> None:
         super().__init__(
@@ -64,6 +66,7 @@ class AveragedReplica(ReplicaOptimizer):
             buffers=buffers,
             budget=budget,
             max_norm=max_norm,
+            on_loss=on_loss,
             communicator=communicator,
         )
         self._islands = islands_of(self.communicator, island_period)
@@ -98,7 +101,7 @@ class AveragedReplica(ReplicaOptimizer):
             self._sample,
             # A forward pass has changed rows of such layers when a round begins, other ones on every rank.
             compares_origin=not renormalised_weights(model, self._parameters),
-            name=name_of_its_own() if overlap else AVERAGE,
+            name=name_of_its_own(self.communicator) if overlap else AVERAGE,
         )
         self._own_settings = {
             "momentum": momentum if isinstance(momentum, str) else self._memory.periods,
@@ -112,7 +115,7 @@ class AveragedReplica(ReplicaOptimizer):
         self._steps_in_round = 0
         self._steps_since_statistics = 0
         self._statistics_due = True
-        self._held_statistics: tuple[float, float, float] | None = None
+        self._held_statistics: tuple[float, float, float, int] | None = None
         self._divergence: float | None = None
 
     def _begin_together(self, settings: Mapping[str, Any]) -> None:
@@ -259,13 +262,13 @@ class AveragedReplica(ReplicaOptimizer):
         own_moments = not self._memory.averages_all_moments(averaged.round_number)
         if self._resets_moments or averaged.lost or (mine_is_bad and own_moments):
             self.state.clear()
-        complete = averaged.replicas == self.num_workers
+        complete = averaged.replicas == averaged.ranks // self._ranks_per_worker
         self._use_loss(averaged.loss, needed=complete)
         if averaged.lost:
             self._raise_nonfinite(mine_is_bad, "no rank holds a usable model any more.")
         if not complete:
             self._raise_nonfinite(mine_is_bad, "the model is now the average of the other ranks.")
-        if averaged.buffer_replicas < self.communicator.size:
+        if averaged.buffer_replicas < averaged.ranks:
             if not averaged.buffer_replicas:
                 self._flat_replica.buffers.fill_(math.nan)
             elif overlapped:
@@ -296,13 +299,19 @@ class AveragedReplica(ReplicaOptimizer):
         """Whether the statistics are sent with the average."""
         return isinstance(self.scaling, LocalAdaScale) and self.scaling.stale
 
-    def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float) -> None:
+    def _use_statistics(self, sum_sqr_norm: float, valid: float, sqr_norm_of_sum: float, ranks: int) -> None:
         """Makes an estimate of the summed statistics.
 
-        An overflow, on any rank or of the sum, makes it void on all ranks alike, and so does a rank without a gradient.
+        An overflow, on any rank or of the sum, makes it void on all ranks alike, and so does a rank without a gradient. The
+        gradient of one rank that is left has no variance.
+
+        Args:
+            sum_sqr_norm: Σ ‖g‖².
+            valid: the number of finite gradients.
+            sqr_norm_of_sum: ‖Σ g‖².
+            ranks: in these sums, those of an island, too: their gradients are taken before their mean.
         """
-        ranks = self.communicator.size  # those of an island, too: their gradients are taken before their mean
-        if valid > ranks - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
+        if ranks > 1 and valid > ranks - 0.5 and math.isfinite(sum_sqr_norm + sqr_norm_of_sum):
             self._update_statistics(
                 sum_sqr_norm,
                 sqr_norm_of_sum,
@@ -397,7 +406,9 @@ class AveragedReplica(ReplicaOptimizer):
             self._sample.load_state(own["sample"])
         # States from before there were outer optimizers and overlap lack these.
         self._statistics_due = own.get("statistics_due", self._steps_in_round == 0)
-        self._held_statistics = own.get("held_statistics")
+        held = own.get("held_statistics")
+        # Older ones have no number of ranks with the statistics, which were then those of all.
+        self._held_statistics = (*held, own["num_workers"]) if held and len(held) == 3 else held
         if self._overlapped:
             self._round_average.load_state(own.get("pending"), self._overlapped.message, self._overlapped.sent)
         if self._outer:

@@ -183,9 +183,26 @@ def buffers_of_rank_0(communicator: Communicator, buffers: Iterable[torch.Tensor
         yield
         return
     with put_back(parts):
-        for i, part in enumerate(parts):
-            communicator.broadcast_(part, f"hvdlocal.publish.{i}")
+        broadcast_from_rank_0(communicator, {f"hvdlocal.publish.{i}": part for i, part in enumerate(parts)})
         yield
+
+
+def broadcast_from_rank_0(communicator: Communicator, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replaces tensors on every rank by those of rank 0, all of them those of one rank also where ranks are lost meanwhile.
+
+    Args:
+        communicator: the ranks.
+        tensors: by the name of the collective, as for `Communicator.broadcast_`.
+    """
+    own = [tensor.clone() for tensor in tensors.values()] if communicator.survives and len(tensors) > 1 else []
+    while True:
+        losses = len(communicator.losses)
+        for name, tensor in tensors.items():
+            communicator.broadcast_(tensor, name)
+        if len(communicator.losses) == losses or not own:
+            return
+        for tensor, before in zip(tensors.values(), own, strict=True):
+            tensor.copy_(before)
 
 
 def memory_of(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -110,29 +110,30 @@ class Digest:
             totals: as for `check`.
 
         Raises:
-            CommunicationError: a rank took no part.
+            CommunicationError: a rank took no part, and this is not a job that goes on without it.
             DisagreementError: as for `check`.
         """
         size = self._communicator.size
         if size == 1:
             return
-        if round(present) != size:
+        if round(present) != size and not self._communicator.survives:
             raise CommunicationError(
                 f"{size - round(present)} of {size} ranks took no part in an averaging and counted as zeros, most likely by "
                 "hvd.join(): delete that call, and give every rank equally many steps."
             )
-        self.check(totals)
+        self.check(totals, round(present))
 
-    def check(self, totals: Sequence[float]) -> None:
+    def check(self, totals: Sequence[float], ranks: int) -> None:
         """Compares; a collective of its own only when there is a difference.
 
         Args:
-            totals: the sums over all ranks, `DIGEST_SIZE` numbers.
+            totals: the sums over the ranks, `DIGEST_SIZE` numbers.
+            ranks: the number of ranks in these sums.
 
         Raises:
             DisagreementError: on every rank, with the same message: which ranks differ, and in what.
         """
-        if all(round(bit) in (0, self._communicator.size) for bit in totals):
+        if all(round(bit) in (0, ranks) for bit in totals):
             return
         mine = {fact: {name: self._described(one) for name, one in facts.items()} for fact, facts in self._mine.items()}
         everyone = self._communicator.gather(mine, "hvdlocal.differences")
@@ -141,7 +142,10 @@ class Digest:
             return
         if told.get(Fact.STEPS) and len({one[Fact.PROGRESS]["rounds"] for one in everyone}) == 1:
             told[Fact.PROGRESS] = ""  # it differs by the steps, which are told already
-        raise DisagreementError(" ".join(filter(None, told.values())))
+        differences = " ".join(filter(None, told.values()))
+        raise DisagreementError(
+            differences or "Ranks that are lost now differed from the others in what must be equal on all ranks."
+        )
 
     def _described(self, one: Any) -> Any:
         """What the ranks exchange: a number as it is, a vector of floats as a tuple, one of integers as its checksum."""

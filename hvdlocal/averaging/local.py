@@ -20,7 +20,7 @@ from hvdlocal.averaging.outer import Outer
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
-from hvdlocal.averaging.setup import check_island_period, check_overlap
+from hvdlocal.averaging.setup import OnLoss, check_island_period, check_overlap
 from hvdlocal.communicator import Communicator
 
 
@@ -85,6 +85,10 @@ class LocalOptimizer(AveragedReplica):
             apart, and used from the next round on.
         mixing: α, 0 ≤ α < 1, with overlap: after τ steps a replica θ becomes α θ + (1 − α) φ (Streaming DiLoCo). None carries the
             steps that were taken meanwhile over: φ + (θ − s), s being what was sent (CoCoD-SGD).
+        on_loss: a function that is called when a job goes on without ranks that died (`hvdlocal.init(survive=True)`). Every rank
+            that is left calls it once for each `hvdlocal.communicator.Loss`, at the end of the `step` or `synchronize` in which
+            the others noticed the loss; at the end of the next one, if they noticed it elsewhere. `num_workers`, and `rank` and
+            `size` of the communicator, are then those of the ranks that are left.
         communicator: by default that of `hvdlocal.init()`.
 
     Raises:
@@ -110,6 +114,7 @@ class LocalOptimizer(AveragedReplica):
         normalize_outer: bool | None = None,
         overlap: int = 0,
         mixing: float | None = None,
+        on_loss: OnLoss | None = None,
         communicator: Communicator | None = None,
     ) -> None:
         scaling = scaling or NoScaling()
@@ -143,6 +148,7 @@ class LocalOptimizer(AveragedReplica):
             normalize_outer=normalize_outer,
             overlap=int(overlap),
             mixing=mixing,
+            on_loss=on_loss,
             communicator=communicator,
         )
         self._planner = RoundPlanner(period, self._progress, rate_for_period)
@@ -240,11 +246,12 @@ class LocalOptimizer(AveragedReplica):
             self._inside.sums.settle()
         if self.round_under_way:
             self._end_round(at_once=True)
-            return
-        self.finish_average()
-        if self.communicator.size > 1:
-            self._sample.move_origin()
-            self._round_average.compare(self._flat_replica, self._facts())
+        else:
+            self.finish_average()
+            if self.communicator.size > 1:
+                self._sample.move_origin()
+                self._round_average.compare(self._flat_replica, self._facts())
+        self._tell_losses()
 
     def _note_short_round(self) -> None:
         """Warns of a loop that averages after every step although its rounds are longer."""
@@ -277,7 +284,8 @@ class LocalOptimizer(AveragedReplica):
         if begins:
             if self._statistics and not self._stale:
                 self._timed_sum(self._flat_replica.with_statistics_scalars, "hvdlocal.statistics")
-                self._use_statistics(*summed_statistics(self._flat_replica).tolist())
+                sum_sqr_norm, valid, sqr_norm_of_sum = summed_statistics(self._flat_replica).tolist()
+                self._use_statistics(sum_sqr_norm, valid, sqr_norm_of_sum, self.communicator.size)
             self._choose_period()
             if self.progress == 0 and self._smoothed.grad_sqr is not None:
                 # stale=False: no step lies before the first estimate, so it weighs as much as the round that it opens.

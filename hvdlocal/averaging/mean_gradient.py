@@ -37,6 +37,9 @@ class MeanGradient:
 
     With one bucket all of this is left out.
 
+    Where ranks are lost between the sums of a step, the ranks that are left repeat all of them, so that all sums of a step are
+    those of the same ranks.
+
     Attributes:
         scalars: numbers that are summed with the gradients; to be written before `sum`.
         flat: the gradients, or after `sum` their sum over micro-batches and ranks; float32.
@@ -93,6 +96,7 @@ class MeanGradient:
         self._late: set[int] = set()
         self._ever_late: set[int] = set()
         self._still: set[int] = set()
+        self._losses = len(communicator.losses)
         self._await(range(len(parameters)))
         self._unscaled = False
         self._repeats = 0
@@ -151,8 +155,13 @@ class MeanGradient:
         scalars = self.scalars.clone()
         self._flags.copy_(torch.tensor(flags, dtype=torch.float32, device="cpu"))
         self._sum_the_rest()
-        if self._watches:
-            self._judge([round(ranks) for ranks in self._flags.tolist()], scalars)
+        repeat = self._watches and self._judge([round(ranks) for ranks in self._flags.tolist()])
+        while repeat or self._has_lost_ranks():
+            self._losses = len(self._communicator.losses)
+            self.scalars.copy_(scalars)
+            self._take(range(len(self._parameters)))
+            self._sum_the_rest()
+            repeat = False
         for parameter in self._parameters:
             parameter.grad = None
         self._restart()
@@ -234,7 +243,7 @@ class MeanGradient:
         for i in indices:
             parameter, place = self._parameters[i], self.views[i]
             grad = parameter.grad
-            if grad is not None and self._watches and _share_memory(grad, self.flat):
+            if grad is not None and self._keeps_gradients and _share_memory(grad, self.flat):
                 # zero_grad(set_to_none=False) keeps it there, where backward would add to it during the sum.
                 grad = parameter.grad = grad.clone()
             self._taken[i] = (grad, _version(grad))
@@ -288,19 +297,18 @@ class MeanGradient:
         for finish in pending:
             finish()
 
-    def _judge(self, ranks: list[int], scalars: torch.Tensor) -> None:
-        """Repeats the sums when they are not those of the gradients, and decides whether the next ones may begin early.
+    def _judge(self, ranks: list[int]) -> bool:
+        """Decides whether the sums are those of the gradients, and whether the next ones may begin early.
 
         Args:
             ranks: how many ranks have raised each flag.
-            scalars: this rank's, before they were summed.
+
+        Returns:
+            Whether the sums must be repeated.
         """
         first_step, self.overlaps = not self.overlaps, True
-        if any(ranks) and not first_step:
-            self._repeats += ranks[Flag.CHANGED] > 0
-            self.scalars.copy_(scalars)
-            self._take(range(len(self._parameters)))
-            self._sum_the_rest()
+        repeat = any(ranks) and not first_step
+        self._repeats += repeat and ranks[Flag.CHANGED] > 0
         if ranks[Flag.UNSCALED]:
             self._stop_watching()
         elif self._repeats == MOST_REPEATS or (first_step and ranks[Flag.CHANGED]):
@@ -313,6 +321,16 @@ class MeanGradient:
                     "Clip with max_norm=…, or choose bucket_bytes=None.",
                     stacklevel=2,
                 )
+        return repeat
+
+    def _has_lost_ranks(self) -> bool:
+        """Whether ranks were lost since the last step, so that not all sums of this one need be those of the same ranks."""
+        return len(self._communicator.losses) > self._losses
+
+    @property
+    def _keeps_gradients(self) -> bool:
+        """Whether a gradient is needed until the end of a step, in case that sums are repeated."""
+        return self._watches or self._communicator.survives
 
     def _stop_watching(self) -> None:
         self.overlaps = self._watches = False
@@ -320,6 +338,7 @@ class MeanGradient:
 
     def _restart(self) -> None:
         """Makes ready for the next step, for which the gradients are awaited that have come in this one."""
+        self._losses = len(self._communicator.losses)
         self._ever_late |= self._late
         if self._arrived:
             self._await(self._arrived | self._ever_late)

@@ -44,12 +44,13 @@ def raise_nonfinite(communicator: Communicator, mine: bool, when: str, what: str
         when: as part of the message, 'at progress 12.0 (gain 1.3)'.
         what: what has become of the model.
     """
-    ranks = [rank for rank, bad in enumerate(communicator.gather(mine, "hvdlocal.nonfinite")) if bad]
+    found = communicator.gather(mine, "hvdlocal.nonfinite")
+    ranks = [rank for rank, bad in zip(communicator.job_ranks, found, strict=True) if bad]
     listed = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
     where = (
-        f"on rank{'s' if len(ranks) > 1 else ''} {listed} of {communicator.size}"
+        f"on rank{'s' if len(ranks) > 1 else ''} {listed} of {communicator.job_size}"
         if ranks
-        else "in the sum over all ranks"
+        else _nowhere(communicator)
     )
     raise NonFiniteError(
         f"NaN or infinity {where} {when}: {what} Lower the learning rate, "
@@ -69,13 +70,22 @@ def raise_nonfinite_buffers(communicator: Communicator, mine: list[str], healthy
     names = communicator.gather(mine, "hvdlocal.nonfinite_buffers")
     found = [
         f"{own[0]!r} on rank {rank}" + (f" and {len(own) - 1} more there" * (len(own) > 1))
-        for rank, own in enumerate(names)
+        for rank, own in zip(communicator.job_ranks, names, strict=True)
         if own
     ]
     where = "; ".join(found[:4]) + (f"; and on {len(found) - 4} more ranks" if len(found) > 4 else "")
     name = next((own[0] for own in names if own), "…")
     state = "they are now the average of the other ranks" if healthy else "no rank holds usable ones"
     raise NonFiniteError(
-        f"NaN or infinity {when} in averaged buffers: {where or 'in their sum over all ranks'}: "
+        f"NaN or infinity {when} in averaged buffers: {where or _nowhere(communicator)}: "
         f"{state}. Look at the data of that rank, or keep such a buffer out of the average: buffers={{{name!r}: 'local'}}."
+    )
+
+
+def _nowhere(communicator: Communicator) -> str:
+    """Where NaN or infinity were when no rank has them now."""
+    return (
+        "on a rank that is lost now, or in the sum over all ranks"
+        if communicator.losses
+        else "in the sum over all ranks"
     )

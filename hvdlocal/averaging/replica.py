@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, NoReturn
@@ -31,7 +31,15 @@ from hvdlocal.averaging.guards import refuse_data_parallelism, refuse_new_parame
 from hvdlocal.averaging.mean_gradient import MeanGradient
 from hvdlocal.averaging.nonfinite import raise_nonfinite
 from hvdlocal.averaging.rounds import Progress
-from hvdlocal.averaging.setup import check_arguments, constants, owner_of, start_together, trainable
+from hvdlocal.averaging.setup import (
+    OnLoss,
+    check_arguments,
+    check_budget,
+    constants,
+    owner_of,
+    start_together,
+    trainable,
+)
 from hvdlocal.averaging.statistics import SmoothedStatistics, default_smoothing, gradient_statistics
 from hvdlocal.averaging.wrapper import STATE_VERSION, WrappedOptimizer
 from hvdlocal.communicator import Communicator, current
@@ -59,16 +67,21 @@ class ReplicaOptimizer(WrappedOptimizer):
         buffers: Buffers,
         budget: float | None,
         max_norm: float | None,
+        on_loss: OnLoss | None,
         communicator: Communicator | None,
     ) -> None:
-        check_arguments(optimizer, model, scaling, accumulate, buffers, budget, max_norm)
+        check_arguments(optimizer, model, scaling, accumulate, buffers, budget, max_norm, on_loss)
         refuse_data_parallelism(optimizer, model)
-        self.communicator = communicator or current()
+        self.communicator = communicator = communicator or current()
+        self._on_loss = on_loss
+        self._losses_told = len(self.communicator.losses)
         self.model = model
         self._smoothed = SmoothedStatistics()
         self._accumulate = accumulate
         ranks = self._ranks_per_worker
-        self._progress = Progress(scaling, self.communicator.size // ranks, ranks * accumulate, budget, self._smoothed)
+        self._progress = Progress(
+            scaling, lambda: communicator.size // ranks, ranks * accumulate, budget, self._smoothed
+        )
         if budget is None:
             scaling.gain(self._progress.context(1))  # refuses a rule that needs the budget now, not at the first step
         self._max_norm = max_norm
@@ -114,7 +127,7 @@ class ReplicaOptimizer(WrappedOptimizer):
 
     @property
     def num_workers(self) -> int:
-        """K of the papers' formulas: the replicas that differ between two averagings, islands or ranks."""
+        """K of the papers' formulas: the replicas that differ between two averagings, islands or ranks. It falls with a loss."""
         return self._progress.num_workers
 
     @property
@@ -213,6 +226,12 @@ class ReplicaOptimizer(WrappedOptimizer):
 
     # -- what a training loop calls ----------------------------------------------------------------------------------
 
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """See `WrappedOptimizer`; afterwards `on_loss` is called for the ranks that were lost."""
+        loss = super().step(closure)
+        self._tell_losses()
+        return loss
+
     def record_loss(self, loss: torch.Tensor | float) -> None:
         """Notes a training loss: its mean over all workers rides in the next collective and becomes `.loss`.
 
@@ -232,6 +251,22 @@ class ReplicaOptimizer(WrappedOptimizer):
             what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
             raise ValueError(f"record_loss({what}): give one number, the mean loss of the micro-batch")
         self._loss_count += 1
+
+    def restart_clock(self, progress: float, budget: float | None) -> None:
+        """Goes on with other units of progress, between two steps: where a unit is a step, fewer workers need more of them.
+
+        The round that is under way keeps its period.
+
+        Args:
+            progress: s, the iterations done in the new units; the same on all ranks, as is the budget.
+            budget: S in the new units; None for no end.
+
+        Raises:
+            ValueError: the budget is not positive.
+        """
+        check_budget(budget)
+        self._progress.done = progress
+        self._progress.budget = budget
 
     def resume_average(self) -> None:
         """Begins the average anew that was under way when a state was saved; a collective, which the next step would begin else.
@@ -380,6 +415,14 @@ class ReplicaOptimizer(WrappedOptimizer):
         if self._accumulated:
             self._accumulated.load_state(own["accumulated"])
         self._overflowed = own["overflowed"]
+
+    def _tell_losses(self) -> None:
+        """Calls `on_loss` for each loss that it has not been called for."""
+        losses = self.communicator.losses
+        while self._losses_told < len(losses):
+            self._losses_told += 1
+            if self._on_loss:
+                self._on_loss(losses[self._losses_told - 1])
 
     def _check_parameters(self) -> None:
         refuse_new_parameters(type(self).__name__, self.model, self._owners, self._parameters, self.param_groups)

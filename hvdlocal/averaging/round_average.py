@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import count
 from typing import Any
 
 import torch
@@ -20,15 +20,17 @@ from hvdlocal.communicator import Communicator, StartedSum
 AVERAGE = "hvdlocal.average"
 """The name of the averaging's collective."""
 
-_numbers = count(1)
+_numbers: weakref.WeakKeyDictionary[Communicator, int] = weakref.WeakKeyDictionary()
+"""How many names there are over each communicator."""
 
 
-def name_of_its_own() -> str:
+def name_of_its_own(communicator: Communicator) -> str:
     """Returns a name for the averages of one optimizer, which are under way while another optimizer averages.
 
     Horovod refuses two collectives of one name at a time.
     """
-    return f"{AVERAGE}.{next(_numbers)}"
+    _numbers[communicator] = _numbers.get(communicator, 0) + 1
+    return f"{AVERAGE}.{_numbers[communicator]}"
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Averaged:
 
     Attributes:
         round_number: of the round that ended with it, 1 for the first.
+        ranks: number of ranks that have contributed; fewer than have begun it when some were lost.
         mean: the message, which now holds the mean.
         replicas: number of workers' replicas in the mean; those that are not finite are left out.
         lost: whether no rank holds a finite mean.
@@ -45,7 +48,7 @@ class Averaged:
         finite_buffers: which elements of this rank's averaged buffers were, a mask.
         divergence: (1/K) Σ_k ‖w_k − w̄‖² (Eq. 22); None without a finite replica.
         loss: mean of the losses that the ranks recorded; None without any.
-        statistics: Σ ‖g‖², the number of finite gradients, and ‖Σ g‖², of the round's first gradients; None if not sent.
+        statistics: Σ ‖g‖², the number of finite gradients, ‖Σ g‖², of the round's first gradients, and `ranks`; None if not sent.
         stop: whether a rank asks all to stop.
         seconds: that this rank spent on beginning the collective and on waiting for it.
         hidden_seconds: during which the collective was under way and this rank did something else, to within the time between
@@ -53,6 +56,7 @@ class Averaged:
     """
 
     round_number: int
+    ranks: int
     mean: FlatBuffer
     replicas: int
     lost: bool
@@ -61,7 +65,7 @@ class Averaged:
     finite_buffers: torch.Tensor
     divergence: float | None
     loss: float | None
-    statistics: tuple[float, float, float] | None
+    statistics: tuple[float, float, float, int] | None
     stop: bool
     seconds: float
     hidden_seconds: float
@@ -226,12 +230,14 @@ class RoundAverage:
         if self.communicator.size > 1:
             seconds = pending.seconds + time.perf_counter() - start
             hidden = max((pending.complete or start) - pending.begun, 0.0)
-        message, ranks = pending.message, self.communicator.size
-        per_worker = self._ranks_per_worker
+        message, per_worker = pending.message, self._ranks_per_worker
         on_device = message.scalars
-        healthy_workers = (ranks - on_device[Scalar.NONFINITE]).div_(per_worker).clamp_(min=1)
+        present = on_device[
+            Scalar.PRESENT
+        ]  # not the communicator's size: ranks may be lost since they have contributed
+        healthy_workers = (present - on_device[Scalar.NONFINITE]).div_(per_worker).clamp_(min=1)
         nonfinite = self._scale(message.scaled(pending.round_number), healthy_workers.reciprocal_())
-        buffers = message.buffers.div_((ranks - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
+        buffers = message.buffers.div_((present - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))
         # Everything that is wanted of a GPU is asked for first, and then read at once: an averaging waits for it once.
         moved = self._sample.distance(message.parameters).view(1)
         wanted = [on_device, nonfinite, pending.nonfinite.view(1), moved, buffers.isfinite().all().view(1)]
@@ -243,12 +249,14 @@ class RoundAverage:
             numbers[on_device.numel() :],
         )
         self._digest.check_all(scalars[Scalar.PRESENT], scalars[len(Scalar) :])
+        ranks = round(scalars[Scalar.PRESENT])
         healthy_ranks = ranks - round(scalars[Scalar.NONFINITE])
         # (1/K) Σ ‖w_k − w̄‖² = (1/K) Σ ‖w_k − w‖² − ‖w̄ − w‖², w being where the round began.
         divergence = max(scalars[Scalar.DISPLACEMENT] / healthy_ranks - moved, 0.0) if healthy_ranks else None
         count = scalars[Scalar.LOSS_COUNT]
         return Averaged(
             round_number=pending.round_number,
+            ranks=ranks,
             mean=message,
             replicas=healthy_ranks // per_worker,
             lost=not healthy_ranks or found > 0,
@@ -257,7 +265,7 @@ class RoundAverage:
             finite_buffers=pending.finite_buffers,
             divergence=divergence,
             loss=scalars[Scalar.LOSS_SUM] / count if count else None,
-            statistics=(statistics[0], statistics[1], statistics[2]) if statistics else None,
+            statistics=(statistics[0], statistics[1], statistics[2], ranks) if statistics else None,
             stop=scalars[Scalar.STOP] > 0.5,
             seconds=seconds,
             hidden_seconds=hidden,
@@ -276,7 +284,7 @@ class RoundAverage:
         self._write_digest(message, facts, everything=True)
         # Under the averaging's name: a rank that is in the middle of a round meets this one there, and both get an error.
         (self._islands or self.communicator).sum_(message.digest, self._name)
-        self._digest.check(message.digest.tolist())
+        self._digest.check(message.digest.tolist(), self.communicator.size)
 
     def _write_scalars(
         self, message: FlatBuffer, sent: torch.Tensor, loss_sum: torch.Tensor, loss_count: int, stop: bool

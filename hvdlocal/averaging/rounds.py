@@ -35,7 +35,7 @@ class Progress:
 
     Args:
         scaling: the rule for the gain.
-        num_workers: K.
+        workers: returns K, which becomes smaller when ranks are lost.
         accumulate: a, micro-batches per step.
         budget: S, the progress at which the run ends; None for no end.
         estimates: from which the gain follows where it depends on gradient statistics.
@@ -46,16 +46,25 @@ class Progress:
     """
 
     def __init__(
-        self, scaling: Scaling, num_workers: int, accumulate: int, budget: float | None, estimates: Estimates
+        self,
+        scaling: Scaling,
+        workers: Callable[[], int],
+        accumulate: int,
+        budget: float | None,
+        estimates: Estimates,
     ) -> None:
         self.scaling = scaling
-        self.num_workers = num_workers
+        self._workers = workers
         self.accumulate = accumulate
         self.budget = budget
-        self._end = math.inf if budget is None else budget * (1 - 1e-9)  # gains are summed with rounding errors
         self.estimates = estimates
         self.done = 0.0
         self.gain = 1.0
+
+    @property
+    def num_workers(self) -> int:
+        """K."""
+        return self._workers()
 
     def context(self, period: int, progress: float | None = None) -> ScalingContext:
         """What the scaling rule sees before a step of a round of `period` steps.
@@ -77,6 +86,11 @@ class Progress:
     def ended(self) -> bool:
         """Whether the budget is used up; never without a budget."""
         return self.done >= self._end
+
+    @property
+    def _end(self) -> float:
+        """The progress at which the budget is used up; gains are summed with rounding errors."""
+        return math.inf if self.budget is None else self.budget * (1 - 1e-9)
 
     def walk(self, period: int, limit: int) -> tuple[int, float]:
         """Counts steps of rounds of `period` steps until the budget is used up.
@@ -255,7 +269,7 @@ def plan_rounds(
             f"{type(rule).__name__} depends on the training loss, which is not known beforehand: its rounds cannot be planned"
         )
     none, later = AssumedEstimates(), AssumedEstimates(*(statistics or ()))
-    progress = Progress(scaling or NoScaling(), num_workers, accumulate, budget, none if stale else later)
+    progress = Progress(scaling or NoScaling(), lambda: num_workers, accumulate, budget, none if stale else later)
     planner = RoundPlanner(rule, progress, rate)
     start, evaluation = 0, evaluate_every
     pending: Round | None = None  # the average of this round is applied in the next one
@@ -292,4 +306,4 @@ def plan_steps(
         (optimizer steps, progress at the end).
     """
     estimates = AssumedEstimates(*(statistics or ()))
-    return Progress(scaling, num_workers, accumulate, budget, estimates).walk(1, sys.maxsize)
+    return Progress(scaling, lambda: num_workers, accumulate, budget, estimates).walk(1, sys.maxsize)

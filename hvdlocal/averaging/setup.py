@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
-from hvdlocal.averaging.buffers import Buffers, check_policies, describe_layout, memory_of, policy_by_name
+from hvdlocal.averaging.buffers import (
+    Buffers,
+    broadcast_from_rank_0,
+    check_policies,
+    describe_layout,
+    memory_of,
+    policy_by_name,
+)
 from hvdlocal.averaging.gain import LocalAdaScale, Scaling
 from hvdlocal.averaging.guards import check_rate, renormalised_weights
 from hvdlocal.averaging.wrapper import WrappedOptimizer, refuse_closure
-from hvdlocal.communicator import Communicator, require_agreement
+from hvdlocal.communicator import Communicator, Loss, require_agreement
+
+OnLoss: TypeAlias = Callable[[Loss], object]
+"""What is called when ranks are lost."""
 
 
 def check_arguments(
@@ -25,6 +35,7 @@ def check_arguments(
     buffers: Buffers,
     budget: float | None,
     max_norm: float | None,
+    on_loss: OnLoss | None,
 ) -> None:
     if isinstance(optimizer, WrappedOptimizer) or not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"give a torch.optim.Optimizer to wrap, not a {type(optimizer).__name__}")
@@ -41,10 +52,16 @@ def check_arguments(
     if not (isinstance(accumulate, Integral) and accumulate >= 1):
         raise ValueError(f"accumulate={accumulate!r}: must be a whole number of at least 1")
     check_policies(buffers)
-    if budget is not None and not (isinstance(budget, Real) and 0 < budget < math.inf):
-        raise ValueError(f"budget={budget!r}: a positive number of scale-invariant iterations, or None")
+    check_budget(budget)
     if max_norm is not None and not (isinstance(max_norm, Real) and max_norm > 0):
         raise ValueError(f"max_norm={max_norm!r}: must be a positive number, or None")
+    if on_loss is not None and not callable(on_loss):
+        raise ValueError(f"on_loss={on_loss!r}: give a function that takes a hvdlocal.communicator.Loss, or None")
+
+
+def check_budget(budget: float | None) -> None:
+    if budget is not None and not (isinstance(budget, Real) and 0 < budget < math.inf):
+        raise ValueError(f"budget={budget!r}: a positive number of scale-invariant iterations, or None")
 
 
 def check_island_period(island_period: int, scaling: Scaling) -> None:
@@ -163,11 +180,13 @@ def start_together(
         **hyperparameters(optimizer),
     }
     require_agreement(communicator, facts, "hvdlocal.settings")
-    communicator.broadcast_(flat, "hvdlocal.start")
-    for name, tensor in tensors.items():
-        for i, part in enumerate(memory_of(tensor)):
-            if id(tensor) not in in_flat and part.numel():
-                communicator.broadcast_(part, f"hvdlocal.start.{name}.{i}")
+    others = {
+        f"hvdlocal.start.{name}.{i}": part
+        for name, tensor in tensors.items()
+        for i, part in enumerate(memory_of(tensor))
+        if id(tensor) not in in_flat and part.numel()
+    }
+    broadcast_from_rank_0(communicator, {"hvdlocal.start": flat, **others})
 
 
 def layout_digest(model: torch.nn.Module) -> str:

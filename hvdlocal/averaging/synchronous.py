@@ -18,6 +18,7 @@ from hvdlocal.averaging.guards import refuse_renormalised_weights, refuse_sparse
 from hvdlocal.averaging.mean_gradient import MeanGradient
 from hvdlocal.averaging.nonfinite import CheckedScale
 from hvdlocal.averaging.replica import ReplicaOptimizer
+from hvdlocal.averaging.setup import OnLoss
 from hvdlocal.communicator import Communicator
 
 SQR_NORM, LOSS_SUM, LOSS_COUNT, OVERFLOW, STOP, EMPTY, PRESENT = range(7)
@@ -64,6 +65,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         max_norm: the mean gradient is clipped to this norm.
         bucket_bytes: the most bytes of gradients that are summed at once, as far as no parameter is larger; None for one
             collective after the backward pass.
+        on_loss: as in `LocalOptimizer`.
         communicator: as in `LocalOptimizer`.
 
     Raises:
@@ -82,6 +84,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
         budget: float | None = None,
         max_norm: float | None = None,
         bucket_bytes: int | None = BUCKET_BYTES,
+        on_loss: OnLoss | None = None,
         communicator: Communicator | None = None,
     ) -> None:
         scaling = scaling or NoScaling()
@@ -99,6 +102,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
             buffers=buffers,
             budget=budget,
             max_norm=max_norm,
+            on_loss=on_loss,
             communicator=communicator,
         )
         refuse_renormalised_weights(model, self._parameters)
@@ -166,8 +170,9 @@ class SynchronousOptimizer(ReplicaOptimizer):
             self._write_digest(digest, everything=True)
             # Under the gradients' name: a rank that is at a step meets this one there, and both get an error.
             self.communicator.sum_(digest, GRADIENTS)
-            self._digest.check(digest.tolist())
+            self._digest.check(digest.tolist(), self.communicator.size)
         self._average_buffers(self._buffers_to_average())
+        self._tell_losses()
 
     def _write_digest(self, digest: torch.Tensor, *, everything: bool = False) -> None:
         values = {
@@ -182,17 +187,18 @@ class SynchronousOptimizer(ReplicaOptimizer):
     def _take_gradient(self) -> None:
         refuse_sparse_gradients(self._parameters, self._needs_dense_gradients())
         self._unscale()
-        if self.scaling.uses_statistics and (gradients := self._gradients()):
-            self._sqr_norm += squared_norm(gradients)
+        if self.scaling.uses_statistics and (own := self._gradients()):
+            self._sqr_norm += squared_norm(own)
         if not self._accumulated.collect(unscaled=getattr(self, "found_inf", None) is not None):
             return
         self._check_parameters()
         flat = self._accumulated.flat
         mine = torch.stack([self._sqr_norm, self._loss_sum])
         self._reduce()
+        gradients = self.communicator.size * self.accumulate  # of the ranks in the sum
         # Everything that is wanted of a GPU is asked for first, and then read at once: a step waits for it once.
-        wanted = [self._scalars, mine, self._scale([flat], 1 / self._micro_batches_of_all)]
-        if self._estimates:
+        wanted = [self._scalars, mine, self._scale([flat], 1 / gradients)]
+        if self.scaling.uses_statistics and gradients > 1:
             wanted.append(torch.dot(flat, flat).view(1))
         numbers = torch.cat(wanted).tolist()
         totals, (my_sqr_norm, my_loss_sum, found, *sqr_norm) = (
@@ -212,7 +218,7 @@ class SynchronousOptimizer(ReplicaOptimizer):
             return
         if totals[EMPTY] > 0.5:  # no gradient is not a gradient of zero: there is no estimate
             sqr_norm = []
-        self._step_on_mean(totals[SQR_NORM], *sqr_norm)
+        self._step_on_mean(gradients, totals[SQR_NORM], *sqr_norm)
 
     def _reduce(self) -> None:
         scalars = self._scalars
@@ -232,18 +238,8 @@ class SynchronousOptimizer(ReplicaOptimizer):
         self._accumulated.sum()
         self.seconds_averaging += time.perf_counter() - start
 
-    @property
-    def _micro_batches_of_all(self) -> int:
-        return self.communicator.size * self.accumulate
-
-    @property
-    def _estimates(self) -> bool:
-        """Whether a step gives an estimate of the gradient's statistics."""
-        return self.scaling.uses_statistics and self._micro_batches_of_all > 1
-
-    def _step_on_mean(self, sum_sqr_norm: float, sqr_norm_of_mean: float | None = None) -> None:
-        """Takes the step on what now holds the mean of all workers' micro-batch gradients."""
-        count = self._micro_batches_of_all
+    def _step_on_mean(self, count: int, sum_sqr_norm: float, sqr_norm_of_mean: float | None = None) -> None:
+        """Takes the step on what now holds the mean of all workers' micro-batch gradients, of which there are `count`."""
         if sqr_norm_of_mean is not None:
             self._update_statistics(
                 sum_sqr_norm,
