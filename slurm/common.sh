@@ -13,6 +13,7 @@
 #
 #   HVDLOCAL_SITE          what the site needs: modules, fabric (default: site.sh beside this file)
 #   HVDLOCAL_BIN           directory of the Python environment (default: .venv/bin, where there is one)
+#   HVDLOCAL_SURVIVE       1: when ranks die, the others go on without them (docs/slurm.md); submit with --no-kill
 #   HVDLOCAL_MAX_RESTARTS  a job that was started again so often is not once more after a failure (default: 30)
 #                          (three starts in a row that fail within a minute end it sooner)
 #   MPIRUN                 the mpirun to use (default: the one on PATH); Open MPI 5 refuses a wrapper that adds --bind-to as well
@@ -113,10 +114,24 @@ handed_on='PATH|LD_LIBRARY_PATH|SLURM_JOB_END_TIME|SLURM_RESTART_COUNT'
 handed_on+='|PYTHON.*|OMP_.*|HVDLOCAL_.*|HOROVOD_.*|NCCL_.*|RCCL_.*|OFI_NCCL_.*|FI_.*|UCX_.*'
 handed_on+='|GLOO_.*|TORCH_.*|MASTER_ADDR|MASTER_PORT'
 
+survives() { [[ ${HVDLOCAL_SURVIVE:-} == 1 ]]; }
+cannot_survive() {
+  say "HVDLOCAL_SURVIVE=1: $*"
+  exit 2
+}
+
 mpirun_over() {
-  local name program=${MPIRUN:-mpirun}
+  local name version program=${MPIRUN:-mpirun}
   mpirun=("$program" -np "$1")
-  case $("$program" --version 2>&1 | head -n 2) in
+  version=$("$program" --version 2>&1 | head -n 2)
+  if survives; then
+    if ! [[ $version =~ "Open MPI) "([0-9]+) ]] || ((BASH_REMATCH[1] < 5)); then
+      cannot_survive "this needs mpirun of Open MPI 5 or later; $program is ${version%%$'\n'*}"
+    fi
+    mpirun+=(--with-ft ulfm)
+    export HVDLOCAL_BACKEND=${HVDLOCAL_BACKEND:-mpi4py} # the only engine that goes on
+  fi
+  case $version in
     *"Open MPI"* | *OpenRTE* | *PRTE*)
       mpirun+=(--bind-to none) # a rank bound to one core shares it with Horovod's thread
       # Said outright: whether a slot is a task or a core differs between versions of Open MPI.
@@ -128,6 +143,7 @@ mpirun_over() {
 }
 
 srun_over() {
+  if survives; then cannot_survive "Open MPI goes on after the death of a rank under mpirun only: take a template that uses it"; fi
   # Named again because srun does not inherit --cpus-per-task from Slurm 22.05 to 23.02. Without --kill-on-bad-exit the ranks of a
   # dead one wait until their deadline. No --unbuffered: it makes a terminal of the log, and progress bars would fill it.
   local mpi=pmix
@@ -165,6 +181,22 @@ run() {
   # job's steps, before the job starts again.
   pkill -KILL -s "$launcher" || true
   launcher=
+  if survives && ((code == 0)) && ! left_finished "$@"; then
+    say "$1 ended with 0, but the run is not finished: all ranks were killed, or a node was lost with Open MPI's daemon"
+    code=4
+  fi
+}
+
+# With --with-ft ulfm, mpirun also ends with 0 after it lost every rank, or the daemon of a node (measured with 5.0.11).
+left_finished() { # whether these words started no training, or one that is finished
+  local words=("$@") i
+  for ((i = 1; i < $#; i++)); do
+    if [[ ${words[i - 1]} == hvdlocal && ${words[i]} == train ]]; then
+      words[i]=finished
+      "${words[@]:${#mpirun[@]}}"
+      return
+    fi
+  done
 }
 
 finish() {

@@ -28,6 +28,7 @@ COMMANDS = {
     "plan": "show what a run will do and cost: hvdlocal plan CONFIG.yaml --workers K",
     "advise": "measure whether local steps pay here, and with which H: mpirun -np N hvdlocal advise CONFIG.yaml",
     "export": "write the model of an unfinished run, from its newest checkpoint",
+    "finished": "say whether the run of a configuration is finished: hvdlocal finished CONFIG.yaml",
     "doctor": "check this installation",
     "report": "write an HTML page about runs: hvdlocal report RUN…",
     "figures": "draw the figures of Balles et al. that follow from their formulas and tables",

@@ -43,7 +43,12 @@ def restart_count() -> int:
 
 def is_of_this_job(directory: Path) -> bool:
     """Returns whether an earlier start of this very job has used the directory."""
-    return restart_count() > 0 and any(attempt.get("job") == _job() for attempt in _attempts(directory))
+    return restart_count() > 0 and was_used_by_this_job(directory)
+
+
+def was_used_by_this_job(directory: Path) -> bool:
+    """Returns whether a start of this job, this one or an earlier one, has used the directory."""
+    return any(attempt.get("job") == _job() for attempt in _attempts(directory))
 
 
 def _attempts(directory: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from hvdlocal.exit_codes import ExitCode
 # A launcher that notes how it was started, then does what LAUNCHER says. It hears USR2 as the ranks would through mpirun.
 LAUNCHER = """\
 #!/bin/bash
-if [[ ${1:-} == --version ]]; then echo "mpirun (Open MPI) 4.1.4"; exit; fi
+if [[ ${1:-} == --version ]]; then echo "${VERSION:-mpirun (Open MPI) 4.1.4}"; exit; fi
 printf '%s\\n' "$@" >>"$RECORD/${0##*/}"
 env >"$RECORD/${0##*/}.environment"
 trap 'echo USR2 >>"$RECORD/signals"; heard=1' USR2
@@ -471,3 +471,64 @@ def test_preparing_data_and_a_container(node):
         "--nv",
     ]
     assert started[image + 1 :] == ["python", "-m", "hvdlocal", "train", "run.yaml"]
+
+
+SURVIVING = {"HVDLOCAL_SURVIVE": "1", "VERSION": "mpirun (Open MPI) 5.0.11", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+
+
+def test_a_job_that_survives_is_started_with_fault_tolerance(node):
+    node.install("python", NOTE)
+    assert node.run("cpu", "run.yaml", "--epochs", "2", **SURVIVING)[0] == 0
+    arguments = node.noted("mpirun")
+    assert arguments[:4] == ["-np", "2", "--with-ft", "ulfm"]
+    handed_on = {name for flag, name in itertools.pairwise(arguments) if flag == "-x"}
+    assert handed_on >= {"HVDLOCAL_SURVIVE", "HVDLOCAL_BACKEND"}
+    assert "HVDLOCAL_BACKEND=mpi4py" in node.noted("mpirun.environment")
+
+
+@pytest.mark.parametrize(
+    ("template", "arguments"),
+    [("cpu", []), ("sweep", []), ("staging", ["data set"]), ("container", ["my image.sif"])],
+)
+def test_a_launcher_that_lost_everybody_has_not_finished(node, template, arguments):
+    """Then mpirun --with-ft ulfm ends with 0 as well; the run's directory says which it was."""
+    node.install("python", NOTE)
+    node.install("apptainer", NOTE)
+    (node.work / "data set").mkdir()
+    (node.work / "data set" / "x").touch()
+    variables = {**SURVIVING, "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7", "TMPDIR": str(node.work)}
+    code, said = node.run(template, *arguments, "my run.yaml", "--epochs", "2", REFUSE="1", **variables)
+    assert code == 4, said
+    assert "the run is not finished: all ranks were killed" in said
+    assert len(node.noted("scontrol")) == 1
+    asked = node.noted("apptainer" if template == "container" else "python")
+    assert len(asked) == 1
+    assert "-m hvdlocal finished my run.yaml --epochs 2" in asked[0]
+    (node.record / "scontrol").unlink()
+    assert node.run(template, *arguments, "my run.yaml", "--epochs", "2", **variables)[0] == 0
+    assert node.noted("scontrol") == []
+
+
+def test_only_a_job_that_survives_is_asked_whether_it_has_finished(node):
+    node.install("python", NOTE)
+    assert node.run("cpu", "run.yaml", REFUSE="1", **{**SURVIVING, "HVDLOCAL_SURVIVE": "0"})[0] == 0
+    assert node.run("cpu", "run.yaml", launcher="exit 85", REFUSE="1", **SURVIVING)[0] == 85
+    assert node.noted("python") == []
+
+
+@pytest.mark.parametrize(
+    "version", ["mpirun (Open MPI) 4.1.4", "HYDRA build details:", "Intel(R) MPI Library for Linux* OS, Version 2021.9"]
+)
+def test_a_launcher_that_cannot_survive(node, version):
+    code, said = node.run("cpu", "run.yaml", **{**SURVIVING, "VERSION": version})
+    assert code == 2
+    assert f"HVDLOCAL_SURVIVE=1: this needs mpirun of Open MPI 5 or later; mpirun is {version}\n" in said
+    assert node.noted("mpirun") == node.noted("scontrol") == []
+
+
+def test_srun_cannot_survive(node):
+    node.install("srun", LAUNCHER)
+    code, said = node.run("gpu-nodes-srun", "run.yaml", **SURVIVING)
+    assert code == 2
+    assert "under mpirun only: take a template that uses it" in said
+    assert node.noted("srun") == node.noted("scontrol") == []

@@ -35,7 +35,7 @@ def imported(command: str, code: int = 0) -> set[str]:
         "--help",
         *(
             f"{name} --help"
-            for name in ("train", "plan", "advise", "doctor", "report", "figures", "reproduce", "slurm")
+            for name in ("train", "plan", "advise", "doctor", "report", "figures", "reproduce", "slurm", "finished")
         ),
         "plan experiments/digits.yaml --workers 4 --samples 1000 --no-bytes",
         "slurm --template cpu experiments/digits.yaml",
