@@ -163,11 +163,15 @@ class Directory:
 
     def read_text(self, name: str) -> str:
         """Reads a UTF-8 file inside."""
+        with self._named(name), self.open_to_read(name) as file:
+            return file.read().decode()
+
+    def open_to_read(self, name: str) -> IO[bytes]:
+        """Opens a file inside for reading."""
         with self._named(name):
             self._refuse_link(name)
             descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=self._descriptor)
-            with os.fdopen(descriptor, encoding="utf-8") as file:
-                return file.read()
+            return os.fdopen(descriptor, "rb")
 
     def open_to_append(self, name: str) -> IO[bytes]:
         """Opens a file inside for reading and appending, unbuffered; the file is created if necessary.

@@ -95,3 +95,22 @@ def on_rank_zero(communicator: Communicator, work: Callable[[], T], name: str) -
     """
     result = succeed_together(communicator, lambda: work() if communicator.rank == 0 else None, name)
     return cast(T, communicator.gather(result, name)[0])
+
+
+def by_first_rank(communicator: Communicator, work: Callable[[], object], name: str) -> None:
+    """Does `work`, which must not communicate, on the first rank; a collective.
+
+    In a job that goes on without ranks that die, the next rank does the work again if the first one dies before all have met.
+
+    Args:
+        communicator: the ranks.
+        work: may be done twice, for instance writing a file. What it raises is raised on that rank.
+        name: the collective's name.
+    """
+    while True:
+        first = communicator.job_ranks[0]
+        if communicator.rank == 0:
+            work()
+        communicator.barrier(name)
+        if communicator.job_ranks[0] == first:
+            return

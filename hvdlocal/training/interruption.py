@@ -94,12 +94,12 @@ def ignore() -> None:
 
 
 def announce_end(communicator: Communicator, text: str) -> None:
-    """Prints on rank 0 how the run has ended, and waits for the other ranks; a late signal changes nothing any more."""
+    """Prints on the first rank how the run has ended, and waits for the others; a late signal changes nothing any more."""
     if not hasattr(sys, "ps1"):  # an interactive session goes on
         ignore()
-    if communicator.rank == 0:
-        terminal.say(text)
-    communicator.barrier("hvdlocal.end")
+    from hvdlocal.communicator.agreement import by_first_rank  # loads torch
+
+    by_first_rank(communicator, lambda: terminal.say(text), "hvdlocal.end")
 
 
 class Deadline:

@@ -38,7 +38,7 @@ class Metrics(Protocol):
 
 
 class NoMetrics:
-    """Writes nothing; for all ranks but the first."""
+    """Writes nothing; for all ranks but the first, unless these may have to take its place (`Standby`)."""
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Does nothing."""
@@ -79,8 +79,11 @@ class JsonLines:
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """See `Metrics`."""
-        record = {"kind": kind, "step": step, **{name: strict(value) for name, value in values.items()}}
-        self._waiting += json.dumps(record, allow_nan=False).encode() + b"\n"
+        self.append(line_of(kind, step, values))
+
+    def append(self, line: bytes) -> None:
+        """Adds a record that is a line already (`line_of`)."""
+        self._waiting += line
         if len(self._waiting) > BUFFER_BYTES:
             self.flush()
 
@@ -220,6 +223,12 @@ def _end_of_records(file: IO[bytes], keep: int) -> int:
         return keep
     file.seek(0)
     return file.read().rfind(b"\n") + 1
+
+
+def line_of(kind: str, step: int, values: Mapping[str, Any]) -> bytes:
+    """Returns the line of a record."""
+    record = {"kind": kind, "step": step, **{name: strict(value) for name, value in values.items()}}
+    return json.dumps(record, allow_nan=False).encode() + b"\n"
 
 
 def strict(value: Any) -> Any:

@@ -20,8 +20,10 @@ from hvdlocal.training.checkpoint.writer import CheckpointWriter
 from hvdlocal.training.damage import forget_damage
 from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, TRACKERS, RunStatus, run_id
 
-REQUEUED_LOCK_SECONDS = 120.0
-"""How long a restart by a batch system waits for the lock of the start before: that of a node that died may live that long."""
+LOCK = ".lock"
+
+DEAD_LOCK_SECONDS = 120.0
+"""How long the lock of a node that died may live: a restart by a batch system waits for it, and a rank that takes over."""
 
 
 class AlreadyFinished(SystemExit):
@@ -44,7 +46,7 @@ class _Found(NamedTuple):
 
 
 class OutputDirectory:
-    """The output directory of a run, held open on every rank and locked by rank 0. Opening it is a collective.
+    """The output directory of a run, held open on every rank and locked by the first. Opening it is a collective.
 
     Args:
         path: of the directory.
@@ -67,6 +69,9 @@ class OutputDirectory:
     ) -> None:
         self.path = path
         self._ranks = communicator.size
+        self._is_locked = communicator.rank == 0
+        # Not longer than the other ranks wait for this one.
+        self._patience = min(DEAD_LOCK_SECONDS, communicator.timeout_seconds / 2)
         with ExitStack() as opened:
 
             def lock_and_mark() -> _Found | None:
@@ -149,6 +154,26 @@ class OutputDirectory:
                 warn(f"{problem}: going back to step {resumed.step}")
         note_attempt(self.directory, 0 if resumed is None else resumed.step, self._ranks)
 
+    def take_over(self) -> None:
+        """Locks the directory on the rank that is the first one now, because those before it have died.
+
+        The lock of a process ends with it, but a file system may keep that of a node that died for a while. On the rank that has
+        the lock already, this does nothing.
+
+        Raises:
+            OSError: another process holds the lock: a run that was started in the meantime, or a rank that is not dead.
+        """
+        if self._is_locked:
+            return
+        try:
+            self._opened.callback(hold(self.directory, LOCK, self._patience).close)
+        except BlockingIOError as error:
+            raise OSError(
+                f"{self.path} is locked by another process ({error}), so this rank cannot go on in the place of the one that "
+                "held the lock before"
+            ) from None
+        self._is_locked = True
+
     def close(self) -> None:
         """Closes the directory and releases its lock."""
         self._opened.close()
@@ -167,8 +192,8 @@ class LockedDirectory(Directory):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            patience = REQUEUED_LOCK_SECONDS if restart_count() else PATIENCE_SECONDS
-            self._lock = hold(self, ".lock", patience)
+            patience = DEAD_LOCK_SECONDS if restart_count() else PATIENCE_SECONDS
+            self._lock = hold(self, LOCK, patience)
             for name in (CHECKPOINTS, *TRACKERS):
                 if self.exists(name):
                     self.inner(name).close()

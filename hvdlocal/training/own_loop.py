@@ -212,7 +212,8 @@ class Checkpoints:
             held.callback(hook.remove)
             self._open.push(held.pop_all())
         interruption.remember(output.what_is_saved)
-        self._output, self._coordinator = output.directory, coordinator
+        self._output, self._coordinator = output, coordinator
+        self._losses = len(communicator.losses)
         self._optimizer.resume_average()
         self._totals.start()
         coordinator.start()
@@ -248,7 +249,9 @@ class Checkpoints:
             )
         self._steps_at_last_call = self._steps
         try:
+            self._go_on()
             self._coordinator.after_step(self._steps)
+            self._go_on()
         except interruption.Interrupted as reason:
             self._end(str(reason))
             raise
@@ -268,7 +271,11 @@ class Checkpoints:
         if not self._optimizer.in_sync and self._communicator.rank == 0:
             warn("finish() inside a round: the model is no average. Call optimizer.synchronize() before saving it.")
         self._coordinator.finish()
-        succeed_together(self._communicator, self._mark, "hvdlocal.finish")
+        first = -1
+        while first != self._communicator.job_ranks[0]:  # again if the first rank has died, perhaps before it could
+            first = self._communicator.job_ranks[0]
+            self._go_on()
+            succeed_together(self._communicator, self._mark, "hvdlocal.finish")
         self.close()
 
     def close(self) -> None:
@@ -280,6 +287,15 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _go_on(self) -> None:
+        """Goes on without ranks that have died since the last call, if the job survives that."""
+        assert self._coordinator is not None
+        if len(self._communicator.losses) > self._losses:
+            self._losses = len(self._communicator.losses)
+            if self._communicator.rank == 0:
+                self._output.take_over()
+            self._coordinator.after_loss()
 
     # -- what is in a checkpoint -------------------------------------------------------------------------------------
 
@@ -346,8 +362,8 @@ class Checkpoints:
     def _mark(self) -> None:
         if self._communicator.rank == 0:
             totals = {"steps": self._steps, "rounds": self._optimizer.round, "progress": self._optimizer.progress}
-            self._output.write_text(FINISHED, json.dumps(totals | self._totals.state_dict(), indent=1) + "\n")
-            self._output.check()
+            self._output.directory.write_text(FINISHED, json.dumps(totals | self._totals.state_dict(), indent=1) + "\n")
+            self._output.directory.check()
 
     def _end(self, text: str) -> None:
         self.close()

@@ -35,7 +35,7 @@ class StatusExchange:
     """A small allreduce about every two seconds. A rank waits for it only if it is more than one interval ahead of the slowest.
 
     It is started at one exchange and read at the next, by which time it has normally completed. All ranks exchange at the same
-    steps: each answer also schedules the exchange after the next, by rank 0's clock.
+    steps: each answer also schedules the exchange after the next, by the clock of rank 0, or of the first rank that is left.
 
     Args:
         communicator: the ranks.
@@ -87,4 +87,4 @@ class StatusExchange:
         pending, self._pending = self._pending, None
         pending()
         *said, gap = (round(value) for value in self._sums.tolist())
-        return Status(*said), gap
+        return Status(*said), max(gap, 1)  # nobody has set it if the first rank died before this exchange

@@ -21,11 +21,15 @@ from hvdlocal.training.status_exchange import POLL_SECONDS, Status, StatusExchan
 class CheckpointCoordinator:
     """One rank's part in writing the checkpoints of a run.
 
+    In a job that goes on without ranks that die, a checkpoint that was open then is not completed. Where ranks are lost in a
+    collective of `after_step` or `stop`, no other checkpoint is begun before the caller has made the run one of the ranks that
+    are left, and has called `after_loss`.
+
     Args:
         communicator: the ranks.
         config: how often to write checkpoints, and how many to keep.
         output: the directory of the run.
-        deadline: when the process must have ended; only rank 0's counts.
+        deadline: when the process must have ended; only that of the first rank counts.
         totals: the clock of the run; it also notes what is not training.
         state: returns this rank's state, which is copied.
         contents: returns the manifest's contents beside the files; called on rank 0 only.
@@ -65,6 +69,9 @@ class CheckpointCoordinator:
         self.status = StatusExchange(communicator)
         self._interval = CheckpointInterval(config)
         self._cost = 0.0
+        self._steps = 0
+        self._losses = len(communicator.losses)
+        self._hurried = False
         self._asked = False  # whether an exchange has been started since the last checkpoint was begun or finished
         self._last_exchange = 0.0
         self.writer = CheckpointWriter(communicator, output, config.keep)
@@ -85,6 +92,7 @@ class CheckpointCoordinator:
             OSError: the run must stop, but the checkpoint could not be written.
             MovedError: on rank 0: the directory of the run is not where it was.
         """
+        self._steps = steps
         if self._every_steps is not None and steps % self._every_steps == 0:
             if self.writer.open_step is not None:
                 self._finish()
@@ -101,15 +109,24 @@ class CheckpointCoordinator:
             news = self.status.exchange(steps, start, self._news())
             self._totals.waited(self._totals.elapsed - start)
         idle, self._asked = self._asked and news is not None and not news.writing, True
-        if news is None:
+        if news is None or self._has_lost:
             return
         if news.stop:
-            self._stop(steps)
+            self.stop(steps)
         elif self.writer.open_step is not None:
             if idle:
                 self._finish()
         elif news.due and idle:
             self._begin(steps)
+
+    def after_loss(self) -> None:
+        """Goes on after ranks have died; to be called at the same step on all ranks that are left.
+
+        Another checkpoint is due: the first one of these ranks.
+        """
+        self._losses = len(self._communicator.losses)
+        self.writer.after_loss(self._steps)
+        self._hurried = True
 
     def finish(self) -> None:
         """Completes all writing after the last step; a collective."""
@@ -127,14 +144,22 @@ class CheckpointCoordinator:
         out_of_time = first and self._deadline.passes_within(2 * self.writer.write_seconds + POLL_SECONDS + 2 * gap)
         return Status(
             stop=self.stop_reason is not None or interruption.received() is not None or out_of_time,
-            due=first and self._interval.due(self._totals.elapsed),
+            due=first and (self._hurried or self._interval.due(self._totals.elapsed)),
             writing=self.writer.is_writing,
         )
 
+    @property
+    def _has_lost(self) -> bool:
+        """Whether ranks were lost that the caller has not taken in."""
+        return len(self._communicator.losses) > self._losses
+
     def _begin(self, steps: int) -> None:
-        self._asked = False
         start = self._totals.elapsed
-        self.writer.begin(steps, self._state(), self._contents() if self._communicator.rank == 0 else {})
+        state = self._state()  # which may be a collective
+        if self._has_lost:
+            return
+        self._asked = self._hurried = False
+        self.writer.begin(steps, state, self._contents() if self._communicator.rank == 0 else {})
         self._cost = self._totals.elapsed - start
         self._interval.start(self._totals.elapsed)
 
@@ -160,15 +185,28 @@ class CheckpointCoordinator:
         if self._communicator.rank or directory(self._output.path / CHECKPOINTS, step).exists():
             self._written(step)
 
-    def _stop(self, steps: int) -> None:
-        """Ends the run with a checkpoint of this step; a collective."""
+    def stop(self, steps: int, why: str | None = None) -> None:
+        """Ends the run with a checkpoint of this step; a collective. Returns if ranks are lost before there is one.
+
+        Args:
+            steps: optimizer steps done.
+            why: the same on all ranks; by default what the ranks were asked.
+
+        Raises:
+            Interrupted, OSError, MovedError: as `after_step`.
+        """
+        self._steps = steps
         self.status.close()
         problem = None
         if (saved := self.writer.open_step) is not None:
             problem = self._finish(wait=True)
         if problem or saved != steps:
             self._begin(steps)
+            if self.writer.open_step is None:
+                return
             problem = self.writer.finish(wait=True)
+            if problem and self._has_lost:
+                return
             self._unreported = steps
             self._report()
         self.writer.close()
@@ -178,7 +216,7 @@ class CheckpointCoordinator:
         signal = interruption.received()
         asked = self._communicator.gather(self.stop_reason or (signal and signal.name), "hvdlocal.interruption")
         reasons = [f"{reason} on rank {rank}" for rank, reason in enumerate(asked) if reason is not None]
-        reason = reasons[0] if reasons else "the time is over"
+        reason = why or (reasons[0] if reasons else "the time is over")
         if problem:
             raise OSError(f"{reason}, but {problem}")
         raise interruption.Interrupted(

@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 RESERVE = "reserve"
 _COMPLETE = re.compile(r"step-(\d{10,})")
+_INCOMPLETE = re.compile(r"step-(\d{10,})(?:\.old)?\.tmp")
 _DAMAGED = ".damaged"
 
 
@@ -154,6 +155,21 @@ def discard_incomplete(root: Directory, step: int | None = None) -> None:
     """Removes the incomplete checkpoint of one step, or without a step all incomplete ones, before training."""
     for name in root.names() if step is None else [_temporary(step)]:
         if name.endswith(TEMPORARY):
+            with suppress(OSError):
+                root.remove(name)
+
+
+def discard_left(root: Directory, before: int, but: int | None) -> None:
+    """Removes what a process that died has left incomplete, while other processes go on.
+
+    Args:
+        root: directory of the checkpoints.
+        before: only checkpoints of earlier steps.
+        but: the step of a checkpoint that processes are still writing.
+    """
+    for name in root.names():
+        match = _INCOMPLETE.fullmatch(name)
+        if match and int(match[1]) < before and int(match[1]) != but:
             with suppress(OSError):
                 root.remove(name)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hvdlocal.communicator import Communicator
+from hvdlocal.communicator.agreement import by_first_rank
 from hvdlocal.directory import Directory
 from hvdlocal.training.checkpoint import files
 from hvdlocal.training.run_files import CHECKPOINTS
@@ -25,6 +26,7 @@ class _Open:
     """A checkpoint that this rank is writing or has written, and that is not complete yet."""
 
     step: int
+    losses: int
     contents: dict[str, Any]
     write: Future[files.Written]
 
@@ -34,7 +36,8 @@ class CheckpointWriter:
 
     All ranks begin a checkpoint at the same step (`begin`) and complete it when all of them have written their files (`finish`);
     only then does it exist. If one rank fails, for lack of room or rights, there is no checkpoint, and `finish` returns the
-    reason on all ranks.
+    reason on all ranks; and if one dies in a job that goes on without it. The first of the ranks that are left writes the
+    manifest and removes files, also those of ranks that died.
 
     Args:
         communicator: the ranks.
@@ -81,7 +84,9 @@ class CheckpointWriter:
             contents: the contents of the manifest; only those of rank 0 are used.
         """
         assert self._open is None
-        self._open = _Open(step, contents, self._thread.submit(self._write, step, _copy(state)))
+        communicator = self._communicator
+        write = self._thread.submit(self._write, step, communicator.rank, _copy(state))
+        self._open = _Open(step, len(communicator.losses), contents, write)
 
     def finish(self, wait: bool = False) -> str | None:
         """Completes the open checkpoint; a collective. Waits for this rank's file, which is there once `is_writing` is false.
@@ -102,18 +107,28 @@ class CheckpointWriter:
             mine = str(error)
         everyone = self._communicator.gather(mine, "hvdlocal.checkpoint")
         failures = [f"{one} (rank {rank})" for rank, one in enumerate(everyone) if isinstance(one, str)]
-        if failures:
-            if self._communicator.rank == 0:
-                self._discard(opened.step)
-            self._communicator.barrier("hvdlocal.checkpoint.discarded")  # before another checkpoint may be begun
-            return f"no checkpoint of step {opened.step}: {failures[0]}"
-        if self._communicator.rank == 0:
+        failures += [str(loss) for loss in self._communicator.losses[opened.losses :]]
+        if not failures and self._communicator.rank == 0:
             self._completing = self._thread.submit(self._complete, opened, everyone)
-        if not wait:
+        if not failures and wait:
+            failures = self._completed(opened.step)
+        if not failures:
             return None
-        problem = None if self._completing is None else self._completing.exception()
-        told = f"no checkpoint of step {opened.step}: {problem}" if problem else None
-        return self._communicator.gather(told, "hvdlocal.checkpoint.complete")[0]
+        # Before another checkpoint may be begun, perhaps of the same step.
+        by_first_rank(self._communicator, lambda: self._discard(opened.step), "hvdlocal.checkpoint.discarded")
+        return f"no checkpoint of step {opened.step}: {failures[0]}"
+
+    def after_loss(self, steps: int) -> None:
+        """Goes on after ranks have died: the first rank removes what they have left. All ranks call it at the same step.
+
+        A checkpoint that was open remains so until `finish`, which does not complete it, because other ranks may still be
+        writing their files.
+
+        Args:
+            steps: optimizer steps done.
+        """
+        if self._communicator.rank == 0:
+            self.submit(self._discard_left, steps + 1, self.open_step)
 
     def failures(self, wait: bool = False) -> list[str]:
         """Returns what failed on the thread after a `finish` or a `submit`, each failure once. For rank 0."""
@@ -146,16 +161,30 @@ class CheckpointWriter:
                 if good is None or step > good:
                     files.set_aside(root, step)
 
-    def _write(self, step: int, state: dict[str, Any]) -> files.Written:
+    def _completed(self, step: int) -> list[str]:
+        """Waits until the first rank has completed a checkpoint; a collective. Returns why there is none."""
+        communicator, completing = self._communicator, self._completing
+        while True:
+            losses = len(communicator.losses)
+            problem: object = None
+            if completing is not None:
+                problem = completing.exception()
+            elif communicator.rank == 0 and not self._exists(step):
+                problem = communicator.losses[-1]  # the rank that was to complete it
+            problems = communicator.gather(problem and str(problem), "hvdlocal.checkpoint.complete")
+            if len(communicator.losses) == losses:
+                return problems[:1] if problems[0] else []
+
+    def _write(self, step: int, rank: int, state: dict[str, Any]) -> files.Written:
         start = time.perf_counter()
         if not _is_finite(
             state["model"]
         ):  # training will notice; until then the earlier checkpoints remain the good ones
             raise ArithmeticError("NaN or infinity in the model")
         with self._output.inner(CHECKPOINTS, create=True) as root:
-            if self._communicator.rank == 0 and root.stat(".").st_dev == self._output.stat(".").st_dev:
+            if rank == 0 and root.stat(".").st_dev == self._output.stat(".").st_dev:
                 files.reserve(root, step, _reserve_bytes(state["model"]))
-            written = files.write_rank(root, step, self._communicator.rank, state)
+            written = files.write_rank(root, step, rank, state)
         self.write_seconds = time.perf_counter() - start
         return written
 
@@ -171,6 +200,15 @@ class CheckpointWriter:
     def _keep_newest(self) -> None:
         with self._output.inner(CHECKPOINTS) as root:
             files.keep_newest(root, self._keep)
+
+    def _discard_left(self, before: int, but: int | None) -> None:
+        if self._output.exists(CHECKPOINTS):
+            with self._output.inner(CHECKPOINTS) as root:
+                files.discard_left(root, before, but)
+
+    def _exists(self, step: int) -> bool:
+        with self._output.inner(CHECKPOINTS) as root:  # opened anew: another node may have renamed it
+            return step in files.steps_of(root.names())
 
     def _discard(self, step: int) -> None:
         with suppress(OSError), self._output.inner(CHECKPOINTS) as root:
