@@ -137,7 +137,7 @@ class Communicator(ABC):
         self._count(tensor)
         if self.size == 1:
             return StartedSum(lambda: None, lambda: True)
-        pieces = _pieces(tensor.detach().view(-1), name)
+        pieces = self._pieces(tensor.detach().view(-1), name)
         with self._explained(name):
             pending = [(self._start_sum(piece, piece_name), piece_name) for piece, piece_name in pieces]
 
@@ -155,7 +155,9 @@ class Communicator(ABC):
             return
         flat = tensor.detach().contiguous().view(-1)
         with self._explained(name):
-            for piece, piece_name in _pieces(flat.view(torch.uint8), name):  # only bits are moved, so any dtype will do
+            for piece, piece_name in self._pieces(
+                flat.view(torch.uint8), name
+            ):  # only bits are moved, so any dtype will do
                 self._wait(self._start_broadcast(piece, piece_name, root), piece_name)
         if not tensor.is_contiguous():
             tensor.detach().copy_(flat.view(tensor.shape))
@@ -257,11 +259,17 @@ class Communicator(ABC):
         return [
             (self._start_broadcast(piece, piece_name, root), piece_name)
             for root, one in enumerate(slices)
-            for piece, piece_name in _pieces(one.view(torch.uint8), f"{name}.{root}")
+            for piece, piece_name in self._pieces(one.view(torch.uint8), f"{name}.{root}")
         ]
 
     @abstractmethod
     def _gather_bytes(self, data: bytes, name: str) -> list[bytes]: ...
+
+    def _pieces(self, flat: torch.Tensor, name: str) -> list[tuple[torch.Tensor, str]]:
+        """A vector in pieces that one collective can carry, each with its name."""
+        if flat.numel() <= MAX_ELEMENTS:
+            return [(flat, name)]
+        return [(piece, f"{name}.{i}") for i, piece in enumerate(flat.split(MAX_ELEMENTS))]
 
     def _count(self, tensor: torch.Tensor) -> None:
         if self.size > 1:
@@ -270,18 +278,23 @@ class Communicator(ABC):
     def _wait(self, pending: Pending, name: str) -> Any:
         """Polls and sleeps rather than blocks, so that signal handlers run, the core is free and the deadline holds."""
         start = time.monotonic()
+        limit = self.timeout_seconds
         while not pending.done():
             waited = time.monotonic() - start
-            if waited > self.timeout_seconds:
-                raise CollectiveTimeoutError(
-                    f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: at least one other rank has not "
-                    f"come to it. Look for a rank that died, hangs or took another branch; a longer limit is set with "
-                    f"HVDLOCAL_TIMEOUT_SECONDS (now {self.timeout_seconds:g})."
-                )
+            if waited > limit:
+                limit = self._pass_deadline(pending, waited, name)
             if waited > 1:
                 self._check_peers()
             time.sleep(min(1e-3, max(5e-5, waited / 50)))
         return pending.finish()
+
+    def _pass_deadline(self, pending: Pending, waited: float, name: str) -> float:
+        """Raises that a wait of `waited` seconds has passed its deadline; an engine may return a later one instead."""
+        raise CollectiveTimeoutError(
+            f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: at least one other rank has not come to it. "
+            f"Look for a rank that died, hangs or took another branch; a longer limit is set with HVDLOCAL_TIMEOUT_SECONDS (now "
+            f"{self.timeout_seconds:g})."
+        )
 
     def _check_peers(self) -> None:  # noqa: B027  (nothing to check is a valid answer)
         """Raises RuntimeError when the collective that has been waited for cannot complete any more."""
@@ -310,10 +323,3 @@ class Communicator(ABC):
             else:
                 why = "failed, most often because the ranks did not ask for the same thing or a rank failed"
             raise CommunicationError(f"{self.describe()}: the collective {name!r} {why} ({error})") from error
-
-
-def _pieces(flat: torch.Tensor, name: str) -> list[tuple[torch.Tensor, str]]:
-    """A vector in pieces that one collective can carry, each with its name."""
-    if flat.numel() <= MAX_ELEMENTS:
-        return [(flat, name)]
-    return [(piece, f"{name}.{i}") for i, piece in enumerate(flat.split(MAX_ELEMENTS))]

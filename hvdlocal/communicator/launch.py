@@ -12,6 +12,7 @@ from hvdlocal.communicator.horovod_backend import HorovodCommunicator
 from hvdlocal.communicator.islands import Island, form_islands, parse_island
 from hvdlocal.communicator.launched import launched_by_torchrun, launched_size
 from hvdlocal.communicator.mpi4py_backend import Mpi4pyCommunicator
+from hvdlocal.communicator.surviving_backend import SurvivingCommunicator
 from hvdlocal.communicator.torch_backend import TorchCommunicator
 
 BACKENDS = ("horovod", "mpi4py", "torch")
@@ -26,6 +27,7 @@ def init(
     backend: Literal["horovod", "mpi4py", "torch"] | None = None,
     *,
     island: Literal["node"] | int | None = None,
+    survive: bool | None = None,
     timeout_seconds: float | None = None,
 ) -> Communicator:
     """Joins the ranks of this job. Call it once, before building the optimizer; a second call returns the same object.
@@ -39,22 +41,28 @@ def init(
         island: "node", or a number of ranks: so many ranks, between which communication is cheap, are one worker. They lie in
             one node, or are those of several whole nodes. By default the environment variable HVDLOCAL_ISLAND, else 1, which
             means no islands.
+        survive: go on without ranks that die; needs the engine mpi4py and Open MPI's `mpirun --with-ft ulfm` (5.0 or newer). By
+            default the environment variable HVDLOCAL_SURVIVE ("1" or "0"), else False, and a job ends with its first rank.
         timeout_seconds: how long one collective may take before it ends in an error; by default
-            HVDLOCAL_TIMEOUT_SECONDS, else half an hour.
+            HVDLOCAL_TIMEOUT_SECONDS, else half an hour. With `survive`, ranks that have not come to it then are killed.
 
     Returns:
         The communicator: `.rank`, `.size`, `.local_rank` and so on; with islands also `.island` and `.peers`.
 
     Raises:
         ImportError: the backend is not installed; the message says how to get it.
-        LaunchError: the launcher started several ranks that do not see each other.
-        RuntimeError: MPI has ended in this process with an earlier communicator.
+        LaunchError: the launcher started several ranks that do not see each other, or not such that they can survive.
+        RuntimeError: MPI has ended in this process with an earlier communicator, or ranks have died.
         ValueError: unknown backend, or another one is in use already; the same for the island, and the ranks cannot be divided
-            into such islands.
+            into such islands; `survive` with another engine than mpi4py or with islands.
     """
     global _current, _island
     if _current is not None and not _current.is_open:
         if not _current.can_be_replaced:
+            if _current.survives:
+                raise RuntimeError(
+                    "hvdlocal.init() after shutdown(): ranks have died, and MPI cannot join those that are left again"
+                )
             raise RuntimeError(
                 "hvdlocal.init() after shutdown(): with Horovod's shutdown MPI has ended, which a process can start only once. "
                 "Call shutdown() at the end of the program; where it must be called before, import mpi4py.MPI first of all, "
@@ -66,6 +74,8 @@ def init(
             raise ValueError(f"hvdlocal.init({backend!r}): this process already uses {_current.backend!r}")
         if island not in (None, _island, _current.island_size):
             raise ValueError(f"hvdlocal.init(island={island!r}): this process already uses island={_island!r}")
+        if survive not in (None, _current.survives):
+            raise ValueError(f"hvdlocal.init(survive={survive}): this process already uses survive={_current.survives}")
         return _current
     chosen = backend or os.environ.get("HVDLOCAL_BACKEND") or "horovod"
     if timeout_seconds is None:
@@ -74,10 +84,21 @@ def init(
         chosen_island = parse_island(os.environ.get("HVDLOCAL_ISLAND") or 1, "HVDLOCAL_ISLAND")
     else:
         chosen_island = parse_island(island, "island")
+    if survive is None:
+        survive = _survive_from_environment()
+    if survive and chosen != "mpi4py":
+        raise ValueError(
+            f"survive needs the engine mpi4py, not {chosen}: set HVDLOCAL_BACKEND=mpi4py, or leave survive out"
+        )
+    if survive and chosen_island != 1:
+        raise ValueError(
+            f"survive cannot be used with islands (island={chosen_island!r}), since an island that has lost a rank would be "
+            "smaller than the others: leave one of the two out"
+        )
     if chosen == "horovod":
         communicator = _horovod(timeout_seconds, divisible=chosen_island != 1)
     elif chosen == "mpi4py":
-        communicator = _mpi4py(timeout_seconds)
+        communicator = _mpi4py(timeout_seconds, survive=survive)
     elif chosen == "torch":
         communicator = TorchCommunicator(timeout_seconds)
     else:
@@ -112,14 +133,21 @@ def _horovod(timeout_seconds: float, *, divisible: bool) -> Communicator:
         ) from error
 
 
-def _mpi4py(timeout_seconds: float) -> Communicator:
+def _mpi4py(timeout_seconds: float, *, survive: bool) -> Communicator:
     try:
-        return Mpi4pyCommunicator(timeout_seconds)
+        return SurvivingCommunicator(timeout_seconds) if survive else Mpi4pyCommunicator(timeout_seconds)
     except ImportError as error:
         raise ImportError(
             f"mpi4py cannot be used here ({error}). `pip install mpi4py`, and have the MPI library that started this job on "
             "LD_LIBRARY_PATH; or use torch.distributed: HVDLOCAL_BACKEND=torch."
         ) from error
+
+
+def _survive_from_environment() -> bool:
+    text = os.environ.get("HVDLOCAL_SURVIVE") or "0"
+    if text not in ("0", "1"):
+        raise ValueError(f"HVDLOCAL_SURVIVE={text!r}: set it to 1 or 0")
+    return text == "1"
 
 
 def _timeout_from_environment() -> float:

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,7 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> Call:
         def collective(host: torch.Tensor) -> None:
-            memory = _memory(host)
+            memory = memory_of(host)
             piece = max(1, PIECE_BYTES // memory.itemsize) if self._in_shared_memory else memory.size
             for start in range(0, memory.size, piece):
                 self._ranks.Allreduce(self._mpi.IN_PLACE, memory[start : start + piece], op=self._mpi.SUM)
@@ -99,7 +100,7 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
 
     def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Call:
         def collective(host: torch.Tensor) -> None:
-            self._ranks.Bcast(_memory(host), root=root)
+            self._ranks.Bcast(memory_of(host), root=root)
 
         what = f"broadcast of {flat.numel()} {flat.dtype} from rank {self.job_ranks[root]} ({name})"
         return self._in_host_memory(flat, what, collective)
@@ -109,7 +110,7 @@ class Mpi4pyCommunicator(ThreadedCommunicator):
             return super()._start_sharing(flat, name)
 
         def collective(host: torch.Tensor) -> None:
-            self._ranks.Allgather(self._mpi.IN_PLACE, _memory(host))
+            self._ranks.Allgather(self._mpi.IN_PLACE, memory_of(host))
 
         return [(self._in_host_memory(flat, f"slices of {flat.numel()} {flat.dtype} ({name})", collective), name)]
 
@@ -126,11 +127,14 @@ class _Departures:
     def __init__(self, ranks: Any) -> None:
         self._ranks = ranks
         self._first_seen = math.inf
+        self._notices: list[Any] = []
 
     def announce(self) -> None:
         """Sends this rank's departure to all others, and does not wait for them."""
         others = [peer for peer in range(self._ranks.size) if peer != self._ranks.rank]
-        self._notices = [self._ranks.Isend(b"", dest=peer) for peer in others]
+        for peer in others:
+            with suppress(RuntimeError):  # it has died
+                self._notices.append(self._ranks.Isend(b"", dest=peer))
 
     def first_of(self, ranks: Sequence[int]) -> int | None:
         """The first of `ranks` that has left."""
@@ -141,13 +145,20 @@ class _Departures:
             self._first_seen = min(self._first_seen, time.monotonic())
         return left
 
+    def left(self, rank: int) -> bool:
+        """Whether a rank has announced its departure, or has died."""
+        try:
+            return self._ranks.Iprobe(source=rank)
+        except RuntimeError:
+            return True
+
     @property
     def seconds(self) -> float:
         """How long ago the first departure was seen; negative without one."""
         return time.monotonic() - self._first_seen
 
 
-def _memory(tensor: torch.Tensor) -> NDArray[Any]:
+def memory_of(tensor: torch.Tensor) -> NDArray[Any]:
     """The memory of a contiguous tensor on the CPU. After `Tensor.numpy()` torch would never resize it again, which layers for
     quantisation do to their buffers.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,12 @@ from hvdlocal.exit_codes import ExitCode
 
 DEPARTURE_GRACE_SECONDS = 3.0
 
+C = TypeVar("C", bound="Call")
+
+
+class DifferentCollectivesError(RuntimeError):
+    """The ranks ask for different collectives at the same time; raised on all of them."""
+
 
 class ThreadedCommunicator(Communicator):
     """Ranks whose collectives are blocking calls of a thread, so that the main thread sees signals and deadlines.
@@ -33,6 +39,8 @@ class ThreadedCommunicator(Communicator):
     """
 
     _allows_several_threads = True
+    _consequence = "ending the job"
+    """What an uncaught exception leads to."""
 
     def __init__(self, rank: int, size: int, local_rank: int, local_size: int, timeout_seconds: float) -> None:
         super().__init__(rank, size, local_rank, local_size, timeout_seconds)
@@ -55,6 +63,11 @@ class ThreadedCommunicator(Communicator):
     def is_open(self) -> bool:
         """See `Communicator`."""
         return not self._calls.closed
+
+    @property
+    def _taking_part(self) -> tuple[int, ...]:
+        """The ranks that the thread's collectives connect, as they are numbered in the job."""
+        return self.job_ranks
 
     def _thread(self) -> _CallThread:
         """The thread of the ranks of this communicator."""
@@ -101,8 +114,10 @@ class ThreadedCommunicator(Communicator):
         self._maximum_(extremes)
         if extremes[0] != -extremes[1]:
             everyone = [one.decode() for one in self._exchange(what.encode())]
-            told = [f"rank {rank}: {one}" for rank, one in list(zip(self.job_ranks, everyone, strict=True))[:8]]
-            raise RuntimeError(f"the ranks ask for different collectives at the same time, {'; '.join(told)}")
+            told = [f"rank {rank}: {one}" for rank, one in list(zip(self._taking_part, everyone, strict=True))[:8]]
+            raise DifferentCollectivesError(
+                f"the ranks ask for different collectives at the same time, {'; '.join(told)}"
+            )
 
     def _in_host_memory(self, flat: torch.Tensor, what: str, collective: Callable[[torch.Tensor], None]) -> Call:
         """Submits a collective that needs its tensor on the CPU; a CUDA tensor is copied there and back."""
@@ -118,7 +133,7 @@ class ThreadedCommunicator(Communicator):
         return self._submit(work)
 
     def _submit(self, work: Callable[[], Any]) -> Call:
-        return self._calls.submit(work)
+        return self._calls.submit(Call(work))
 
     def _leave(self) -> None:
         """Leaves the job at the end of the process, before its libraries do; beside a collective under way they crash or hang."""
@@ -135,7 +150,7 @@ class ThreadedCommunicator(Communicator):
     def _abort_on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # To the process's own stderr: torch.distributed calls hooks with a buffer in its place, which would end with the process.
         traceback.print_exception(kind, error, trace, file=sys.__stderr__)
-        print(f"{self.describe()}: uncaught {kind.__name__}; ending the job\n", end="", file=sys.__stderr__)
+        print(f"{self.describe()}: uncaught {kind.__name__}; {self._consequence}\n", end="", file=sys.__stderr__)
         self.abort(ExitCode.FAILED)
 
 
@@ -160,8 +175,7 @@ class _CallThread:
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], Any]) -> Call:
-        call = Call(work)
+    def submit(self, call: C) -> C:
         self._calls.put(call)
         return call
 

@@ -130,7 +130,7 @@ def test_a_communicator_that_was_shut_down_is_not_given_out(monkeypatch):
         launch.init()
     ended.can_be_replaced = True
     again = Ended()
-    monkeypatch.setattr(launch, "_mpi4py", lambda timeout: again)
+    monkeypatch.setattr(launch, "_mpi4py", lambda timeout, survive: again)
     monkeypatch.setattr(launch, "_check_world", lambda size, backend: None)
     monkeypatch.setattr(launch, "form_islands", lambda communicator, island: None)
     assert launch.init("mpi4py") is launch.current() is again

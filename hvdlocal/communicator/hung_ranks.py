@@ -1,0 +1,115 @@
+"""Ranks that hang are found and ended by the other ranks of their node.
+
+MPI notices a process that has died, but not one that is stopped or works for ever. A rank that has waited for too long kills the
+ranks of its node that are to blame; then they have died.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SLOT = np.dtype([("pid", np.int64), ("entered", np.int64), ("waits", np.int64), ("beat", np.float64)])
+"""Of one rank: its process, the collectives it has entered, whether it waits for one, and when it was last seen to run."""
+
+
+class NodeBoard:
+    """What the ranks of a node show each other, in memory that they share.
+
+    Args:
+        file: of `size` slots, the same for all ranks of the node; it can be removed afterwards.
+        place: that of this rank among them.
+        size: number of ranks on the node.
+        patience: after how many seconds without a sign of life a rank is taken for stopped.
+    """
+
+    def __init__(self, file: Path, place: int, size: int, patience: float) -> None:
+        with file.open("r+b") as opened:
+            self._slots = np.frombuffer(mmap.mmap(opened.fileno(), size * SLOT.itemsize), SLOT)
+        self._mine = self._slots[place : place + 1]
+        self._mine["pid"] = os.getpid()
+        self._patience = patience
+        self._closed = threading.Event()
+        self._show_life()
+        threading.Thread(target=self._beat, name="hvdlocal-heartbeat", daemon=True).start()
+
+    def enter(self) -> int:
+        """Shows that this rank has come to its next collective, and returns the collective's number."""
+        self._mine["entered"] += 1
+        return int(self._mine["entered"][0])
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Shows meanwhile that this rank waits for others; a rank that does so is not to blame for being behind."""
+        self._mine["waits"] = 1
+        try:
+            yield
+        finally:
+            self._mine["waits"] = 0
+
+    def kill_hung(self, places: Iterable[int], collective: int) -> list[int]:
+        """Kills the ranks that a collective waits for.
+
+        Args:
+            places: those of the ranks of the node that have not died, without this one.
+            collective: its number.
+
+        Returns:
+            The places of those that were killed: ranks that do not run, and ranks that have not come to the collective although
+            they wait for nobody.
+        """
+        now = time.monotonic()  # one clock for all processes of a node
+        hung = [
+            place
+            for place in places
+            if now - self._slots[place]["beat"] > self._patience
+            or (self._slots[place]["entered"] < collective and not self._slots[place]["waits"])
+        ]
+        for place in hung:
+            with suppress(ProcessLookupError):
+                os.kill(int(self._slots[place]["pid"]), signal.SIGKILL)
+        return hung
+
+    def close(self) -> None:
+        """Ends the signs of life."""
+        self._closed.set()
+
+    def _show_life(self) -> None:
+        self._mine["beat"] = time.monotonic()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(min(1.0, self._patience / 4)):
+            self._show_life()
+
+
+def open_board(node: Any, patience: float) -> NodeBoard:
+    """Makes the board of a node; a collective of its ranks.
+
+    Args:
+        node: MPI's communicator of them.
+        patience: as for `NodeBoard`.
+    """
+    file = None
+    if node.rank == 0:
+        descriptor, name = tempfile.mkstemp(
+            prefix="hvdlocal-ranks-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+        )
+        os.ftruncate(descriptor, node.size * SLOT.itemsize)
+        os.close(descriptor)
+        file = Path(name)
+    file = node.bcast(file)
+    board = NodeBoard(file, node.rank, node.size, patience)
+    node.Barrier()
+    if node.rank == 0:
+        file.unlink()
+    return board

@@ -1,0 +1,253 @@
+"""MPI ranks that go on without those that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hvdlocal.communicator.base import MAX_ELEMENTS, Communicator, Pending
+from hvdlocal.communicator.errors import CommunicationError, LaunchError
+from hvdlocal.communicator.hung_ranks import open_board
+from hvdlocal.communicator.losses import Loss, TooFewRanksError
+from hvdlocal.communicator.mpi4py_backend import PIECE_BYTES, Mpi4pyCommunicator, memory_of
+from hvdlocal.communicator.survivors import Survivors
+from hvdlocal.communicator.threaded import DEPARTURE_GRACE_SECONDS, Call
+from hvdlocal.communicator.ulfm import end_without_mpi, ended_after, start_mpi
+from hvdlocal.communicator.undo import Undo
+from hvdlocal.exit_codes import ExitCode
+from hvdlocal.terminal import Guarded, complain
+
+T = TypeVar("T")
+
+END = "hvdlocal.end_of_program"
+
+
+class SurvivingCommunicator(Mpi4pyCommunicator):
+    """All ranks of `MPI.COMM_WORLD`, and after a loss those that are left. See `Communicator`.
+
+    A rank has died when its process has ended: killed, out of memory, with its node, or by an uncaught exception. A rank that
+    does not come to a collective within `timeout_seconds`, or does not run at all then, is killed by the other ranks of its
+    node. The others repeat the collective among themselves: a sum is that of the survivors, `gather` returns their values, and a
+    broadcast comes from the first survivor if its root has died. `share_slices_` leaves the slice of a rank that has died as the
+    first survivor has it.
+
+    Raises:
+        ImportError: mpi4py is not installed.
+        LaunchError: the ranks were not started such that they can survive, or one of them died before it could be missed.
+    """
+
+    survives = True
+    _consequence = "the other ranks go on without this one"
+
+    def __init__(self, timeout_seconds: float) -> None:
+        with ended_after(timeout_seconds):
+            mpi = start_mpi()
+            try:
+                super().__init__(timeout_seconds)
+                node = self._ranks.Split_type(mpi.COMM_TYPE_SHARED)
+                self._board = open_board(node, timeout_seconds / 2)
+                # Of every rank of the job: its host, and the first rank of its node.
+                everyone = self._ranks.allgather((socket.gethostname(), node.bcast(self.rank)))
+            except mpi.Exception as error:
+                raise LaunchError(
+                    f"a rank died while the ranks of this job were joined ({error}): start it again"
+                ) from error
+        self._nodes = [first for _, first in everyone]
+        self._undo = Undo()
+        self._survivors = Survivors(mpi, self._ranks, [host for host, _ in everyone], self._undo)
+        self._gave_up = False
+
+    @property
+    def can_be_replaced(self) -> bool:
+        """See `Communicator`. After a loss, MPI cannot connect the ranks of the job again."""
+        return not self._survivors.losses
+
+    def split(self, groups: Sequence[Sequence[int]], name: str) -> Communicator:
+        """Refuses groups: a rank that dies would be missed in its group alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"split ({name!r}): with survive, the ranks cannot be divided into groups")
+
+    def shutdown(self) -> None:
+        """See `Communicator`. A collective: it returns when all ranks that are left have called it."""
+        if not self.is_open:
+            return
+        try:
+            if self.size > 1:
+                with self._explained(END):
+                    self._wait(self._submit_collective(END, lambda: self._agree_on("the end of the program")), END)
+        finally:
+            super().shutdown()
+            self._board.close()
+
+    def abort(self, exit_code: int) -> None:
+        """Ends this process. The other ranks go on without it, unless all of them end so: then the job has this exit code.
+
+        The process is killed: of one that ends with an exit code, Open MPI does not tell the others.
+        """
+        for stream in (sys.stdout, sys.stderr):
+            Guarded(stream).flush()
+        if not self._gave_up:
+            self._departures.announce()
+            time.sleep(DEPARTURE_GRACE_SECONDS)  # others may have the same reason, and print it
+            own = self.job_ranks[self.rank]
+            if not all(self._departures.left(rank) for rank in self._survivors.members if rank != own):
+                os.kill(os.getpid(), signal.SIGKILL)
+        super().abort(exit_code)
+
+    def _leave(self) -> None:
+        if self._gave_up:
+            self.abort(ExitCode.INTERRUPTED)
+        try:
+            self.shutdown()
+        except CommunicationError as error:
+            complain(str(error))
+            self.abort(ExitCode.PEER_FAILED)
+        end_without_mpi()
+
+    def _check_peers(self) -> None:
+        """A peer that has left has died."""
+
+    def _wait(self, pending: Pending, name: str) -> Any:
+        with self._board.waiting():
+            result, losses = super()._wait(pending, name)
+        self._take_in(self._survivors.losses[len(self.losses) : losses])
+        return result
+
+    def _take_in(self, losses: list[Loss]) -> None:
+        """Shows the main thread what the thread of the collectives has gone on with for some time."""
+        if not losses:
+            return
+        own = self.job_ranks[self.rank]
+        self.losses += losses
+        lost = {rank for loss in losses for rank in loss.ranks}
+        self.job_ranks = tuple(rank for rank in self.job_ranks if rank not in lost)
+        self.rank, self.size = self.job_ranks.index(own), len(self.job_ranks)
+        neighbours = [rank for rank in self.job_ranks if self._nodes[rank] == self._nodes[own]]
+        self.local_rank, self.local_size = neighbours.index(own), len(neighbours)
+
+    def _pass_deadline(self, pending: Pending, waited: float, name: str) -> float:
+        assert isinstance(pending, _Collective)
+        if not pending.late:
+            pending.late = True
+            self._kill_hung(pending.number, waited, name)
+            return waited + self.timeout_seconds
+        self._gave_up = True
+        self._undo.roll_back()  # the thread of the collectives hangs, so this does not come between
+        raise TooFewRanksError(
+            f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: ranks do not answer, and none of them could be "
+            "found dead, so the others cannot go on without them. Look for a node that hangs or a network that is interrupted; a "
+            f"longer limit is set with HVDLOCAL_TIMEOUT_SECONDS (now {self.timeout_seconds:g})."
+        )
+
+    def _kill_hung(self, collective: int, waited: float, name: str) -> None:
+        """Kills the ranks of this node that a collective waits for."""
+        own = self.job_ranks[self.rank]
+        node = [rank for rank, first in enumerate(self._nodes) if first == self._nodes[own]]
+        places = [place for place, rank in enumerate(node) if rank != own and rank in self._survivors.members]
+        for place in self._board.kill_hung(places, collective):
+            complain(
+                f"{self.describe()} waited {waited:.0f} s in the collective {name!r} for rank {node[place]} and killed it"
+            )
+
+    def _start_sum(self, flat: torch.Tensor, name: str) -> Call:
+        def sum_piece(piece: NDArray[Any]) -> None:
+            self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, piece, op=self._mpi.SUM)
+
+        return self._in_place(flat, name, f"sum of {flat.numel()} {flat.dtype}", sum_piece)
+
+    def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Call:
+        sender = self.job_ranks[root]
+
+        def broadcast_piece(piece: NDArray[Any]) -> None:
+            self._survivors.ranks.Bcast(piece, root=self._survivors.place_of(sender))
+
+        return self._in_place(
+            flat, name, f"broadcast of {flat.numel()} {flat.dtype} from rank {sender}", broadcast_piece
+        )
+
+    def _start_sharing(self, flat: torch.Tensor, name: str) -> list[tuple[Pending, str]]:
+        return Communicator._start_sharing(self, flat, name)  # by broadcasts, which do without a rank
+
+    def _gather_bytes(self, data: bytes, name: str) -> list[bytes]:
+        def attempt() -> list[bytes]:
+            self._agree_on(f"gather ({name})")
+            return self._exchange(data)
+
+        return self._wait(self._submit_collective(name, attempt), name)
+
+    def _in_place(self, flat: torch.Tensor, name: str, what: str, collective: Callable[[NDArray[Any]], None]) -> Call:
+        """Submits a collective of all pieces of a tensor, which has either all of them from the same ranks, or none."""
+        computed = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
+
+        def attempt() -> torch.Tensor:
+            self._agree_on(f"{what} ({name})")
+            host = flat.cpu()  # the tensor itself when it is on the CPU already
+            memory = memory_of(host)
+            if host is flat:
+                self._undo.reserve(memory.nbytes)
+            length = max(1, PIECE_BYTES // memory.itemsize) if self._in_shared_memory else MAX_ELEMENTS
+            for start in range(0, memory.size, length):
+                piece = memory[start : start + length]
+                if host is flat:
+                    self._undo.save(piece)
+                collective(piece)
+            return host
+
+        def work() -> tuple[None, int]:
+            if computed is not None:
+                computed.synchronize()
+            host, losses = self._complete(name, attempt)
+            if host is not flat:
+                flat.copy_(host)
+            return None, losses
+
+        return self._submit(work)
+
+    def _submit_collective(self, name: str, attempt: Callable[[], Any]) -> Call:
+        return self._submit(lambda: self._complete(name, attempt))
+
+    def _complete(self, name: str, attempt: Callable[[], T]) -> tuple[T, int]:
+        """Makes a collective, in its thread; returns its result and the number of losses until then, which `_wait` takes in."""
+        return self._survivors.complete(name, attempt), len(self._survivors.losses)
+
+    def _submit(self, work: Callable[[], tuple[Any, int]]) -> Call:
+        return self._calls.submit(_Collective(work, self._board.enter()))
+
+    def _pieces(self, flat: torch.Tensor, name: str) -> list[tuple[torch.Tensor, str]]:
+        return [(flat, name)]  # a loss between two pieces would make them the sums of different ranks
+
+    @property
+    def _taking_part(self) -> tuple[int, ...]:
+        return self._survivors.members
+
+    def _maximum_(self, numbers: NDArray[np.int64]) -> None:
+        self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, numbers, op=self._mpi.MAX)
+
+    def _exchange(self, data: bytes) -> list[bytes]:
+        return self._survivors.ranks.allgather(data)
+
+
+class _Collective(Call):
+    """A collective under way.
+
+    Attributes:
+        number: which of this rank's collectives it is.
+        late: whether a wait for it has passed its first deadline.
+    """
+
+    def __init__(self, work: Callable[[], tuple[Any, int]], number: int) -> None:
+        super().__init__(work)
+        self.number = number
+        self.late = False
