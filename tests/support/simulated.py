@@ -9,7 +9,7 @@ round and the application of its average, S = Σ lr over the steps of the round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -170,14 +170,14 @@ class Average:
     """An average that was begun and is not applied yet.
 
     Attributes:
-        sent: θ of every worker at the end of the round.
-        moments: by name, what every worker sent of a moment that was due.
+        sent: by worker, its θ at the end of the round.
+        moments: by name and worker, what was sent of a moment that was due.
         path: S of the round.
         steps: taken since.
     """
 
-    sent: list[Vector]
-    moments: dict[str, list[Vector]]
+    sent: dict[int, Vector]
+    moments: dict[str, dict[int, Vector]]
     path: float
     steps: int = 0
 
@@ -197,6 +197,11 @@ class Workers:
         moment_periods: by name, the number of rounds after which a moment is averaged; other moments stay with their worker.
         reset: whether the moments start anew when an average is applied.
         budget: steps after which the run ends; its last round is shortened, and nothing of it overlaps.
+        deaths: by round, 1 for the first, the workers that are gone when its average begins.
+
+    Attributes:
+        present: the workers that are left, ascending.
+        num_workers: K of the last average that was applied.
     """
 
     start: Vector
@@ -209,8 +214,12 @@ class Workers:
     moment_periods: Mapping[str, int] = field(default_factory=dict)
     reset: bool = False
     budget: int | None = None
+    deaths: Mapping[int, Collection[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.inner = list(self.inner)
+        self.present = list(range(len(self.inner)))
+        self.num_workers = len(self.inner)
         self.phi = self.start.copy()
         self.thetas = [self.start.copy() for _ in self.inner]
         self.pending: Average | None = None
@@ -218,10 +227,10 @@ class Workers:
         self.path = 0.0
 
     def step(self, gradients: Sequence[Vector], lr: float) -> None:
-        """Takes a step of every worker.
+        """Takes a step of every worker that is left.
 
         Args:
-            gradients: one for each worker, at its replica.
+            gradients: one for each of them, at its replica.
             lr: the rate of the step, gain included.
         """
         if self.steps_in_round == 0:
@@ -248,13 +257,23 @@ class Workers:
         elif self.pending:
             self._apply()
 
+    def _by_worker(self, values: Sequence[Vector]) -> dict[int, Vector]:
+        return dict(zip(self.present, values, strict=True))
+
+    def _lose(self, workers: Collection[int]) -> None:
+        left = [k for k, worker in enumerate(self.present) if worker not in workers]
+        self.thetas = [self.thetas[k] for k in left]
+        self.inner = [self.inner[k] for k in left]
+        self.present = [self.present[k] for k in left]
+
     def _end_round(self, overlap: bool) -> None:
         if self.pending:
             self._apply()
         self.rounds += 1
+        self._lose(self.deaths.get(self.rounds, ()))
         due = [name for name, period in self.moment_periods.items() if self.rounds % period == 0]
-        moments = {name: [inner.moments[name] for inner in self.inner] for name in due}
-        self.pending = Average(self.thetas, moments, self.path)
+        moments = {name: self._by_worker([inner.moments[name] for inner in self.inner]) for name in due}
+        self.pending = Average(self._by_worker(self.thetas), moments, self.path)
         self.path, self.steps_in_round = 0.0, 0
         if not overlap:
             self._apply()
@@ -262,16 +281,18 @@ class Workers:
     def _apply(self) -> None:
         average, self.pending = self.pending, None
         assert average is not None
-        mean = np.mean(average.sent, axis=0)
+        self.num_workers = len(average.sent)
+        mean = np.mean(list(average.sent.values()), axis=0)
         if self.outer is None:
             self.phi = mean
         else:
             self.phi = self.outer.step(self.phi, self.phi - mean, average.path if self.normalize else 1.0)
-        for k, (theta, sent) in enumerate(zip(self.thetas, average.sent, strict=True)):
-            self.thetas[k] = self._joined(theta, sent, self.phi, 1.0, average.steps)
+        for k, worker in enumerate(self.present):
+            self.thetas[k] = self._joined(self.thetas[k], average.sent[worker], self.phi, 1.0, average.steps)
         for name, sent_moments in average.moments.items():
-            mean = np.mean(sent_moments, axis=0)
-            for inner, sent in zip(self.inner, sent_moments, strict=True):
+            mean = np.mean(list(sent_moments.values()), axis=0)
+            for worker, inner in zip(self.present, self.inner, strict=True):
+                sent = sent_moments[worker]
                 found = self._joined(inner.moments[name], sent, mean, inner.decays[name], average.steps)
                 # Without rounding, no second moment would be negative here.
                 inner.moments[name] = np.maximum(found, 0) if name == "exp_avg_sq" else found
