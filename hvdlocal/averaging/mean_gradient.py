@@ -324,7 +324,7 @@ class MeanGradient:
         return repeat
 
     def _has_lost_ranks(self) -> bool:
-        """Whether ranks were lost since the last step, so that not all sums of this one need be those of the same ranks."""
+        """Whether ranks were lost since the sums of the last step, so that those of this one may be of different ranks."""
         return len(self._communicator.losses) > self._losses
 
     @property
@@ -338,7 +338,6 @@ class MeanGradient:
 
     def _restart(self) -> None:
         """Makes ready for the next step, for which the gradients are awaited that have come in this one."""
-        self._losses = len(self._communicator.losses)
         self._ever_late |= self._late
         if self._arrived:
             self._await(self._arrived | self._ever_late)

@@ -84,8 +84,4 @@ def raise_nonfinite_buffers(communicator: Communicator, mine: list[str], healthy
 
 def _nowhere(communicator: Communicator) -> str:
     """Where NaN or infinity were when no rank has them now."""
-    return (
-        "on a rank that is lost now, or in the sum over all ranks"
-        if communicator.losses
-        else "in the sum over all ranks"
-    )
+    return ("on a rank that is lost now, or " if communicator.losses else "") + "in the sum over all ranks"

@@ -232,9 +232,8 @@ class RoundAverage:
             hidden = max((pending.complete or start) - pending.begun, 0.0)
         message, per_worker = pending.message, self._ranks_per_worker
         on_device = message.scalars
-        present = on_device[
-            Scalar.PRESENT
-        ]  # not the communicator's size: ranks may be lost since they have contributed
+        # Not the communicator's size: ranks that have contributed may be lost by now.
+        present = on_device[Scalar.PRESENT]
         healthy_workers = (present - on_device[Scalar.NONFINITE]).div_(per_worker).clamp_(min=1)
         nonfinite = self._scale(message.scaled(pending.round_number), healthy_workers.reciprocal_())
         buffers = message.buffers.div_((present - on_device[Scalar.NONFINITE_BUFFERS]).clamp_(min=1))

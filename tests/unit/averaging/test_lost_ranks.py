@@ -109,14 +109,15 @@ def test_ranks_that_are_lost_elsewhere_are_told_at_the_end_of_the_next_step():
         seen.append((optimizer.num_workers, ranks_of(told)))
         step(optimizer, model, c)  # applies it, then begins the next one
         seen.append((optimizer.num_workers, ranks_of(told)))
-        own = weight(model)
+        own, divergence = weight(model), optimizer.divergence
         optimizer.synchronize()
-        return seen, own - -c, weight(model)
+        return seen, own - -c, divergence, weight(model)
 
-    seen, carried_to, end = left(run_mortal(3, body, Death(2, "the caller's")))
+    seen, carried_to, divergence, end = left(run_mortal(3, body, Death(2, "the caller's")))
     assert seen == [[1, 2], (2, []), (2, [(2,)])]
     # The mean of 4, 3 and 1 is 8/3, from which each rank goes on by −c.
     assert carried_to == pytest.approx(8 / 3)
+    assert divergence == pytest.approx(10 / 3 * ((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2))
     assert end == pytest.approx(8 / 3 - 1.5)
 
 
@@ -160,6 +161,7 @@ def test_a_callback_may_communicate():
 
         def on_loss(loss):
             seen.append((loss.ranks, comm.gather(c, "told")))
+            optimizer.synchronize()
 
         optimizer = local(model, 1, communicator=comm, on_loss=on_loss)
         for _ in range(2):
@@ -384,6 +386,25 @@ def test_averaged_buffers(poison):
     assert own == pytest.approx([5 if poison else 14 / 3] * 3)
     assert end == pytest.approx(5 - 14 / 3)
     assert (message, ranks) == (("NaN or infinity at progress 1.0 in averaged buffers", 1) if poison else ("", 0))
+
+
+def test_buffers_of_a_rank_that_is_lost_while_their_average_is_under_way():
+    def body(comm):
+        own, (c, _) = comm.rank, slope(comm)
+        model = Counted(0.0)
+        optimizer = local(model, 2, communicator=comm, buffers={"own": "average"}, overlap=1)
+        model.own.fill_(math.nan if own == 1 else c)
+        for _ in range(2):
+            step(optimizer, model, c)
+        comm.gather(0, "the caller's")
+        with pytest.raises(
+            hvdlocal.NonFiniteError, match="in averaged buffers: 'own' on rank 1: they are now the average"
+        ):
+            step(optimizer, model, c)
+        return model.own.tolist()
+
+    # Those of ranks 0, 2 and 3 are averaged, although rank 3 is lost.
+    assert left(run_mortal(4, body, Death(3, "the caller's"))) == pytest.approx([13 / 3] * 3)
 
 
 def test_buffers_that_synchronize_averages():
