@@ -128,7 +128,7 @@ class CheckpointWriter:
             steps: optimizer steps done.
         """
         if self._communicator.rank == 0:
-            self.submit(self._discard_left, steps + 1, self.open_step)
+            self.submit(self._discard_left, steps, self.open_step)
 
     def failures(self, wait: bool = False) -> list[str]:
         """Returns what failed on the thread after a `finish` or a `submit`, each failure once. For rank 0."""
