@@ -109,7 +109,7 @@ class CheckpointCoordinator:
             news = self.status.exchange(steps, start, self._news())
             self._totals.waited(self._totals.elapsed - start)
         idle, self._asked = self._asked and news is not None and not news.writing, True
-        if news is None or self._has_lost:
+        if news is None:
             return
         if news.stop:
             self.stop(steps)

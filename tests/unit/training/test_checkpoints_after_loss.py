@@ -50,10 +50,19 @@ class Run:
             self.output.directory,
             interruption.Deadline(None),
             self.totals,
-            lambda: {"model": {"weight": torch.full((3,), float(self.own))}},
-            lambda: {"num_workers": communicator.size, "lost": len(communicator.losses), "in_sync": False},
+            self.state,
+            self.contents,
             self.completed.append,
         )
+
+    def state(self):
+        assert len(self.communicator.losses) == self.losses  # a run that has not gone on is not that of its ranks
+        self.communicator.barrier("test.state")  # as a loop of the user's own has one
+        return {"model": {"weight": torch.full((3,), float(self.own))}}
+
+    def contents(self):
+        assert len(self.communicator.losses) == self.losses
+        return {"num_workers": self.communicator.size, "in_sync": False}
 
     def go_on(self):
         if len(self.communicator.losses) > self.losses:
@@ -110,13 +119,12 @@ def run(path, *deaths, steps=60, stop_at=None, **config):
 
 DEATHS = {
     "of the first, at a step": [Death(0, "test.step", 13)],
-    "of the first, at an exchange": [Death(0, "hvdlocal.poll", 3)],
-    "of another, at an exchange": [Death(2, "hvdlocal.poll", 4)],
     "of the first, at a checkpoint": [Death(0, "hvdlocal.checkpoint", 1)],
     "of another, at a checkpoint": [Death(3, "hvdlocal.checkpoint", 2)],
     "of two at once": [Death(0, "hvdlocal.checkpoint", 2), Death(1, "hvdlocal.checkpoint", 2)],
+    **{f"of rank {rank}, at exchange {i}": [Death(rank, "hvdlocal.poll", i)] for i in range(4, 9) for rank in (0, 2)},
+    "of another, at the beginning of a checkpoint": [Death(1, "test.state", 2)],
     "of one after another": [Death(0, "hvdlocal.poll", 5), Death(1, "hvdlocal.poll", 6), Death(3, "hvdlocal.poll", 9)],
-    "of the first while it removes": [Death(2, "hvdlocal.checkpoint", 1), Death(0, "hvdlocal.checkpoint.discarded", 1)],
 }
 
 
@@ -162,12 +170,35 @@ def test_what_a_dead_first_rank_has_left_is_removed(tmp_path):
                 files.directory(root, 20).rename(root / "step-0000000020.tmp")
             writer.begin(30, {"model": {}}, {"num_workers": communicator.size})
             communicator.barrier("test.step")
-            writer.after_loss(25)
+            writer.after_loss(35)
+            while writer.is_writing:
+                time.sleep(0.001)
+            communicator.barrier("test.removed")
+            assert [path.name for path in root.glob("*.tmp")] == [
+                "step-0000000030.tmp"
+            ]  # which others may still write to
+            communicator.barrier("test.seen")
             assert "rank 0 on node0 is lost" in writer.finish(wait=True)
         return True
 
     assert run_mortal(3, body, Death(0, "test.step"))[1:] == [True, True]
     assert [path.name for path in (tmp_path / CHECKPOINTS).iterdir()] == ["latest"]
+
+
+def test_the_first_rank_dies_before_it_has_removed_what_a_dead_rank_has_left(tmp_path, monkeypatch):
+    discard = CheckpointWriter._discard
+    monkeypatch.setattr(
+        CheckpointWriter, "_discard", lambda self, step: len(self._communicator.losses) > 1 and discard(self, step)
+    )
+
+    def body(communicator):
+        with closing(CheckpointWriter(communicator, Directory(tmp_path), keep=2)) as writer:
+            writer.begin(10, {"model": {}}, {})
+            assert "rank 2 on node2 is lost" in writer.finish()
+            return sorted(path.name for path in (tmp_path / CHECKPOINTS).iterdir())
+
+    survivors = run_mortal(RANKS, body, Death(2, "hvdlocal.checkpoint"), Death(0, "hvdlocal.checkpoint.discarded"))
+    assert survivors == [None, [], None, []]
 
 
 @pytest.mark.parametrize("does_it", [True, False])
