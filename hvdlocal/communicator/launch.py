@@ -87,9 +87,7 @@ def init(
     if survive is None:
         survive = _survive_from_environment()
     if survive and chosen != "mpi4py":
-        raise ValueError(
-            f"survive needs the engine mpi4py, not {chosen}: set HVDLOCAL_BACKEND=mpi4py, or leave survive out"
-        )
+        raise ValueError(f"survive needs the engine mpi4py, but {chosen} is chosen: set HVDLOCAL_BACKEND=mpi4py")
     if survive and chosen_island != 1:
         raise ValueError(
             f"survive cannot be used with islands (island={chosen_island!r}), since an island that has lost a rank would be "

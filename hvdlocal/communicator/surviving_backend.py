@@ -100,10 +100,12 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             Guarded(stream).flush()
         if not self._gave_up:
             self._departures.announce()
-            time.sleep(DEPARTURE_GRACE_SECONDS)  # others may have the same reason, and print it
             own = self.job_ranks[self.rank]
-            if not all(self._departures.left(rank) for rank in self._survivors.members if rank != own):
-                os.kill(os.getpid(), signal.SIGKILL)
+            start = time.monotonic()  # others may have the same reason, and print it
+            while not all(self._departures.left(rank) for rank in self._survivors.members if rank != own):
+                if time.monotonic() - start > DEPARTURE_GRACE_SECONDS:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.05)
         super().abort(exit_code)
 
     def _leave(self) -> None:
