@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdlocal.communicator.launched import launched_by_srun, launched_size
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.launch_command import (
     ALLOW_ROOT,
     REFUSES_ROOT,
+    is_open_mpi,
     last_words,
     launcher_words,
     refused_root,
@@ -44,7 +46,8 @@ def run(arguments: Sequence[str]) -> int:
     """
     if arguments:
         print(
-            "usage: hvdlocal doctor\n\nChecks versions, MPI, Horovod, GPUs, core binding, and a real allreduce of two ranks."
+            "usage: hvdlocal doctor\n\nChecks versions, MPI, Horovod, GPUs, core binding, a real allreduce of two ranks, "
+            "and whether a job outlives the death of a rank."
         )
         return ExitCode.FINISHED if arguments[0] in ("-h", "--help") else ExitCode.MISTAKE
     marks = {"ok": "  ok  ", "note": " note ", "wrong": " WRONG"}
@@ -239,7 +242,31 @@ def two_ranks() -> Iterator[Finding]:
         yield Finding(_level(backend), f"2 × {backend}", found, remedy)
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, launcher, mpi4py, horovod, gpus, cores, two_ranks)
+def survival() -> Iterator[Finding]:
+    """Kills one of three ranks. Without mpirun, or below another one, there is nothing to try."""
+    below_another = launched_size() is not None and not launched_by_srun()
+    if not shutil.which("mpirun") or below_another or isinstance(_python("import mpi4py"), str):
+        return
+    if (found := _trial_of_survival()) is None:
+        yield Finding("ok", "survive", "one of three ranks was killed, and the other two went on")
+        return
+    level = "wrong" if os.environ.get("HVDLOCAL_SURVIVE") == "1" else "note"
+    remedy = "`survive` needs Open MPI 5 or later and mpi4py 4.1 or later (docs/survive.md); nothing else does"
+    if found == REFUSES_ROOT:
+        remedy = ALLOW_ROOT
+    yield Finding(level, "survive", f"a job does not outlive the death of a rank: {found}", remedy)
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    packages,
+    launcher,
+    mpi4py,
+    horovod,
+    gpus,
+    cores,
+    two_ranks,
+    survival,
+)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -257,8 +284,9 @@ def _level(backend: str) -> str:
 def _trial(backend: str) -> str | None:
     """Computes a sum on two ranks; returns what went wrong, or None."""
     program = (
-        f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
-        "c.sum_(t, 'hvdlocal.doctor'); print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
+        f"import torch, hvdlocal; c = hvdlocal.init({backend!r}, survive=False, timeout_seconds=30);"
+        "t = torch.full((1000,), c.rank + 1.0); c.sum_(t, 'hvdlocal.doctor');"
+        "print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
     )
     if shutil.which("mpirun"):
         launcher = "mpirun"
@@ -267,6 +295,35 @@ def _trial(backend: str) -> str | None:
         launcher = "torchrun"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*torchrun, "--no-python", sys.executable, "-c", program]
+    return _outcome(launcher, command, ("2", "3", "3"))
+
+
+def _trial_of_survival() -> str | None:
+    """Kills one of three ranks, and computes a sum on the others; returns what went wrong, or None."""
+    if not is_open_mpi("mpirun"):
+        return f"{_first_line(['mpirun', '--version'])} is not Open MPI"
+    # Ranks of this kind also outlive their mpirun, which is killed at the deadline: each has an alarm of its own.
+    program = (
+        f"import os, signal; signal.alarm({TRIAL_SECONDS}); import torch, hvdlocal;"
+        "c = hvdlocal.init('mpi4py', survive=True, timeout_seconds=30); t = torch.full((1000,), c.rank + 1.0);"
+        "c.barrier('hvdlocal.doctor_all'); c.rank == 1 and os.kill(os.getpid(), signal.SIGKILL);"
+        "c.sum_(t, 'hvdlocal.doctor'); print(f'hvdlocal-doctor {c.size} {t.min():g} {t.max():g} end', end=' ')"
+    )
+    command = [*launcher_words(), "3", "--with-ft", "ulfm", sys.executable, "-c", program]
+    return _outcome("mpirun", without_leftovers(command), ("2", "4", "4"))
+
+
+def _outcome(launcher: str, command: list[str], answer: tuple[str, str, str]) -> str | None:
+    """Runs a trial.
+
+    Args:
+        launcher: its name.
+        command: with which it starts the trial.
+        answer: what two ranks should print: the number of ranks, and the smallest and largest element of their sum.
+
+    Returns:
+        What went wrong, or None.
+    """
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, timeout=TRIAL_SECONDS, stdin=subprocess.DEVNULL
@@ -275,10 +332,10 @@ def _trial(backend: str) -> str | None:
         return f"no answer within {TRIAL_SECONDS} s"
     # Words instead of lines, in one write: print() may send the line end separately, and mpirun mixes the ranks' pieces.
     answers = re.findall(r"hvdlocal-doctor (\d+) (\S+) (\S+) end", result.stdout)
-    if result.returncode == 0 and answers == [("2", "3", "3")] * 2:
+    if result.returncode == 0 and answers == [answer] * 2:
         return None
     if answers and answers[0][0] == "1":
-        return "each of the two ranks is alone: mpirun and the library belong to different MPIs"
+        return "each of the ranks is alone: mpirun and the library belong to different MPIs"
     if refused_root(result.stderr):
         return REFUSES_ROOT
     return f"{launcher} ended with code {result.returncode}: {_last_words(result.stderr or result.stdout)}"

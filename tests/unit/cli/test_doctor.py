@@ -85,3 +85,75 @@ def test_srun_alone(monkeypatch, backend, how):
     monkeypatch.setattr(doctor.shutil, "which", lambda name: name if name == "srun" else None)
     (found,) = doctor.launcher()
     assert f"start ranks {how}" in found.found
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Lets a trial of three ranks end in some way; returns the findings and the commands that were run."""
+
+    def run(code=0, output="", error="", version="mpirun (Open MPI) 5.0.11"):
+        commands = []
+
+        def stand_in(command, **settings):
+            commands.append(command)
+            if command == ["mpirun", "--version"]:
+                return subprocess.CompletedProcess(command, 0, stdout=f"{version}\n", stderr="")
+            return subprocess.CompletedProcess(command, code, stdout=output, stderr=error)
+
+        monkeypatch.setattr(doctor, "_python", lambda program: [])
+        monkeypatch.setattr(doctor, "is_open_mpi", lambda mpirun: "Open MPI" in version)
+        monkeypatch.setattr(doctor, "launcher_words", lambda: ["mpirun", "-np"])
+        monkeypatch.setattr(doctor.subprocess, "run", stand_in)
+        return list(doctor.survival()), [command for command in commands if "--with-ft" in command]
+
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "HVDLOCAL_SURVIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: name)
+    return run
+
+
+GONE_ON = "hvdlocal-doctor 2 4 4 end hvdlocal-doctor 2 4 4 end "
+
+
+def test_a_job_that_survives(trial):
+    (found,), (command,) = trial(output=GONE_ON)
+    assert found == doctor.Finding("ok", "survive", "one of three ranks was killed, and the other two went on")
+    assert command[-6:-1] == ["3", "--with-ft", "ulfm", doctor.sys.executable, "-c"]
+
+
+@pytest.mark.parametrize(
+    ("ended", "reason"),
+    [
+        (
+            {"code": 137, "error": "mpirun noticed that process rank 1 exited\n"},
+            "mpirun ended with code 137: mpirun noticed",
+        ),
+        ({"output": GONE_ON[:28], "error": "x"}, "mpirun ended with code 0: x"),
+        ({"output": GONE_ON.replace("2 4 4", "3 6 6")}, "mpirun ended with code 0"),
+        ({"version": "HYDRA build details:"}, "HYDRA build details: is not Open MPI"),
+    ],
+)
+@pytest.mark.parametrize(("needed", "level"), [("0", "note"), ("1", "wrong")])
+def test_a_job_that_does_not(trial, monkeypatch, ended, reason, needed, level):
+    monkeypatch.setenv("HVDLOCAL_SURVIVE", needed)
+    (found,), _ = trial(**ended)
+    assert found.level == level
+    assert found.found.startswith(f"a job does not outlive the death of a rank: {reason}")
+    assert "Open MPI 5 or later and mpi4py 4.1 or later" in found.remedy
+
+
+def test_nobody_is_killed_below_another_mpirun(trial, monkeypatch):
+    """Which cannot start a second one."""
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert trial(output=GONE_ON) == ([], [])
+
+
+def test_nobody_is_killed_without_mpirun(trial, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert trial(output=GONE_ON) == ([], [])
+
+
+def test_a_step_of_slurm_can_start_one(trial, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    (found,), _ = trial(output=GONE_ON)
+    assert found.level == "ok"
