@@ -16,7 +16,7 @@ from hvdlocal.averaging.gradients import GradientBuffer
 from hvdlocal.averaging.guards import refuse_renormalised_weights, refuse_sparse_gradients
 from hvdlocal.averaging.island_gradient import IslandGradient
 from hvdlocal.averaging.moments import Momentum
-from hvdlocal.averaging.outer import Outer
+from hvdlocal.averaging.outer import Outer, OuterRule
 from hvdlocal.averaging.period import PeriodRule
 from hvdlocal.averaging.round_statistics import RoundStatistics, summed_statistics
 from hvdlocal.averaging.rounds import RoundPlanner
@@ -226,6 +226,17 @@ class LocalOptimizer(AveragedReplica):
         return self._divergence
 
     # -- what a training loop calls ----------------------------------------------------------------------------------
+
+    def replace_rules(self, period: PeriodRule, outer: OuterRule | None = None) -> None:
+        """Goes on with rules of the same kinds for another number of workers; the round that is under way keeps its period.
+
+        Args:
+            period: the rule for H.
+            outer: the outer optimizer, if it was built by such a rule: its learning rate and momentum, not its state.
+        """
+        self._planner.rule = period
+        if outer and self._outer:
+            self._outer.replace_rule(outer)
 
     @torch.no_grad()
     def synchronize(self) -> None:

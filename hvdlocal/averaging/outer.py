@@ -144,6 +144,11 @@ class OuterOptimizer:
             group[name] == value for group in self._groups for name, value in plain.items()
         )
 
+    def replace_rule(self, rule: OuterRule) -> None:
+        """Steps at the learning rate and with the momentum of another rule from now on."""
+        for group in self._groups:
+            group.update(lr=rule.lr, momentum=rule.momentum, nesterov=rule.nesterov and rule.momentum > 0)
+
     def begin_round(self) -> None:
         """Looks where the round begins; to be called when all replicas are equal and no mean is to be applied.
 

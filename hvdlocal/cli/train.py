@@ -23,7 +23,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     config = parse(arguments)
     from hvdlocal.training import AlreadyFinished, Interrupted, Trainer  # loads torch
-    from hvdlocal.training.islands import join
+    from hvdlocal.training.joining import join
 
     communicator = join(config)
     try:
@@ -32,7 +32,7 @@ def run(arguments: Sequence[str]) -> int:
     except (AlreadyFinished, Interrupted) as reason:
         interruption.announce_end(communicator, str(reason))
         return ExitCode.INTERRUPTED if isinstance(reason, Interrupted) else ExitCode.FINISHED
-    interruption.announce_end(communicator, render(summary, config, trainer.session.task, communicator.size))
+    interruption.announce_end(communicator, render(summary, config, trainer.session.task, communicator.job_size))
     return ExitCode.FINISHED
 
 
@@ -49,9 +49,10 @@ def render(summary: Summary, config: TrainConfig, task: Task, ranks: int) -> str
     if summary.best_value is not None:
         best = f"; best {summary.best_metric} {metric_text(summary.best_value, summary.best_metric in task.percent)}"
     islands = f" in islands of {summary.facts.island_size}" if summary.facts.island_size > 1 else ""
+    lost = f", of which {len(summary.ranks_lost)} died" if summary.ranks_lost else ""
     lines = [
         "",
-        f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}{islands}",
+        f"{config.method.preset} on {ranks} rank{'s' if ranks > 1 else ''}{islands}{lost}",
         f"  test            {described(evaluation, task)}  ({evaluation.samples} samples{best})",
         f"  training        {taken}; {summary.data_epochs:.1f} epochs of data for "
         f"{summary.scale_invariant_epochs:.1f} scale-invariant epochs (mean gain {summary.progress / summary.steps:.2f})",

@@ -13,5 +13,5 @@ from .errors import (
 )
 from .launch import current as current, init as init
 from .launched import launched_rank as launched_rank, launched_size as launched_size
-from .losses import Loss as Loss, TooFewRanksError as TooFewRanksError
+from .losses import Loss as Loss, MissingRanksError as MissingRanksError, TooFewRanksError as TooFewRanksError
 from .single import SingleProcess as SingleProcess

@@ -22,7 +22,7 @@ import torch
 
 from hvdlocal.communicator.errors import CollectiveTimeoutError, CommunicationError
 from hvdlocal.communicator.groups import Groups, check_groups
-from hvdlocal.communicator.losses import Loss
+from hvdlocal.communicator.losses import Loss, MissingRanksError
 from hvdlocal.terminal import Guarded
 
 MAX_ELEMENTS = 2**31 - 1
@@ -106,6 +106,7 @@ class Communicator(ABC):
         self.islands: Sequence[Sequence[int]] = ()
         self.job_size = size
         self.losses: list[Loss] = []
+        self._unbroken = False
 
     @property
     def island_size(self) -> int:
@@ -224,6 +225,19 @@ class Communicator(ABC):
         """This process, for the beginning of a message: 'rank 3 of 8 on node17'."""
         return f"rank {self.job_ranks[self.rank]} of {self.job_size} on {socket.gethostname()}"
 
+    @contextmanager
+    def unbroken(self) -> Iterator[None]:
+        """Within, the job does not go on without a rank: for what would be half done, such as the set-up of a run.
+
+        Raises:
+            MissingRanksError: on all other ranks, at the same collective: a rank is lost, also when that was before.
+        """
+        self._unbroken = True
+        try:
+            yield
+        finally:
+            self._unbroken = False
+
     @property
     def is_open(self) -> bool:
         """Whether collectives can be called: neither this object nor the library below it was shut down."""
@@ -312,6 +326,8 @@ class Communicator(ABC):
             )
         try:
             yield
+            if self._unbroken and self.losses:
+                raise MissingRanksError("; ".join(map(str, self.losses)))
         except CommunicationError:
             raise
         except RuntimeError as error:

@@ -30,5 +30,9 @@ class Loss:
         return f"{ranks}; " + ("one rank goes on" if self.remaining == 1 else f"the other {self.remaining} ranks go on")
 
 
+class MissingRanksError(CommunicationError):
+    """Ranks are lost where the others cannot go on without them; raised on all others, at the same collective."""
+
+
 class TooFewRanksError(CommunicationError):
     """Ranks do not answer, and the others could not agree within the deadline to go on without them."""

@@ -100,7 +100,7 @@ class Run:
         evaluations: evaluations of the averaged model on the test data.
         end: the last record of a run that finished, otherwise None.
         state: finished, running, interrupted or diverged.
-        notes: remarks for the reader about interruptions and incomplete files.
+        notes: remarks for the reader about interruptions, lost ranks and incomplete files.
     """
 
     directory: Path
@@ -262,7 +262,7 @@ def _read_run(directory: Path) -> Run:
                 f"{directory / name} has no valid {mistake}, which hvdlocal train always writes: {directory} is not a run"
             )
     records, torn = read_records(directory / "metrics.jsonl")
-    notes = _resumptions(directory / "attempts.jsonl")
+    notes = _resumptions(directory / "attempts.jsonl") + _losses(records)
     if torn:
         notes.append("the last line of metrics.jsonl is incomplete and left out")
     end = records[-1] if records and records[-1]["kind"] == "end" else None
@@ -402,6 +402,22 @@ def _resumptions(path: Path) -> list[str]:
         if isinstance(attempt, dict) and _is_step(attempt.get("step")) and _is_count(attempt.get("ranks")):
             attempts.append(f"step {attempt['step']:,} on {attempt['ranks']} ranks")
     return [f"interrupted and resumed from {', '.join(attempts[1:])}"] if len(attempts) > 1 else []
+
+
+def _losses(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Returns a note for each time that ranks were lost and the others went on."""
+    notes = []
+    for record in records:
+        ranks, hosts, remaining = record.get("ranks"), record.get("hosts"), record.get("remaining")
+        if record["kind"] != "lost" or not (
+            isinstance(ranks, list) and isinstance(hosts, list) and _is_count(remaining)
+        ):
+            continue
+        named = ", ".join(f"{rank} on {host!s:.80}" for rank, host in zip(ranks, hosts, strict=False) if _is_step(rank))
+        verb = "went on without rank" if len(ranks) == 1 else "went on without ranks"
+        who = "one rank" if remaining == 1 else f"{remaining} ranks"
+        notes.append(f"after step {record['step']:,} {who} {verb} {named}")
+    return notes
 
 
 def _state(directory: Path, config: dict[str, Any], records: list[dict[str, Any]]) -> RecordedState:

@@ -31,21 +31,33 @@ class Console:
     """
 
     def __init__(self, communicator: Communicator, epochs: float, start: float = 0.0) -> None:
-        self._speaks = communicator.rank == 0
-        self._bar = None
+        self._communicator = communicator
+        self._bar: tqdm | None = None
         self._output = terminal.output()
         self._drawn = 0.0
-        if self._speaks and _is_watched(self._output):
+        self._epochs = epochs
+        self.open(start)
+
+    @property
+    def _speaks(self) -> bool:
+        return self._communicator.rank == 0
+
+    def open(self, start: float) -> None:
+        """Shows the bar, if this rank prints and there is a terminal; also where it has become rank 0.
+
+        Args:
+            start: epochs done.
+        """
+        if self._speaks and self._bar is None and _is_watched(self._output):
             columns, lines = _size(self._output)
             self._bar = tqdm(
-                total=epochs,
+                total=self._epochs,
                 initial=start,
                 bar_format=BAR + "{desc}",
                 ncols=columns,
                 nrows=lines,
                 file=self._output,
             )
-        self._epochs = epochs
 
     def say(self, text: str) -> None:
         """Prints a line."""

@@ -117,14 +117,21 @@ class Evaluator:
         self._forward = forward
 
     def __call__(self) -> Evaluation:
-        """Averages the replicas and evaluates; a collective. Afterwards the model is the average."""
-        session, optimizer = self._session, self._optimizer
+        """Averages the replicas and evaluates; a collective. Afterwards the model is the average.
+
+        Where ranks are lost meanwhile, the others evaluate again, with the test samples of those.
+        """
+        session, optimizer, communicator = self._session, self._optimizer, self._session.communicator
         optimizer.synchronize()
         if "reestimate" in optimizer.buffer_policies.values():
             optimizer.reestimate_buffers(self._reestimation_batches())
-        batches = map(session.formatted, session.test_batches())
-        with session.autocast(), optimizer.published():
-            return evaluate(session.task, self._forward, batches, session.communicator, session.device)
+        while True:
+            losses = len(communicator.losses)
+            batches = map(session.formatted, session.test_batches())
+            with session.autocast(), optimizer.published():
+                evaluation = evaluate(session.task, self._forward, batches, communicator, session.device)
+            if len(communicator.losses) == losses:
+                return evaluation
 
     def _reestimation_batches(self) -> Iterator[torch.Tensor]:
         """Yields the first batches of an order of their own: the same samples, however many steps came before."""

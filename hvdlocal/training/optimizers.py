@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeGuard, cast
 
 import torch
 
-from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
+from hvdlocal.averaging import LocalOptimizer, PeriodRule, SynchronousOptimizer
 from hvdlocal.averaging.buckets import BUCKET_BYTES
 from hvdlocal.averaging.outer import OuterRule, default_slowmo_momentum, nesterov, slowmo
 from hvdlocal.communicator import Communicator
@@ -73,11 +73,10 @@ def build_optimizer(
     inner = build_inner(config.optimizer, model)
     scaling = build_scaling(method)
     if method.is_local:
-        warmup = config.schedule.warmup_epochs * length.epoch
         return LocalOptimizer(
             inner,
             model,
-            period=build_period(method.period, config.optimizer.lr, warmup, length.epoch),
+            period=_period(config, length),
             scaling=scaling,
             momentum=method.momentum,
             buffers=buffers,
@@ -102,6 +101,27 @@ def build_optimizer(
         bucket_bytes=bucket_bytes,
         communicator=communicator,
     )
+
+
+def follow_ranks(
+    optimizer: LocalOptimizer | SynchronousOptimizer, config: TrainConfig, length: RunLength, progress: float
+) -> None:
+    """Makes of an optimizer what `build_optimizer` would make for the ranks that are left.
+
+    Args:
+        optimizer: between two steps.
+        config: optimizer and method.
+        length: of a run on so many ranks.
+        progress: of the optimizer, in units of that length.
+    """
+    optimizer.restart_clock(progress, length.budget)
+    if is_local(optimizer):
+        optimizer.replace_rules(_period(config, length), build_outer(config.method, optimizer.num_workers))
+
+
+def _period(config: TrainConfig, length: RunLength) -> PeriodRule:
+    warmup = config.schedule.warmup_epochs * length.epoch
+    return build_period(config.method.period, config.optimizer.lr, warmup, length.epoch)
 
 
 def build_outer(method: MethodConfig, num_workers: int) -> OuterRule | None:

@@ -38,11 +38,12 @@ class AlreadyFinished(SystemExit):
 
 
 class _Found(NamedTuple):
-    """What rank 0 found in the directory, and the file by which the other ranks recognise it."""
+    """What rank 0 found in the directory, the file by which the other ranks recognise it, and an identifier for a new run."""
 
     marker: str
     status: RunStatus
     run_id: str | None
+    new_id: str
 
 
 class OutputDirectory:
@@ -82,7 +83,7 @@ class OutputDirectory:
                 marker = f".probe-{secrets.token_hex(8)}"
                 opened.callback(self.directory.remove, marker)
                 self.directory.write_text(marker, "")
-                return _Found(marker, status, run_id(self.directory))
+                return _Found(marker, status, run_id(self.directory), secrets.token_hex(8))
 
             def open_marked() -> None:
                 if communicator.rank != 0:
@@ -102,6 +103,7 @@ class OutputDirectory:
                 raise AlreadyFinished(f"{self.path} holds this run, finished: nothing to do. {again}.")
             self.status = found.status
             self._run_id = found.run_id if found.status is RunStatus.STARTED else None
+            self._new_id = found.new_id
             self._opened = opened.pop_all()
 
     def resume(
@@ -125,9 +127,11 @@ class OutputDirectory:
         return resumed
 
     def identify(self, resumed: Resumed | None) -> str:
-        """Returns what distinguishes this run from all others; a run begun by an old hvdlocal gets its identifier now."""
+        """Returns what distinguishes this run from all others, the same on all ranks; a run begun by an old hvdlocal gets its
+        identifier now.
+        """
         earlier = None if resumed is None else resumed.contents.get("run")
-        return self._run_id or earlier or secrets.token_hex(8)
+        return self._run_id or earlier or self._new_id
 
     def what_is_saved(self) -> str:
         """Says what is on disk, and how the run continues."""

@@ -19,6 +19,7 @@ from hvdlocal.training.run_facts import RunFacts
 from hvdlocal.training.run_state import RunState
 from hvdlocal.training.session import Session
 from hvdlocal.training.status_line import Status
+from hvdlocal.training.survivors import Lost
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Summary:
         facts: what the run was.
         evaluation: the last one.
         best_metric, best_value: the metric by which the best model was chosen, and its value in that model.
+        ranks_lost: those that have died since the last start of the run, as they were numbered at its start.
         samples_per_second: of all ranks, over the whole run without its evaluations.
         memory: the peaks of rank 0 in the last start of the run.
         date: when the run ended, with its time zone.
@@ -38,6 +40,7 @@ class Summary:
     evaluation: Evaluation
     best_metric: str
     best_value: float | None
+    ranks_lost: list[int]
     steps: int
     micro_batches: int
     rounds: int
@@ -93,7 +96,6 @@ class Recorder:
         self._state = state
         self._session = session
         self._totals = state.totals
-        self._epoch = session.length.epoch
         self._pace = Pace(session.length.budget, self._mark())
         self._memory: dict[str, int | None] = {}
 
@@ -101,9 +103,13 @@ class Recorder:
         """Begins to measure the pace of training."""
         self._pace = Pace(self._session.length.budget, self._mark())
 
+    @property
+    def _epoch(self) -> float:
+        return self._session.length.epoch
+
     def data_parallel_bytes(self, steps: int) -> int:
         """Returns the bytes that data parallelism would send in `steps` steps, averaging the gradient of every micro-batch."""
-        ranks = self._session.communicator.size
+        ranks = self._session.communicator.job_size
         gradient_bytes = 4 * self._session.parameters if ranks > 1 else 0
         return gradient_bytes * steps * self._optimizer.accumulate
 
@@ -176,6 +182,24 @@ class Recorder:
         )
         self.metrics.flush()
 
+    def lost(self, lost: Lost, steps: int) -> None:
+        """Records ranks that were lost."""
+        progress = self._optimizer.progress
+        self.metrics.write(
+            "lost",
+            steps,
+            progress=progress,
+            epoch=progress / self._epoch,
+            data_epoch=self._state.loader.epoch,
+            elapsed_seconds=self._totals.elapsed,
+            ranks=lost.loss.ranks,
+            hosts=lost.loss.hosts,
+            remaining=lost.loss.remaining,
+            collective=lost.loss.collective,
+            round_samples_lost=lost.samples,
+        )
+        self.metrics.flush()
+
     def summary(self, facts: RunFacts, evaluation: Evaluation) -> Summary:
         """Returns the summary of a run that ends now."""
         optimizer, totals, steps = self._optimizer, self._totals, self._state.position.steps
@@ -186,6 +210,7 @@ class Recorder:
             evaluation=evaluation,
             best_metric=self._session.task.best[0],
             best_value=self._state.position.best,
+            ranks_lost=sorted(rank for loss in self._session.communicator.losses for rank in loss.ranks),
             steps=steps,
             micro_batches=steps * optimizer.accumulate,
             rounds=optimizer.round,

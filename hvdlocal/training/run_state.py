@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,11 @@ from hvdlocal.training.config_checks import effective_settings
 from hvdlocal.training.environment import versions
 from hvdlocal.training.evaluation import Evaluation
 from hvdlocal.training.metrics import TrainingMeter
+from hvdlocal.training.optimizers import follow_ranks
 from hvdlocal.training.run_files import first_difference
 from hvdlocal.training.session import Session
 from hvdlocal.training.step import TrainingStep
+from hvdlocal.training.tasks import Batch
 
 
 @dataclass
@@ -81,6 +84,7 @@ class RunState:
 
     def __init__(self, session: Session, optimizer: LocalOptimizer | SynchronousOptimizer, step: TrainingStep) -> None:
         self._session = session
+        self._optimizer = optimizer
         self._replica = ReplicaState(optimizer, session.device)
         self._scaler = step.scaler
         self.loader = session.loader
@@ -88,6 +92,29 @@ class RunState:
         self.meter = TrainingMeter(session.device)
         self.position = Position(next_evaluation=session.config.evaluate_every_epochs * session.length.epoch)
         self.next_line = session.config.log_every_seconds
+
+    def batches(self) -> Generator[Batch, None, None]:
+        """Yields this rank's batches without end; after `redivide` those of its new share. Batches prepared ahead are dropped."""
+        while True:
+            loader = self.loader
+            with closing(loader.endless()) as batches:
+                while self.loader is loader:
+                    yield next(batches)
+
+    def redivide(self) -> None:
+        """Goes on between two steps with the ranks that are left, as a resumption on so many would.
+
+        All samples that were not handed out yet are divided among these ranks. Epoch, budget, schedule and rules are those of so
+        many ranks, and progress is counted in their steps.
+        """
+        before, session, position = self.loader, self._session, self.position
+        self.loader = session.new_loader(order=before.order)
+        self.loader.load_state_dict(before.state_dict())
+        self.loader.count_from(before.stats())
+        scale = session.redivide(self.loader)
+        position.next_evaluation *= scale
+        position.evaluated_at *= scale
+        follow_ranks(self._optimizer, session.config, session.length, self._optimizer.progress * scale)
 
     def of_rank(self) -> dict[str, Any]:
         """Returns what this rank needs to continue. What is the same on all ranks is left to rank 0."""

@@ -42,7 +42,7 @@ from hvdlocal.training.tasks.trial import try_task
 class Session:
     """Everything that training needs before an optimizer is chosen. Building it is a collective.
 
-    No attribute changes after construction; training changes the model's parameters.
+    Training changes the model's parameters, and `redivide` the length; no other attribute changes after construction.
 
     Args:
         config: of the run; the same on every rank.
@@ -110,6 +110,19 @@ class Session:
     def new_loader(self, *, seed: int | None = None, order: OrderMode | None = None) -> Loader:
         """Returns another loader of this rank's training batches, with another seed or order."""
         return self._loader(self.preprocessing, seed, order)
+
+    def redivide(self, loader: Loader) -> float:
+        """Makes the length that of a run on the ranks that are left, as a resumption on so many would have it.
+
+        Args:
+            loader: of this rank's share among them.
+
+        Returns:
+            The new epoch in units of the old one, by which progress is to be multiplied.
+        """
+        before = self.length
+        self.length = run_length(self.config, loader.steps_per_epoch, self.communicator.size)
+        return self.length.epoch / before.epoch
 
     def new_model(self) -> nn.Module:
         """Returns another copy of the model as it is before training."""

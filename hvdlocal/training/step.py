@@ -35,7 +35,7 @@ class TrainingStep:
         config, model = session.config, optimizer.model
         self._session = session
         self._optimizer = optimizer
-        self._schedule = schedule or session.length.schedule
+        self._schedule = schedule
         # An optimizer of the user's own may have groups with rates of their own, which keep their proportions.
         self._shares = [float(group["lr"]) / config.optimizer.lr for group in optimizer.param_groups]
         self.forward: nn.Module = torch.compile(model) if config.model.compile else model  # type: ignore[assignment]
@@ -58,7 +58,8 @@ class TrainingStep:
         """Sets the scheduled learning rate and makes the forward pass; arguments and results are those of `compute`."""
         optimizer = self._optimizer
         if not optimizer.micro_batches:
-            lr = self._schedule(optimizer.progress)
+            schedule = self._schedule or self._session.length.schedule  # which follows the number of ranks
+            lr = schedule(optimizer.progress)
             for group, share in zip(optimizer.param_groups, self._shares, strict=True):
                 group["lr"] = lr * share
         with self._session.autocast():

@@ -14,7 +14,7 @@ from hvdlocal.training.callbacks.base import Callback
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.configuration import load_config
 from hvdlocal.training.given import names_of
-from hvdlocal.training.islands import join
+from hvdlocal.training.joining import join
 from hvdlocal.training.output_directory import AlreadyFinished
 from hvdlocal.training.recorder import Summary
 from hvdlocal.training.tasks import Task

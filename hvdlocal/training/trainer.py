@@ -14,14 +14,16 @@ import torch
 from torch import nn
 
 from hvdlocal.averaging import NonFiniteError
-from hvdlocal.communicator import CommunicationError, Communicator, succeed_together
+from hvdlocal.communicator import CommunicationError, Communicator, TooFewRanksError, succeed_together
+from hvdlocal.communicator.agreement import by_first_rank
 from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.directory import MovedError
 from hvdlocal.import_path import code_digests
+from hvdlocal.terminal import warn
 from hvdlocal.training import interruption
 from hvdlocal.training.builders import code_paths
 from hvdlocal.training.callbacks.base import Callback, Outcome, RunView
-from hvdlocal.training.callbacks.build import build_callbacks
+from hvdlocal.training.callbacks.build import build_callbacks, makers
 from hvdlocal.training.callbacks.events import Events
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.checkpoint.files import directory as checkpoint_directory
@@ -34,7 +36,7 @@ from hvdlocal.training.environment import describe_run
 from hvdlocal.training.errors import DivergedError, LostRankError
 from hvdlocal.training.evaluation import Evaluation, Evaluator, described
 from hvdlocal.training.given import with_names
-from hvdlocal.training.islands import require_islands
+from hvdlocal.training.joining import require_as_configured
 from hvdlocal.training.memory import out_of_memory
 from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics, strict
 from hvdlocal.training.optimizers import build_optimizer, is_local
@@ -45,7 +47,9 @@ from hvdlocal.training.run_files import CHECKPOINTS, SUMMARY, RunStatus, clear, 
 from hvdlocal.training.run_state import RunState
 from hvdlocal.training.saved_model import BestModel, LastGood, copy_of, save_state
 from hvdlocal.training.session import Session, check_settings
+from hvdlocal.training.standby import Standby
 from hvdlocal.training.step import TrainingStep
+from hvdlocal.training.survivors import Survivors, all_needed
 from hvdlocal.training.tasks import Batch, Task
 
 
@@ -69,6 +73,7 @@ class Trainer:
         optimizer, step: train the session's model.
         state: what training changes.
         coordinator: writes the checkpoints.
+        survivors: takes ranks that die out of the run.
         facts: what the run is.
         events: calls the callbacks.
         resumed: the checkpoint from which this run continues, if any.
@@ -90,11 +95,12 @@ class Trainer:
         self.config = config = with_names(config, task, model)
         self.communicator = communicator
         deadline = interruption.Deadline(config.time_limit_minutes)
-        with ExitStack() as held:
+        with all_needed(communicator), ExitStack() as held:
             # Before the directory is made, and before data are read, which may take minutes.
             succeed_together(communicator, lambda: check_settings(config, communicator), "hvdlocal.check")
-            require_islands(config, communicator)
+            require_as_configured(config, communicator)
             called = build_callbacks(config, communicator, callbacks)
+            self._makers = makers(config, callbacks)
             self.output = held.enter_context(closing(self._open_directory()))
             self.session = session = held.enter_context(closing(Session(config, communicator, task=task, model=model)))
             self.unused = unused_settings(config)
@@ -106,8 +112,8 @@ class Trainer:
             torch.manual_seed((config.seed * communicator.size + communicator.rank + 1) % 2**63)
             directory = self.output.directory
             self.best_model = BestModel(directory, "best.pt")
-            policies = self.optimizer.buffer_policies
-            self.last_good = LastGood(session.model, policies) if communicator.rank == 0 else None
+            self._standby: Standby | None = None
+            self.last_good = self._last_good() if communicator.rank == 0 else None
             self.coordinator = CheckpointCoordinator(
                 communicator,
                 config.checkpoint,
@@ -129,7 +135,11 @@ class Trainer:
             self.metrics = succeed_together(communicator, lambda: self._open_metrics(environment), "hvdlocal.records")
             interruption.remember(self.output.what_is_saved)
             self.recorder = Recorder(self.metrics, self.optimizer, self.state, session)
+            self.survivors = Survivors(communicator, config.min_workers, self.optimizer, self.state)
             self._held = held.pop_all()
+
+    def _last_good(self) -> LastGood:
+        return LastGood(self.session.model, self.optimizer.buffer_policies)
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -170,15 +180,20 @@ class Trainer:
         return RunView(self.session, self.optimizer, self.state, self.output.path, self.run_id, step)
 
     def _open_metrics(self, environment: dict[str, Any]) -> Metrics:
-        """Makes the output directory ready and opens metrics.jsonl where the run continues; on rank 0."""
-        if self.communicator.rank != 0:
-            return Forwarded(NoMetrics(), self.events.record)
+        """Makes the output directory ready and opens metrics.jsonl where the run continues; on rank 0.
+
+        On other ranks the records are kept for the case that rank 0 dies, if the job goes on then.
+        """
         writer, resumed, directory = self.coordinator.writer, self.resumed, self.output.directory
+        kept = 0 if resumed is None else resumed.contents["metrics_bytes"]
+        if self.communicator.rank != 0:
+            if self.communicator.survives:
+                self._standby = Standby(directory, kept, lambda: writer.takes_room)
+            return Forwarded(self._standby or NoMetrics(), self.events.record)
         if resumed is None and self.output.status is RunStatus.NEW:
             clear(directory)
         describe(directory, asdict(self.config), environment)
         self.output.begin_attempt(resumed, writer)
-        kept = 0 if resumed is None else resumed.contents["metrics_bytes"]
         return Forwarded(JsonLines(directory, kept, lambda: writer.takes_room), self.events.record)
 
     def _manifest_contents(self) -> dict[str, Any]:
@@ -197,18 +212,19 @@ class Trainer:
         """Trains until the budget is used up, evaluates, and saves the averaged model.
 
         Raises:
-            Interrupted: on all ranks, with a checkpoint saved.
+            Interrupted: on all ranks, with a checkpoint saved; also where fewer than `min_workers` are left. Where the ranks
+                could not agree in time who is left, the checkpoint is an earlier one.
             DivergedError: a loss became NaN or infinite; on all ranks, with a model saved.
-            CommunicationError: another rank ended.
+            CommunicationError: another rank ended, and the job does not survive that.
             DamageError: damaged images were found; on all ranks.
             CallbackError: a callback failed; on all ranks, with a checkpoint saved.
             LostRankError: this rank cannot go on: no room for its records, no memory, or an image that cannot be read.
         """
         directory, start = self.output.directory, self.optimizer.progress / self.session.length.epoch
-        console = Console(self.communicator, self.config.epochs, start)
+        self.console = Console(self.communicator, self.config.epochs, start)
         outcome: Outcome = "failed"
         try:
-            summary = self._train(console)
+            summary = self._train()
             self.metrics.close()
             self.events.end("finished", summary.record() if self.communicator.rank == 0 else None)
             self.events.check(self.output.what_is_saved())
@@ -222,6 +238,9 @@ class Trainer:
             raise DivergedError(f"{error} {self._save_last_good()}") from error
         except DamagedDataError as error:
             raise damage_found(directory, self.communicator, error, self.state.position.steps) from error
+        except TooFewRanksError as error:
+            warn(f"{error} {self.output.what_is_saved()}.")  # on every rank, as rank 0 may be one that does not answer
+            raise interruption.Interrupted(str(error)) from error
         except CommunicationError as error:
             if (damage := damage_elsewhere(directory)) is None:
                 raise
@@ -236,12 +255,12 @@ class Trainer:
             ) from error
         finally:
             self.events.end(outcome)
-            console.close()
+            self.console.close()
             with suppress(OSError):  # reported above
                 self.metrics.close()
             self._held.close()
 
-    def _train(self, console: Console) -> Summary:
+    def _train(self) -> Summary:
         optimizer, position = self.optimizer, self.state.position
         if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
@@ -249,28 +268,68 @@ class Trainer:
         optimizer.resume_average()
         self.state.totals.start()
         self.coordinator.start()
-        self._introduce(console)
+        self._introduce()
         self.recorder.begin()
         self.session.model.train()
-        with closing(self.state.loader.endless()) as batches:
+        self._go_on()
+        with closing(self.state.batches()) as batches:
             while not optimizer.finished:
                 self._micro_batch(batches)
                 if optimizer.micro_batches:
                     continue
                 position.steps += 1
+                self._go_on()
                 if self.events.has_steps:
                     self.events.step()
                 due = self.state.totals.elapsed >= self.state.next_line
                 if due:
                     self.state.next_line = self.state.totals.elapsed + self.config.log_every_seconds
                     self.recorder.training(position.steps)
-                console.progress(self.recorder.status, due)
+                self.console.progress(self.recorder.status, due)
                 if not optimizer.round_under_way:
-                    self._after_round(console)
+                    self._after_round()
                 if not optimizer.finished:
-                    self.coordinator.stop_reason = self.events.failure
-                    self.coordinator.after_step(position.steps)
-        return self._end(console)
+                    self._checkpoint()
+        return self._end()
+
+    def _checkpoint(self) -> None:
+        """Begins or completes a checkpoint, or ends the run with one, if that is due; a collective."""
+        coordinator, steps = self.coordinator, self.state.position.steps
+        coordinator.stop_reason = self.events.failure
+        coordinator.after_step(steps)
+        self._go_on()
+        while (reason := self.survivors.too_few) is not None:
+            coordinator.stop(steps, reason)  # which returns only if more ranks are lost meanwhile
+            self._go_on()
+
+    def _go_on(self, *, ends: bool = False) -> None:
+        """Goes on without the ranks that were lost in the collectives since the last call.
+
+        Args:
+            ends: whether there will be no checkpoint any more.
+        """
+        lost, steps = self.survivors.take_in(), self.state.position.steps
+        if not lost:
+            return
+        self._take_over()
+        if not ends:
+            self.coordinator.after_loss()
+        self.recorder.begin()
+        for one in lost:
+            self.recorder.lost(one, steps)
+            self.console.say(f"{self.recorder.status().position}  {one}")
+
+    def _take_over(self) -> None:
+        """Takes on the duties of rank 0, if this rank has become it; what it has taken on already stays as it is."""
+        if self.communicator.rank != 0:
+            return
+        self.output.take_over()
+        if self._standby is not None:
+            self._standby.take_over()
+        if self.last_good is None:  # else this rank has been the first one before
+            self.last_good = self._last_good()
+            self.events.take_over(self._makers)
+        self.console.open(self.optimizer.progress / self.session.length.epoch)
 
     def _micro_batch(self, batches: Iterator[Batch]) -> None:
         start = time.perf_counter()
@@ -280,7 +339,7 @@ class Trainer:
         self.state.meter.add(loss, self.session.task.metrics(output, batch))
         self.step.update()
 
-    def _after_round(self, console: Console) -> None:
+    def _after_round(self) -> None:
         """Records a round, evaluates if that is due, and keeps the model if it is the average: not one that is under way."""
         optimizer, position = self.optimizer, self.state.position
         if is_local(optimizer):
@@ -288,16 +347,17 @@ class Trainer:
         if optimizer.progress >= position.next_evaluation and not optimizer.finished:
             gap = self.config.evaluate_every_epochs * self.session.length.epoch
             position.next_evaluation = (optimizer.progress // gap + 1) * gap
-            self._evaluate(console)
+            self._evaluate()
         if self.last_good is not None and optimizer.in_sync:
             self.last_good.offer()
 
-    def _evaluate(self, console: Console) -> Evaluation:
+    def _evaluate(self) -> Evaluation:
         """Evaluates the average and keeps it if it is the best; a collective."""
         self.optimizer.finish_average()  # which belongs to training
         start = time.perf_counter()
         with self.state.totals.beside_training():
             evaluation = self.evaluator()
+        self._go_on()
         self.state.totals.evaluating += time.perf_counter() - start
         position, progress = self.state.position, self.optimizer.progress
         position.evaluation, position.evaluated_at = evaluation, progress
@@ -308,48 +368,59 @@ class Trainer:
             if self.communicator.rank == 0:
                 self.best_model.take(copy_of(self.session.model))
                 self.coordinator.writer.submit(self.best_model.write)
-        console.say(f"{self.recorder.status().position}  test {described(evaluation, self.session.task)}")
+        self.console.say(f"{self.recorder.status().position}  test {described(evaluation, self.session.task)}")
         return evaluation
 
-    def _end(self, console: Console) -> Summary:
+    def _end(self) -> Summary:
         """Evaluates if need be, and writes what remains of the run."""
         position, directory = self.state.position, self.output.directory
         if self.state.meter.micro_batches:
             self.recorder.training(position.steps)
-            console.progress(self.recorder.status, due=True)
+            self.console.progress(self.recorder.status, due=True)
         evaluation = position.evaluation
         if evaluation is None or position.evaluated_at != self.optimizer.progress:
-            evaluation = self._evaluate(console)
-        summary = self.recorder.summary(self.facts, evaluation)
+            evaluation = self._evaluate()
         self.coordinator.finish()
-        if self.communicator.rank == 0:
+        self._go_on(ends=True)
+        summary, first = self.recorder.summary(self.facts, evaluation), self.communicator.rank == 0
+        record = summary.record()
+        if not first:  # kept for the case that rank 0 dies
+            self.metrics.write("end", position.steps, **record)
+
+        def write() -> None:
+            self._take_over()
             self.best_model.write()
             save_state(copy_of(self.session.model), directory, "model.pt")
-            record = summary.record()
-            self.metrics.write("end", position.steps, **record)
+            if first:
+                self.metrics.write("end", position.steps, **record)
             self.metrics.position()
             directory.write_text(SUMMARY, json.dumps(strict(record), indent=1) + "\n")
             directory.check()
+
+        if self.communicator.survives:
+            by_first_rank(self.communicator, write, "hvdlocal.results")
+        elif first:
+            write()
         return summary
 
     # -- what a person reads -----------------------------------------------------------------------------------------
 
-    def _introduce(self, console: Console) -> None:
+    def _introduce(self) -> None:
         """Prints what is special about this run."""
         for line in self.facts.header():
-            console.say(line)
+            self.console.say(line)
         if self.session.preprocessing.description:
-            console.say(f"  images     {self.session.preprocessing.description}")
+            self.console.say(f"  images     {self.session.preprocessing.description}")
         if self.unused:
-            console.say(f"note: without effect in this run: {', '.join(self.unused)}")
+            self.console.say(f"note: without effect in this run: {', '.join(self.unused)}")
         if kept := self.optimizer.kept_buffers:
-            console.say(
+            self.console.say(
                 f"note: buffers that are each rank's own (the saved model has rank 0's): {', '.join(kept[:8])}"
                 + (f" and {len(kept) - 8} more" if len(kept) > 8 else "")
             )
         if self.resumed is not None:
             for line in self.resumed.describe(code_digests(code_paths(self.config))):
-                console.say(line)
+                self.console.say(line)
 
     def _remedy(self, problem: str) -> str:
         """Says why this rank cannot go on, and what to do."""

@@ -131,6 +131,11 @@ class Loader:
         return self._samples_consumed / self.samples_per_epoch
 
     @property
+    def order(self) -> OrderMode:
+        """The order that the samples have: "global", "block" or "replacement"."""
+        return self._plan.order.mode
+
+    @property
     def steps_per_epoch(self) -> float:
         """Batches per epoch, on average: with tail="carry" it is in general no whole number."""
         return self._plan.steps_per_epoch
@@ -157,6 +162,10 @@ class Loader:
     def count_from(self, stats: Mapping[str, float]) -> None:
         """Adds the `stats` of an earlier part of the run to what is counted from here on."""
         self._stats = Stats(**{field.name: stats[field.name] for field in fields(Stats)})  # type: ignore[arg-type]
+
+    def samples_of(self, rank: int, since: int) -> int:
+        """The number of samples that a rank has been given since `samples_consumed` had an earlier value."""
+        return self._plan.samples_of(rank, since, self._samples_consumed)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the run stands: the same on every rank, so one copy is enough."""

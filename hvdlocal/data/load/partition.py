@@ -85,6 +85,14 @@ class Partition:
         """This rank's samples of the global batch at a cursor, and the epoch of each: int64 (n,) each."""
         return self._sequence.at(cursor + np.arange(self.rank, self.size(cursor), self.num_workers))
 
+    def samples_of(self, rank: int, start: int, end: int) -> int:
+        """The number of samples that a rank takes of the global batches between two cursors."""
+        count = 0
+        while start < end:
+            count += len(range(rank, self.size(start), self.num_workers))
+            start += self.size(start)
+        return count
+
     def state(self, cursor: int) -> dict[str, Any]:
         """A few integers and names, the same on every rank."""
         return {

@@ -31,14 +31,15 @@ class RunView:
         resumed_step: the step of the checkpoint from which the run continues.
 
     Attributes:
-        rank, num_workers: this rank, and the number of all ranks.
+        rank, num_workers: this rank, and the number of all ranks; with `survive`, of those that are left.
         device: of the model on this rank.
         model: this rank's replica. It is the average of all replicas in `on_evaluation` and at the end of a run; without overlap
             in `on_round`, too.
         config: the configuration with all defaults, as config.yaml has it; a copy.
         directory: the output directory, in which a callback may make files of its own.
         run_id: 16 hexadecimal digits, which stay the same when the run continues after an interruption.
-        resumed_step: the step from which the run continues; None for one that begins.
+        resumed_step: the step from which the run continues, or from which this rank is rank 0 in the place of one that died;
+            None for a run that begins.
     """
 
     def __init__(
@@ -52,15 +53,23 @@ class RunView:
     ) -> None:
         self._optimizer = optimizer
         self._state = state
-        self._epoch = session.length.epoch
-        self.rank: int = session.communicator.rank
-        self.num_workers: int = session.communicator.size
+        self._session = session
         self.device: torch.device = session.device
         self.model: nn.Module = session.model
         self.config: dict[str, Any] = asdict(session.config)
         self.directory = directory
         self.run_id = run_id
         self.resumed_step = resumed_step
+
+    @property
+    def rank(self) -> int:
+        """This rank."""
+        return self._session.communicator.rank
+
+    @property
+    def num_workers(self) -> int:
+        """The number of all ranks."""
+        return self._session.communicator.size
 
     @property
     def step(self) -> int:
@@ -70,7 +79,7 @@ class RunView:
     @property
     def epoch(self) -> float:
         """Scale-invariant epochs done."""
-        return float(self._optimizer.progress / self._epoch)
+        return float(self._optimizer.progress / self._session.length.epoch)
 
 
 class Callback:
@@ -82,13 +91,14 @@ class Callback:
     the model, ends the run with a checkpoint, on all ranks; docs/callbacks.md has what is compared.
 
     Attributes:
-        all_ranks: whether every rank has the callback; otherwise rank 0 alone makes one.
+        all_ranks: whether every rank has the callback; otherwise rank 0 alone makes one, and another rank does when that has died
+            and it takes its place (`survive`).
     """
 
     all_ranks: ClassVar[bool] = False
 
     def on_start(self, run: RunView) -> None:
-        """Is called before the first step, also of a run that continues."""
+        """Is called before the first step, also of a run that continues, or when this rank takes the place of rank 0."""
 
     def on_step(self, run: RunView) -> None:
         """Is called after every optimizer step; it costs nothing where no callback overrides it."""

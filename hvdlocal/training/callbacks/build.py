@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,10 @@ TRACKERS = {
     for name, kind in {"tensorboard": "TensorBoard", "wandb": "Wandb", "mlflow": "MLflow", "trackio": "Trackio"}.items()
 }
 """The short names of hvdlocal's own callbacks; each is the name of the package that it needs, too."""
+
+
+Maker = Callable[[int], Callback | None]
+"""Makes a callback on a rank of this number, if such a rank has it."""
 
 
 def build_callbacks(
@@ -40,20 +45,28 @@ def build_callbacks(
 
     def build() -> dict[str, Callback | None]:
         _check_objects(objects)
-        entries = [*config.callbacks]
-        if config.tensorboard and "tensorboard" not in map(_name, entries):
-            entries.append("tensorboard")
-        built: dict[str, Callback | None] = {}
-        for entry in entries:
-            built[_unused(_name(entry), built)] = _build(entry, communicator.rank)
-        for one in objects:
-            mine = one if one.all_ranks or communicator.rank == 0 else None
-            built[_unused(type(one).__qualname__, built)] = mine
-        return built
+        return {name: make(communicator.rank) for name, make in makers(config, objects).items()}
 
     callbacks = succeed_together(communicator, build, "hvdlocal.callbacks")
     require_agreement(communicator, {"callbacks": list(callbacks)}, "hvdlocal.callbacks.names")
     return callbacks
+
+
+def makers(config: TrainConfig, objects: Sequence[Callback]) -> dict[str, Maker]:
+    """Returns the functions that make the callbacks of a run, by the names of these; arguments as for `build_callbacks`."""
+    entries = [*config.callbacks]
+    if config.tensorboard and "tensorboard" not in map(_name, entries):
+        entries.append("tensorboard")
+    found: dict[str, Maker] = {}
+    for entry in entries:
+        found[_unused(_name(entry), found)] = partial(_build, entry)
+    for one in objects:
+        found[_unused(type(one).__qualname__, found)] = partial(_given, one)
+    return found
+
+
+def _given(one: Callback, rank: int) -> Callback | None:
+    return one if one.all_ranks or rank == 0 else None
 
 
 def _build(entry: str | Mapping[str, Any], rank: int) -> Callback | None:

@@ -39,13 +39,14 @@ class Events:
 
     def __init__(self, callbacks: Mapping[str, Callback | None], run: RunView, communicator: Communicator) -> None:
         self._callbacks = {name: callback for name, callback in callbacks.items() if callback is not None}
+        self._had = set(self._callbacks)
         self._run = run
         self._communicator = communicator
         self._anywhere = bool(callbacks)
         self._ended = False
         self._compared: set[tuple[str, str]] = set()
         self.failure: str | None = None
-        self.has_steps = any(type(one).on_step is not Callback.on_step for one in self._callbacks.values())
+        self._look_for_steps()
 
     def start(self, states: Mapping[str, Any]) -> None:
         """Begins or continues; a collective.
@@ -66,6 +67,29 @@ class Events:
         if self._run.rank == 0:
             self.state()  # a state that no checkpoint can hold is reported now
         self.check("training has not begun")
+
+    def take_over(self, makers: Mapping[str, Callable[[int], Callback | None]]) -> None:
+        """Begins the callbacks that only rank 0 has, on the rank that has become it. Their states are lost with the rank before.
+
+        Args:
+            makers: of all callbacks of the run.
+        """
+        self._run.resumed_step = self._run.step
+        missing = [name for name in makers if name not in self._had]
+        own, self._callbacks = self._callbacks, {}
+        for name in missing:
+            try:
+                if (made := makers[name](0)) is not None:
+                    self._callbacks[name] = made
+            except (OwnCodeError, ValueError, ImportError, OSError) as error:
+                self.failure = self.failure or str(error)
+        self._had.update(missing)
+        self._call("on_start", lambda _, one: one.on_start(self._run))
+        self._callbacks |= own
+        self._look_for_steps()
+
+    def _look_for_steps(self) -> None:
+        self.has_steps = any(type(one).on_step is not Callback.on_step for one in self._callbacks.values())
 
     def step(self) -> None:
         """Reports an optimizer step."""

@@ -155,6 +155,21 @@ def test_cut_anywhere(tmp_path):
     assert (rounds[0], rounds[-1]) == (0, 5)
 
 
+def test_lost_ranks(tmp_path):
+    directory = write_run(tmp_path / "a", steps=800)
+    with open(directory / "metrics.jsonl", "a") as file:
+        for ranks, remaining in (([3], 3), ([0, 1], 1), ("all", 0)):
+            hosts = [f"node{rank}" for rank in ranks]
+            print(
+                json.dumps({"kind": "lost", "step": 900, "ranks": ranks, "hosts": hosts, "remaining": remaining}),
+                file=file,
+            )
+    assert read_run(directory).notes == [
+        "after step 900 3 ranks went on without rank 3 on node3",
+        "after step 900 one rank went on without ranks 0 on node0, 1 on node1",
+    ]
+
+
 def test_resumptions(tmp_path):
     directory = write_run(tmp_path / "a")
     attempts = directory / "attempts.jsonl"

@@ -23,7 +23,7 @@ def parts(communicator):
     )
     state = SimpleNamespace(totals=RunTotals(optimizer), loader=SimpleNamespace(stats=lambda: {"samples": 0}))
     session = SimpleNamespace(
-        length=SimpleNamespace(epoch=1.0, budget=1.0), parameters=25, communicator=SimpleNamespace(size=2)
+        length=SimpleNamespace(epoch=1.0, budget=1.0), parameters=25, communicator=SimpleNamespace(job_size=2)
     )
     return optimizer, state, session
 
