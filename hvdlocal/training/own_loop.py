@@ -270,11 +270,11 @@ class Checkpoints:
             raise ValueError("finish() before resume(): call resume() once, before the first step")
         if not self._optimizer.in_sync and self._communicator.rank == 0:
             warn("finish() inside a round: the model is no average. Call optimizer.synchronize() before saving it.")
+        self._go_on()
         self._coordinator.finish()
         first = -1
         while first != self._communicator.job_ranks[0]:  # again if the first rank has died, perhaps before it could
             first = self._communicator.job_ranks[0]
-            self._go_on()
             succeed_together(self._communicator, self._mark, "hvdlocal.finish")
         self.close()
 
@@ -361,6 +361,7 @@ class Checkpoints:
 
     def _mark(self) -> None:
         if self._communicator.rank == 0:
+            self._output.take_over()
             totals = {"steps": self._steps, "rounds": self._optimizer.round, "progress": self._optimizer.progress}
             self._output.directory.write_text(FINISHED, json.dumps(totals | self._totals.state_dict(), indent=1) + "\n")
             self._output.directory.check()

@@ -133,6 +133,8 @@ class CheckpointCoordinator:
         self.status.close()
         if self.writer.open_step is not None:
             self._finish(wait=True)
+        if self._has_lost:
+            self.after_loss()
         self.writer.close()
         self._report()
         self._warn_of_failures(wait=True)
