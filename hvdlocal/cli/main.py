@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hvdlocal import terminal
 from hvdlocal.communicator.errors import CommunicationError, DisagreementError, LaunchError, SetupError
 from hvdlocal.communicator.launched import launched_rank
+from hvdlocal.communicator.losses import TooFewRanksError
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.import_path import OwnCodeError
 from hvdlocal.training import interruption
@@ -112,6 +113,8 @@ def _explain(error: Exception) -> int:
         return ExitCode.MISTAKE
     if isinstance(error, CommunicationError):
         _complain(str(error))
+        if isinstance(error, TooFewRanksError):  # the last checkpoint is there to go on from
+            _communicator().abort(ExitCode.INTERRUPTED)
         # The other ranks cannot be reached: an orderly end would wait for them, or finalise MPI during a collective.
         _communicator().abort(ExitCode.PEER_FAILED)
     if isinstance(error, DivergedError | SetupError | DisagreementError | CallbackError):  # raised on all ranks
@@ -153,8 +156,9 @@ def _leave_without_meeting(code: int) -> None:
     """Ends this rank so that the others notice it by a failing collective and can report the reason."""
     communicator = _communicator()
     if communicator.size > 1:
-        communicator.shutdown()
-        time.sleep(NOTICING_SECONDS)
+        if not communicator.survives:  # there, a rank that dies is noticed anyway
+            communicator.shutdown()
+            time.sleep(NOTICING_SECONDS)
         communicator.abort(code)
 
 

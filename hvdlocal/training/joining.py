@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from hvdlocal.communicator import Communicator, SetupError, init
 from hvdlocal.communicator.islands import divide, node_name, parse_island
@@ -25,8 +24,7 @@ def join(config: TrainConfig) -> Communicator:
             f"HVDLOCAL_ISLAND={variable}, but method.island={island}: the configuration decides, so set method.island to what "
             "you want, and unset the variable"
         )
-    wanted: dict[str, Any] = {"survive": True} if config.survive else {}
-    return init(island=island, **wanted)
+    return init(island=island, survive=config.survive or None)
 
 
 def require_as_configured(config: TrainConfig, communicator: Communicator) -> None:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from hvdlocal.averaging import LocalOptimizer, SynchronousOptimizer
-from hvdlocal.communicator import Communicator, Loss, MissingRanksError, TooFewRanksError
+from hvdlocal.communicator import Communicator, Loss, MissingRanksError
 from hvdlocal.data import Loader
 from hvdlocal.training.interruption import Interrupted
 from hvdlocal.training.run_state import RunState
@@ -118,5 +118,5 @@ def all_needed(communicator: Communicator) -> Iterator[None]:
     try:
         with communicator.unbroken():
             yield
-    except (MissingRanksError, TooFewRanksError) as error:
+    except MissingRanksError as error:
         raise Interrupted(f"interrupted before training began: {error}. The same command starts again.") from error

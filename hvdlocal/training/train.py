@@ -60,6 +60,8 @@ def train(
         DamageError: samples are damaged; on all ranks. `hvdlocal train` exits with 2.
         CallbackError: a callback failed; on all ranks, with a checkpoint on disk. `hvdlocal train` exits with 2.
         LostRankError: this rank cannot go on. `hvdlocal train` exits with 1.
+        TooFewRanksError: with `survive`, ranks do not answer, and the others could not go on without them. `hvdlocal train`
+            exits with 85.
         CommunicationError: another rank has ended. `hvdlocal train` exits with 4.
     """
     if not isinstance(config, TrainConfig):

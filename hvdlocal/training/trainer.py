@@ -19,7 +19,6 @@ from hvdlocal.communicator.agreement import by_first_rank
 from hvdlocal.data.errors import DamagedDataError
 from hvdlocal.directory import MovedError
 from hvdlocal.import_path import code_digests
-from hvdlocal.terminal import warn
 from hvdlocal.training import interruption
 from hvdlocal.training.builders import code_paths
 from hvdlocal.training.callbacks.base import Callback, Outcome, RunView
@@ -212,8 +211,8 @@ class Trainer:
         """Trains until the budget is used up, evaluates, and saves the averaged model.
 
         Raises:
-            Interrupted: on all ranks, with a checkpoint saved; also where fewer than `min_workers` are left. Where the ranks
-                could not agree in time who is left, the checkpoint is an earlier one.
+            Interrupted: on all ranks, with a checkpoint saved; also where fewer than `min_workers` are left.
+            TooFewRanksError: the ranks could not agree in time on who is left; the last checkpoint is an earlier one.
             DivergedError: a loss became NaN or infinite; on all ranks, with a model saved.
             CommunicationError: another rank ended, and the job does not survive that.
             DamageError: damaged images were found; on all ranks.
@@ -239,8 +238,7 @@ class Trainer:
         except DamagedDataError as error:
             raise damage_found(directory, self.communicator, error, self.state.position.steps) from error
         except TooFewRanksError as error:
-            warn(f"{error} {self.output.what_is_saved()}.")  # on every rank, as rank 0 may be one that does not answer
-            raise interruption.Interrupted(str(error)) from error
+            raise TooFewRanksError(f"{error} Once that is mended: {self.output.what_is_saved()}.") from error
         except CommunicationError as error:
             if (damage := damage_elsewhere(directory)) is None:
                 raise
@@ -311,6 +309,8 @@ class Trainer:
         lost, steps = self.survivors.take_in(), self.state.position.steps
         if not lost:
             return
+        if (damage := damage_elsewhere(self.output.directory)) is not None:  # which the others would come to as well
+            raise damage
         self._take_over()
         if not ends:
             self.coordinator.after_loss()

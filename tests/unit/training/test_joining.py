@@ -23,5 +23,5 @@ def test_an_environment_that_asks_for_other_islands_is_refused(monkeypatch, isla
 @pytest.mark.parametrize(("island", "variable"), [(1, "1"), (2, "2"), ("node", "node"), (2, "")])
 def test_one_that_asks_for_the_same_is_not(monkeypatch, island, variable):
     monkeypatch.setenv("HVDLOCAL_ISLAND", variable)
-    monkeypatch.setattr("hvdlocal.training.joining.init", lambda island: ("joined", island))
+    monkeypatch.setattr("hvdlocal.training.joining.init", lambda island, survive: ("joined", island))
     assert join(configured(island)) == ("joined", island)
