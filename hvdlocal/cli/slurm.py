@@ -46,9 +46,13 @@ def run(arguments: Sequence[str]) -> int:
         tasks = options.setdefault("array", f"0-{last}") or ""
         if check.largest_task(tasks) > last:
             raise ValueError(f"--sbatch array={tasks}: with these --ranks and --periods the tasks are 0 to {last}")
+    job_arguments = _job_arguments(given, template.name, _ranks(template, options, numbers))
+    if given.survive:
+        _check_survival(given, template.name)
+        options["no-kill"] = None
     script = template.render(
         options,
-        _job_arguments(given, template.name, _ranks(template, options, numbers)),
+        job_arguments,
         _place(given.site),
         f"hvdlocal slurm {shlex.join(arguments)}",
         numbers,
@@ -100,6 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend", choices=BACKENDS, help="the engine, HVDLOCAL_BACKEND; srun needs no PMIx for torch"
+    )
+    parser.add_argument(
+        "--survive",
+        action="store_true",
+        help="when ranks die, the others go on: setting survive of a configuration, HVDLOCAL_SURVIVE of a script",
     )
     parser.add_argument("--site", metavar="FILE", help="the site's settings, instead of slurm/site.sh")
     parser.add_argument("--image", metavar="FILE", help="of container: the Apptainer image")
@@ -229,7 +238,9 @@ def _job_arguments(given: argparse.Namespace, template: str, jobs: Sequence[tupl
     from hvdlocal.training.config_checks import check_ranges
 
     run = given.run if given.island is None else [*given.run, f"--method.island={given.island}"]
+    run = [*run, "--survive=true"] if given.survive else run
     config = parse(run)
+    given.survive = config.survive
     check_ranges(config)
     check_islands(config.method.island)
     if not Path(config.data.path).exists() and not glob.glob(config.data.path):
@@ -246,11 +257,25 @@ def _job_arguments(given: argparse.Namespace, template: str, jobs: Sequence[tupl
     return run
 
 
+def _check_survival(given: argparse.Namespace, template: str) -> None:
+    if template == "prepare":
+        raise ValueError("--survive is for training: template prepare starts again from what is written")
+    if template == "gpu-nodes-srun":
+        raise ValueError(
+            "template gpu-nodes-srun: a job survives the death of a rank under mpirun only; choose gpu-nodes"
+        )
+    if given.backend not in (None, "mpi4py"):
+        raise ValueError(f"--backend {given.backend}: only engine mpi4py survives the death of a rank")
+    if given.island not in (None, 1):
+        raise ValueError(f"--island {given.island}: an island cannot go on without one of its ranks, so drop --survive")
+
+
 def _variables(given: argparse.Namespace) -> dict[str, str]:
     """Returns what the job exports beside the paths."""
     is_script = bool(given.run) and given.run[0].endswith(".py")
     found = {
-        "HVDLOCAL_BACKEND": given.backend,
+        "HVDLOCAL_SURVIVE": "1" if given.survive else None,
+        "HVDLOCAL_BACKEND": "mpi4py" if given.survive else given.backend,
         "HVDLOCAL_ISLAND": str(given.island) if given.island and is_script else None,
     }
     return {name: value for name, value in found.items() if value is not None}

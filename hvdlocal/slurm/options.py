@@ -22,7 +22,7 @@ _SIGNAL = re.compile(r"B:(?:SIG)?USR[12]@([0-9]{1,6})")
 
 _DECIDED = {
     "no-requeue": "the template starts the job again after its time limit",
-    "no-kill": "a job that has lost a node has to end, so that it is started again",
+    "no-kill": "a job that has lost a node has to end, so that it is started again; --survive sets it",
     "wrap": "the template is the script",
     "ntasks": "write --nodes and --ntasks-per-node",
     "gpus": "write --gpus-per-node",

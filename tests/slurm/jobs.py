@@ -72,15 +72,15 @@ class Job:
     def cancel(self) -> None:
         self.cluster.command("scancel", self.id)
 
-    def processes(self) -> dict[int, str]:
-        """Of the job on all nodes: its script, its steps and all that they started."""
-        return self.cluster.processes(SLURM_JOB_ID=self.id)
+    def processes(self, **variables: str) -> dict[int, str]:
+        """Of the job on all nodes, or those with these variables: its script, its steps and all that they started."""
+        return self.cluster.processes(SLURM_JOB_ID=self.id, **variables)
 
-    def ranks(self) -> dict[int, str]:
-        """Of the job on all nodes: the processes that train."""
+    def ranks(self, **variables: str) -> dict[int, str]:
+        """Of the job on all nodes, or those with these variables: the processes that train."""
         return {
             process: command
-            for process, command in self.processes().items()
+            for process, command in self.processes(**variables).items()
             if re.match(r"\S*python\S* -m hvdlocal train ", command)
         }
 

@@ -83,6 +83,34 @@ def test_islands_of_a_script_are_a_variable_and_those_of_a_configuration_a_setti
     assert "export HVDLOCAL_ISLAND" not in script
 
 
+@pytest.mark.parametrize(
+    "line", ["--survive run.yaml", "run.yaml --survive true", "--survive --backend mpi4py run.yaml"]
+)
+@pytest.mark.parametrize("template", ["cpu", "gpu", "gpu-nodes", "staging", "sweep", "container"])
+def test_a_job_that_survives(hvdlocal_slurm, template, line):
+    image = "--image 'my image.sif'" if template == "container" else ""
+    code, script, error = hvdlocal_slurm(f"--template {template} {image} {line}")
+    assert (code, error) == (0, "")
+    assert script.count("\n#SBATCH --no-kill\n") == 1
+    after = script[script.index("common.sh\n") :]
+    assert "export HVDLOCAL_SURVIVE=1\nexport HVDLOCAL_BACKEND=mpi4py\n" in after
+    assert ("run.yaml --survive=true\n" if line.startswith("--") else "run.yaml --survive true\n") in after
+
+
+def test_a_script_that_survives(hvdlocal_slurm):
+    code, script, error = hvdlocal_slurm("--template cpu --survive loop.py --depth 12")
+    assert (code, error) == (0, "")
+    assert "\n#SBATCH --no-kill\n" in script
+    assert "export HVDLOCAL_SURVIVE=1\nexport HVDLOCAL_BACKEND=mpi4py\nset -- loop.py --depth 12\n" in script
+
+
+def test_a_job_ends_with_its_first_rank_unless_it_is_to_survive(hvdlocal_slurm):
+    code, script, _ = hvdlocal_slurm("--template cpu run.yaml --survive false")
+    assert code == 0
+    assert "no-kill" not in script
+    assert "HVDLOCAL_SURVIVE" not in script
+
+
 def test_the_engines_are_those_there_are():
     assert slurm.BACKENDS == launch.BACKENDS
 
@@ -195,6 +223,13 @@ MISTAKES = [
     ("--template gpu-nodes --island node run.yaml --method.preset sync", "data parallelism averages the gradients"),
     ("--template gpu-nodes --island nod run.yaml", "--island nod: a whole number of at least 1, or node"),
     ("--template prepare --island node imagenet", "--island is for training"),
+    ("--template gpu-nodes-srun --survive run.yaml", "under mpirun only; choose gpu-nodes"),
+    ("--template gpu-nodes-srun run.yaml --survive true", "under mpirun only; choose gpu-nodes"),
+    ("--template gpu-nodes-srun --survive loop.py", "under mpirun only; choose gpu-nodes"),
+    ("--template prepare --survive imagenet --source a --output b", "--survive is for training"),
+    ("--template cpu --survive --backend torch run.yaml", "--backend torch: only engine mpi4py survives"),
+    ("--template cpu --backend horovod run.yaml --survive true", "--backend horovod: only engine mpi4py survives"),
+    ("--template gpu-nodes --survive --island node loop.py", "--island node: an island cannot go on without one"),
     ("--template cpu --backend nccl run.yaml", "choose from 'horovod', 'mpi4py', 'torch'"),
     ("--template staging loop.py", "template staging sets the trainer's own options: give it a configuration"),
 ]
