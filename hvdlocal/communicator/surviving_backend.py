@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdlocal.communicator.base import MAX_ELEMENTS, Communicator, Pending
+from hvdlocal.communicator.base import Communicator, Pending
 from hvdlocal.communicator.errors import CommunicationError, LaunchError
 from hvdlocal.communicator.hung_ranks import open_board
 from hvdlocal.communicator.losses import Loss, TooFewRanksError
@@ -22,11 +22,13 @@ from hvdlocal.communicator.mpi4py_backend import PIECE_BYTES, Mpi4pyCommunicator
 from hvdlocal.communicator.survivors import Survivors
 from hvdlocal.communicator.threaded import DEPARTURE_GRACE_SECONDS, Call
 from hvdlocal.communicator.ulfm import end_without_mpi, ended_after, start_mpi
-from hvdlocal.communicator.undo import Undo
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.terminal import Guarded, complain
 
 T = TypeVar("T")
+
+NETWORK_PIECE_BYTES = 2**25
+"""Of a collective between nodes: long, so that its ranks' messages are long too; memory of this length is needed."""
 
 END = "hvdlocal.end_of_program"
 
@@ -62,8 +64,7 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
                     f"a rank died while the ranks of this job were joined ({error}): start it again"
                 ) from error
         self._nodes = [first for _, first in everyone]
-        self._undo = Undo()
-        self._survivors = Survivors(mpi, self._ranks, [host for host, _ in everyone], self._undo)
+        self._survivors = Survivors(mpi, self._ranks, [host for host, _ in everyone])
         self._gave_up = False
 
     @property
@@ -146,7 +147,7 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             self._kill_hung(pending.number, waited, name)
             return waited + self.timeout_seconds
         self._gave_up = True
-        self._undo.roll_back()  # the thread of the collectives hangs, so this does not come between
+        self._survivors.undo.give_up()
         raise TooFewRanksError(
             f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: ranks do not answer, and none of them could be "
             "found dead, so the others cannot go on without them. Look for a node that hangs or a network that is interrupted; a "
@@ -164,16 +165,16 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             )
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> Call:
-        def sum_piece(piece: NDArray[Any]) -> None:
-            self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, piece, op=self._mpi.SUM)
+        def sum_piece(message: NDArray[Any]) -> None:
+            self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, message, op=self._mpi.SUM)
 
         return self._in_place(flat, name, f"sum of {flat.numel()} {flat.dtype}", sum_piece)
 
     def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Call:
         sender = self.job_ranks[root]
 
-        def broadcast_piece(piece: NDArray[Any]) -> None:
-            self._survivors.ranks.Bcast(piece, root=self._survivors.place_of(sender))
+        def broadcast_piece(message: NDArray[Any]) -> None:
+            self._survivors.ranks.Bcast(message, root=self._survivors.place_of(sender))
 
         return self._in_place(
             flat, name, f"broadcast of {flat.numel()} {flat.dtype} from rank {sender}", broadcast_piece
@@ -198,13 +199,17 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             host = flat.cpu()  # the tensor itself when it is on the CPU already
             memory = memory_of(host)
             if host is flat:
-                self._undo.reserve(memory.nbytes)
-            length = max(1, PIECE_BYTES // memory.itemsize) if self._in_shared_memory else MAX_ELEMENTS
+                self._survivors.undo.reserve(memory.nbytes)
+            length = max(1, (PIECE_BYTES if self._in_shared_memory else NETWORK_PIECE_BYTES) // memory.itemsize)
             for start in range(0, memory.size, length):
                 piece = memory[start : start + length]
+                message = self._survivors.messages.take(piece.nbytes).view(piece.dtype)
+                np.copyto(message, piece)
+                collective(message)
                 if host is flat:
-                    self._undo.save(piece)
-                collective(piece)
+                    self._survivors.undo.replace(piece, message)
+                else:
+                    np.copyto(piece, message)
             return host
 
         def work() -> tuple[None, int]:
@@ -235,10 +240,23 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
         return self._survivors.members
 
     def _maximum_(self, numbers: NDArray[np.int64]) -> None:
-        self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, numbers, op=self._mpi.MAX)
+        message = self._survivors.messages.take(numbers.nbytes).view(numbers.dtype)
+        np.copyto(message, numbers)
+        self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, message, op=self._mpi.MAX)
+        np.copyto(numbers, message)
 
     def _exchange(self, data: bytes) -> list[bytes]:
-        return self._survivors.ranks.allgather(data)
+        ranks, own = self._survivors.ranks, self._survivors.ranks.rank
+        message = self._survivors.messages.take(8 * ranks.size).view(np.int64)
+        message[own] = len(data)
+        ranks.Allgather(self._mpi.IN_PLACE, message)
+        ends = np.cumsum(message)
+        starts = ends - message
+        lengths = message.tolist()
+        everything = self._survivors.messages.take(int(ends[-1]))
+        everything[starts[own] : ends[own]] = np.frombuffer(data, np.uint8)
+        ranks.Allgatherv(self._mpi.IN_PLACE, [everything, lengths, self._mpi.BYTE])
+        return [everything[start:end].tobytes() for start, end in zip(starts, ends, strict=True)]
 
 
 class _Collective(Call):

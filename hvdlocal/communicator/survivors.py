@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from hvdlocal.communicator.losses import Loss
 from hvdlocal.communicator.threaded import DifferentCollectivesError
-from hvdlocal.communicator.undo import Undo
+from hvdlocal.communicator.undo import MessageMemory, Undo
 
 T = TypeVar("T")
 
@@ -26,22 +26,24 @@ class Survivors:
         mpi: the module `mpi4py.MPI`.
         ranks: MPI's communicator of all ranks of the job.
         hosts: that of every rank.
-        undo: what attempts have overwritten.
 
     Attributes:
         ranks: MPI's communicator of them.
         members: their numbers in the job, ascending.
         losses: the ranks that died so far.
+        messages: the memory that attempts give to MPI.
+        undo: what attempts have overwritten.
     """
 
-    def __init__(self, mpi: Any, ranks: Any, hosts: Sequence[str], undo: Undo) -> None:
+    def __init__(self, mpi: Any, ranks: Any, hosts: Sequence[str]) -> None:
         self._mpi = mpi
         self._job = ranks.Get_group()
         self._hosts = hosts
-        self._undo = undo
         self.ranks = ranks
         self.members = tuple(range(ranks.size))
         self.losses: list[Loss] = []
+        self.messages = MessageMemory()
+        self.undo = Undo()
 
     def place_of(self, member: int) -> int:
         """The place among the survivors of a rank of the job; that of the first survivor if the rank is lost."""
@@ -52,29 +54,32 @@ class Survivors:
 
         Args:
             collective: its name.
-            attempt: makes it once, and saves what it overwrites; raises what MPI raises, or `DifferentCollectivesError`.
+            attempt: makes it once, in the memory `messages`, and overwrites other memory by `undo`. What it has received may be
+                anything, even where MPI has raised nothing: what comes of it counts only when all agree that it has succeeded.
 
         Returns:
             What the last attempt has returned.
 
         Raises:
-            RuntimeError: an attempt failed although no rank died.
+            Exception: an attempt failed although no rank died.
         """
         while True:
-            failure: RuntimeError | None = None
+            failure: Exception | None = None
             try:
                 result = attempt()
             except DifferentCollectivesError as error:  # an answer as well, if all ranks have it
                 failure = error
-            except self._mpi.Exception as error:
+            except Exception as error:
                 failure = error
                 self.ranks.Revoke()  # so that the others do not wait in it
             if self._agree(failure is None or isinstance(failure, DifferentCollectivesError)):
+                self.messages.reuse()
+                self.undo.forget()
                 if failure is not None:
                     raise failure
-                self._undo.forget()
                 return result
-            self._undo.roll_back()
+            self.messages.abandon()
+            self.undo.roll_back()
             if not self._leave_out_the_dead(collective):
                 raise failure or RuntimeError("it failed on another rank")
 

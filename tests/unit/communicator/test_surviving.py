@@ -18,7 +18,7 @@ from hvdlocal.communicator.hung_ranks import SLOT, NodeBoard
 from hvdlocal.communicator.losses import Loss
 from hvdlocal.communicator.survivors import Survivors
 from hvdlocal.communicator.threaded import DifferentCollectivesError
-from hvdlocal.communicator.undo import Undo
+from hvdlocal.communicator.undo import MessageMemory, Undo
 
 LAUNCHED = ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "RANK", "WORLD_SIZE", ulfm.FAULT_TOLERANCE]
 
@@ -209,7 +209,7 @@ HOSTS = ["n0", "n0", "n1", "n1"]
 
 
 def survivors(ranks):
-    return Survivors(MPI, ranks, HOSTS, Undo())
+    return Survivors(MPI, ranks, HOSTS)
 
 
 def attempts(*outcomes):
@@ -276,26 +276,58 @@ def test_different_collectives():
 
 
 def test_what_was_overwritten_is_restored():
-    undo = Undo()
     numbers = np.arange(7.0)
     left = Ranks([0, 1], agreements=[1])
-    job = Survivors(MPI, Ranks([0, 1, 2], shrinks=[left], agreements=[0, 1]), HOSTS, undo)
+    job = Survivors(MPI, Ranks([0, 1, 2], shrinks=[left], agreements=[0, 1]), HOSTS)
     seen = []
 
     def attempt():
-        undo.reserve(numbers.nbytes)
+        job.undo.reserve(numbers.nbytes)
         seen.append(numbers.tolist())
         for start in (0, 3):
-            undo.save(numbers[start : start + 3])
-            numbers[start : start + 3] *= 2
+            piece = numbers[start : start + 3]
+            job.undo.replace(piece, 2 * piece)
             if len(seen) == 1 and start == 3:
                 raise MPIError
 
     job.complete("c", attempt)
     assert seen == [[0, 1, 2, 3, 4, 5, 6]] * 2
     assert numbers.tolist() == [0, 2, 4, 6, 8, 10, 6]
-    undo.roll_back()
+    job.undo.roll_back()
     assert numbers.tolist() == [0, 2, 4, 6, 8, 10, 6], "the end of a collective is final"
+
+
+def test_nothing_is_overwritten_after_a_collective_was_given_up():
+    undo, numbers = Undo(), np.zeros(2)
+    undo.reserve(numbers.nbytes)
+    undo.replace(numbers[:1], np.ones(1))
+    undo.give_up()
+    with pytest.raises(RuntimeError, match="given up"):
+        undo.replace(numbers[1:], np.ones(1))
+    assert numbers.tolist() == [0, 0]
+
+
+def test_memory_of_a_collective_that_failed_is_neither_used_again_nor_freed():
+    """MPI may still write to it."""
+    memory = MessageMemory()
+    small, large = memory.take(10), memory.take(1000)
+    memory.reuse()
+    assert np.shares_memory(memory.take(10), large)
+    assert not np.shares_memory(memory.take(10), small)
+    larger = memory.take(2000)
+    memory.abandon()
+    assert not any(np.shares_memory(memory.take(10), one) for one in (large, larger))
+    assert any(np.shares_memory(kept, large) for kept in memory._abandoned)
+    assert any(np.shares_memory(kept, larger) for kept in memory._abandoned)
+
+
+@pytest.mark.parametrize("error", [ValueError("garbage"), MemoryError()])
+def test_what_was_received_may_be_anything(error):
+    """MPI does not always raise; a rank that cannot make sense of what it got is one that has failed."""
+    left = Ranks([0, 1], agreements=[1])
+    ranks = Ranks([0, 1, 2], shrinks=[left], agreements=[0, 1])
+    assert survivors(ranks).complete("c", attempts(error, "sum")) == "sum"
+    assert ranks.agreed == [0, 1]
 
 
 # -- Ranks that hang --------------------------------------------------------------------------------------------------
