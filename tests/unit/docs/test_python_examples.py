@@ -1,11 +1,14 @@
 """The Python examples of the documents run, by one rank."""
 
+from functools import partial
+
 import h5py
 import numpy as np
 import pytest
 import torch
 from pages import blocks
 from support.configs import digits_config
+from support.mortal import Death, run_mortal
 
 import hvdlocal
 from hvdlocal.communicator import SingleProcess
@@ -81,11 +84,39 @@ def test_checkpoints_in_a_loop(script, tmp_path, data, monkeypatch):
     inner = torch.optim.SGD(script["model"].parameters(), lr=0.1)
     script["optimizer"] = hvdlocal.LocalOptimizer(inner, script["model"], period=hvdlocal.ConstantPeriod(4))
     script["schedule"] = torch.optim.lr_scheduler.StepLR(script["optimizer"], 10)
-    (example,) = blocks("docs/checkpoints.md", "python")
+    example, _ = blocks("docs/checkpoints.md", "python")
     exec(example.text, script)
     assert script["checkpoints"].steps == 75
     with pytest.raises(hvdlocal.AlreadyFinished):
         exec(example.text, script)
+
+
+def test_a_loop_that_goes_on_without_ranks_that_die():
+    _, example = blocks("docs/checkpoints.md", "python")
+
+    def body(comm):
+        model = torch.nn.Linear(3, 2)
+        inner = torch.optim.SGD(model.parameters(), lr=0.1)
+        script = {"hvdlocal": Loop(comm), "comm": comm, "model": model, "inner": inner}
+        script["x"] = script["y"] = torch.arange(12)
+        exec(example.text, script)
+        before = script["x_mine"].tolist()
+        for _ in range(16):
+            script["optimizer"].step()
+        return before, script["x_mine"].tolist(), script["y_mine"].tolist()
+
+    class Loop:
+        """The package, whose communicator is that of a thread."""
+
+        ConstantPeriod = hvdlocal.ConstantPeriod
+
+        def __init__(self, comm):
+            self.LocalOptimizer = partial(hvdlocal.LocalOptimizer, communicator=comm)
+
+    first, lost, last = run_mortal(3, body, Death(1, "hvdlocal.average"))
+    assert lost is None
+    assert first == ([0, 3, 6, 9], [0, 2, 4, 6, 8, 10], [0, 2, 4, 6, 8, 10])
+    assert last == ([2, 5, 8, 11], [1, 3, 5, 7, 9, 11], [1, 3, 5, 7, 9, 11])
 
 
 @pytest.fixture
