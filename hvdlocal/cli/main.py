@@ -113,6 +113,8 @@ def _explain(error: Exception) -> int:
         return ExitCode.MISTAKE
     if isinstance(error, CommunicationError):
         _complain(str(error))
+        if not _has_joined():
+            return ExitCode.PEER_FAILED
         if isinstance(error, TooFewRanksError):  # the last checkpoint is there to go on from
             _communicator().abort(ExitCode.INTERRUPTED)
         # The other ranks cannot be reached: an orderly end would wait for them, or finalise MPI during a collective.
@@ -143,12 +145,8 @@ def _explain(error: Exception) -> int:
     else:
         traceback.print_exception(error)
         _complain(f"ended by {type(error).__name__}, which is a bug of hvdlocal or of what it uses; see the traceback")
-    try:
-        communicator = _communicator()
-    except RuntimeError:
-        return code
-    if communicator.size > 1:
-        communicator.abort(code)
+    if _has_joined() and _communicator().size > 1:
+        _communicator().abort(code)
     return code
 
 
@@ -166,6 +164,15 @@ def _communicator() -> Communicator:
     from hvdlocal.communicator import current  # loads torch, which a mistake in the arguments need not wait for
 
     return current()
+
+
+def _has_joined() -> bool:
+    """Returns whether the ranks of this job have a communicator."""
+    try:
+        _communicator()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _shortage(error: Exception) -> str | None:

@@ -52,6 +52,7 @@ def init(
     Raises:
         ImportError: the backend is not installed; the message says how to get it.
         LaunchError: the launcher started several ranks that do not see each other, or not such that they can survive.
+        MissingRanksError: with `survive`, a rank died while the ranks were joined.
         RuntimeError: MPI has ended in this process with an earlier communicator, or ranks have died.
         ValueError: unknown backend, or another one is in use already; the same for the island, and the ranks cannot be divided
             into such islands; `survive` with another engine than mpi4py or with islands.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -15,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 
 from hvdlocal.communicator.base import Communicator, Pending
-from hvdlocal.communicator.errors import CommunicationError, LaunchError
+from hvdlocal.communicator.errors import CommunicationError
 from hvdlocal.communicator.hung_ranks import open_board
-from hvdlocal.communicator.losses import Loss, TooFewRanksError
+from hvdlocal.communicator.losses import Loss, MissingRanksError, TooFewRanksError
 from hvdlocal.communicator.mpi4py_backend import PIECE_BYTES, Mpi4pyCommunicator, memory_of
 from hvdlocal.communicator.survivors import Survivors
 from hvdlocal.communicator.threaded import DEPARTURE_GRACE_SECONDS, Call
@@ -44,7 +45,8 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
 
     Raises:
         ImportError: mpi4py is not installed.
-        LaunchError: the ranks were not started such that they can survive, or one of them died before it could be missed.
+        LaunchError: the ranks were not started such that they can survive.
+        MissingRanksError: one of them died before the others could go on without it.
     """
 
     survives = True
@@ -60,7 +62,9 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
                 # Of every rank of the job: its host, and the first rank of its node.
                 everyone = self._ranks.allgather((socket.gethostname(), node.bcast(self.rank)))
             except mpi.Exception as error:
-                raise LaunchError(
+                self._gave_up = True
+                atexit.unregister(self._leave)  # which would agree on the end with the others
+                raise MissingRanksError(
                     f"a rank died while the ranks of this job were joined ({error}): start it again"
                 ) from error
         self._nodes = [first for _, first in everyone]
