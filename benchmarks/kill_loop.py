@@ -106,12 +106,14 @@ class Run:
         config: the configuration that all combinations share.
         directory: the run's directory.
         environment: environment variables of its processes.
+        options: of mpirun.
     """
 
     combination: Combination
     config: Path
     directory: Path
     environment: dict[str, str]
+    options: tuple[str, ...] = ()
 
     @property
     def output(self) -> Path:
@@ -122,8 +124,17 @@ class Run:
     def started(self) -> Iterator[subprocess.Popen[bytes]]:
         """Starts the ranks in their own session, which is killed afterwards; the output is appended to `log`."""
         self.directory.mkdir(exist_ok=True)
-        command = [str(ROOT / "install/mpirun"), "-np", str(self.combination.ranks), sys.executable, "-m", "hvdlocal"]
-        command += ["train", str(self.config), "--output", str(self.output), *self.combination.settings]
+        command = [str(ROOT / "install/mpirun"), "-np", str(self.combination.ranks), *self.options]
+        command += [
+            sys.executable,
+            "-m",
+            "hvdlocal",
+            "train",
+            str(self.config),
+            "--output",
+            str(self.output),
+            *self.combination.settings,
+        ]
         with (self.directory / "log").open("ab") as log:
             process = subprocess.Popen(
                 command,
