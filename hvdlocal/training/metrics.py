@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Protocol
 
 import torch
@@ -223,6 +223,17 @@ def _end_of_records(file: IO[bytes], keep: int) -> int:
         return keep
     file.seek(0)
     return file.read().rfind(b"\n") + 1
+
+
+def records_after(directory: Directory, position: int) -> list[dict[str, Any]]:
+    """Returns the records in metrics.jsonl after a `position` of it."""
+    found = []
+    with directory.open_to_read(METRICS) as file:
+        file.seek(position)
+        for line in file:
+            with suppress(ValueError):  # a line that a node had not brought to disk when it died
+                found.append(json.loads(line))
+    return found
 
 
 def line_of(kind: str, step: int, values: Mapping[str, Any]) -> bytes:

@@ -31,6 +31,9 @@ def copy_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 class BestModel:
     """The model of the best evaluation so far, kept in memory until it is on disk.
 
+    In a job that goes on without ranks that die, every rank keeps it, until there is a better one: the rank that is the first
+    one then writes it, since the one before it may have died first.
+
     Args:
         directory, name: where its file is written.
     """

@@ -26,6 +26,7 @@ from hvdlocal.training.callbacks.build import build_callbacks, makers
 from hvdlocal.training.callbacks.events import Events
 from hvdlocal.training.checkpoint.coordinator import CheckpointCoordinator
 from hvdlocal.training.checkpoint.files import directory as checkpoint_directory
+from hvdlocal.training.checkpoint.files import newest_manifest
 from hvdlocal.training.checkpoint.resume import Resumed
 from hvdlocal.training.config import TrainConfig
 from hvdlocal.training.config_checks import effective_settings, unused_settings
@@ -37,7 +38,7 @@ from hvdlocal.training.evaluation import Evaluation, Evaluator, described
 from hvdlocal.training.given import with_names
 from hvdlocal.training.joining import require_as_configured
 from hvdlocal.training.memory import out_of_memory
-from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics, strict
+from hvdlocal.training.metrics import Forwarded, JsonLines, Metrics, NoMetrics, records_after, strict
 from hvdlocal.training.optimizers import build_optimizer, is_local
 from hvdlocal.training.output_directory import OutputDirectory
 from hvdlocal.training.recorder import Recorder, Summary
@@ -314,6 +315,8 @@ class Trainer:
         self._take_over()
         if not ends:
             self.coordinator.after_loss()
+            if self.communicator.rank == 0:
+                self.coordinator.writer.submit(self.best_model.write)  # which rank 0 may not have done before it died
         self.recorder.begin()
         for one in lost:
             self.recorder.lost(one, steps)
@@ -328,7 +331,9 @@ class Trainer:
             self._standby.take_over()
         if self.last_good is None:  # else this rank has been the first one before
             self.last_good = self._last_good()
-            self.events.take_over(self._makers)
+            found = newest_manifest(self.output.path / CHECKPOINTS) or {}
+            records = records_after(self.output.directory, found.get("metrics_bytes", 0))
+            self.events.take_over(self._makers, found.get("callbacks", {}), found.get("step", 0), records)
         self.console.open(self.optimizer.progress / self.session.length.epoch)
 
     def _micro_batch(self, batches: Iterator[Batch]) -> None:
@@ -365,8 +370,9 @@ class Trainer:
         name, direction = self.session.task.best
         if position.is_better(value := evaluation.metrics.get(name), direction):
             position.best = value
-            if self.communicator.rank == 0:
+            if self.communicator.rank == 0 or self.communicator.survives:
                 self.best_model.take(copy_of(self.session.model))
+            if self.communicator.rank == 0:
                 self.coordinator.writer.submit(self.best_model.write)
         self.console.say(f"{self.recorder.status().position}  test {described(evaluation, self.session.task)}")
         return evaluation

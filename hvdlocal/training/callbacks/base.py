@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,6 +16,9 @@ from hvdlocal.training.session import Session
 
 Record = Mapping[str, Any]
 """A record as docs/records.md describes it, with its `kind` and `step`."""
+
+EVENT_OF_KIND = {"steps": "on_log", "round": "on_round", "evaluation": "on_evaluation"}
+"""The events that are about a record, by its kind."""
 
 Outcome = Literal["finished", "interrupted", "diverged", "failed"]
 
@@ -38,8 +41,8 @@ class RunView:
         config: the configuration with all defaults, as config.yaml has it; a copy.
         directory: the output directory, in which a callback may make files of its own.
         run_id: 16 hexadecimal digits, which stay the same when the run continues after an interruption.
-        resumed_step: the step from which the run continues, or from which this rank is rank 0 in the place of one that died;
-            None for a run that begins.
+        resumed_step: the step from which the run continues; None for one that begins. With `survive`, on a rank that takes the
+            place of rank 0: that of the newest checkpoint, or 0.
     """
 
     def __init__(
@@ -99,6 +102,17 @@ class Callback:
 
     def on_start(self, run: RunView) -> None:
         """Is called before the first step, also of a run that continues, or when this rank takes the place of rank 0."""
+
+    def on_take_over(self, run: RunView, records: Sequence[Record]) -> None:
+        """Is called after `on_start` when this rank takes the place of a rank 0 that died (`survive`).
+
+        `load_state_dict` and `on_start` have made of the callback what the newest checkpoint has of it. The events since then
+        are not repeated: the model is no longer the one that they were about.
+
+        Args:
+            run: the run.
+            records: all records since that checkpoint, or since the beginning of the run.
+        """
 
     def on_step(self, run: RunView) -> None:
         """Is called after every optimizer step; it costs nothing where no callback overrides it."""

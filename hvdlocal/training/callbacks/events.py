@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ import torch
 from hvdlocal.communicator import Communicator
 from hvdlocal.import_path import OwnCodeError, own_code
 from hvdlocal.terminal import warn
-from hvdlocal.training.callbacks.base import Callback, Outcome, Record, RunView
+from hvdlocal.training.callbacks.base import EVENT_OF_KIND, Callback, Outcome, Record, RunView
 from hvdlocal.training.callbacks.guard import fingerprints, restored
 from hvdlocal.training.errors import CallbackError
 
-EVENT_OF_KIND = {"steps": "on_log", "round": "on_round", "evaluation": "on_evaluation"}
 FREQUENT = {"on_step", "on_log", "on_round"}
 """Events at which a callback's changes of values are looked for once: reading the whole model every time would be slow."""
 
@@ -57,24 +56,27 @@ class Events:
         Raises:
             CallbackError: on all ranks: a callback failed.
         """
-
-        def restore(name: str, one: Callback) -> None:
-            if name in states:
-                one.load_state_dict(states[name])
-
-        self._call("load_state_dict", restore)
-        self._call("on_start", lambda _, one: one.on_start(self._run))
+        self._begin(states)
         if self._run.rank == 0:
             self.state()  # a state that no checkpoint can hold is reported now
         self.check("training has not begun")
 
-    def take_over(self, makers: Mapping[str, Callable[[int], Callback | None]]) -> None:
-        """Begins the callbacks that only rank 0 has, on the rank that has become it. Their states are lost with the rank before.
+    def take_over(
+        self,
+        makers: Mapping[str, Callable[[int], Callback | None]],
+        states: Mapping[str, Any],
+        step: int,
+        records: Sequence[Record],
+    ) -> None:
+        """Begins the callbacks that only rank 0 has, on the rank that has become it, as a start from the newest checkpoint would.
 
         Args:
             makers: of all callbacks of the run.
+            states: what `state` returned when that checkpoint was written.
+            step: of that checkpoint; 0 if there is none.
+            records: those since that checkpoint.
         """
-        self._run.resumed_step = self._run.step
+        self._run.resumed_step = step
         missing = [name for name in makers if name not in self._had]
         own, self._callbacks = self._callbacks, {}
         for name in missing:
@@ -84,9 +86,18 @@ class Events:
             except (OwnCodeError, ValueError, ImportError, OSError) as error:
                 self.failure = self.failure or str(error)
         self._had.update(missing)
-        self._call("on_start", lambda _, one: one.on_start(self._run))
+        self._begin(states)
+        self._call("on_take_over", lambda _, one: one.on_take_over(self._run, records))
         self._callbacks |= own
         self._look_for_steps()
+
+    def _begin(self, states: Mapping[str, Any]) -> None:
+        def restore(name: str, one: Callback) -> None:
+            if name in states:
+                one.load_state_dict(states[name])
+
+        self._call("load_state_dict", restore)
+        self._call("on_start", lambda _, one: one.on_start(self._run))
 
     def _look_for_steps(self) -> None:
         self.has_steps = any(type(one).on_step is not Callback.on_step for one in self._callbacks.values())

@@ -182,6 +182,14 @@ def set_aside(root: Directory, step: int) -> None:
     root.rename(name, name + _DAMAGED)
 
 
+def newest_manifest(root: Path) -> dict[str, Any] | None:
+    """Returns the manifest of the newest checkpoint that has one; None if there is none."""
+    for step in newest_first(root):
+        with suppress(CheckpointError):
+            return read_manifest(directory(root, step))
+    return None
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads the manifest of the checkpoint in directory `path`.
 

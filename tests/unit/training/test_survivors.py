@@ -3,7 +3,6 @@
 96 samples to train on, 31 to test, batches of 4 on 4 ranks: an epoch is 6 steps, or 8 of three ranks, or 12 of two.
 """
 
-import copy
 import json
 import re
 from collections import Counter
@@ -11,11 +10,21 @@ from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
-from support.mortal import Death, run_mortal
+from support.mortal import Death
 from support.records import records
+from support.surviving_runs import (
+    AVERAGE,
+    BATCH,
+    EPOCHS,
+    GRADIENTS,
+    TEST,
+    TRAIN,
+    Job,
+    configured,
+    write_samples,
+)
 
 from hvdlocal.averaging import PostLocal
 from hvdlocal.communicator import SetupError, SingleProcess
@@ -23,91 +32,17 @@ from hvdlocal.data.load.pipeline import Pipeline
 from hvdlocal.training import Callback, Interrupted, Trainer
 from hvdlocal.training.config import (
     CheckpointConfig,
-    DataConfig,
     MethodConfig,
-    ModelConfig,
-    OptimizerConfig,
     OuterConfig,
     PeriodConfig,
     ScheduleConfig,
-    TrainConfig,
 )
-from hvdlocal.training.tasks import Regression
-
-AVERAGE, GRADIENTS = "hvdlocal.average", "hvdlocal.gradients"
-TRAIN, TEST, BATCH, RANKS, EPOCHS = 96, 31, 4, 4, 4
-LOCAL = MethodConfig("local", period=PeriodConfig(period=3))
-
-
-class Watched(Regression):
-    """Notes the number of each training sample, which is its input."""
-
-    def __init__(self):
-        super().__init__()
-        self.trained = []
-
-    def loss(self, model, batch):
-        if model.training:
-            self.trained += batch[0][:, 0].round().int().tolist()
-        return super().loss(model, batch)
-
-
-class Job:
-    """A run on ranks some of which die.
-
-    Attributes:
-        results: what the run returned, or the `Interrupted` that it raised, by rank; None for a rank that died.
-        trained: the numbers of the samples that each rank was given.
-        trainers: of each rank.
-    """
-
-    def __init__(self, config, *deaths, ranks=RANKS, callbacks=()):
-        model = torch.nn.Linear(1, 1)
-        torch.nn.init.zeros_(model.weight)
-        torch.nn.init.zeros_(model.bias)
-        tasks = [Watched() for _ in range(ranks)]
-        self.trainers = [None] * ranks
-
-        def body(comm):
-            own = comm.rank
-            try:
-                self.trainers[own] = Trainer(
-                    config, comm, task=tasks[own], model=copy.deepcopy(model), callbacks=callbacks
-                )
-                tasks[own].trained.clear()  # of the trial of a user's code during set-up
-                return self.trainers[own].run()
-            except Interrupted as reason:
-                return reason
-
-        self.results = run_mortal(ranks, body, *deaths)
-        self.trained = [task.trained for task in tasks]
-
-    @property
-    def summary(self):
-        """Of the first rank that is left."""
-        return next(result for result in self.results if result is not None)
 
 
 @pytest.fixture
 def place(tmp_path):
-    for name, count in (("train", TRAIN), ("test", TEST)):
-        x = np.arange(count, dtype=np.float32)[:, None]
-        np.savez(tmp_path / f"{name}.npz", x=x, y=x / 100)
+    write_samples(tmp_path)
     return tmp_path
-
-
-def configured(place, **settings):
-    own = {"inputs": "x", "targets": "y", "test_path": str(place / "test.npz"), "batch_size": BATCH}
-    data = DataConfig(str(place / "train.npz"), **own, **settings.pop("data", {}))
-    usual = {
-        "epochs": EPOCHS,
-        "optimizer": OptimizerConfig(lr=1e-5, momentum=0.0),
-        "method": LOCAL,
-        "device": "cpu",
-        "log_every_seconds": 1000,
-        "survive": True,
-    }
-    return TrainConfig(data, ModelConfig("given"), str(place / "out"), **{**usual, **settings})
 
 
 def lost(place):
@@ -331,7 +266,7 @@ def test_callbacks_of_the_first_rank_begin_on_the_next_one(place, given):
     Job(config, Death(0, AVERAGE, 2), callbacks=[Heard()] if given else [])
     assert Heard.heard == [
         (0, 4, None, 0.0, "start"),
-        (0, 3, 6, 1.0, "start"),
+        (0, 3, 0, 1.0, "start"),
         (0, 3, 6, 1.0, TEST),
         (0, 3, 14, 2.0, TEST),
     ]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hvdlocal.training.callbacks.base import Callback, Outcome, Record, RunView
+from hvdlocal.training.callbacks.base import EVENT_OF_KIND, Callback, Outcome, Record, RunView
 
 
 class Tracker(Callback):
@@ -21,6 +21,12 @@ class Tracker(Callback):
             self.write(numbers, record["kind"], record["step"])
 
     on_round = on_evaluation = on_log
+
+    def on_take_over(self, run: RunView, records: Sequence[Record]) -> None:
+        """Writes what the rank that died may not have brought to disk."""
+        for record in records:
+            if record["kind"] in EVENT_OF_KIND:
+                self.on_log(run, record)
 
     def on_end(self, run: RunView, outcome: Outcome, summary: Record | None) -> None:
         """Closes the files."""
