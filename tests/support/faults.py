@@ -33,12 +33,14 @@ class Run:
     Attributes:
         ranks: to start; 0 for a plain process.
         arguments: settings beside the configuration's.
+        options: of mpirun.
     """
 
     config: Path
     output: Path
     ranks: int = 2
     arguments: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     @property
     def checkpoints(self) -> list[int]:
@@ -46,7 +48,7 @@ class Run:
         return sorted(int(path.name[5:]) for path in self.output.glob("checkpoints/step-??????????"))
 
     def command(self, *faults: str) -> list[str]:
-        start = [*MPIRUN, "-np", str(self.ranks)] if self.ranks else []
+        start = [*MPIRUN, *self.options, "-np", str(self.ranks)] if self.ranks else []
         settings = [*self.arguments, "--output", str(self.output)]
         return [
             *start,

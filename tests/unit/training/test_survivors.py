@@ -75,16 +75,17 @@ def test_every_sample_of_an_epoch_once(place, monkeypatch, tail, ahead):
     assert Counter(first_epoch) == dict.fromkeys(range(TRAIN), 1)
 
 
-def test_budget_and_schedule_are_those_of_the_ranks_that_are_left(place):
+@pytest.mark.parametrize(("average", "steps"), [(1, 31), (2, 30)])
+def test_budget_and_schedule_are_those_of_the_ranks_that_are_left(place, average, steps):
     """They are those of a run that was interrupted there and goes on on three ranks."""
-    Job(configured(place), Death(3, AVERAGE, 2))
-    # 6 steps are 1 epoch of four ranks, the other 24 are 3 of three.
-    assert clock(place)[-1][:3] == (30, 32.0, 4.0)
+    Job(configured(place), Death(3, AVERAGE, average))
+    # 3 or 6 steps are 1/2 or 1 epoch of four ranks, the others are 8 to an epoch of three.
+    assert clock(place)[-1][:3] == (steps, 32.0, 4.0)
     survived = [clock(place, kind) for kind in ("round", "evaluation")]
     (place / "out").rename(place / "survived")
 
     config = configured(place, min_workers=4)
-    reason = Job(config, Death(3, AVERAGE, 2)).results[0]
+    reason = Job(config, Death(3, AVERAGE, average)).results[0]
     assert isinstance(reason, Interrupted)
     config.min_workers = 1
     assert Job(config, ranks=3).summary.ranks_lost == []
@@ -120,6 +121,14 @@ def test_an_average_under_way_is_lost_with_the_steps_behind_it(place):
     method = MethodConfig("local", period=PeriodConfig(period=3), overlap=2)
     Job(configured(place, method=method, evaluate_every_epochs=10), Death(3, AVERAGE, 2))
     assert lost(place) == [(8, [3], 3, 5 * BATCH)]
+
+
+def test_samples_of_a_round_in_which_ranks_are_lost_twice(place, monkeypatch):
+    """At the exchanges of steps 1 and 2, read at 2 and 4: rank 2 has taken 2 batches among four ranks and 2 among three."""
+    monkeypatch.setattr("hvdlocal.training.status_exchange.POLL_SECONDS", 1e6)
+    method = MethodConfig("local", period=PeriodConfig(period=6))
+    Job(configured(place, method=method), Death(3, "hvdlocal.poll", 1), Death(2, "hvdlocal.poll", 2))
+    assert lost(place) == [(2, [3], 3, 2 * BATCH), (4, [2], 2, 4 * BATCH)]
 
 
 @pytest.mark.parametrize("collective", ["hvdlocal.metrics", "hvdlocal.evaluation"])
