@@ -434,9 +434,9 @@ class ReplicaOptimizer(WrappedOptimizer):
 
     @property
     def _ranks_of_worker(self) -> list[int]:
-        """The ranks of this rank's island where islands are workers; else this rank."""
+        """The ranks of this rank's island where islands are workers; else this rank. Their numbers are those of ranks left."""
         island = self.communicator.island if self._averages_parameters else None
-        return list(island.job_ranks) if island else [self.communicator.rank]
+        return list(map(self.communicator.job_ranks.index, island.job_ranks)) if island else [self.communicator.rank]
 
     def _needs_dense_gradients(self) -> str | None:
         """The setting with which gradients must be dense, if there is one."""

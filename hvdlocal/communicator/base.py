@@ -221,6 +221,15 @@ class Communicator(ABC):
             part._join_group(divided, name)
         return part
 
+    def split_into_islands(self, islands: Sequence[Sequence[int]]) -> tuple[Communicator, Communicator]:
+        """Returns the communicators of this rank's island and of the ranks at its place in all islands; a collective.
+
+        Args:
+            islands: the ranks of each, of one size; as `groups` of `split`.
+        """
+        peers = [sorted(group) for group in zip(*islands, strict=True)]
+        return self.split(islands, "hvdlocal.islands"), self.split(peers, "hvdlocal.peers")
+
     def describe(self) -> str:
         """This process, for the beginning of a message: 'rank 3 of 8 on node17'."""
         return f"rank {self.job_ranks[self.rank]} of {self.job_size} on {socket.gethostname()}"

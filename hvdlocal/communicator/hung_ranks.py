@@ -19,8 +19,11 @@ from typing import Any
 
 import numpy as np
 
-SLOT = np.dtype([("pid", np.int64), ("entered", np.int64), ("waits", np.int64), ("beat", np.float64)])
-"""Of one rank: its process, the collectives it has entered, whether it waits for one, and when it was last seen to run."""
+SLOT = np.dtype([("pid", np.int64), ("entered", np.int64, 2), ("waits", np.int64), ("beat", np.float64)])
+"""Of one rank: its process, the collectives it has entered, whether it waits for one, and when it was last seen to run.
+
+The collectives of all ranks are counted apart from those inside of an island, of which other islands may have more.
+"""
 
 
 class NodeBoard:
@@ -43,10 +46,14 @@ class NodeBoard:
         self._show_life()
         threading.Thread(target=self._beat, name="hvdlocal-heartbeat", daemon=True).start()
 
-    def enter(self) -> int:
-        """Shows that this rank has come to its next collective, and returns the collective's number."""
-        self._mine["entered"] += 1
-        return int(self._mine["entered"][0])
+    def enter(self, inside: bool) -> int:
+        """Shows that this rank has come to its next collective, and returns the collective's number.
+
+        Args:
+            inside: whether it is one inside of an island.
+        """
+        self._mine["entered"][0, int(inside)] += 1
+        return int(self._mine["entered"][0, int(inside)])
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -57,12 +64,13 @@ class NodeBoard:
         finally:
             self._mine["waits"] = 0
 
-    def kill_hung(self, places: Iterable[int], collective: int) -> list[int]:
+    def kill_hung(self, places: Iterable[int], collective: int, inside: bool) -> list[int]:
         """Kills the ranks that a collective waits for.
 
         Args:
             places: those of the ranks of the node that have not died, without this one.
             collective: its number.
+            inside: whether it is one inside of an island.
 
         Returns:
             The places of those that were killed: ranks that do not run, and ranks that have not come to the collective although
@@ -73,7 +81,7 @@ class NodeBoard:
             place
             for place in places
             if now - self._slots[place]["beat"] > self._patience
-            or (self._slots[place]["entered"] < collective and not self._slots[place]["waits"])
+            or (self._slots[place]["entered"][int(inside)] < collective and not self._slots[place]["waits"])
         ]
         for place in hung:
             with suppress(ProcessLookupError):

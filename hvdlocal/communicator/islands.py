@@ -54,10 +54,8 @@ def form_islands(communicator: Communicator, island: Island) -> None:
     islands = divide(island, [node for _, node in everyone])
     if len(islands[0]) == 1:
         return
-    peers = [sorted(group) for group in zip(*islands, strict=True)]
-    inside = communicator.split(islands, "hvdlocal.islands")
-    across = communicator.split(peers, "hvdlocal.peers")
-    communicator.island, communicator.peers, communicator.islands = inside, across, islands
+    communicator.island, communicator.peers = communicator.split_into_islands(islands)
+    communicator.islands = islands
 
 
 def divide(island: Island, nodes: Sequence[str]) -> list[list[int]]:

@@ -55,7 +55,7 @@ def init(
         MissingRanksError: with `survive`, a rank died while the ranks were joined.
         RuntimeError: MPI has ended in this process with an earlier communicator, or ranks have died.
         ValueError: unknown backend, or another one is in use already; the same for the island, and the ranks cannot be divided
-            into such islands; `survive` with another engine than mpi4py or with islands.
+            into such islands; `survive` with another engine than mpi4py.
     """
     global _current, _island
     if _current is not None and not _current.is_open:
@@ -89,11 +89,6 @@ def init(
         survive = _survive_from_environment()
     if survive and chosen != "mpi4py":
         raise ValueError(f"survive needs the engine mpi4py, but {chosen} is chosen: set HVDLOCAL_BACKEND=mpi4py")
-    if survive and chosen_island != 1:
-        raise ValueError(
-            f"survive cannot be used with islands (island={chosen_island!r}), since an island that has lost a rank would be "
-            "smaller than the others: leave one of the two out"
-        )
     if chosen == "horovod":
         communicator = _horovod(timeout_seconds, divisible=chosen_island != 1)
     elif chosen == "mpi4py":

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdlocal.communicator.base import Communicator, Pending
+from hvdlocal.communicator.base import Communicator, Pending, Traffic
 from hvdlocal.communicator.errors import CommunicationError
 from hvdlocal.communicator.hung_ranks import open_board
 from hvdlocal.communicator.losses import Loss, MissingRanksError, TooFewRanksError
 from hvdlocal.communicator.mpi4py_backend import PIECE_BYTES, Mpi4pyCommunicator, memory_of
-from hvdlocal.communicator.survivors import Survivors
+from hvdlocal.communicator.survivors import Island, Peers, Survivors
 from hvdlocal.communicator.threaded import DEPARTURE_GRACE_SECONDS, Call
-from hvdlocal.communicator.ulfm import end_without_mpi, ended_after, start_mpi
+from hvdlocal.communicator.ulfm import end_without_mpi, ended_after, remove_shared_memory, start_mpi
 from hvdlocal.exit_codes import ExitCode
 from hvdlocal.terminal import Guarded, complain
 
@@ -41,7 +42,7 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
     does not come to a collective within `timeout_seconds`, or does not run at all then, is killed by the other ranks of its
     node. The others repeat the collective among themselves: a sum is that of the survivors, `gather` returns their values, and a
     broadcast comes from the first survivor if its root has died. `share_slices_` leaves the slice of a rank that has died as the
-    first survivor has it.
+    first survivor has it. An island of which a rank has died leaves as a whole.
 
     Raises:
         ImportError: mpi4py is not installed.
@@ -68,7 +69,9 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
                     f"a rank died while the ranks of this job were joined ({error}): start it again"
                 ) from error
         self._nodes = [first for _, first in everyone]
-        self._survivors = Survivors(mpi, self._ranks, [host for host, _ in everyone])
+        hosts = [host for host, _ in everyone]
+        self._survivors: Survivors | Peers | Island = Survivors(mpi, self._ranks, hosts, self._leave_with_island)
+        self._job = self
         self._gave_up = False
 
     @property
@@ -82,7 +85,31 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
         Raises:
             ValueError: always.
         """
-        raise ValueError(f"split ({name!r}): with survive, the ranks cannot be divided into groups")
+        raise ValueError(f"split ({name!r}): with survive, the ranks cannot be divided into groups other than islands")
+
+    def split_into_islands(self, islands: Sequence[Sequence[int]]) -> tuple[Communicator, Communicator]:
+        """See `Communicator`."""
+        survivors = self._survivors
+        assert isinstance(survivors, Survivors)
+
+        def connect() -> tuple[Communicator, Communicator]:
+            self._agree_on(f"split into {islands}")
+            return self._part(survivors.divide(islands)), self._part(Peers(survivors))
+
+        # One thread makes the collectives of all three. With two of them, one in fifteen jobs hung or failed (Open MPI 5.0).
+        return self._wait(self._submit_collective("hvdlocal.islands", connect), "hvdlocal.islands")
+
+    def _part(self, members: Peers | Island) -> SurvivingCommunicator:
+        """A communicator of some of the ranks; what belongs to the job is shared."""
+        part = copy.copy(self)
+        part._survivors = members
+        part.job_ranks = members.members
+        part.rank, part.size = part.job_ranks.index(self.job_ranks[self.rank]), len(part.job_ranks)
+        node = members.ranks.Split_type(self._mpi.COMM_TYPE_SHARED)
+        part._in_shared_memory = node.size == part.size
+        node.Free()
+        part.traffic = Traffic()
+        return part
 
     def shutdown(self) -> None:
         """See `Communicator`. A collective: it returns when all ranks that are left have called it."""
@@ -123,24 +150,44 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             self.abort(ExitCode.PEER_FAILED)
         end_without_mpi()
 
+    def _leave_with_island(self, dead: Sequence[int], others: bool) -> NoReturn:
+        """Ends this process, which the other islands then miss. No other thread of it may go on: it would write into files."""
+        lost = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))}"
+        complain(f"{self.describe()} leaves the job, because its island has lost {lost}")
+        for stream in (sys.stdout, sys.stderr):
+            Guarded(stream).flush()
+        if not others:
+            remove_shared_memory()
+            os._exit(ExitCode.INTERRUPTED)  # after a loss, mpirun ends with 0 where a rank calls MPI_Abort
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("not reached")
+
+    @property
+    def _inside(self) -> bool:
+        """Whether these are the ranks of an island."""
+        return isinstance(self._survivors, Island)
+
     def _check_peers(self) -> None:
         """A peer that has left has died."""
 
     def _wait(self, pending: Pending, name: str) -> Any:
         with self._board.waiting():
             result, losses = super()._wait(pending, name)
-        self._take_in(self._survivors.losses[len(self.losses) : losses])
+        self._job._take_in(self._survivors.losses[len(self.losses) : losses])
         return result
 
-    def _take_in(self, losses: list[Loss]) -> None:
+    def _take_in(self, losses: Sequence[Loss]) -> None:
         """Shows the main thread what the thread of the collectives has gone on with for some time."""
         if not losses:
             return
-        own = self.job_ranks[self.rank]
+        own, before = self.job_ranks[self.rank], self.job_ranks
         self.losses += losses
         lost = {rank for loss in losses for rank in loss.ranks}
-        self.job_ranks = tuple(rank for rank in self.job_ranks if rank not in lost)
-        self.rank, self.size = self.job_ranks.index(own), len(self.job_ranks)
+        for part in filter(None, (self, self.peers)):
+            part.job_ranks = tuple(rank for rank in part.job_ranks if rank not in lost)
+            part.rank, part.size = part.job_ranks.index(own), len(part.job_ranks)
+        islands = [[before[rank] for rank in island] for island in self.islands]
+        self.islands = [list(map(self.job_ranks.index, island)) for island in islands if not lost.intersection(island)]
         neighbours = [rank for rank in self.job_ranks if self._nodes[rank] == self._nodes[own]]
         self.local_rank, self.local_size = neighbours.index(own), len(neighbours)
 
@@ -150,8 +197,9 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             pending.late = True
             self._kill_hung(pending.number, waited, name)
             return waited + self.timeout_seconds
-        self._gave_up = True
-        self._survivors.undo.give_up()
+        self._job._gave_up = True
+        if self._survivors.undo:
+            self._survivors.undo.give_up()
         raise TooFewRanksError(
             f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: ranks do not answer, and none of them could be "
             "found dead, so the others cannot go on without them. Look for a node that hangs or a network that is interrupted; a "
@@ -163,7 +211,7 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
         own = self.job_ranks[self.rank]
         node = [rank for rank, first in enumerate(self._nodes) if first == self._nodes[own]]
         places = [place for place, rank in enumerate(node) if rank != own and rank in self._survivors.members]
-        for place in self._board.kill_hung(places, collective):
+        for place in self._board.kill_hung(places, collective, self._inside):
             complain(
                 f"{self.describe()} waited {waited:.0f} s in the collective {name!r} for rank {node[place]} and killed it"
             )
@@ -202,16 +250,17 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             self._agree_on(f"{what} ({name})")
             host = flat.cpu()  # the tensor itself when it is on the CPU already
             memory = memory_of(host)
-            if host is flat:
-                self._survivors.undo.reserve(memory.nbytes)
+            undo = self._survivors.undo if host is flat else None
+            if undo:
+                undo.reserve(memory.nbytes)
             length = max(1, (PIECE_BYTES if self._in_shared_memory else NETWORK_PIECE_BYTES) // memory.itemsize)
             for start in range(0, memory.size, length):
                 piece = memory[start : start + length]
                 message = self._survivors.messages.take(piece.nbytes).view(piece.dtype)
                 np.copyto(message, piece)
                 collective(message)
-                if host is flat:
-                    self._survivors.undo.replace(piece, message)
+                if undo:
+                    undo.replace(piece, message)
                 else:
                     np.copyto(piece, message)
             return host
@@ -234,7 +283,7 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
         return self._survivors.complete(name, attempt), len(self._survivors.losses)
 
     def _submit(self, work: Callable[[], tuple[Any, int]]) -> Call:
-        return self._calls.submit(_Collective(work, self._board.enter()))
+        return self._calls.submit(_Collective(work, self._board.enter(self._inside)))
 
     def _pieces(self, flat: torch.Tensor, name: str) -> list[tuple[torch.Tensor, str]]:
         return [(flat, name)]  # a loss between two pieces would make them the sums of different ranks

@@ -10,7 +10,7 @@ rationale", IJHPCA 27 (2013); chapter "User-level failure mitigation" of its pro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from hvdlocal.communicator.losses import Loss
 from hvdlocal.communicator.threaded import DifferentCollectivesError
@@ -19,38 +19,79 @@ from hvdlocal.communicator.undo import MessageMemory, Undo
 T = TypeVar("T")
 
 
+class Leaver(Protocol):
+    """Ends this process, because others of its island have died."""
+
+    def __call__(self, dead: Sequence[int], others: bool) -> NoReturn:
+        """Ends it.
+
+        Args:
+            dead: ranks of the job that have died.
+            others: whether other islands go on.
+        """
+
+
 class Survivors:
     """The ranks of a job that are left. All but reading its attributes is for the thread that makes the collectives.
+
+    With islands, those that have lost a rank leave as a whole: what the ranks of an island hold in slices is complete then in
+    each of the others.
 
     Args:
         mpi: the module `mpi4py.MPI`.
         ranks: MPI's communicator of all ranks of the job.
         hosts: that of every rank.
+        leave: ends this process.
 
     Attributes:
         ranks: MPI's communicator of them.
         members: their numbers in the job, ascending.
-        losses: the ranks that died so far.
+        losses: the ranks that died so far, or have left with their island.
+        peers: with islands, MPI's communicator of those that have this rank's place in their islands.
         messages: the memory that attempts give to MPI.
         undo: what attempts have overwritten.
     """
 
-    def __init__(self, mpi: Any, ranks: Any, hosts: Sequence[str]) -> None:
+    def __init__(self, mpi: Any, ranks: Any, hosts: Sequence[str], leave: Leaver) -> None:
         self._mpi = mpi
+        self._own = ranks.rank
         self._job = ranks.Get_group()
         self._hosts = hosts
+        self._leave = leave
+        self._islands: list[tuple[int, ...]] = []
         self.ranks = ranks
         self.members = tuple(range(ranks.size))
         self.losses: list[Loss] = []
+        self.peers: Any = None
         self.messages = MessageMemory()
         self.undo = Undo()
+
+    def divide(self, islands: Sequence[Sequence[int]]) -> Island:
+        """Connects the ranks of each island, and the peers; a collective.
+
+        Args:
+            islands: the ranks of each.
+        """
+        self._islands = [tuple(island) for island in islands]
+        mine = self._island_of(self._own)
+        inside = self.ranks.Split(self._islands.index(mine))
+        self.peers = self.ranks.Split(mine.index(self._own))
+        return Island(self._mpi, inside, mine, self)
 
     def place_of(self, member: int) -> int:
         """The place among the survivors of a rank of the job; that of the first survivor if the rank is lost."""
         return self.members.index(member) if member in self.members else 0
 
+    def leave_unless_alone(self, dead: Sequence[int]) -> NoReturn:
+        """Ends this process, whose island has lost ranks.
+
+        Args:
+            dead: those ranks.
+        """
+        self._leave(dead, others=len(self.members) > len(self._island_of(self._own)))
+
     def complete(self, collective: str, attempt: Callable[[], T]) -> T:
-        """Makes a collective until it has succeeded on all ranks that are left.
+        """Makes a collective until it has succeeded on all ranks that are left. The attempts may be between peers.
 
         Args:
             collective: its name.
@@ -71,7 +112,7 @@ class Survivors:
                 failure = error
             except Exception as error:
                 failure = error
-                self.ranks.Revoke()  # so that the others do not wait in it
+                self._revoke()  # so that the others do not wait in it
             if self._agree(failure is None or isinstance(failure, DifferentCollectivesError)):
                 self.messages.reuse()
                 self.undo.forget()
@@ -90,23 +131,115 @@ class Survivors:
         except self._mpi.Exception:
             return False
 
+    def _revoke(self) -> None:
+        for ranks in filter(None, (self.ranks, self.peers)):
+            ranks.Revoke()
+
     def _leave_out_the_dead(self, collective: str) -> bool:
         """Connects the survivors; whether anybody was missing."""
-        self.ranks.Revoke()
+        self._revoke()
         while True:
             # A rank that dies meanwhile can make this fail on some ranks only; so they agree on it, too.
             try:
-                ranks = self.ranks.Shrink()
+                alive, ranks, peers = self._connect()
+                connected = True
             except self._mpi.Exception:
-                ranks = None
+                connected = False
             self.ranks.Ack_failed()  # the dead ones: the agreement is then one about the connection
-            if self._agree(ranks is not None):
+            if self._agree(connected):
                 break
-        ranks.Set_errhandler(self._mpi.ERRORS_RETURN)
-        group = ranks.Get_group()
-        members = tuple(group.Translate_ranks(range(group.size), self._job))
-        lost = tuple(rank for rank in self.members if rank not in members)
-        self.ranks, self.members = ranks, members
+        if ranks is None:
+            dead = [rank for rank in self._island_of(self._own) if rank not in alive]
+            self._leave(dead, others=any(set(island) <= set(alive) for island in self._islands))
+        self.ranks, self.peers, before = ranks, peers, self.members
+        self.members = self._numbers_of(ranks)
+        lost = tuple(rank for rank in before if rank not in self.members)
         if lost:
-            self.losses.append(Loss(lost, tuple(self._hosts[rank] for rank in lost), len(members), collective))
+            self.losses.append(Loss(lost, tuple(self._hosts[rank] for rank in lost), len(self.members), collective))
         return bool(lost)
+
+    def _connect(self) -> tuple[tuple[int, ...], Any, Any]:
+        """Returns who is alive, and MPI's communicators of the ranks that go on and of the peers; None for ranks that leave."""
+        ranks = self.ranks.Shrink()
+        ranks.Set_errhandler(self._mpi.ERRORS_RETURN)
+        alive = self._numbers_of(ranks)
+        if not self._islands:
+            return alive, ranks, None
+        goes_on = set(self._island_of(self._own)) <= set(alive)
+        ranks = ranks.Split(0 if goes_on else self._mpi.UNDEFINED)
+        if not goes_on:
+            return alive, None, None
+        return alive, ranks, ranks.Split(self._island_of(self._own).index(self._own))
+
+    def _numbers_of(self, ranks: Any) -> tuple[int, ...]:
+        """The ranks of one of MPI's communicators, as they are numbered in the job."""
+        group = ranks.Get_group()
+        return tuple(group.Translate_ranks(range(group.size), self._job))
+
+    def _island_of(self, rank: int) -> tuple[int, ...]:
+        return next(island for island in self._islands if rank in island)
+
+
+class Peers:
+    """The ranks that have this rank's place in their islands. Their collectives are agreed on by all ranks of the job.
+
+    See `Survivors` for the attributes.
+    """
+
+    def __init__(self, job: Survivors) -> None:
+        self._job = job
+        self.complete = job.complete
+        self.losses, self.messages, self.undo = job.losses, job.messages, job.undo
+
+    @property
+    def ranks(self) -> Any:
+        """See `Survivors`."""
+        return self._job.peers
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        """See `Survivors`."""
+        return self._job._numbers_of(self.ranks)
+
+    def place_of(self, member: int) -> int:
+        """See `Survivors`."""
+        members = self.members
+        return members.index(member) if member in members else 0
+
+
+class Island:
+    """The ranks of this rank's island, which leave together: their collectives need no agreement, and nothing is repeated.
+
+    Args:
+        mpi: the module `mpi4py.MPI`.
+        ranks: MPI's communicator of them.
+        members: their numbers in the job.
+        job: all ranks.
+
+    See `Survivors` for the attributes.
+    """
+
+    losses: Sequence[Loss] = ()
+    undo: Undo | None = None
+
+    def __init__(self, mpi: Any, ranks: Any, members: tuple[int, ...], job: Survivors) -> None:
+        self._mpi = mpi
+        self._job = job
+        self.ranks = ranks
+        self.members = members
+        self.place_of = members.index
+        self.messages = job.messages
+
+    def complete(self, collective: str, attempt: Callable[[], T]) -> T:
+        """Makes a collective; this process ends with it if a rank has died."""
+        try:
+            result = attempt()
+            self.messages.reuse()
+            return result
+        except self._mpi.Exception:
+            self.ranks.Revoke()  # so that the others do not wait in it
+            self.ranks.Ack_failed()
+            failed = self.ranks.Get_failed()
+            places = failed.Translate_ranks(range(failed.size), self.ranks.Get_group())
+            dead = [self.members[place] for place in places]
+            self._job.leave_unless_alone(dead)

@@ -109,13 +109,18 @@ def end_without_mpi() -> None:
 
     To be called when the ranks have no more to tell each other. What MPI would remove is removed here, for dead ranks too.
     """
-    for file in _shared_memory():
-        file.unlink(missing_ok=True)
+    remove_shared_memory()
     libc = ctypes.CDLL(None)
     libc.fflush(None)
     libc.on_exit(
         libc._exit, None
     )  # _exit(code) is then the first that exit(code) does, which comes after all of Python's end
+
+
+def remove_shared_memory() -> None:
+    """Removes the files by which the ranks of this node have shared memory; those that still run keep the memory."""
+    for file in _shared_memory():
+        file.unlink(missing_ok=True)
 
 
 def _shared_memory() -> set[Path]:

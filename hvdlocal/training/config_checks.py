@@ -41,11 +41,6 @@ def check_ranges(config: TrainConfig) -> None:
         if "\0" in path:
             raise ValueError(f"{name}={path!r}: a path has no zero byte")
     check_method(config.method)
-    if config.survive and config.method.island != 1:
-        raise ValueError(
-            f"survive=true with method.island={config.method.island}: an island cannot go on without one of its ranks; leave "
-            "method.island at 1, or survive at false"
-        )
     check_checkpoints(config.checkpoint, "checkpoint.")
 
 

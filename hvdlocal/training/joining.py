@@ -50,10 +50,10 @@ def require_as_configured(config: TrainConfig, communicator: Communicator) -> No
             "data.tail=drop with survive: an epoch would leave out other samples with every rank that dies; choose carry or "
             "partial"
         )
-    elif config.min_workers > communicator.size:
+    elif config.min_workers > (workers := communicator.num_islands):
         raise SetupError(
-            f"min_workers={config.min_workers}, but the job has {communicator.size} ranks: start more, or choose at most "
-            f"{communicator.size}"
+            f"min_workers={config.min_workers}, but the job has {workers} {'islands' if communicator.island else 'ranks'}: start "
+            f"more, or choose at most {workers}"
         )
 
 

@@ -44,7 +44,7 @@ class Survivors:
 
     Args:
         communicator: the ranks.
-        min_workers: the fewest ranks that go on.
+        min_workers: the fewest ranks that go on; with islands, the fewest islands.
         optimizer, state: of the run; `state` is divided anew after a loss.
     """
 
@@ -84,11 +84,13 @@ class Survivors:
     @property
     def too_few(self) -> str | None:
         """Why the run cannot go on; None while it can."""
-        size = self._communicator.size
-        if size >= self._min_workers:
+        communicator = self._communicator
+        workers, size = communicator.num_islands, communicator.size
+        if workers >= self._min_workers:
             return None
         left = "one rank is" if size == 1 else f"{size} ranks are"
-        return f"{left} left of {self._communicator.job_size}, fewer than min_workers={self._min_workers}"
+        islands = "" if communicator.island is None else f", in {workers} island{'s' if workers > 1 else ''}"
+        return f"{left} left of {communicator.job_size}{islands}, fewer than min_workers={self._min_workers}"
 
     def _samples_of(self, rank: int) -> int:
         count, since = 0, self._averaged

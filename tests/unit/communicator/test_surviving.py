@@ -16,7 +16,7 @@ import pytest
 from hvdlocal.communicator import LaunchError, launch, ulfm
 from hvdlocal.communicator.hung_ranks import SLOT, NodeBoard
 from hvdlocal.communicator.losses import Loss
-from hvdlocal.communicator.survivors import Survivors
+from hvdlocal.communicator.survivors import Peers, Survivors
 from hvdlocal.communicator.threaded import DifferentCollectivesError
 from hvdlocal.communicator.undo import MessageMemory, Undo
 
@@ -48,13 +48,6 @@ def test_other_engines(monkeypatch, backend):
     monkeypatch.setenv("HVDLOCAL_SURVIVE", "1")
     with pytest.raises(ValueError, match=told):
         launch.init(backend)
-
-
-def test_islands():
-    with pytest.raises(
-        ValueError, match=r"survive cannot be used with islands \(island=2\), .*: leave one of the two out"
-    ):
-        launch.init("mpi4py", survive=True, island=2)
 
 
 @pytest.mark.parametrize("text", ["yes", "True", "2"])
@@ -169,9 +162,14 @@ class Ranks:
         shrinks: what `Shrink` answers in order: other ranks, or None if it fails.
         agreements: what `Agree` answers in order; None if it fails, as it does with a death that nobody has noticed.
         agreed: what this rank has said to the agreements.
+        splits: what `Split` answers in order.
+        colours: what this rank has said to the splits.
     """
 
-    def __init__(self, numbers, shrinks=(), agreements=()):
+    rank = 0
+
+    def __init__(self, numbers, shrinks=(), agreements=(), splits=()):
+        self.splits, self.colours = list(splits), []
         self.numbers, self.size, self.shrinks, self.agreements = numbers, len(numbers), list(shrinks), list(agreements)
         self.agreed, self.revoked = [], False
 
@@ -193,6 +191,10 @@ class Ranks:
     def Shrink(self):
         return self._next(self.shrinks)
 
+    def Split(self, colour):
+        self.colours.append(colour)
+        return self._next(self.splits)
+
     def Agree(self, flag):
         self.agreed.append(flag)
         return self._next(self.agreements)
@@ -204,12 +206,20 @@ class Ranks:
         return answer
 
 
-MPI = types.SimpleNamespace(Exception=MPIError, ERRORS_RETURN="return")
+MPI = types.SimpleNamespace(Exception=MPIError, ERRORS_RETURN="return", UNDEFINED="none")
 HOSTS = ["n0", "n0", "n1", "n1"]
 
 
+class LeftError(Exception):
+    """In place of the end of this process."""
+
+
+def leave(dead, others):
+    raise LeftError(dead, others)
+
+
 def survivors(ranks):
-    return Survivors(MPI, ranks, HOSTS)
+    return Survivors(MPI, ranks, HOSTS, leave)
 
 
 def attempts(*outcomes):
@@ -278,7 +288,7 @@ def test_different_collectives():
 def test_what_was_overwritten_is_restored():
     numbers = np.arange(7.0)
     left = Ranks([0, 1], agreements=[1])
-    job = Survivors(MPI, Ranks([0, 1, 2], shrinks=[left], agreements=[0, 1]), HOSTS)
+    job = survivors(Ranks([0, 1, 2], shrinks=[left], agreements=[0, 1]))
     seen = []
 
     def attempt():
@@ -330,6 +340,62 @@ def test_what_was_received_may_be_anything(error):
     assert ranks.agreed == [0, 1]
 
 
+# -- Islands that leave ------------------------------------------------------------------------------------------------
+
+ISLANDS = [[0, 1], [2, 3]]
+
+
+def in_islands(alive, goes_on=None, peers=None, agreements=(0, 1)):
+    """All ranks of a job in two islands, of which these are alive after a collective, and this rank's island."""
+    shrunk = Ranks(alive, splits=[goes_on or Ranks([])])
+    if goes_on:
+        goes_on.splits = [peers]
+    inside = Ranks([0, 1])
+    ranks = Ranks([0, 1, 2, 3], shrinks=[shrunk], agreements=agreements, splits=[inside, Ranks([0, 2])])
+    job = survivors(ranks)
+    island = job.divide(ISLANDS)
+    assert (ranks.colours, island.ranks, island.members) == ([0, 0], inside, (0, 1))
+    return job, island, shrunk
+
+
+def test_an_island_leaves_as_a_whole():
+    """Rank 3 goes with rank 2, although it is alive; the peers are connected anew."""
+    left, alone = Ranks([0, 1], agreements=[1]), Ranks([0])
+    job, _, shrunk = in_islands([0, 1, 3], left, alone)
+    before = job.peers
+    assert Peers(job).members == (0, 2)
+    assert Peers(job).complete("c", attempts(MPIError(), "sum of one")) == "sum of one"
+    assert before.revoked, "so that peers do not wait in it"
+    assert shrunk.colours == left.colours == [0]
+    assert job.losses == [Loss((2, 3), ("n1", "n1"), 2, "c")]
+    assert (job.members, job.ranks, Peers(job).ranks, Peers(job).members) == ((0, 1), left, alone, (0,))
+
+
+@pytest.mark.parametrize(("alive", "others"), [([0, 2, 3], True), ([0, 2], False)])
+def test_this_rank_leaves_with_its_island(alive, others):
+    job, _, shrunk = in_islands(alive)
+    with pytest.raises(LeftError) as left:
+        job.complete("c", attempts("sum"))
+    assert left.value.args == ([1], others)
+    assert shrunk.colours == ["none"]
+
+
+def test_a_death_inside_of_this_island():
+    """The others of the island see it in a collective of their own: no agreement, and nothing is repeated."""
+    job, island, _ = in_islands([0, 1, 2, 3])
+    assert island.complete("c", attempts("mean")) == "mean"
+    assert [island.place_of(rank) for rank in (0, 1)] == [0, 1]
+    island.ranks.Get_failed = lambda: Ranks([1])
+    with pytest.raises(LeftError) as left:
+        island.complete("c", attempts(MPIError()))
+    assert left.value.args == ([1], True)
+    assert island.ranks.revoked
+    job.members = (0, 1)
+    with pytest.raises(LeftError) as left:
+        island.complete("c", attempts(MPIError()))
+    assert left.value.args == ([1], False)
+
+
 # -- Ranks that hang --------------------------------------------------------------------------------------------------
 
 
@@ -353,26 +419,35 @@ def node(tmp_path):
 def test_ranks_that_are_behind_are_killed_unless_they_wait(node):
     boards, processes = node
     for board, collectives in zip(boards, (3, 3, 2, 1), strict=True):
-        assert [board.enter() for _ in range(collectives)] == list(range(1, collectives + 1))
+        assert [board.enter(inside=False) for _ in range(collectives)] == list(range(1, collectives + 1))
     with boards[2].waiting():
-        assert boards[0].kill_hung([1, 2, 3], 3) == [3]
+        assert boards[0].kill_hung([1, 2, 3], 3, inside=False) == [3]
         assert processes[2].wait() == -signal.SIGKILL
-        assert boards[0].kill_hung([1, 2], 2) == []
+        assert boards[0].kill_hung([1, 2], 2, inside=False) == []
     assert [process.poll() for process in processes[:2]] == [None, None]
-    assert boards[0].kill_hung([1, 2], 3) == [2], "it waits no longer"
+    assert boards[0].kill_hung([1, 2], 3, inside=False) == [2], "it waits no longer"
     assert processes[1].wait() == -signal.SIGKILL
-    assert boards[0].kill_hung([2, 3], 3) == [2, 3], "to kill one that has ended is no mistake"
+    assert boards[0].kill_hung([2, 3], 3, inside=False) == [2, 3], "to kill one that has ended is no mistake"
+
+
+def test_collectives_inside_of_an_island_are_counted_apart(node):
+    boards, processes = node
+    assert [board.enter(inside=True) for board in (boards[0], boards[0], boards[1])] == [1, 2, 1]
+    assert [board.enter(inside=False) for board in boards] == [1] * 4
+    assert boards[0].kill_hung([1, 2, 3], 1, inside=False) == []
+    assert boards[0].kill_hung([1], 2, inside=True) == [1]
+    assert processes[0].wait() == -signal.SIGKILL
 
 
 def test_ranks_that_do_not_run_are_killed_wherever_they_are(node):
     boards, processes = node
     for board in boards:
-        board.enter()
+        board.enter(inside=False)
         board.close()
     boards[1]._mine["beat"] = time.monotonic() - 61
     boards[2]._mine["beat"] = time.monotonic() - 59
     with boards[1].waiting():
-        assert boards[0].kill_hung([1, 2, 3], 1) == [1]
+        assert boards[0].kill_hung([1, 2, 3], 1, inside=False) == [1]
     assert processes[0].wait() == -signal.SIGKILL
 
 

@@ -248,12 +248,6 @@ def test_a_communicator_that_does_not_survive_is_refused(place, settings, messag
         Trainer(configured(place, **settings), SingleProcess())
 
 
-def test_islands_do_not_survive(place):
-    config = configured(place, method=MethodConfig("local", island=2))
-    with pytest.raises(ValueError, match=r"survive=true with method\.island=2"):
-        Job(config)
-
-
 class Heard(Callback):
     """Notes its events on the rank that has it."""
 
