@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 
 import pytest
@@ -68,6 +69,16 @@ def test_two_killed_at_once_and_one_at_a_checkpoint(make):
     result = run.start("kill:checkpointing:2:2", "kill:computing:0:15", "kill:computing:3:15", **SURVIVING)
     assert result.code == 0, result.err
     assert_complete(run, [0, 2, 3])
+
+
+def test_an_island_leaves_with_a_rank_that_is_killed(make):
+    """The first one, whose duties pass to rank 2; its rank 1 is alive and goes, too."""
+    run = make(4, "--method.island", "2")
+    result = run.start("kill:computing:0:15", **SURVIVING)
+    assert result.code == 0, result.err
+    assert re.search("rank 1 of 4 on .* leaves the job, because its island has lost rank 0", result.err)
+    assert "local on 4 ranks in islands of 2, of which 2 died" in result.out
+    assert_complete(run, [0, 1])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
