@@ -17,11 +17,11 @@ DIGESTS = "digests-{rank}.jsonl"
 """Name of a rank's file beside the output directory; the number is that of the job's start."""
 
 
-def digest(model: nn.Module) -> str:
-    """Returns a checksum of all parameters and buffers."""
+def digest(model: nn.Module, with_buffers: bool) -> str:
+    """Returns a checksum of all parameters, and of the buffers where these are equal too."""
     found = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        found.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for tensor in [*model.parameters(), *(model.buffers() if with_buffers else ())]:
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 
@@ -46,5 +46,6 @@ class Digests(hvdlocal.Callback):
         self._file.close()
 
     def _note(self, run: RunView, event: str) -> None:
-        self._file.write(json.dumps({"event": event, "step": run.step, "digest": digest(run.model)}) + "\n")
+        checksum = digest(run.model, with_buffers=run.config["method"]["buffers"] != "local")
+        self._file.write(json.dumps({"event": event, "step": run.step, "digest": checksum}) + "\n")
         self._file.flush()
