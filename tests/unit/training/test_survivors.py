@@ -70,17 +70,19 @@ def test_every_sample_of_an_epoch_once(place, monkeypatch, tail, ahead):
     assert lost(place) == [(3, [1], 3, 12), (12, [0, 3], 1, 24)]
     assert job.summary.ranks_lost == [0, 1, 3]
     assert [len(trained) for trained in job.trained] == [12 * BATCH, 3 * BATCH, 69 * BATCH, 12 * BATCH]
+    assert records(place / "out", "steps")[-1]["loader_samples"] == len(job.trained[2])
     assert Counter(chain(*job.trained)) == dict.fromkeys(range(TRAIN), EPOCHS)
     first_epoch = [sample for trained in job.trained for sample in trained[: 7 * BATCH]]
     assert Counter(first_epoch) == dict.fromkeys(range(TRAIN), 1)
 
 
-@pytest.mark.parametrize(("average", "steps"), [(1, 31), (2, 30)])
-def test_budget_and_schedule_are_those_of_the_ranks_that_are_left(place, average, steps):
+@pytest.mark.parametrize(("average", "evaluations"), [(1, [9, 15, 24, 31]), (2, [6, 15, 24, 30])])
+def test_budget_and_schedule_are_those_of_the_ranks_that_are_left(place, average, evaluations):
     """They are those of a run that was interrupted there and goes on on three ranks."""
     Job(configured(place), Death(3, AVERAGE, average))
     # 3 or 6 steps are 1/2 or 1 epoch of four ranks, the others are 8 to an epoch of three.
-    assert clock(place)[-1][:3] == (steps, 32.0, 4.0)
+    assert clock(place)[-1][:3] == (evaluations[-1], 32.0, 4.0)
+    assert [step for step, *_ in clock(place, "evaluation")] == evaluations, "at the first average of each epoch"
     survived = [clock(place, kind) for kind in ("round", "evaluation")]
     (place / "out").rename(place / "survived")
 
