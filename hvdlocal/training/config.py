@@ -343,7 +343,7 @@ class TrainConfig:
     survive: Annotated[bool, EXECUTION] = False
     """Go on without ranks that die, with engine mpi4py under mpirun --with-ft ulfm; docs/survive.md has what it needs."""
     min_workers: Annotated[int, COUNT, EXECUTION] = 1
-    """With survive: the fewest ranks that go on; fewer leave with a checkpoint and exit code 85."""
+    """With survive: the fewest ranks, or islands, that go on; fewer leave with a checkpoint and exit code 85."""
     time_limit_minutes: Annotated[float | None, POSITIVE, RECORDS] = None
     """Minutes after the start at which the run leaves with a checkpoint and exit code 85. The end of a Slurm job is known without
     it."""
