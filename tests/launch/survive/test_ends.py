@@ -55,26 +55,18 @@ def _shared_memory_is_removed():
     assert not [name for name in left if name.startswith("hvdlocal-ranks-")]
 
 
-def test_nobody_dies():
-    """The exit code is that of the program, whatever it is."""
-    result = start(2, 'say(f"sum {total()}"); sys.exit(7)')
-    assert result.code == 7, result.err
-    assert result.err.count("sum 3.0") == 2
-
-
-@pytest.mark.parametrize("code", [0, 7])
-def test_at_the_beginning_and_at_the_end(code):
-    """Rank 0 dies before the first collective, and rank 2 after the last, before the end of the program."""
-    program = f"""
+def test_at_the_beginning_and_at_the_end():
+    """Rank 0 dies before the first collective, and rank 2 after the last; the exit code is that of the others."""
+    program = """
 if own == 0:
     die()
-say(f"sum {{total()}} of {{communicator.size}}")
+say(f"sum {total()} of {communicator.size}")
 if own == 2:
     die()
-sys.exit({code})
+sys.exit(7)
 """
     result = start(4, program)
-    assert result.code == code, result.err
+    assert result.code == 7, result.err
     assert result.err.count("sum 14.0 of 3") == 3, result.err
 
 
@@ -130,32 +122,29 @@ def test_a_rank_that_ends_before_the_others():
 def test_ranks_that_hang():
     """One is stopped as it comes to a collective; one is stopped in it; one works for ever. Those that wait are not to blame."""
     program = """
-for round, (victim, hang) in enumerate([(0, "stop"), (3, "stop in it"), (1, "work")]):
-    if own == victim and hang == "stop":
-        die(signal.SIGSTOP)
-    if own == victim and hang == "stop in it":
-        communicator._agree_on = lambda what: die(signal.SIGSTOP)
-    if own == victim and hang == "work":
-        while True:
-            time.sleep(1)
-    say(f"round {round}: sum {total()} of {communicator.size}")
+communicator.timeout_seconds, communicator._board._patience = 8, 4
+total()
+if own == 0:
+    die(signal.SIGSTOP)
+if own == 1:
+    while True:
+        time.sleep(1)
+if own == 3:
+    communicator._agree_on = lambda what: die(signal.SIGSTOP)
+say(f"sum {total()} of {communicator.size}")
 """
-    result = start(5, program, HVDLOCAL_TIMEOUT_SECONDS="4")
+    result = start(5, program)
     assert result.code == 0, result.err
-    for line, count in {"round 0: sum 30.0 of 4": 4, "round 1: sum 22.0 of 3": 3, "round 2: sum 20.0 of 2": 2}.items():
-        assert result.err.count(line) == count, result.err
-    for rank in (0, 3, 1):
+    assert result.err.count("sum 20.0 of 2") == 2, result.err
+    for rank in (0, 1, 3):
         assert re.search(rf"waited [0-9]+ s in the collective 'test.sum' for rank {rank} and killed it", result.err)
 
 
-@pytest.mark.parametrize(
-    ("answer", "code"),
-    [("raise", 1), ("sys.exit(3)", 85), ("communicator.abort(9)", 9)],
-    ids=["nothing", "exit", "abort"],
-)
+@pytest.mark.parametrize(("answer", "code"), [("sys.exit(3)", 85), ("communicator.abort(9)", 9)], ids=["exit", "abort"])
 def test_a_rank_that_can_be_neither_reached_nor_killed(answer, code):
     """As one alone on its node: the job ends, and the tensor is what it was."""
     program = f"""
+communicator.timeout_seconds = 1.5
 communicator._board.kill_hung = lambda places, collective: []
 if own == 1:
     die(signal.SIGSTOP)
@@ -166,7 +155,7 @@ except TooFewRanksError as error:
     say(f"{{error}}; {{x.tolist()}}")
     {answer}
 """
-    result = start(2, program, HVDLOCAL_TIMEOUT_SECONDS="1.5")
+    result = start(2, program)
     assert result.code == code, result.err
     assert re.search(
         r"rank 0 of 2 on .* waited 3 s in the collective 'test.sum': ranks do not answer, .*; \[1.0, 1.0, 1.0\]",
