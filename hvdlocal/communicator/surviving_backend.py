@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import itertools
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hvdlocal.communicator.base import Communicator, Pending, Traffic
+from hvdlocal.communicator.base import MAX_ELEMENTS, Communicator, Pending, Traffic
 from hvdlocal.communicator.errors import CommunicationError
 from hvdlocal.communicator.hung_ranks import open_board
 from hvdlocal.communicator.losses import Loss, MissingRanksError, TooFewRanksError
@@ -28,9 +29,6 @@ from hvdlocal.exit_codes import ExitCode
 from hvdlocal.terminal import Guarded, complain
 
 T = TypeVar("T")
-
-NETWORK_PIECE_BYTES = 2**25
-"""Of a collective between nodes: long, so that its ranks' messages are long too; memory of this length is needed."""
 
 END = "hvdlocal.end_of_program"
 
@@ -199,7 +197,7 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             return waited + self.timeout_seconds
         self._job._gave_up = True
         if self._survivors.undo:
-            self._survivors.undo.give_up()
+            self._survivors.undo.roll_back()  # the thread of the collectives hangs, so this does not come between
         raise TooFewRanksError(
             f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: ranks do not answer, and none of them could be "
             "found dead, so the others cannot go on without them. Look for a node that hangs or a network that is interrupted; a "
@@ -217,16 +215,16 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             )
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> Call:
-        def sum_piece(message: NDArray[Any]) -> None:
-            self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, message, op=self._mpi.SUM)
+        def sum_piece(piece: NDArray[Any]) -> None:
+            self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, piece, op=self._mpi.SUM)
 
         return self._in_place(flat, name, f"sum of {flat.numel()} {flat.dtype}", sum_piece)
 
     def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Call:
         sender = self.job_ranks[root]
 
-        def broadcast_piece(message: NDArray[Any]) -> None:
-            self._survivors.ranks.Bcast(message, root=self._survivors.place_of(sender))
+        def broadcast_piece(piece: NDArray[Any]) -> None:
+            self._survivors.ranks.Bcast(piece, root=self._survivors.place_of(sender))
 
         return self._in_place(
             flat, name, f"broadcast of {flat.numel()} {flat.dtype} from rank {sender}", broadcast_piece
@@ -243,37 +241,50 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
         return self._wait(self._submit_collective(name, attempt), name)
 
     def _in_place(self, flat: torch.Tensor, name: str, what: str, collective: Callable[[NDArray[Any]], None]) -> Call:
-        """Submits a collective of all pieces of a tensor, which has either all of them from the same ranks, or none."""
-        computed = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
+        """Submits a collective of all pieces of a tensor, which are all from the same ranks in the end.
 
-        def attempt() -> torch.Tensor:
-            self._agree_on(f"{what} ({name})")
-            host = flat.cpu()  # the tensor itself when it is on the CPU already
-            memory = memory_of(host)
-            undo = self._survivors.undo if host is flat else None
-            if undo:
-                undo.reserve(memory.nbytes)
-            length = max(1, (PIECE_BYTES if self._in_shared_memory else NETWORK_PIECE_BYTES) // memory.itemsize)
-            for start in range(0, memory.size, length):
-                piece = memory[start : start + length]
-                message = self._survivors.messages.take(piece.nbytes).view(piece.dtype)
-                np.copyto(message, piece)
-                collective(message)
-                if undo:
-                    undo.replace(piece, message)
-                else:
-                    np.copyto(piece, message)
-            return host
+        It is repeated in other memory, since messages of the first attempt may still come in.
+        """
+        computed = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
+        undo, messages = self._survivors.undo, self._survivors.messages
 
         def work() -> tuple[None, int]:
             if computed is not None:
                 computed.synchronize()
-            host, losses = self._complete(name, attempt)
+            host = flat.cpu()  # the tensor itself when it is on the CPU already
+            memory = memory_of(host)
+            if undo:
+                undo.begin(memory)
+            attempts = itertools.count()
+
+            def attempt() -> NDArray[Any] | None:
+                self._agree_on(f"{what} ({name})")
+                if next(attempts) == 0:
+                    for piece in self._cut(memory):
+                        if undo:
+                            undo.save(piece.nbytes)
+                        collective(piece)
+                    return None
+                assert undo is not None  # an island repeats nothing
+                received = messages.take(memory.nbytes)
+                undo.original(received)
+                for piece in self._cut(received.view(memory.dtype)):
+                    collective(piece)
+                return received
+
+            received, losses = self._complete(name, attempt)
+            if received is not None:
+                np.copyto(memory, received.view(memory.dtype))
             if host is not flat:
                 flat.copy_(host)
             return None, losses
 
         return self._submit(work)
+
+    def _cut(self, memory: NDArray[Any]) -> list[NDArray[Any]]:
+        """Memory in the pieces of which each is one collective of MPI."""
+        length = max(1, PIECE_BYTES // memory.itemsize) if self._in_shared_memory else MAX_ELEMENTS
+        return [memory[start : start + length] for start in range(0, memory.size, length)]
 
     def _submit_collective(self, name: str, attempt: Callable[[], Any]) -> Call:
         return self._submit(lambda: self._complete(name, attempt))

@@ -2,72 +2,57 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+KEPT_BYTES = 2**20
+"""The longest memory of messages that is kept for the next collective."""
+
 
 class Undo:
-    """Copies of memory that a collective has overwritten.
+    """Copies of memory that a collective overwrites, from its beginning on.
 
-    Memory is replaced piece by piece, while the piece is in the cache. The copies' own memory is kept, for the next collective.
+    A piece is copied just before it is overwritten, so that the collective finds it in the cache: together they are as fast as a
+    collective from one buffer into another. The copies' own memory is kept, for the next collective.
     """
 
     def __init__(self) -> None:
-        self._memory = np.empty(0, dtype=np.uint8)
-        self._used = 0
-        self._replaced: list[tuple[NDArray[Any], NDArray[Any]]] = []
-        self._final = False
-        self._lock = threading.Lock()
+        self._copies = np.empty(0, dtype=np.uint8)
+        self._whole = np.empty(0, dtype=np.uint8)
+        self._saved = 0
 
-    def reserve(self, nbytes: int) -> None:
-        """Makes room for copies of so many bytes; nothing may have been replaced."""
-        assert not self._replaced
-        if nbytes > len(self._memory):
-            self._memory = np.empty(nbytes, dtype=np.uint8)
+    def begin(self, memory: NDArray[Any]) -> None:
+        """Prepares for a collective that overwrites contiguous memory."""
+        if memory.nbytes > len(self._copies):
+            self._copies = np.empty(memory.nbytes, dtype=np.uint8)
+        self._whole = memory.view(np.uint8)
+        self._saved = 0
 
-    def replace(self, piece: NDArray[Any], values: NDArray[Any]) -> None:
-        """Overwrites a contiguous piece; pieces of one collective have one dtype.
+    def save(self, nbytes: int) -> None:
+        """Copies the next so many bytes."""
+        piece = slice(self._saved, self._saved + nbytes)
+        np.copyto(self._copies[piece], self._whole[piece])
+        self._saved += nbytes
 
-        Raises:
-            RuntimeError: `give_up` has been called.
-        """
-        with self._lock:
-            if self._final:
-                raise RuntimeError("it has been given up")
-            copy = self._memory[self._used : self._used + piece.nbytes].view(piece.dtype)
-            np.copyto(copy, piece)
-            np.copyto(piece, values)
-            self._used += piece.nbytes
-            self._replaced.append((piece, copy))
+    def original(self, out: NDArray[np.uint8]) -> None:
+        """Writes into `out` what the whole memory was; it does not rely on what has been overwritten or restored."""
+        out[: self._saved] = self._copies[: self._saved]
+        out[self._saved :] = self._whole[self._saved :]
 
     def roll_back(self) -> None:
-        """Restores what was replaced, and forgets it."""
-        with self._lock:
-            for piece, copy in self._replaced:
-                np.copyto(piece, copy)
-            self._forget()
-
-    def give_up(self) -> None:
-        """Restores what was replaced, from another thread than that of the collectives; nothing can be replaced any more."""
-        with self._lock:
-            self._final = True
-        self.roll_back()
+        """Restores what was overwritten."""
+        self._whole[: self._saved] = self._copies[: self._saved]
 
     def forget(self) -> None:
-        """Makes what was replaced final."""
-        with self._lock:
-            self._forget()
-
-    def _forget(self) -> None:
-        self._replaced.clear()
-        self._used = 0
+        """Makes what was overwritten final."""
+        self._whole = self._whole[:0]
+        self._saved = 0
 
 
 class MessageMemory:
-    """The memory of messages. MPI uses no other, since it may still do so after a collective has failed.
+    """Memory that MPI may still use after a collective has failed.
 
     A message that comes late would overwrite what a repeated collective has received, or memory that has been freed. So what has
     been used by a collective that failed is neither used again nor freed.
@@ -88,6 +73,8 @@ class MessageMemory:
     def reuse(self) -> None:
         """Ends the use of what has been given, after a collective that has succeeded."""
         self._outgrown.clear()
+        if len(self._memory) > KEPT_BYTES:
+            self._memory = np.empty(0, dtype=np.uint8)
 
     def abandon(self) -> None:
         """Ends the use of what has been given, after a collective that has failed."""

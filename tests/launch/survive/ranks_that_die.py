@@ -76,10 +76,10 @@ loses([3])
 assert x.tolist() == [total()] * 3
 
 # Two at once within a sum of several pieces, some of which are there already: the pieces must be those of the same ranks.
-Undo.replace, replace = at_call(3, Undo.replace, 1, 6), Undo.replace
+Undo.save, save = at_call(3, Undo.save, 1, 6), Undo.save
 x = torch.cat([mine(4 * PIECE), -mine(PIECE // 2)])
 communicator.sum_(x, NAME)
-Undo.replace = replace
+Undo.save = save
 loses([1, 6])
 assert torch.equal(x, torch.cat([torch.full((4 * PIECE,), total()), torch.full((PIECE // 2,), -total())]))
 
