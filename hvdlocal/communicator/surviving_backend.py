@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import copy
-import itertools
 import os
 import signal
 import socket
@@ -196,8 +195,6 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             self._kill_hung(pending.number, waited, name)
             return waited + self.timeout_seconds
         self._job._gave_up = True
-        if self._survivors.undo:
-            self._survivors.undo.roll_back()  # the thread of the collectives hangs, so this does not come between
         raise TooFewRanksError(
             f"{self.describe()} waited {waited:.0f} s in the collective {name!r}: ranks do not answer, and none of them could be "
             "found dead, so the others cannot go on without them. Look for a node that hangs or a network that is interrupted; a "
@@ -215,20 +212,20 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
             )
 
     def _start_sum(self, flat: torch.Tensor, name: str) -> Call:
-        def sum_piece(piece: NDArray[Any]) -> None:
-            self._survivors.ranks.Allreduce(self._mpi.IN_PLACE, piece, op=self._mpi.SUM)
+        return self._out_of_place(flat, name, f"sum of {flat.numel()} {flat.dtype}", self._sum_piece)
 
-        return self._in_place(flat, name, f"sum of {flat.numel()} {flat.dtype}", sum_piece)
+    def _sum_piece(self, sent: NDArray[Any], received: NDArray[Any]) -> None:
+        self._survivors.ranks.Allreduce(sent, received, op=self._mpi.SUM)
 
     def _start_broadcast(self, flat: torch.Tensor, name: str, root: int) -> Call:
         sender = self.job_ranks[root]
 
-        def broadcast_piece(piece: NDArray[Any]) -> None:
-            self._survivors.ranks.Bcast(piece, root=self._survivors.place_of(sender))
+        def broadcast_piece(sent: NDArray[Any], received: NDArray[Any]) -> None:
+            np.copyto(received, sent)
+            self._survivors.ranks.Bcast(received, root=self._survivors.place_of(sender))
 
-        return self._in_place(
-            flat, name, f"broadcast of {flat.numel()} {flat.dtype} from rank {sender}", broadcast_piece
-        )
+        what = f"broadcast of {flat.numel()} {flat.dtype} from rank {sender}"
+        return self._out_of_place(flat, name, what, broadcast_piece)
 
     def _start_sharing(self, flat: torch.Tensor, name: str) -> list[tuple[Pending, str]]:
         return Communicator._start_sharing(self, flat, name)  # by broadcasts, which do without a rank
@@ -240,41 +237,34 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
 
         return self._wait(self._submit_collective(name, attempt), name)
 
-    def _in_place(self, flat: torch.Tensor, name: str, what: str, collective: Callable[[NDArray[Any]], None]) -> Call:
+    def _out_of_place(
+        self, flat: torch.Tensor, name: str, what: str, collective: Callable[[NDArray[Any], NDArray[Any]], None]
+    ) -> Call:
         """Submits a collective of all pieces of a tensor, which are all from the same ranks in the end.
 
-        It is repeated in other memory, since messages of the first attempt may still come in.
+        The tensor is overwritten after all have agreed, with one copy that a collective in place would not need: MPI may write to
+        the memory of a failed collective for some time, in which the model must not lie.
+
+        Args:
+            collective: of one piece; takes what is sent and where to receive.
         """
         computed = torch.cuda.current_stream(flat.device).record_event() if flat.is_cuda else None
-        undo, messages = self._survivors.undo, self._survivors.messages
 
         def work() -> tuple[None, int]:
             if computed is not None:
                 computed.synchronize()
             host = flat.cpu()  # the tensor itself when it is on the CPU already
             memory = memory_of(host)
-            if undo:
-                undo.begin(memory)
-            attempts = itertools.count()
 
-            def attempt() -> NDArray[Any] | None:
+            def attempt() -> NDArray[Any]:
                 self._agree_on(f"{what} ({name})")
-                if next(attempts) == 0:
-                    for piece in self._cut(memory):
-                        if undo:
-                            undo.save(piece.nbytes)
-                        collective(piece)
-                    return None
-                assert undo is not None  # an island repeats nothing
-                received = messages.take(memory.nbytes)
-                undo.original(received)
-                for piece in self._cut(received.view(memory.dtype)):
-                    collective(piece)
+                received = self._survivors.messages.take(memory.nbytes).view(memory.dtype)
+                for pieces in zip(self._cut(memory), self._cut(received), strict=True):
+                    collective(*pieces)
                 return received
 
             received, losses = self._complete(name, attempt)
-            if received is not None:
-                np.copyto(memory, received.view(memory.dtype))
+            np.copyto(memory, received)
             if host is not flat:
                 flat.copy_(host)
             return None, losses

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from hvdlocal.communicator.losses import Loss
+from hvdlocal.communicator.message_memory import MessageMemory
 from hvdlocal.communicator.threaded import DifferentCollectivesError
-from hvdlocal.communicator.undo import MessageMemory, Undo
 
 T = TypeVar("T")
 
@@ -48,8 +48,7 @@ class Survivors:
         members: their numbers in the job, ascending.
         losses: the ranks that died so far, or have left with their island.
         peers: with islands, MPI's communicator of those that have this rank's place in their islands.
-        messages: the memory that attempts give to MPI.
-        undo: what attempts have overwritten.
+        messages: the memory to which MPI writes.
     """
 
     def __init__(self, mpi: Any, ranks: Any, hosts: Sequence[str], leave: Leaver) -> None:
@@ -64,7 +63,6 @@ class Survivors:
         self.losses: list[Loss] = []
         self.peers: Any = None
         self.messages = MessageMemory()
-        self.undo = Undo()
 
     def divide(self, islands: Sequence[Sequence[int]]) -> Island:
         """Connects the ranks of each island, and the peers; a collective.
@@ -95,8 +93,8 @@ class Survivors:
 
         Args:
             collective: its name.
-            attempt: makes it once, in the memory `messages`, and overwrites other memory by `undo`. What it has received may be
-                anything, even where MPI has raised nothing: what comes of it counts only when all agree that it has succeeded.
+            attempt: makes it once, and receives in the memory `messages` alone. What it has received may be anything, even where
+                MPI has raised nothing: it counts only when all agree that the attempt has succeeded.
 
         Returns:
             What the last attempt has returned.
@@ -115,12 +113,10 @@ class Survivors:
                 self._revoke()  # so that the others do not wait in it
             if self._agree(failure is None or isinstance(failure, DifferentCollectivesError)):
                 self.messages.reuse()
-                self.undo.forget()
                 if failure is not None:
                     raise failure
                 return result
             self.messages.abandon()
-            self.undo.roll_back()
             if not self._leave_out_the_dead(collective):
                 raise failure or RuntimeError("it failed on another rank")
 
@@ -189,7 +185,7 @@ class Peers:
     def __init__(self, job: Survivors) -> None:
         self._job = job
         self.complete = job.complete
-        self.losses, self.messages, self.undo = job.losses, job.messages, job.undo
+        self.losses, self.messages = job.losses, job.messages
 
     @property
     def ranks(self) -> Any:
@@ -220,7 +216,6 @@ class Island:
     """
 
     losses: Sequence[Loss] = ()
-    undo: Undo | None = None
 
     def __init__(self, mpi: Any, ranks: Any, members: tuple[int, ...], job: Survivors) -> None:
         self._mpi = mpi
