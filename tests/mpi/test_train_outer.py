@@ -253,8 +253,8 @@ def test_a_run_that_diverges_leaves_the_last_average(comm, place, monkeypatch):
     trainer.optimizer.register_step_post_hook(spoil)
     evaluate = trainer._evaluate
 
-    def remembering(console):
-        found = evaluate(console)
+    def remembering():
+        found = evaluate()
         evaluated.append(flat(trainer.session.model).clone())
         return found
 
