@@ -266,8 +266,6 @@ def _check_survival(given: argparse.Namespace, template: str) -> None:
         )
     if given.backend not in (None, "mpi4py"):
         raise ValueError(f"--backend {given.backend}: only engine mpi4py survives the death of a rank")
-    if given.island not in (None, 1):
-        raise ValueError(f"--island {given.island}: an island cannot go on without one of its ranks, so drop --survive")
 
 
 def _variables(given: argparse.Namespace) -> dict[str, str]:

@@ -104,6 +104,33 @@ def test_a_script_that_survives(hvdlocal_slurm):
     assert "export HVDLOCAL_SURVIVE=1\nexport HVDLOCAL_BACKEND=mpi4py\nset -- loop.py --depth 12\n" in script
 
 
+def test_islands_survive(hvdlocal_slurm):
+    code, script, error = hvdlocal_slurm("--template gpu-nodes --survive --island 2 loop.py")
+    assert (code, error) == (0, "")
+    exports = "export HVDLOCAL_SURVIVE=1\nexport HVDLOCAL_BACKEND=mpi4py\nexport HVDLOCAL_ISLAND=2\n"
+    assert exports in script
+
+
+@pytest.mark.parametrize("version", ["HYDRA build details:", "mpirun (Open MPI) 4.1.6"])
+def test_any_mpirun_will_do_unless_the_job_is_to_survive(tmp_path, version):
+    """Also one that ends with an error after it has printed its version, as a broken pipe makes some do."""
+    mpirun = tmp_path / "mpirun"
+    mpirun.write_text(f"#!/bin/bash\necho '{version}'\nexit 1\n")
+    mpirun.chmod(0o755)
+    script = 'set -euo pipefail; source slurm/common.sh; mpirun_over 3; echo "${mpirun[@]:0:3}"'
+    for survive, code in [("0", 0), ("1", 2)]:
+        done = subprocess.run(
+            ["bash", "-c", script],
+            cwd=directory().resolve().parent,
+            env={"PATH": os.environ["PATH"], "MPIRUN": str(mpirun), "HVDLOCAL_SURVIVE": survive},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code, done.stderr
+        told = "needs mpirun of Open MPI 5 or later" if code else f"{mpirun} -np 3\n"
+        assert told in done.stdout
+
+
 def test_a_job_ends_with_its_first_rank_unless_it_is_to_survive(hvdlocal_slurm):
     code, script, _ = hvdlocal_slurm("--template cpu run.yaml --survive false")
     assert code == 0
@@ -229,7 +256,6 @@ MISTAKES = [
     ("--template prepare --survive imagenet --source a --output b", "--survive is for training"),
     ("--template cpu --survive --backend torch run.yaml", "--backend torch: only engine mpi4py survives"),
     ("--template cpu --backend horovod run.yaml --survive true", "--backend horovod: only engine mpi4py survives"),
-    ("--template gpu-nodes --survive --island node loop.py", "--island node: an island cannot go on without one"),
     ("--template cpu --backend nccl run.yaml", "choose from 'horovod', 'mpi4py', 'torch'"),
     ("--template staging loop.py", "template staging sets the trainer's own options: give it a configuration"),
 ]
