@@ -27,6 +27,7 @@ from hvdlocal.training.config_checks import check_checkpoints
 from hvdlocal.training.environment import describe_run, versions
 from hvdlocal.training.output_directory import AlreadyFinished, OutputDirectory
 from hvdlocal.training.run_files import CHECKPOINTS, ENVIRONMENT, RunStatus, read_environment
+from hvdlocal.training.survivors import all_needed
 from hvdlocal.training.user_state import Restorable, UserState
 
 FINISHED = "finished.json"
@@ -168,55 +169,23 @@ class Checkpoints:
             CheckpointError: the checkpoints are those of other settings, or none can be read; on all ranks.
             DisagreementError: the ranks were given different arguments; on all ranks.
             AlreadyFinished: the run is finished; on all ranks. Uncaught, it ends the script with exit code 0.
+            Interrupted: in a job that survives, a rank has died; on all others. Uncaught, it ends the script with exit code 85.
         """
         if self._coordinator is not None:
             raise ValueError("resume() was called twice: call it once, before the first step")
         communicator = self._communicator
-        shared = {"directory": str(self.directory), "checkpoints": self._config, **self._run}
-        require_agreement(communicator, shared, "hvdlocal.checkpoints")
-        succeed_together(communicator, self._user_state.state_dict, "hvdlocal.state")
-        with ExitStack() as held:
-            try:
-                output = OutputDirectory(
-                    self.directory, communicator, lambda: _find_status(self.directory), "Remove it to run again"
-                )
-            except AlreadyFinished as finished:
-                self._end(str(finished))
-                raise
-            held.enter_context(closing(output))
-            coordinator = CheckpointCoordinator(
-                communicator,
-                self._config,
-                output.directory,
-                self._deadline,
-                self._totals,
-                self._of_rank,
-                self._of_all_ranks,
-                is_quiet=lambda: self._optimizer.is_quiet,
-            )
-            held.callback(coordinator.writer.close)
-            resumed = output.resume(communicator, coordinator.writer, self._mismatch)
-            if resumed is not None:
-                succeed_together(communicator, lambda: self._restore(resumed), "hvdlocal.restore")
-            self._run_id = output.identify(resumed)
-            environment = describe_run(communicator, self._device, torch.get_num_threads())
-            environment |= {"run": self._run_id, "loop": self._run}
-
-            def begin() -> None:
-                if communicator.rank == 0:
-                    output.directory.write_text(ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
-                    output.begin_attempt(resumed, coordinator.writer)
-
-            succeed_together(communicator, begin, "hvdlocal.records")
-            hook = self._optimizer.register_step_post_hook(self._count)
-            held.callback(hook.remove)
-            self._open.push(held.pop_all())
-        interruption.remember(output.what_is_saved)
-        self._output, self._coordinator = output, coordinator
-        self._losses = len(communicator.losses)
+        try:
+            with all_needed(communicator):
+                resumed = self._open_run()
+        except (AlreadyFinished, interruption.Interrupted) as reason:
+            self._end(str(reason))
+            raise
+        assert self._coordinator is not None
+        interruption.remember(self._output.what_is_saved)
+        self._losses: int = len(communicator.losses)
         self._optimizer.resume_average()
         self._totals.start()
-        coordinator.start()
+        self._coordinator.start()
         if resumed is None:
             return None
         if communicator.rank == 0:
@@ -296,6 +265,47 @@ class Checkpoints:
             if self._communicator.rank == 0:
                 self._output.take_over()
             self._coordinator.after_loss()
+
+    def _open_run(self) -> Resumed | None:
+        """Opens the directory, and restores the checkpoint that it returns; a collective."""
+        communicator = self._communicator
+        shared = {"directory": str(self.directory), "checkpoints": self._config, **self._run}
+        require_agreement(communicator, shared, "hvdlocal.checkpoints")
+        succeed_together(communicator, self._user_state.state_dict, "hvdlocal.state")
+        with ExitStack() as held:
+            output = OutputDirectory(
+                self.directory, communicator, lambda: _find_status(self.directory), "Remove it to run again"
+            )
+            held.enter_context(closing(output))
+            coordinator = CheckpointCoordinator(
+                communicator,
+                self._config,
+                output.directory,
+                self._deadline,
+                self._totals,
+                self._of_rank,
+                self._of_all_ranks,
+                is_quiet=lambda: self._optimizer.is_quiet,
+            )
+            held.callback(coordinator.writer.close)
+            resumed = output.resume(communicator, coordinator.writer, self._mismatch)
+            if resumed is not None:
+                succeed_together(communicator, lambda: self._restore(resumed), "hvdlocal.restore")
+            self._run_id = output.identify(resumed)
+            environment = describe_run(communicator, self._device, torch.get_num_threads())
+            environment |= {"run": self._run_id, "loop": self._run}
+
+            def begin() -> None:
+                if communicator.rank == 0:
+                    output.directory.write_text(ENVIRONMENT, json.dumps(environment, indent=1) + "\n")
+                    output.begin_attempt(resumed, coordinator.writer)
+
+            succeed_together(communicator, begin, "hvdlocal.records")
+            hook = self._optimizer.register_step_post_hook(self._count)
+            held.callback(hook.remove)
+            self._open.push(held.pop_all())
+        self._output, self._coordinator = output, coordinator
+        return resumed
 
     # -- what is in a checkpoint -------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from support.mortal import Death, run_mortal
 from torch import nn
 
 import hvdlocal
+from hvdlocal.training import interruption
 from hvdlocal.training.checkpoint import files
 
 RANKS = 3
@@ -46,7 +47,7 @@ def loop(communicator, path, steps, finish=True, losses=None):
     [
         Death(0, "hvdlocal.average", 3),
         Death(0, "hvdlocal.poll", 3),
-        Death(0, "hvdlocal.checkpoint", 1),
+        Death(0, "hvdlocal.checkpoint", 2),  # the first one is of "hvdlocal.checkpoints"
         Death(0, "hvdlocal.position", 2),  # while a checkpoint begins
         Death(0, "hvdlocal.finish", 1),
         Death(1, "hvdlocal.checkpoint", 2),
@@ -63,6 +64,17 @@ def test_a_loop_goes_on_and_finishes(tmp_path, at):
     assert not list(root.glob("*.tmp"))
     newest = files.read_manifest(files.directory(root, files.newest_first(root)[0]))
     assert newest["num_workers"] == (RANKS if at.collective == "hvdlocal.finish" else RANKS - 1)
+
+
+@pytest.mark.parametrize("collective", ["hvdlocal.checkpoints", "hvdlocal.status", "hvdlocal.records"])
+def test_a_rank_that_dies_before_the_first_step(tmp_path, collective, monkeypatch):
+    """The loop has not begun, and another start has all ranks again."""
+    monkeypatch.setattr(interruption, "ignore", lambda: None)  # threads cannot ignore signals
+    told = r"interrupted before training began: rank 0 on node0 is lost; the other 2 ranks go on\. The same command"
+    with pytest.raises(hvdlocal.Interrupted, match=told):
+        run_mortal(RANKS, lambda communicator: loop(communicator, tmp_path, 21), Death(0, collective))
+    results = run_mortal(RANKS, lambda communicator: loop(communicator, tmp_path, 21))
+    assert [one[:2] for one in results] == [(None, 21)] * RANKS
 
 
 def test_a_later_start_uses_all_ranks_again(tmp_path):
