@@ -43,19 +43,21 @@ def form_islands(communicator: Communicator, island: Island) -> None:
 
     Raises:
         ValueError: on every rank: the ranks ask for different islands, or cannot be divided like this.
+        MissingRanksError: on all other ranks: a rank has died.
     """
-    everyone = communicator.gather((island, node_name()), "hvdlocal.island")
-    for rank, (theirs, _) in enumerate(everyone):
-        if theirs != everyone[0][0]:
-            raise ValueError(
-                f"island={theirs!r} on rank {rank}, but {everyone[0][0]!r} on rank 0: give the same HVDLOCAL_ISLAND or "
-                "hvdlocal.init(island=…) on all ranks"
-            )
-    islands = divide(island, [node for _, node in everyone])
-    if len(islands[0]) == 1:
-        return
-    communicator.island, communicator.peers = communicator.split_into_islands(islands)
-    communicator.islands = islands
+    with communicator.unbroken():
+        everyone = communicator.gather((island, node_name()), "hvdlocal.island")
+        for rank, (theirs, _) in enumerate(everyone):
+            if theirs != everyone[0][0]:
+                raise ValueError(
+                    f"island={theirs!r} on rank {rank}, but {everyone[0][0]!r} on rank 0: give the same HVDLOCAL_ISLAND or "
+                    "hvdlocal.init(island=…) on all ranks"
+                )
+        islands = divide(island, [node for _, node in everyone])
+        if len(islands[0]) == 1:
+            return
+        communicator.island, communicator.peers = communicator.split_into_islands(islands)
+        communicator.islands = islands
 
 
 def divide(island: Island, nodes: Sequence[str]) -> list[list[int]]:

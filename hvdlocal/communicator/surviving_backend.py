@@ -90,11 +90,13 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
         assert isinstance(survivors, Survivors)
 
         def connect() -> tuple[Communicator, Communicator]:
+            survivors.islands = islands
             self._agree_on(f"split into {islands}")
-            return self._part(survivors.divide(islands)), self._part(Peers(survivors))
+            return self._part(survivors.divide()), self._part(Peers(survivors))
 
-        # One thread makes the collectives of all three. With two of them, one in fifteen jobs hung or failed (Open MPI 5.0).
-        return self._wait(self._submit_collective("hvdlocal.islands", connect), "hvdlocal.islands")
+        # One thread makes the collectives of all three. With two of them, one in fifteen jobs hung or failed (Open MPI 5.0.11).
+        with self._explained("hvdlocal.islands"):
+            return self._wait(self._submit_collective("hvdlocal.islands", connect), "hvdlocal.islands")
 
     def _part(self, members: Peers | Island) -> SurvivingCommunicator:
         """A communicator of some of the ranks; what belongs to the job is shared."""
@@ -149,13 +151,14 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
 
     def _leave_with_island(self, dead: Sequence[int], others: bool) -> NoReturn:
         """Ends this process, which the other islands then miss. No other thread of it may go on: it would write into files."""
-        lost = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))}"
+        # Not every rank of it notices which one has died.
+        lost = f"rank{'s' if len(dead) > 1 else ''} {', '.join(map(str, dead))}" if dead else "a rank"
         complain(f"{self.describe()} leaves the job, because its island has lost {lost}")
         for stream in (sys.stdout, sys.stderr):
             Guarded(stream).flush()
         if not others:
             remove_shared_memory()
-            os._exit(ExitCode.INTERRUPTED)  # after a loss, mpirun ends with 0 where a rank calls MPI_Abort
+            os._exit(ExitCode.INTERRUPTED)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("not reached")
 

@@ -49,6 +49,7 @@ class Survivors:
         losses: the ranks that died so far, or have left with their island.
         peers: with islands, MPI's communicator of those that have this rank's place in their islands.
         messages: the memory to which MPI writes.
+        islands: the ranks of each; to be set before any rank can find in `divide` that another one has died.
     """
 
     def __init__(self, mpi: Any, ranks: Any, hosts: Sequence[str], leave: Leaver) -> None:
@@ -57,30 +58,25 @@ class Survivors:
         self._job = ranks.Get_group()
         self._hosts = hosts
         self._leave = leave
-        self._islands: list[tuple[int, ...]] = []
         self.ranks = ranks
         self.members = tuple(range(ranks.size))
         self.losses: list[Loss] = []
         self.peers: Any = None
         self.messages = MessageMemory()
+        self.islands: Sequence[Sequence[int]] = ()
 
-    def divide(self, islands: Sequence[Sequence[int]]) -> Island:
-        """Connects the ranks of each island, and the peers; a collective.
-
-        Args:
-            islands: the ranks of each.
-        """
-        self._islands = [tuple(island) for island in islands]
+    def divide(self) -> Island:
+        """Connects the ranks of each of the `islands`, and the peers; a collective."""
         mine = self._island_of(self._own)
-        inside = self.ranks.Split(self._islands.index(mine))
+        inside = self.ranks.Split(self.islands.index(mine))
         self.peers = self.ranks.Split(mine.index(self._own))
-        return Island(self._mpi, inside, mine, self)
+        return Island(self._mpi, inside, tuple(mine), self)
 
     def place_of(self, member: int) -> int:
         """The place among the survivors of a rank of the job; that of the first survivor if the rank is lost."""
         return self.members.index(member) if member in self.members else 0
 
-    def leave_unless_alone(self, dead: Sequence[int]) -> NoReturn:
+    def leave(self, dead: Sequence[int]) -> NoReturn:
         """Ends this process, whose island has lost ranks.
 
         Args:
@@ -146,7 +142,7 @@ class Survivors:
                 break
         if ranks is None:
             dead = [rank for rank in self._island_of(self._own) if rank not in alive]
-            self._leave(dead, others=any(set(island) <= set(alive) for island in self._islands))
+            self._leave(dead, others=any(set(island) <= set(alive) for island in self.islands))
         self.ranks, self.peers, before = ranks, peers, self.members
         self.members = self._numbers_of(ranks)
         lost = tuple(rank for rank in before if rank not in self.members)
@@ -159,21 +155,27 @@ class Survivors:
         ranks = self.ranks.Shrink()
         ranks.Set_errhandler(self._mpi.ERRORS_RETURN)
         alive = self._numbers_of(ranks)
-        if not self._islands:
+        if not self.islands:
             return alive, ranks, None
         goes_on = set(self._island_of(self._own)) <= set(alive)
-        ranks = ranks.Split(0 if goes_on else self._mpi.UNDEFINED)
-        if not goes_on:
-            return alive, None, None
-        return alive, ranks, ranks.Split(self._island_of(self._own).index(self._own))
+        connected = [ranks]
+        try:
+            connected.append(ranks.Split(0 if goes_on else self._mpi.UNDEFINED))
+            if not goes_on:
+                return alive, None, None
+            return alive, connected[1], connected[1].Split(self._island_of(self._own).index(self._own))
+        except self._mpi.Exception:
+            for one in connected:
+                one.Revoke()  # so that the others do not wait in it
+            raise
 
     def _numbers_of(self, ranks: Any) -> tuple[int, ...]:
         """The ranks of one of MPI's communicators, as they are numbered in the job."""
         group = ranks.Get_group()
         return tuple(group.Translate_ranks(range(group.size), self._job))
 
-    def _island_of(self, rank: int) -> tuple[int, ...]:
-        return next(island for island in self._islands if rank in island)
+    def _island_of(self, rank: int) -> Sequence[int]:
+        return next(island for island in self.islands if rank in island)
 
 
 class Peers:
@@ -237,4 +239,4 @@ class Island:
             failed = self.ranks.Get_failed()
             places = failed.Translate_ranks(range(failed.size), self.ranks.Get_group())
             dead = [self.members[place] for place in places]
-            self._job.leave_unless_alone(dead)
+            self._job.leave(dead)

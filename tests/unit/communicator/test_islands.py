@@ -1,9 +1,11 @@
 """How ranks are divided into islands."""
 
 import pytest
+from support.mortal import Death, run_mortal
 
 from hvdlocal.communicator import launch
-from hvdlocal.communicator.islands import divide, node_name, parse_island
+from hvdlocal.communicator.islands import divide, form_islands, node_name, parse_island
+from hvdlocal.communicator.losses import MissingRanksError
 
 TWO = ["a", "a", "b", "b"]
 FOUR = [*"aabbccdd"]
@@ -81,3 +83,14 @@ def test_two_nodes_of_slurm_on_one_host(monkeypatch):
     assert node_name() == "host.site"
     monkeypatch.delenv("SLURMD_NODENAME")
     assert node_name() == "host.site"
+
+
+def test_a_rank_that_dies_before_there_are_islands():
+    """The others do not ask for islands that three ranks cannot make, which would be a mistake of the user's."""
+
+    def body(communicator):
+        with pytest.raises(MissingRanksError, match="rank 1 on node1 is lost; the other 3 ranks go on"):
+            form_islands(communicator, 2)
+        return True
+
+    assert run_mortal(4, body, Death(1, "hvdlocal.island")) == [True, None, True, True]

@@ -338,7 +338,8 @@ def in_islands(alive, goes_on=None, peers=None, agreements=(0, 1)):
     inside = Ranks([0, 1])
     ranks = Ranks([0, 1, 2, 3], shrinks=[shrunk], agreements=agreements, splits=[inside, Ranks([0, 2])])
     job = survivors(ranks)
-    island = job.divide(ISLANDS)
+    job.islands = ISLANDS
+    island = job.divide()
     assert (ranks.colours, island.ranks, island.members) == ([0, 0], inside, (0, 1))
     return job, island, shrunk
 
@@ -354,6 +355,37 @@ def test_an_island_leaves_as_a_whole():
     assert shrunk.colours == left.colours == [0]
     assert job.losses == [Loss((2, 3), ("n1", "n1"), 2, "c")]
     assert (job.members, job.ranks, Peers(job).ranks, Peers(job).members) == ((0, 1), left, alone, (0,))
+
+
+def test_a_death_while_the_islands_are_connected():
+    """A rank that has not come to `divide` yet connects the survivors as those do that have: in islands."""
+    left, alone, inside = Ranks([0, 1], agreements=[1]), Ranks([0]), Ranks([0, 1])
+    shrunk = Ranks([0, 1, 3], splits=[left])
+    left.splits = [alone, inside, alone]
+    job = survivors(Ranks([0, 1, 2, 3], shrinks=[shrunk], agreements=[0, 1]))
+    job.islands = ISLANDS
+
+    def attempt():
+        if job.members == (0, 1, 2, 3):
+            raise MPIError
+        return job.divide()
+
+    assert job.complete("c", attempt).ranks is inside
+    assert (shrunk.colours, left.colours) == ([0], [0, 0, 0])
+    assert job.members == (0, 1)
+
+
+@pytest.mark.parametrize("second", [False, True], ids=["the survivors", "their peers"])
+def test_a_death_while_survivors_in_islands_are_connected(second):
+    """The ranks on which a call has not failed would wait in it, and not come to the agreement."""
+    left, alone, half = Ranks([0, 1], agreements=[1]), Ranks([0]), Ranks([0, 1], splits=[None])
+    left.splits = [alone]
+    failed, shrunk = Ranks([0, 1, 3], splits=[half if second else None]), Ranks([0, 1], splits=[left])
+    job = survivors(Ranks([0, 1, 2, 3], shrinks=[failed, shrunk], agreements=[0, 0, 1]))
+    job.islands = ISLANDS
+    assert job.complete("c", attempts(MPIError(), "sum")) == "sum"
+    assert (failed.revoked, half.revoked, left.revoked) == (True, second, False)
+    assert (job.ranks, job.peers) == (left, alone)
 
 
 @pytest.mark.parametrize(("alive", "others"), [([0, 2, 3], True), ([0, 2], False)])
