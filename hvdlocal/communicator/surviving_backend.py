@@ -137,7 +137,9 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
                 if time.monotonic() - start > DEPARTURE_GRACE_SECONDS:
                     os.kill(os.getpid(), signal.SIGKILL)
                 time.sleep(0.05)
-        super().abort(exit_code)
+        # Not by MPI_Abort: after a loss, mpirun ends with 0 then. It ends the other ranks as well, with this code.
+        remove_shared_memory()
+        os._exit(exit_code)
 
     def _leave(self) -> None:
         if self._gave_up:

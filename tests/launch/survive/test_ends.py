@@ -96,6 +96,19 @@ raise KeyError("sooner or later")
     assert result.err.count("KeyError: 'sooner or later'") == 3
 
 
+def test_an_exception_on_all_ranks_that_are_left():
+    """Nobody must take the job for one that has finished: of ranks that call MPI_Abort after a loss, mpirun makes a code of 0."""
+    program = """
+if own:
+    die()
+total()
+raise KeyError("after the loss")
+"""
+    result = start(2, program)
+    assert result.code == 1, result.err
+    assert result.err.count("KeyError: 'after the loss'") == 1
+
+
 def test_different_collectives():
     program = """
 try:
