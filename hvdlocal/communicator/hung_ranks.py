@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -107,17 +106,13 @@ def open_board(node: Any, patience: float) -> NodeBoard:
         node: MPI's communicator of them.
         patience: as for `NodeBoard`.
     """
-    file = None
+    # It has no name in a file system, so that nothing is left of it when ranks are killed.
+    descriptor = os.memfd_create("hvdlocal-ranks", os.MFD_CLOEXEC) if node.rank == 0 else -1
     if node.rank == 0:
-        descriptor, name = tempfile.mkstemp(
-            prefix="hvdlocal-ranks-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-        )
         os.ftruncate(descriptor, node.size * SLOT.itemsize)
-        os.close(descriptor)
-        file = Path(name)
-    file = node.bcast(file)
+    file = node.bcast(Path(f"/proc/{os.getpid()}/fd/{descriptor}"))
     board = NodeBoard(file, node.rank, node.size, patience)
     node.Barrier()
     if node.rank == 0:
-        file.unlink()
+        os.close(descriptor)
     return board
