@@ -135,7 +135,7 @@ def test_a_rank_that_ends_before_the_others():
 def test_ranks_that_hang():
     """One is stopped as it comes to a collective; one is stopped in it; one works for ever. Those that wait are not to blame."""
     program = """
-communicator.timeout_seconds, communicator._board._patience = 8, 4
+communicator.timeout_seconds, communicator._board._patience = 12, 6
 total()
 if own == 0:
     die(signal.SIGSTOP)
