@@ -164,8 +164,8 @@ def test_islands_of_other_ranks_go_on_with_the_average(comm, place, request, mon
         pytest.skip("needs four ranks")
     half = comm.size // 2
     old, new = with_islands(comm, half), copy.copy(comm)
-    for module in ("communicator", "training"):
-        monkeypatch.setattr(f"hvdlocal.{module}.islands.node_name", lambda: f"node {comm.rank % 2}")
+    for module in ("communicator.islands", "training.joining"):
+        monkeypatch.setattr(f"hvdlocal.{module}.node_name", lambda: f"node {comm.rank % 2}")
     form_islands(new, half)
     settings = config(place, request, MethodConfig("local", PeriodConfig(period=50)), old, every_steps=4, epochs=8.0)
     train(old, settings, monkeypatch, 10)

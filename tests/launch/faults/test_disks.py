@@ -56,7 +56,7 @@ def test_a_small_disk(make, undisturbed):
     """Checkpoints give back the room that they could not use: training ends as if there were none, with all of its files."""
     plain = undisturbed()
     # From just enough for what is written without checkpoints to enough for two of them beside it.
-    for kilobytes in (308, 640, 1200):
+    for kilobytes in (320, 640, 1200):
         run = make()
         with small_disk(run.output, f"{kilobytes}k"):
             result = run.start()
