@@ -108,6 +108,7 @@ class SurvivingCommunicator(Mpi4pyCommunicator):
         part._in_shared_memory = node.size == part.size
         node.Free()
         part.traffic = Traffic()
+        part._unbroken = False  # its own; the islands are formed in such a context
         return part
 
     def shutdown(self) -> None:
