@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -128,6 +129,8 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             position += room
             continue
         length, part = struct.unpack("<HB", content[position + 4 : position + 7])
+        if position + 7 + length > len(content):
+            return  # it is being written
         record += content[position + 7 : position + 7 + length]
         position += 7 + length
         if part in (1, 4):  # the whole record, or its last part
@@ -141,17 +144,22 @@ def test_wandb(train):
     output = train({"name": "wandb", "arguments": {"project": "digits", "tags": ["test"]}})
     parts = sorted((output / "wandb").glob(f"offline-run-*-{run_id(output)}*"))
     assert len(parts) == 2
+    expected = [*ROUNDS.items(), (24, 6.0)]  # `wandb sync` puts the parts together
+    deadline = time.monotonic() + 30
     rounds, runs = [], set()
-    for part in parts:
-        for content in wandb_records(part / f"run-{run_id(output)}.wandb"):
-            record = Record.FromString(content)
-            if record.HasField("run"):
-                runs.add((record.run.project, record.run.display_name, *record.run.tags))
-            values = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
-            if "round/round" in values:
-                rounds.append((record.history.step.num, float(values["round/round"])))
+    while rounds != expected and time.monotonic() < deadline:  # a process of wandb's writes them, also after the end
+        time.sleep(0.1)
+        rounds, runs = [], set()
+        for part in parts:
+            for content in wandb_records(part / f"run-{run_id(output)}.wandb"):
+                record = Record.FromString(content)
+                if record.HasField("run"):
+                    runs.add((record.run.project, record.run.display_name, *record.run.tags))
+                values = {"/".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+                if "round/round" in values:
+                    rounds.append((record.history.step.num, float(values["round/round"])))
     assert runs == {("digits", "out", "test")}
-    assert rounds == [*ROUNDS.items(), (24, 6.0)]  # `wandb sync` puts the parts together
+    assert rounds == expected
 
 
 TRACKIO = """
