@@ -449,10 +449,11 @@ def test_ranks_that_are_behind_are_killed_unless_they_wait(node):
 
 def test_collectives_inside_of_an_island_are_counted_apart(node):
     boards, processes = node
-    assert [board.enter(inside=True) for board in (boards[0], boards[0], boards[1])] == [1, 2, 1]
+    entered = [board.enter(inside=True) for board in (boards[0], boards[0], boards[1], boards[2], boards[2])]
+    assert entered == [1, 2, 1, 1, 2]
     assert [board.enter(inside=False) for board in boards] == [1] * 4
     assert boards[0].kill_hung([1, 2, 3], 1, inside=False) == []
-    assert boards[0].kill_hung([1], 2, inside=True) == [1]
+    assert boards[0].kill_hung([1, 2], 2, inside=True) == [1]
     assert processes[0].wait() == -signal.SIGKILL
 
 
